@@ -1,0 +1,74 @@
+"""From a folder to a torch model: the plain reading of a checkpoint, against which every serving path is judged."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from neuronmlp_plugin.checkpoint.reader import Checkpoint, FactorFile
+from neuronmlp_plugin.checkpoint.schema import FormatBlock
+from neuronmlp_plugin.errors import CheckpointError
+from neuronmlp_plugin.models.low_rank_linear import build_linear
+from neuronmlp_plugin.models.projection import PROJECTIONS
+
+
+def load_model(folder: str | pathlib.Path, *, dtype: torch.dtype = torch.float32, factors: str | pathlib.Path | None = None) -> Any:
+    """The Hugging Face model of a dense or factored folder, in eval mode on the CPU; never runs remote code.
+
+    `factors`: a factor file to lay over a dense folder. Raises the errors of `Checkpoint` and `FactorFile`.
+    """
+    checkpoint = Checkpoint(folder)
+    overlay = FactorFile(factors, checkpoint.config) if factors is not None else None
+    if overlay is not None and checkpoint.block is not None:
+        raise CheckpointError(f"{checkpoint.folder}: expected a dense folder under a factor file, found a factored one; drop the file.")
+    model = build_skeleton(checkpoint)
+    block = overlay.block if overlay is not None else checkpoint.block
+    if block is not None:
+        swap_projections(model, block)
+    state = {name: tensor.to(dtype) for name, tensor in checkpoint.tensors() if not _replaced(name, overlay)}
+    if overlay is not None:
+        state.update({name: overlay.tensor(name).to(dtype) for name in overlay.block.expected_tensors(only_changed=True)})
+    load_exactly(model, state, str(checkpoint.folder))
+    return model.eval()
+
+
+def build_skeleton(checkpoint: Checkpoint) -> Any:
+    """The architecture on the meta device, with real rotary tables: modules to load weights into."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    # Rotary tables are computed, not stored: on the meta device they would stay empty.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    return model
+
+
+def swap_projections(model: Any, block: FormatBlock) -> None:
+    """Replace each projection by the (meta) module of its form."""
+    for index, layer in enumerate(model.model.layers):
+        for name in PROJECTIONS:
+            with torch.device("meta"):
+                setattr(layer.mlp, name, build_linear(name, block.layers[index][name], block.shape))
+
+
+def load_exactly(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """Assign every tensor to its parameter and refuse leftovers on either side; a tied head may be absent."""
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    absent = [name for name in missing if not (tied and name == "lm_head.weight")]
+    # Old exports store rotary tables; they are recomputed, so an extra one is harmless.
+    extra = [name for name in unexpected if not name.endswith("rotary_emb.inv_freq")]
+    if absent or extra:
+        raise CheckpointError(f"{source}: expected the tensors of {type(model).__name__}, found missing {absent[:3]} and unknown {extra[:3]}.")
+    if tied:
+        model.tie_weights()
+
+
+def _replaced(name: str, overlay: FactorFile | None) -> bool:
+    return overlay is not None and name.startswith(tuple(overlay.prefixes))

@@ -1,0 +1,46 @@
+"""The exceptions that neuronmlp raises on purpose.
+
+    NeuronMLPError
+    |- UsageError              an option, or a combination of options, that cannot work
+    |- UnsupportedModelError   an architecture, or a feature of one, that we do not know
+    |- CheckpointError         a file or tensor that is missing, misnamed, misshapen or damaged
+    |- FormatVersionError      a checkpoint block of another format version
+    |- NonFiniteError          NaN or Inf in weights, statistics or logits
+    |- CalibrationError        text that is unreadable, or too little of it
+    `- OutputError             an output folder that exists, or a disk that is full
+
+Each message is one sentence: the file or tensor, what was expected, what was found, and what to do. The command line prints it and
+exits with code 2.
+"""
+
+
+class NeuronMLPError(Exception):
+    """Base of every error that is the user's to mend."""
+
+
+class UsageError(NeuronMLPError):
+    """An option, or a combination of options, that cannot work."""
+
+
+class UnsupportedModelError(NeuronMLPError):
+    """An architecture, or a feature of one, that the plugin does not know."""
+
+
+class CheckpointError(NeuronMLPError):
+    """A checkpoint whose files, names or shapes contradict each other or its config."""
+
+
+class FormatVersionError(CheckpointError):
+    """A checkpoint block written for another version of the format."""
+
+
+class NonFiniteError(NeuronMLPError):
+    """NaN or Inf where only finite numbers can lead to a result."""
+
+
+class CalibrationError(NeuronMLPError):
+    """Calibration or evaluation text that is unreadable or too short."""
+
+
+class OutputError(NeuronMLPError):
+    """An output that cannot be written: it exists already, or there is no room."""

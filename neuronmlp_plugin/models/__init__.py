@@ -1,0 +1,1 @@
+"""Where gate, up and down live in each architecture, and the torch modules that replace them."""

@@ -1,0 +1,91 @@
+"""Tiny random models of every family, written as Hugging Face folders: for wiring, not for quality.
+
+Weights are drawn wide (std 0.08 and more), so that logits depend on the MLPs; still, tests compare logits, not tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import torch
+from safetensors.torch import save_file
+
+from neuronmlp_plugin.checkpoint.reader import Checkpoint
+from neuronmlp_plugin.checkpoint.schema import FormatBlock
+from neuronmlp_plugin.checkpoint.writer import layer_prefix, write_layer, write_rest
+from neuronmlp_plugin.models.low_rank_linear import build_linear
+from neuronmlp_plugin.models.projection import PROJECTIONS, MLPShape, ProjectionSpec
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+SHAPE = MLPShape(hidden_size=64, intermediate_size=96, num_layers=3)
+# Every form for every projection, and ranks that 2 does not divide.
+MIXED_LAYERS = (
+    {"gate_proj": ProjectionSpec("compact", 37), "up_proj": ProjectionSpec("uv", 21), "down_proj": ProjectionSpec("dense")},
+    {"gate_proj": ProjectionSpec("dense"), "up_proj": ProjectionSpec("compact", 32), "down_proj": ProjectionSpec("compact", 45)},
+    {"gate_proj": ProjectionSpec("uv", 30), "up_proj": ProjectionSpec("dense"), "down_proj": ProjectionSpec("uv", 33)},
+)
+
+
+def family_config(family: str, vocab_size: int = 128) -> dict:
+    """A config with two attention heads, so that tensor parallel 2 can run."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(
+        family,
+        hidden_size=SHAPE.hidden_size,
+        intermediate_size=SHAPE.intermediate_size,
+        num_hidden_layers=SHAPE.num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=vocab_size,
+        max_position_embeddings=256,
+        tie_word_embeddings=family in ("llama", "qwen3"),
+        bos_token_id=1,
+        eos_token_id=2,
+        sliding_window=None,
+    )
+    architecture = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}[family]
+    return {**config.to_dict(), "architectures": [f"{architecture}ForCausalLM"], "torch_dtype": "float32", "dtype": "float32"}
+
+
+def write_dense(folder: pathlib.Path, family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> pathlib.Path:
+    """A dense folder with random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = family_config(family)
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    tied = config["tie_word_embeddings"]
+    state = {n: _wide(n, p).to(dtype) for n, p in model.state_dict().items() if not (tied and n == "lm_head.weight")}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _wide(name: str, parameter: torch.Tensor) -> torch.Tensor:
+    if "norm" in name:
+        return torch.rand_like(parameter) + 0.5
+    return torch.randn_like(parameter) * (0.3 if "mlp" in name else 0.08)
+
+
+def write_mixed(folder: pathlib.Path, base_folder: pathlib.Path, *, seed: int = 1) -> pathlib.Path:
+    """A factored folder over `base_folder` with MIXED_LAYERS; the factors are random, small enough to keep activations sane."""
+    folder.mkdir(parents=True)
+    base = Checkpoint(base_folder)
+    block = FormatBlock(MIXED_LAYERS, SHAPE, {}, "neuronmlp tests")
+    torch.manual_seed(seed)
+    for index, specs in enumerate(MIXED_LAYERS):
+        write_layer(folder, base, index, _random_factors(index, specs))
+    write_rest(folder, base, block)
+    return folder
+
+
+def _random_factors(index: int, specs: dict[str, ProjectionSpec]) -> dict[str, torch.Tensor]:
+    factors = {}
+    for projection in PROJECTIONS:
+        for suffix, weight in build_linear(projection, specs[projection], SHAPE).state_dict().items():
+            factors[f"{layer_prefix(index)}mlp.{projection}.{suffix}"] = torch.randn_like(weight) * 0.2
+    return factors

@@ -18,7 +18,7 @@ from neuronmlp_plugin.models.low_rank_linear import build_linear
 from neuronmlp_plugin.models.projection import PROJECTIONS, MLPShape, ProjectionSpec
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
-SHAPE = MLPShape(hidden_size=64, intermediate_size=96, num_layers=3)
+SHAPE = MLPShape(hidden_size=128, intermediate_size=192, num_layers=3)
 # Every form for every projection, and ranks that 2 does not divide.
 MIXED_LAYERS = (
     {"gate_proj": ProjectionSpec("compact", 37), "up_proj": ProjectionSpec("uv", 21), "down_proj": ProjectionSpec("dense")},
@@ -28,7 +28,7 @@ MIXED_LAYERS = (
 
 
 def family_config(family: str, vocab_size: int = 128) -> dict:
-    """A config with two attention heads, so that tensor parallel 2 can run."""
+    """A config whose heads can be halved (tensor parallel 2), of the smallest size that the CPU attention of vLLM takes."""
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(
@@ -38,7 +38,7 @@ def family_config(family: str, vocab_size: int = 128) -> dict:
         num_hidden_layers=SHAPE.num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=32,
         vocab_size=vocab_size,
         max_position_embeddings=256,
         tie_word_embeddings=family in ("llama", "qwen3"),

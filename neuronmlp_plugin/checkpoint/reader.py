@@ -14,7 +14,8 @@ from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, parse_
 from neuronmlp_plugin.errors import CheckpointError, NonFiniteError
 from neuronmlp_plugin.models.families import check_supported
 
-FACTOR_FILE = "neuronmlp_factors.safetensors"
+# In a folder of its own: engines load every *.safetensors file that lies beside config.json.
+FACTOR_FILE = pathlib.Path("neuronmlp", "factors.safetensors")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -149,13 +150,13 @@ def _index_tensors(files: list[pathlib.Path]) -> dict[str, tuple[pathlib.Path, t
 
 
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The folder's weight files: those its index names, else all safetensors but a factor file."""
+    """The folder's weight files: those its index names, else all safetensors."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(_parse_json(index.read_text(encoding="utf-8"), index)["weight_map"].values()))
         files = [folder / name for name in names]
     else:
-        files = sorted(path for path in folder.glob("*.safetensors") if path.name != FACTOR_FILE)
+        files = sorted(folder.glob("*.safetensors"))
     missing = [path.name for path in files if not path.is_file()]
     if missing or not files:
         what = ", ".join(missing) or "*.safetensors"

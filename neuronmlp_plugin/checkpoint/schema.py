@@ -32,7 +32,7 @@ class FormatBlock:
     layers: tuple[dict[str, ProjectionSpec], ...]
     shape: MLPShape
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
-    producer: str = "neuronmlp"
+    created_by: str = "neuronmlp"
 
     @property
     def removed_ratio(self) -> float:
@@ -45,7 +45,7 @@ class FormatBlock:
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
-            "producer": self.producer,
+            "created_by": self.created_by,
             "removed_ratio": round(self.removed_ratio, 6),
             "layers": [{name: layer[name].to_json() for name in PROJECTIONS} for layer in self.layers],
             "provenance": self.provenance,
@@ -96,7 +96,7 @@ def parse_block(block: dict[str, Any], config: dict[str, Any], source: str) -> F
         found = f"{len(layers)} entries" if isinstance(layers, list) else repr(layers)
         raise CheckpointError(f"{source}: expected `layers` with {shape.num_layers} entries (num_hidden_layers), found {found}.")
     parsed = tuple(_parse_layer(layer, index, shape, source) for index, layer in enumerate(layers))
-    result = FormatBlock(parsed, shape, block.get("provenance") or {}, str(block.get("producer", "unknown")))
+    result = FormatBlock(parsed, shape, block.get("provenance") or {}, str(block.get("created_by", "unknown")))
     _check_ratio(block.get("removed_ratio"), result, source)
     return result
 

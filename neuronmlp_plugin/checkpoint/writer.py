@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint
+from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock
 from neuronmlp_plugin.errors import OutputError
 
@@ -82,7 +82,6 @@ def write_rest(folder: pathlib.Path, base: Checkpoint, block: FormatBlock) -> No
 
 def write_factor_file(path: pathlib.Path, block: FormatBlock, tensors: dict[str, torch.Tensor]) -> None:
     """Write the MLP tensors of the changed layers alone."""
-    assert path.name == FACTOR_FILE
     save_tensors(path, tensors, {QUANT_METHOD: json.dumps(block.to_json())})
 
 

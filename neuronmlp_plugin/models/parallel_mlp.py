@@ -23,6 +23,16 @@ def plain_linear(weight: torch.Tensor) -> Linear:
     return lambda x: F.linear(x, weight)
 
 
+def all_gather_together(parts: list[torch.Tensor], collectives: Collectives) -> list[torch.Tensor]:
+    """Each rank's `[..., n_i]` -> all ranks' `[..., tp n_i]` in rank order, for all parts in one collective."""
+    if collectives.size == 1 or not parts:
+        return parts
+    widths = [part.shape[-1] for part in parts]
+    joined = collectives.all_gather(torch.cat(parts, dim=-1))
+    by_rank = [chunk.split(widths, dim=-1) for chunk in joined.chunk(collectives.size, dim=-1)]
+    return [torch.cat(chunks, dim=-1) for chunks in zip(*by_rank, strict=True)]
+
+
 class GateUp:
     """Gate and up of one rank: x `[..., H]` -> `[..., 2 I_local]` (`gather`) or `[..., 2 I]` (`reduce`), gate first."""
 
@@ -58,16 +68,10 @@ class GateUp:
 
     def _gather(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         """The whole z of each low-rank projection, from one collective."""
-        tp = self.collectives.size
         low = [i for i, shard in enumerate(self.shards) if shard.second is not None]
-        if tp == 1 or not low:
-            return parts
-        joined = self.collectives.all_gather(torch.cat([parts[i] for i in low], dim=-1))
-        widths = [parts[i].shape[-1] for i in low]
-        by_rank = [chunk.split(widths, dim=-1) for chunk in joined.chunk(tp, dim=-1)]
         whole = list(parts)
-        for position, i in enumerate(low):
-            whole[i] = torch.cat([chunks[position] for chunks in by_rank], dim=-1)
+        for i, z in zip(low, all_gather_together([parts[i] for i in low], self.collectives), strict=True):
+            whole[i] = z
         return whole
 
     def _partial(self, index: int, z: torch.Tensor) -> torch.Tensor:

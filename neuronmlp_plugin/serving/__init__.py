@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 
 def register() -> None:
-    """Register with whatever serving stack is installed; silent where none is. Called by vLLM in each of its processes."""
+    """Register with whatever serving stack is installed; silent where none is. Called by vLLM in each of its processes, so idempotent."""
+    if importlib.util.find_spec("vllm") is not None:
+        import neuronmlp_plugin.serving.cpu.quantization  # noqa: F401  (importing it registers it, once)
+    from neuronmlp_plugin.serving import trainium
+
+    trainium.register()

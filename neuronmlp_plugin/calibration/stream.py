@@ -1,0 +1,79 @@
+"""Run a decoder one layer at a time, with one layer's weights in memory, straight from the checkpoint's files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from neuronmlp_plugin.checkpoint.loader import build_skeleton
+from neuronmlp_plugin.checkpoint.reader import Checkpoint
+from neuronmlp_plugin.errors import NonFiniteError
+
+
+class LayerStream:
+    """The layers of a dense checkpoint, loaded on demand in fp32 on the CPU.
+
+    Hidden states are `[windows, S, H]`; every window starts at position 0 and attention is causal.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.model = build_skeleton(checkpoint).eval().requires_grad_(False)
+        # Without a mask tensor sdpa takes its causal path; sliding windows are longer than any calibration window.
+        self.model.config._attn_implementation = "sdpa"
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.model.model.layers)
+
+    def load(self, index: int) -> nn.Module:
+        """Layer `index` with its weights; call `release` when done."""
+        layer = self.model.model.layers[index]
+        self._fill(layer, f"model.layers.{index}.")
+        return layer
+
+    def release(self, index: int) -> None:
+        self.model.model.layers[index].to_empty(device="meta")
+
+    def embed(self, windows: torch.Tensor) -> torch.Tensor:
+        """Token ids `[windows, S]` -> hidden states."""
+        return F.embedding(windows, self._tensor("model.embed_tokens.weight"))
+
+    def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """One layer over some windows."""
+        positions = torch.arange(hidden.shape[1])[None]
+        rotary = self.model.model.rotary_emb(hidden, positions)
+        output = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+        output = output[0] if isinstance(output, tuple) else output
+        if not bool(torch.isfinite(output.detach()).all()):
+            raise NonFiniteError(f"{self.checkpoint.folder}: expected finite activations, found NaN or Inf in the forward pass; check the weights.")
+        return output
+
+    def head(self) -> nn.Module:
+        """Final norm and output matrix: hidden states -> logits."""
+        norm = self.model.model.norm
+        self._fill(norm, "model.norm.")
+        return nn.Sequential(norm, _Output(self._tensor(self._head_name())))
+
+    def _head_name(self) -> str:
+        return "lm_head.weight" if "lm_head.weight" in self.checkpoint.shapes() else "model.embed_tokens.weight"
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        return self.checkpoint.tensor(name).float()
+
+    def _fill(self, module: nn.Module, prefix: str) -> None:
+        state: dict[str, Any] = {name: self._tensor(prefix + name) for name in module.state_dict()}
+        module.load_state_dict(state, assign=True)
+        module.requires_grad_(False)
+
+
+class _Output(nn.Module):
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden, self.weight)

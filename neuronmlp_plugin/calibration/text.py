@@ -1,0 +1,79 @@
+"""Text files in, equal windows of tokens out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import torch
+
+from neuronmlp_plugin.errors import CalibrationError
+
+
+def read_documents(path: str | pathlib.Path, tokenizer: Any) -> list[str]:
+    """Documents of a `.txt` file (one), or of a `.jsonl` file (one a line: `{"text": ...}` or `{"messages": [...]}`).
+
+    A chat is rendered with the tokenizer's own template. Raises CalibrationError for an unreadable file or line.
+    """
+    path = pathlib.Path(path)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{path}: expected a readable UTF-8 text or jsonl file, found: {error}.") from error
+    if path.suffix not in (".jsonl", ".json"):
+        return [content]
+    numbered = enumerate(content.splitlines(), start=1)
+    return [_document(line, f"{path}:{number}", tokenizer) for number, line in numbered if line.strip()]
+
+
+def _document(line: str, where: str, tokenizer: Any) -> str:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise CalibrationError(f"{where}: expected one JSON object a line, found: {error}.") from error
+    if isinstance(entry, dict) and isinstance(entry.get("text"), str):
+        return entry["text"]
+    if isinstance(entry, dict) and isinstance(entry.get("messages"), list):
+        if not getattr(tokenizer, "chat_template", None):
+            raise CalibrationError(f"{where}: expected a tokenizer with a chat template for `messages`, found none; use `text` lines.")
+        return str(tokenizer.apply_chat_template(entry["messages"], tokenize=False))
+    raise CalibrationError(f"{where}: expected a `text` string or a `messages` list, found {sorted(entry) if isinstance(entry, dict) else entry!r}.")
+
+
+def token_windows(documents: list[str], tokenizer: Any, length: int) -> torch.Tensor:
+    """`[windows, length]` token ids: the documents end to end, cut into windows that each begin as the tokenizer begins a text (BOS).
+
+    The tail that fills no window is dropped. Raises CalibrationError where not even one window is filled.
+    """
+    prefix = bos_prefix(tokenizer)
+    ids: list[int] = []
+    for document in documents:
+        ids += tokenizer(document, add_special_tokens=False)["input_ids"]
+    step = length - len(prefix)
+    windows = [prefix + ids[start : start + step] for start in range(0, len(ids) - step + 1, step)]
+    if not windows:
+        raise CalibrationError(f"text: expected at least {step} tokens for one window, found {len(ids)}; give more text or a smaller --window.")
+    return torch.tensor(windows, dtype=torch.long)
+
+
+def spread(windows: torch.Tensor, count: int) -> torch.Tensor:
+    """At most `count` of the windows (at least one), evenly spread over the text."""
+    count = min(max(1, count), len(windows))
+    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
+
+
+def bos_prefix(tokenizer: Any) -> list[int]:
+    """The special tokens that the tokenizer itself puts in front of a text (often one BOS, or nothing)."""
+    with_special = tokenizer("a")["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    for start in range(len(with_special) - len(plain) + 1):
+        if with_special[start : start + len(plain)] == plain:
+            return list(with_special[:start])
+    return []
+
+
+def windows_digest(windows: torch.Tensor) -> str:
+    """A short name for exactly these tokens."""
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,46 @@
+"""`neuronmlp`: compress a model, look at it, judge it, measure it, and find out why it is slow or off."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from neuronmlp_plugin import __version__
+from neuronmlp_plugin.errors import NeuronMLPError
+
+COMMANDS = {
+    "compress": "make a low-rank checkpoint of a Hugging Face folder",
+    "inspect": "what a checkpoint holds: forms, ranks and bytes per layer",
+    "evaluate": "perplexity, KL divergence and agreement of a checkpoint against its dense model",
+    "convert": "turn published *_v_proj / *_u_proj factors (SVD-LLM, NeuronMM) into a neuronmlp checkpoint",
+    "bench": "measure decode throughput of checkpoints in vLLM, side by side",
+    "doctor": "find out why the fast path does not run here",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="neuronmlp", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"neuronmlp {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        module = importlib.import_module(f"neuronmlp_plugin.commands.{name}")
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; an error that is the user's to mend becomes one line and exit code 2."""
+    args = build_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except NeuronMLPError as error:
+        print(f"neuronmlp {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""`neuronmlp compress`: options onto one frozen Settings, the plan printed, then the run."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+from typing import Any
+
+from neuronmlp_plugin.compressor.settings import ALLOCATIONS, DTYPES, FORMS, METHODS, Settings
+from neuronmlp_plugin.errors import UsageError
+
+_DEFAULTS = {field: Settings.__dataclass_fields__[field].default for field in Settings.__dataclass_fields__}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=pathlib.Path, help="local Hugging Face folder (Llama, Qwen2, Qwen3 or Mistral)")
+    parser.add_argument("--out", type=pathlib.Path, help="folder to write; must not exist yet")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--remove", type=float, metavar="SHARE", help="share of the MLP parameters to take away (0.20: a fifth)")
+    size.add_argument("--keep", type=float, metavar="SHARE", help="the same, as the share that stays")
+    parser.add_argument("--text", type=pathlib.Path, help="calibration text: .txt, or .jsonl with `text` or `messages` a line")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--quiet", action="store_true", help="no plan, no progress bars")
+    method = parser.add_argument_group("method")
+    method.add_argument("--form", choices=FORMS, default=_DEFAULTS["form"], help="compact (default): pivoted, no break-even rank; uv: the paper's")
+    method.add_argument("--method", choices=METHODS, default=_DEFAULTS["method"], help="two-sided (default) or a baseline: whitened (SVD-LLM), plain (SVD)")
+    method.add_argument("--allocation", choices=ALLOCATIONS, help="global (default for two-sided): ranks across all matrices; uniform: the same share")
+    method.add_argument("--rank-multiple", type=int, default=_DEFAULTS["rank_multiple"], help="ranks are multiples of this (default %(default)s; the paper: 128)")
+    method.add_argument("--dtype", choices=DTYPES, default=_DEFAULTS["dtype"], help="of the factors (default: the model's)")
+    text = parser.add_argument_group("calibration")
+    text.add_argument("--tokens", type=int, default=_DEFAULTS["tokens"], help="tokens for the input statistics (default %(default)s)")
+    text.add_argument("--metric-tokens", type=int, default=_DEFAULTS["metric_tokens"], help="of which the backward pass sees (default %(default)s)")
+    text.add_argument("--judge-tokens", type=int, default=_DEFAULTS["judge_tokens"], help="kept apart to report quality (default %(default)s)")
+    text.add_argument("--window", type=int, default=_DEFAULTS["window"], help="tokens per window (default %(default)s)")
+    text.add_argument("--seed", type=int, default=_DEFAULTS["seed"], help="which windows are drawn where there are more than needed")
+    parser.add_argument("--factors-only", action="store_true", help="write neuronmlp/factors.safetensors beside the dense weights instead of a folder")
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """Raises UsageError for combinations that cannot work."""
+    if args.out is None and not args.factors_only:
+        raise UsageError("--out: expected a folder to write, found none; name one, or use --factors-only to write beside the model.")
+    known = {name: getattr(args, name) for name in Settings.__dataclass_fields__ if hasattr(args, name)}
+    known["out"] = args.out if args.out is not None else args.model
+    known["remove"] = args.remove if args.remove is not None else 1.0 - args.keep
+    known["allocation"] = args.allocation or ("global" if args.method == "two-sided" else "uniform")
+    return Settings(**known)
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from neuronmlp_plugin.compressor.plan import make_plan
+    from neuronmlp_plugin.compressor.progress import ProgressBars
+    from neuronmlp_plugin.compressor.run import compress
+
+    console = Console(quiet=args.quiet, highlight=False)
+    plan = make_plan(settings_of(args))
+    _print_rows(console, plan.rows())
+    if args.dry_run:
+        return 0
+    report = compress(plan, ProgressBars(console, quiet=args.quiet))
+    _print_rows(console, summary_rows(report, plan.target))
+    return 0
+
+
+def _print_rows(console: Any, rows: list[tuple[str, str]]) -> None:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    for label, value in rows:
+        table.add_row(f"[bold]{label}[/bold]", value)
+    console.print(table)
+
+
+def summary_rows(report: dict[str, Any], target: pathlib.Path) -> list[tuple[str, str]]:
+    """What was reached, in a few lines."""
+    forms = [row["form"] for row in report["matrices"]]
+    rows = [
+        ("removed", f"{report['block']['removed_ratio']:.2%} of the MLP parameters"),
+        ("forms", ", ".join(f"{forms.count(form)} {form}" for form in ("dense", *FORMS) if form in forms)),
+    ]
+    quality = report["quality"]
+    if quality:
+        rows += [
+            ("perplexity", f"{quality['candidate_perplexity']:.2f} against {quality['reference_perplexity']:.2f} dense (x {quality['perplexity_ratio']:.3f})"),
+            ("agreement", f"{quality['top1_agreement']:.1%} of the top tokens; KL {quality['kl_divergence']:.4f} nats a token"),
+        ]
+    rows += [("note", note) for note in report["notes"]]
+    return [*rows, ("written", f"{target}; look at neuronmlp_ranks.png, neuronmlp_errors.png, neuronmlp_loss.png there")]

@@ -1,0 +1,46 @@
+"""`neuronmlp inspect`: headers only, no weights are read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=pathlib.Path, help="a checkpoint folder, or a dense folder with a factor file in it")
+    parser.add_argument("--json", action="store_true", help="print the block as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, FactorFile
+    from neuronmlp_plugin.errors import CheckpointError
+
+    checkpoint = Checkpoint(args.model)
+    block = checkpoint.block
+    if block is None and (args.model / FACTOR_FILE).is_file():
+        block = FactorFile(args.model / FACTOR_FILE, checkpoint.config).block
+    if block is None:
+        raise CheckpointError(f"{args.model}: expected a neuronmlp checkpoint or a factor file, found a dense model; compress it first.")
+    if args.json:
+        print(json.dumps(block.to_json(), indent=2))
+    else:
+        _print_table(block)
+    return 0
+
+
+def _print_table(block) -> None:  # type: ignore[no-untyped-def]
+    from rich.console import Console
+    from rich.table import Table
+
+    from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, parameter_count
+
+    dense = sum(parameter_count(name, DENSE, block.shape) for name in PROJECTIONS)
+    table = Table(title=f"{block.removed_ratio:.2%} of the MLP parameters removed ({block.created_by})")
+    for column in ("layer", *PROJECTIONS, "kept"):
+        table.add_column(column, justify="right")
+    for index, layer in enumerate(block.layers):
+        kept = sum(parameter_count(name, spec, block.shape) for name, spec in layer.items())
+        cells = [spec.form if spec.rank is None else f"{spec.form} {spec.rank}" for spec in (layer[name] for name in PROJECTIONS)]
+        table.add_row(str(index), *cells, f"{kept / dense:.1%}")
+    Console().print(table)

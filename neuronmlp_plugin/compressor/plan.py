@@ -1,0 +1,164 @@
+"""Decide everything before anything is computed, in a form that can be printed and compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import torch
+
+from neuronmlp_plugin.calibration.text import read_documents, token_windows, windows_digest
+from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, check_names
+from neuronmlp_plugin.checkpoint.schema import FormatBlock, mlp_shape
+from neuronmlp_plugin.compressor.settings import Settings
+from neuronmlp_plugin.errors import CalibrationError, CheckpointError, OutputError
+from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, MLPShape
+
+_FP32 = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checked compression: the opened model, its token windows, and what the run will need."""
+
+    settings: Settings
+    base: Checkpoint
+    shape: MLPShape
+    calibration: torch.Tensor  # [windows, S]
+    judge: torch.Tensor  # [windows, S], disjoint from `calibration`; may be empty
+    metric_windows: int
+
+    @property
+    def target(self) -> pathlib.Path:
+        """The folder that must not exist yet: the checkpoint, or the factor file's own inside `out`."""
+        return self.settings.out / FACTOR_FILE.parent if self.settings.factors_only else self.settings.out
+
+    @property
+    def work(self) -> pathlib.Path:
+        """Where an unfinished run keeps what it has."""
+        return self.settings.out.parent / f"{self.settings.out.name}.partial"
+
+    @property
+    def mlp_parameters(self) -> int:
+        h, i, layers = self.shape.hidden_size, self.shape.intermediate_size, self.shape.num_layers
+        return 3 * h * i * layers
+
+    @property
+    def memory_bytes(self) -> int:
+        """A rough peak: hidden states, one layer with its statistics and decompositions, the metrics, an output matrix."""
+        h, i = self.shape.hidden_size, self.shape.intermediate_size
+        hidden = self.calibration.numel() * h * _FP32
+        inputs = self.metric_windows * self.calibration.shape[-1] * h * _FP32 * (self.shape.num_layers + 1)
+        layer = 3 * h * i * _FP32 + 8 * (i * i + h * h) * 3 + 8 * (h + i) * h * 3
+        return max(hidden, inputs) + layer + 8 * h * h * self.shape.num_layers
+
+    @property
+    def disk_bytes(self) -> int:
+        """Room for the decompositions (fp32), the hidden states and the result."""
+        h, i = self.shape.hidden_size, self.shape.intermediate_size
+        decompositions = self.shape.num_layers * 3 * (h + i) * min(h, i) * _FP32
+        model = sum(path.stat().st_size for path in self.base.folder.glob("*.safetensors"))
+        return decompositions + self.calibration.numel() * h * _FP32 + model
+
+    def fingerprint(self) -> str:
+        """Changes with anything that changes the result: an unfinished run is resumed only under the same one."""
+        known = {**self.settings.to_json(), "config": self.base.config, "digest": base_digest(self.base)}
+        known["text"] = [windows_digest(self.calibration), windows_digest(self.judge)]
+        known["written"] = [path.stat().st_mtime_ns for path in sorted(self.base.folder.glob("*.safetensors"))]
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What `--dry-run` prints."""
+        s, shape = self.settings, self.shape
+        return [
+            ("model", f"{self.base.folder}  ({self.base.config['architectures'][0]})"),
+            ("MLPs", f"{shape.num_layers} layers, H {shape.hidden_size}, I {shape.intermediate_size}, {self.mlp_parameters / 1e6:.1f} M parameters"),
+            ("take away", f"{s.remove:.1%} of them: {s.remove * self.mlp_parameters / 1e6:.1f} M"),
+            ("method", f"{s.method}, allocation {s.allocation}, form {s.form}, rank multiple {s.rank_multiple}"),
+            ("calibration", f"{self.calibration.numel():,} tokens in {len(self.calibration)} windows; backward pass on {self.metric_windows}"),
+            ("judged on", f"{self.judge.numel():,} tokens that are not calibrated on"),
+            ("memory", f"about {self.memory_bytes / 2**30:.1f} GiB"),
+            ("disk", f"about {self.disk_bytes / 2**30:.1f} GiB while it runs"),
+            ("output", str(self.target)),
+        ]
+
+
+def base_digest(base: Checkpoint) -> str:
+    """A name for the dense weights: config, tensor names and shapes, and file sizes (not their contents: those are gigabytes)."""
+    sizes = [(path.name, path.stat().st_size) for path in sorted(base.folder.glob("*.safetensors"))]
+    text = json.dumps([base.config, sorted((n, list(s)) for n, s in base.shapes().items()), sizes], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def make_plan(settings: Settings) -> Plan:
+    """Open and check everything that a run will touch. Raises the errors of the parts, each naming its file."""
+    base = Checkpoint(settings.model)
+    if base.block is not None:
+        raise CheckpointError(f"{settings.model}: expected a dense model, found one that is factored already; compress the original.")
+    shape = mlp_shape(base.config, str(settings.model / "config.json"))
+    _check_dense(base, shape)
+    calibration, judge = _windows(settings, shape)
+    metric_windows = min(max(1, settings.metric_tokens // settings.window), len(calibration)) if settings.method == "two-sided" else 0
+    plan = Plan(settings, base, shape, calibration, judge, metric_windows)
+    if plan.target.exists():
+        raise OutputError(f"{plan.target}: expected a path that does not exist yet, found one; choose another --out or remove it.")
+    _check_room(plan)
+    return plan
+
+
+def _check_dense(base: Checkpoint, shape: MLPShape) -> None:
+    layers = tuple({name: DENSE for name in PROJECTIONS} for _ in range(shape.num_layers))
+    check_names(FormatBlock(layers, shape).expected_tensors(), base.shapes(), str(base.folder))
+
+
+def _windows(settings: Settings, shape: MLPShape) -> tuple[torch.Tensor, torch.Tensor]:
+    empty = torch.zeros(0, settings.window, dtype=torch.long)
+    if settings.text is None:
+        return empty, empty
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
+    windows = token_windows(read_documents(settings.text, tokenizer), tokenizer, settings.window)
+    judged = min(settings.judge_tokens // settings.window, len(windows) // 8)
+    pool, judge = windows[: len(windows) - judged], windows[len(windows) - judged :]
+    wanted = min(max(1, settings.tokens // settings.window), len(pool))
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(settings.seed))[:wanted]
+    calibration = pool[order.sort().values]
+    if settings.method != "plain":
+        _check_enough(settings, shape, calibration.numel())
+    return calibration, judge
+
+
+def _check_enough(settings: Settings, shape: MLPShape, found: int) -> None:
+    """Fewer tokens than twice the wider side leave the input moment singular in many directions, and the fit goes wild there."""
+    needed = 2 * max(shape.hidden_size, shape.intermediate_size)
+    if found < needed:
+        raise CalibrationError(
+            f"{settings.text}: expected at least {needed:,} calibration tokens (twice the intermediate size), found {found:,}; "
+            "give more text or raise --tokens."
+        )
+
+
+def _check_room(plan: Plan) -> None:
+    parent = plan.settings.out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < plan.disk_bytes:
+        raise OutputError(
+            f"{parent}: expected {plan.disk_bytes / 2**30:.1f} GiB of free disk, found {free / 2**30:.1f} GiB; free some or choose another --out."
+        )
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON, for the report and the checkpoint's provenance."""
+    return {
+        **plan.settings.to_json(),
+        "calibration_tokens": plan.calibration.numel(),
+        "calibration_digest": windows_digest(plan.calibration),
+        "base_digest": base_digest(plan.base),
+    }

@@ -1,0 +1,62 @@
+"""What a user may choose about a compression, checked once."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from neuronmlp_plugin.errors import UsageError
+
+METHODS = ("two-sided", "whitened", "plain")
+FORMS = ("compact", "uv")
+ALLOCATIONS = ("global", "uniform")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One compression. `model` and `text` are local paths; everything but `out` decides the bytes of the result."""
+
+    model: pathlib.Path
+    out: pathlib.Path
+    text: pathlib.Path | None  # calibration text (.txt or .jsonl); `plain` needs none
+    remove: float  # share of the parameters of all gate, up and down matrices to take away
+    form: str = "compact"
+    method: str = "two-sided"  # input moment and output metric | input moment alone (SVD-LLM) | neither (plain SVD)
+    allocation: str = "global"  # ranks chosen across all matrices, with a dense option | the same share of each
+    rank_multiple: int = 16
+    dtype: str = "auto"  # of the factors; auto keeps the model's
+    window: int = 1024  # tokens per calibration window
+    tokens: int = 98304  # calibration tokens for the input moments
+    metric_tokens: int = 16384  # of which the backward pass sees this many
+    judge_tokens: int = 8192  # taken from the end of the text, never calibrated on, to report quality
+    factors_only: bool = False  # write a factor file for the dense folder instead of a folder
+    seed: int = 0  # which windows are drawn when the text has more than needed
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.remove < 1.0:
+            raise UsageError(f"--remove: expected a share between 0 and 1 (0.20 takes a fifth away), found {self.remove}.")
+        for name, value, allowed in (
+            ("form", self.form, FORMS),
+            ("method", self.method, METHODS),
+            ("allocation", self.allocation, ALLOCATIONS),
+            ("dtype", self.dtype, DTYPES),
+        ):
+            if value not in allowed:
+                raise UsageError(f"--{name}: expected one of {', '.join(allowed)}, found {value!r}.")
+        for name in ("rank_multiple", "window", "tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')}: expected a positive number, found {getattr(self, name)}.")
+        if self.text is None and self.method != "plain":
+            raise UsageError(f"--text: expected calibration text for --method {self.method}, found none; name a .txt or .jsonl file.")
+        if self.method != "two-sided" and self.allocation == "global":
+            raise UsageError(
+                f"--method {self.method}: expected --allocation uniform, found global; without the output metric the losses of "
+                "different layers cannot be compared (it does worse than uniform)."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that decides the result, as JSON."""
+        values = dataclasses.asdict(self)
+        return {key: str(value) if isinstance(value, pathlib.Path) else value for key, value in values.items() if key != "out"}

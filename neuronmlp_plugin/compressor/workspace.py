@@ -1,0 +1,48 @@
+"""The folder of an unfinished run: what is done, and whether this run may go on from it."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+
+import torch
+
+from neuronmlp_plugin.checkpoint.reader import open_safetensors
+from neuronmlp_plugin.checkpoint.writer import save_json, save_tensors, told_when_disk_is_full
+from neuronmlp_plugin.errors import OutputError
+
+
+class Workspace:
+    """`path` holds results of finished stages as safetensors, `result/` the output under construction.
+
+    Every file is written whole or not at all, so a stage is finished exactly when its file is there.
+    """
+
+    def __init__(self, path: pathlib.Path, fingerprint: str) -> None:
+        self.path, self.result = path, path / "result"
+        known = path / "plan.json"
+        if known.is_file() and json.loads(known.read_text())["fingerprint"] != fingerprint:
+            raise OutputError(f"{path}: expected the unfinished run of these same settings, found another's; remove that folder to start anew.")
+        with told_when_disk_is_full(path):
+            self.result.mkdir(parents=True, exist_ok=True)
+        save_json(known, {"fingerprint": fingerprint})
+
+    def has(self, name: str) -> bool:
+        return (self.path / f"{name}.safetensors").is_file()
+
+    def save(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        save_tensors(self.path / f"{name}.safetensors", tensors)
+
+    def load(self, name: str) -> dict[str, torch.Tensor]:
+        with open_safetensors(self.path / f"{name}.safetensors") as handle:
+            return {key: handle.get_tensor(key) for key in handle.keys()}
+
+    def drop(self, name: str) -> None:
+        (self.path / f"{name}.safetensors").unlink(missing_ok=True)
+
+    def finish(self, target: pathlib.Path) -> None:
+        """Move the result into place, in one rename, and forget the rest."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.result.rename(target)
+        shutil.rmtree(self.path)

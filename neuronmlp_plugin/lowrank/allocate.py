@@ -1,0 +1,129 @@
+"""Where to spend a byte budget: a rank for every matrix, or leave it dense.
+
+Each matrix has a curve loss(k) (comparable across matrices, because of the output metric) and a cost(k) in parameters; a dense matrix
+costs in * out and loses nothing. Minimising the summed loss under a summed cost is a knapsack: Lagrange's mu is found by bisection, and
+what is left of the budget is filled greedily by the upgrade with the most loss saved per parameter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from neuronmlp_plugin.errors import UsageError
+
+FORMS = ("uv", "compact")
+# Below this share of the break-even rank the summed loss stops predicting: errors of one matrix get too large to be additive.
+MIN_RANK_SHARE = 0.35
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """What one matrix offers: `tail[k]` is the loss of rank k (`[min(out, in) + 1]`)."""
+
+    out_features: int
+    in_features: int
+    tail: np.ndarray
+
+    @property
+    def dense_cost(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """Choices of one matrix in order of rising cost; rank 0 stands for dense."""
+
+    ranks: np.ndarray
+    costs: np.ndarray
+    losses: np.ndarray
+
+
+def cost(rank: int, in_features: int, out_features: int, form: str) -> int:
+    """Parameters of a rank in a form."""
+    return rank * (in_features + out_features - (rank if form == "compact" else 0))
+
+
+def rank_for_share(keep: float, in_features: int, out_features: int, form: str) -> float:
+    """The (real-valued) rank at which a form costs `keep` times the dense matrix."""
+    total, target = in_features + out_features, keep * in_features * out_features
+    if form == "uv":
+        return target / total
+    return (total - math.sqrt(max(total * total - 4 * target, 0.0))) / 2
+
+
+def uniform_ranks(curves: Sequence[Curve], keep: float, form: str, multiple: int) -> list[int]:
+    """The same share of every matrix, rounded down to a multiple (never below one): the published baseline."""
+    ranks = [rank_for_share(keep, c.in_features, c.out_features, form) for c in curves]
+    return [max(multiple, int(rank / multiple + 1e-9) * multiple) for rank in ranks]
+
+
+def allocate(curves: Sequence[Curve], keep: float, form: str, multiple: int) -> list[int | None]:
+    """A rank for each matrix (None: dense) with the least summed loss whose cost is at most `keep` of the dense cost.
+
+    Raises UsageError where no choice is cheap enough, or where the multiple is too coarse to come within 0.5 % of the budget.
+    """
+    options = [_options(curve, form, multiple) for curve in curves]
+    dense_cost = sum(curve.dense_cost for curve in curves)
+    budget = int(keep * dense_cost)
+    least = sum(int(o.costs[0]) for o in options)
+    if least > budget:
+        raise UsageError(
+            f"--remove {1 - keep:.2f}: expected at most {1 - least / dense_cost:.2f} of the MLP parameters at rank multiple {multiple}, "
+            f"form {form}; ask for less, or for a smaller --rank-multiple."
+        )
+    picks = _fill(options, _pick(options, _bisect(options, budget)), budget)
+    spent = sum(int(o.costs[p]) for o, p in zip(options, picks, strict=True))
+    if budget - spent > 0.005 * dense_cost:
+        raise UsageError(
+            f"--rank-multiple {multiple}: expected to keep {keep:.4f} of the MLP parameters within 0.5 %, found "
+            f"{spent / dense_cost:.4f} at best; choose a smaller multiple."
+        )
+    return [int(o.ranks[p]) or None for o, p in zip(options, picks, strict=True)]
+
+
+def _options(curve: Curve, form: str, multiple: int) -> _Options:
+    m, n = curve.out_features, curve.in_features
+    least = max(1, math.ceil(MIN_RANK_SHARE * m * n / (m + n) / multiple)) * multiple
+    ranks = [k for k in range(least, min(m, n), multiple) if cost(k, n, m, form) < m * n]
+    costs = [cost(k, n, m, form) for k in ranks] + [m * n]
+    losses = [float(curve.tail[k]) for k in ranks] + [0.0]
+    return _Options(np.array([*ranks, 0]), np.array(costs), np.array(losses))
+
+
+def _pick(options: Sequence[_Options], mu: float) -> list[int]:
+    return [int(np.argmin(o.losses + mu * o.costs)) for o in options]
+
+
+def _spent(options: Sequence[_Options], picks: Sequence[int]) -> int:
+    return sum(int(o.costs[p]) for o, p in zip(options, picks, strict=True))
+
+
+def _bisect(options: Sequence[_Options], budget: int) -> float:
+    """The smallest price per parameter at which the picks fit the budget."""
+    low, high = 0.0, 1e-30
+    while _spent(options, _pick(options, high)) > budget:
+        high *= 4.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _spent(options, _pick(options, middle)) > budget else (low, middle)
+    return high
+
+
+def _fill(options: Sequence[_Options], picks: list[int], budget: int) -> list[int]:
+    """Spend what is left: again and again the affordable upgrade that saves the most loss per parameter."""
+    picks, room = list(picks), budget - _spent(options, picks)
+    while True:
+        best: tuple[float, int, int] | None = None
+        for i, (o, p) in enumerate(zip(options, picks, strict=True)):
+            extra, saved = o.costs[p + 1 :] - o.costs[p], o.losses[p] - o.losses[p + 1 :]
+            worth = np.where((extra <= room) & (extra > 0), saved / np.maximum(extra, 1), -np.inf)
+            if len(worth) and (best is None or worth.max() > best[0]):
+                best = (float(worth.max()), i, p + 1 + int(worth.argmax()))
+        if best is None or best[0] <= 0.0:
+            return picks
+        room -= int(options[best[1]].costs[best[2]] - options[best[1]].costs[picks[best[1]]])
+        picks[best[1]] = best[2]

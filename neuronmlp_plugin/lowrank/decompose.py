@@ -1,0 +1,116 @@
+"""The best rank-k stand-in for a weight, for every k at once.
+
+With W `[out, in]` (y = W x), input moment C = E[x x^T] and output metric G, the loss of W' is
+
+    || G^1/2 (W - W') C^1/2 ||_F^2  =  E || G^1/2 (W - W') x ||^2,
+
+whose minimum over rank-k matrices is the truncated SVD of G^1/2 W C^1/2 (Eckart-Young), mapped back. G = I gives the whitening of
+SVD-LLM (2403.07378), G = C = I plain SVD; the two-sided form is that of GFWSVD / KFAC-SVD (facts: shared svd.md, S1-S2).
+
+Nothing is inverted that can be singular: with in >= out only the small side G^1/2 W C W^T G^1/2 is formed, and C enters as a product;
+with in < out C gets a relative ridge, below which input directions carry no energy anyway.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from neuronmlp_plugin.errors import NonFiniteError
+
+# Share of the mean diagonal that is added to C or G before a square root is inverted; relative, so that scale does not matter.
+RIDGE = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Decomposition:
+    """W as a sum of min(out, in) rank-one terms in order of worth; any prefix is the best factorisation of its rank.
+
+    `left [out, r]`, `right [r, in]`, `energy [r]` (fp64, descending): the loss of dropping term j is `energy[j]`.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    energy: torch.Tensor
+
+    def tail(self) -> torch.Tensor:
+        """`tail[k]`: loss of keeping the first k terms, for k = 0 ... r (`[r + 1]`, fp64)."""
+        flipped = torch.cumsum(self.energy.flip(0), 0).flip(0)
+        return torch.cat((flipped, flipped.new_zeros(1)))
+
+    def truncate(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(first [rank, in], second [out, rank])` with W' = second first, term by term of equal norm (fp16 could overflow else)."""
+        second, first = self.left[:, :rank], self.right[:rank]
+        scale = (first.norm(dim=1) / second.norm(dim=0).clamp_min(1e-30)).sqrt().clamp_min(1e-30)
+        return first / scale[:, None], second * scale
+
+
+def decompose(weight: torch.Tensor, moment: torch.Tensor | None = None, metric: torch.Tensor | None = None) -> Decomposition:
+    """Decompose W `[out, in]` under C = `moment [in, in]` and G = `metric` (`[out]` diagonal or `[out, out]`); None is the identity.
+
+    fp64 throughout. Raises NonFiniteError for NaN or Inf in any input.
+    """
+    for what, tensor in (("weight", weight), ("input moment", moment), ("output metric", metric)):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(f"{what}: expected finite values, found NaN or Inf; the model or its statistics are damaged.")
+    w = weight.double()
+    root, inverse_root = _metric_roots(metric, w)
+    return _from_outputs(w, moment, root, inverse_root) if w.shape[0] <= w.shape[1] else _from_inputs(w, moment, root)
+
+
+def _from_outputs(w: torch.Tensor, moment: torch.Tensor | None, root: torch.Tensor, inverse_root: torch.Tensor) -> Decomposition:
+    """in >= out: eigenvectors of (G^1/2 W) C (G^1/2 W)^T `[out, out]`."""
+    scaled = _apply(root, w)
+    energy, vectors = _descending_eigh(scaled @ (scaled.T if moment is None else moment.double() @ scaled.T))
+    return Decomposition(_apply(inverse_root, vectors), vectors.T @ scaled, energy)
+
+
+def _from_inputs(w: torch.Tensor, moment: torch.Tensor | None, root: torch.Tensor) -> Decomposition:
+    """in < out: with C = S S^T, eigenvectors of S^T W^T G W S `[in, in]`."""
+    if moment is None:
+        mapped, back = w, torch.eye(w.shape[1], dtype=w.dtype)
+    else:
+        values, vectors = torch.linalg.eigh(_ridged(moment.double()))
+        spread = values.clamp_min(float(values[-1]) * 1e-14).sqrt()
+        mapped, back = w @ (vectors * spread), (vectors / spread).T
+    scaled = _apply(root, mapped)
+    energy, basis = _descending_eigh(scaled.T @ scaled)
+    return Decomposition(mapped @ basis, basis.T @ back, energy)
+
+
+def _metric_roots(metric: torch.Tensor | None, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """G^1/2 and G^-1/2, each `[out]` or `[out, out]`."""
+    if metric is None:
+        one = torch.ones(w.shape[0], dtype=w.dtype)
+        return one, one
+    g = metric.double()
+    if g.ndim == 1:
+        root = (g + RIDGE * g.mean()).sqrt()
+        return root, 1.0 / root
+    values, vectors = torch.linalg.eigh(_ridged(g))
+    root = values.clamp_min(float(values[-1]) * 1e-14).sqrt()
+    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+
+
+def _ridged(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix + RIDGE * matrix.diagonal().mean().clamp_min(1e-30) * torch.eye(matrix.shape[0], dtype=matrix.dtype)
+
+
+def _apply(root: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    return root[:, None] * matrix if root.ndim == 1 else root @ matrix
+
+
+def _descending_eigh(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values, vectors = torch.linalg.eigh((symmetric + symmetric.T) / 2)
+    return values.flip(0).clamp_min(0.0), vectors.flip(1)
+
+
+def metric_norm(outputs: torch.Tensor, metric: torch.Tensor | None) -> float:
+    """|| outputs G^1/2 ||_F of rows `[n, out]`; None is the identity."""
+    y = outputs.double()
+    if metric is None:
+        return float(y.norm())
+    g = metric.double()
+    squared = (y.square() * g).sum() if g.ndim == 1 else (y @ g * y).sum()
+    return float(squared.clamp_min(0.0).sqrt())

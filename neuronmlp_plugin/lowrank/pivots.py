@@ -1,0 +1,108 @@
+"""The compact form: R channels of a rank-R matrix stand for all, and one order of the channels serves a whole MLP.
+
+Lossless and cheaper at every R (PIFA, 2501.19090): R (in + out - R) numbers instead of R (in + out). What can go wrong is conditioning:
+c = rest pivots^-1 must stay small, or bf16 rounding of c swamps the result (32 % without pivoting, 0.3-1 % with it: shared svd.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+# How many candidate channels are looked at closely per round, and how many of them may be taken in it.
+CANDIDATES, ROUND = 192, 48
+
+
+class _Basis:
+    """An orthonormal basis `[I, R]` whose rows are being chosen: QR with row pivoting, kept as a pivoted Cholesky of Q Q^T.
+
+    `left[i]` is what remains of row i's squared norm after the chosen rows are projected out; it only ever shrinks.
+    """
+
+    def __init__(self, basis: torch.Tensor) -> None:
+        self.q = torch.linalg.qr(basis.double()).Q
+        self.rank = basis.shape[1]
+        self.factor = torch.zeros(basis.shape[0], self.rank, dtype=torch.float64)
+        self.left = self.q.square().sum(1)
+        self.taken = 0
+
+    def gram(self, rows: torch.Tensor) -> torch.Tensor:
+        """Inner products of the remains of some rows."""
+        q, done = self.q[rows], self.factor[rows, : self.taken]
+        return q @ q.T - done @ done.T
+
+    def take(self, rows: torch.Tensor) -> None:
+        """Project the (independent) `rows` out of all others."""
+        rows = rows[: self.rank - self.taken]
+        if not len(rows):
+            return
+        triangle = torch.linalg.cholesky(self.gram(rows))
+        done = self.factor[:, : self.taken]
+        against = self.q @ self.q[rows].T - done @ done[rows].T
+        columns = torch.linalg.solve_triangular(triangle, against.T, upper=False).T
+        self.factor[:, self.taken : self.taken + len(rows)] = columns
+        self.left = (self.left - columns.square().sum(1)).clamp_min(0.0)
+        self.taken += len(rows)
+
+
+def common_order(bases: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One permutation of I channels whose first R_i entries are good pivots for each basis i (`[I, R_i]`, any spanning columns).
+
+    Greedy: each step takes the channel with the largest sum of log residual norms over the bases that still need pivots, so with
+    different ranks the sets are nested. Steps are batched: within a round a candidate is taken only while its score beats what every
+    channel outside the candidates had at the start of the round, which bounds what it has now: the result is the unbatched greedy's.
+    """
+    active = [_Basis(basis) for basis in bases]
+    size = bases[0].shape[0]
+    chosen: list[int] = []
+    free = torch.ones(size, dtype=torch.bool)
+    while any(b.taken < b.rank for b in active):
+        needy = [b for b in active if b.taken < b.rank]
+        scores = _score([b.left for b in needy]).masked_fill(~free, -torch.inf)
+        best = torch.topk(scores, min(CANDIDATES + 1, int(free.sum())))
+        candidates = best.indices[:CANDIDATES]
+        bound = float(best.values[-1]) if len(best.values) > CANDIDATES else -torch.inf
+        steps = min([ROUND] + [b.rank - b.taken for b in needy])
+        rows = candidates[_greedy_among([b.gram(candidates) for b in needy], bound, steps)]
+        for basis in needy:
+            basis.take(rows)
+        chosen += rows.tolist()
+        free[rows] = False
+    return torch.cat((torch.tensor(chosen, dtype=torch.long), free.nonzero()[:, 0]))
+
+
+def _score(lefts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([left.clamp_min(1e-300).log() for left in lefts]).sum(0)
+
+
+def _greedy_among(grams: list[torch.Tensor], bound: float, steps: int) -> torch.Tensor:
+    """Positions, in order, of the greedy's choices among a few candidates; at least one, at most `steps`."""
+    chosen: list[int] = []
+    grams = [gram.clone() for gram in grams]
+    open_ = torch.ones(grams[0].shape[0], dtype=torch.bool)
+    while len(chosen) < steps and bool(open_.any()):
+        scores = _score([gram.diagonal() for gram in grams]).masked_fill(~open_, -torch.inf)
+        best = int(scores.argmax())
+        if chosen and float(scores[best]) < bound:
+            break
+        for gram in grams:
+            column = gram[:, best] / gram[best, best].clamp_min(1e-300).sqrt()
+            gram -= torch.outer(column, column)
+        chosen.append(best)
+        open_[best] = False
+    return torch.tensor(chosen, dtype=torch.long)
+
+
+def pivot_outputs(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(u [R, in], c [out - R, R])` of second `[out, R]` first `[R, in]`, whose first R outputs become z; fp64 inside."""
+    rank = first.shape[0]
+    pivots, rest = second[:rank].double(), second[rank:].double()
+    return pivots @ first.double(), torch.linalg.solve(pivots, rest, left=False)
+
+
+def pivot_inputs(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(c [R, in - R], v [out, R])` of second `[out, R]` first `[R, in]`, whose first R inputs pass into z as they are; fp64 inside."""
+    rank = first.shape[0]
+    pivots, rest = first[:, :rank].double(), first[:, rank:].double()
+    return torch.linalg.solve(pivots, rest), second.double() @ pivots

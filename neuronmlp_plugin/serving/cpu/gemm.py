@@ -1,0 +1,23 @@
+"""One product `x weight^T`, packed the way vLLM packs its own dense layers on this platform."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from vllm.platforms import current_platform
+
+from neuronmlp_plugin.models.parallel_mlp import Linear, plain_linear
+
+
+def prepacked_linear(weight: torch.Tensor) -> Linear:
+    """vLLM's CPU dispatch (oneDNN or another prepacked kernel) for a weight `[out, in]`; plain torch on other platforms."""
+    if not current_platform.is_cpu():
+        return plain_linear(weight)
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    holder = nn.Module()
+    holder.weight = nn.Parameter(weight, requires_grad=False)
+    dispatch_cpu_unquantized_gemm(holder, remove_weight=True)
+    product = holder.cpu_linear
+    left = holder.weight  # empty where the packed copy replaced it
+    return lambda x: product(x, left, None)

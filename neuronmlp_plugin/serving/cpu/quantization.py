@@ -1,0 +1,98 @@
+"""The quantization config through which vLLM finds our MLPs: one path for every architecture, no model class of ours."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, FactorFile, read_config
+from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, parse_block
+from neuronmlp_plugin.errors import CheckpointError
+from neuronmlp_plugin.models.projection import PROJECTIONS
+from neuronmlp_plugin.serving.cpu.linear_method import LowRankDownMethod, LowRankGateUpMethod
+from neuronmlp_plugin.serving.options import Options, parse_options
+
+logger = init_logger("vllm.neuronmlp")
+
+
+@register_quantization_config(QUANT_METHOD)
+class NeuronMLPConfig(QuantizationConfig):
+    """`block`: the JSON block of a factored checkpoint, or None for a dense model with a factor file.
+
+    vLLM builds it before it knows the folder or the options, copies it and sends it to its workers: it holds plain data, and reads
+    the files when the first layer is built.
+    """
+
+    def __init__(self, block: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.block = block
+        self.opened: tuple[FormatBlock, FactorFile | None, Options] | None = None
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> NeuronMLPConfig:
+        # `--hf-overrides '{"quantization_config": {"quant_method": "neuronmlp"}}'` on a dense model has no layers: a factor file has.
+        return cls(config if "layers" in config else None)
+
+    def maybe_update_config(self, model_name: str, *args: Any, **kwargs: Any) -> None:
+        """Called by vLLM in its first process: the place where a bad folder is refused soonest."""
+        if self.block is not None and pathlib.Path(model_name).is_dir():
+            Checkpoint(model_name)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if not isinstance(layer, LinearBase):
+            return None
+        block, overlay, options = self._open()
+        parent, _, name = prefix.rpartition(".")
+        specs = {p: block.spec(f"{parent}.{p}") for p in PROJECTIONS}
+        known = {p: spec for p, spec in specs.items() if spec is not None}
+        if not known or name not in ("gate_up_proj", "down_proj") or all(spec.form == "dense" for spec in known.values()):
+            return UnquantizedLinearMethod()
+        method = LowRankGateUpMethod if name == "gate_up_proj" else LowRankDownMethod
+        return method(parent, known, block.shape, options, overlay)
+
+    def _open(self) -> tuple[FormatBlock, FactorFile | None, Options]:
+        if self.opened is None:
+            self.opened = self._read()
+            block, overlay, options = self.opened
+            forms = [spec.form for layer in block.layers for spec in layer.values()]
+            counts = ", ".join(f"{forms.count(form)} {form}" for form in sorted(set(forms)))
+            source = overlay.path if overlay else "the checkpoint"
+            path = "prepacked products" if options.fast_path else "plain torch products (fast_path is off)"
+            logger.info("neuronmlp: %.1f%% of the MLP parameters removed by %s; %s; %s; tp scheme %s", 100 * block.removed_ratio, source, counts, path, options.tp_scheme)
+        return self.opened
+
+    def _read(self) -> tuple[FormatBlock, FactorFile | None, Options]:
+        vllm_config = get_current_vllm_config()
+        options = parse_options(vllm_config.additional_config)
+        folder = pathlib.Path(vllm_config.model_config.model)
+        if self.block is not None:
+            if options.factors is not None:
+                raise CheckpointError(f"{folder}: expected a dense model under the factor file {options.factors}, found a factored one; drop `factors`.")
+            config = read_config(folder) if folder.is_dir() else vllm_config.model_config.hf_config.to_dict()
+            return parse_block(self.block, config, f"{folder}/config.json"), None, options
+        overlay = FactorFile(options.factors or folder / FACTOR_FILE, read_config(folder))
+        return overlay.block, overlay, options
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "opened": None}

@@ -1,0 +1,39 @@
+"""What a user may say about serving, through vLLM's own flags: `--additional-config '{"neuronmlp": {...}}'`."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from neuronmlp_plugin.errors import UsageError
+from neuronmlp_plugin.models.sharding import SCHEMES
+
+KEY = "neuronmlp"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """`factors`: a factor file to lay over a dense model. `tp_scheme`: see models/sharding.py. `fast_path`: prepacked products or
+    fused kernels; false runs plain torch, to compare with."""
+
+    factors: pathlib.Path | None = None
+    tp_scheme: str = "gather"
+    fast_path: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tp_scheme not in SCHEMES:
+            raise UsageError(f"{KEY}.tp_scheme: expected one of {', '.join(SCHEMES)}, found {self.tp_scheme!r}.")
+        if not isinstance(self.fast_path, bool):
+            raise UsageError(f"{KEY}.fast_path: expected true or false, found {self.fast_path!r}.")
+
+
+def parse_options(additional_config: Any) -> Options:
+    """Options out of vLLM's `additional_config`; raises UsageError for a key or value that means nothing here."""
+    given = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
+    known = [field.name for field in dataclasses.fields(Options)]
+    if not isinstance(given, dict) or not set(given) <= set(known):
+        found = sorted(set(given) - set(known)) if isinstance(given, dict) else given
+        raise UsageError(f"--additional-config {KEY}: expected an object with the keys {', '.join(known)}, found {found!r}.")
+    factors = given.get("factors")
+    return Options(**{**given, "factors": pathlib.Path(factors) if factors else None})

@@ -1,0 +1,65 @@
+"""`Parallel` over neuronx-distributed: its sharded linear layers, which it alone knows how to slice, and its collectives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from neuronx_distributed.parallel_layers.layers import ColumnParallelLinear, RowParallelLinear
+from neuronx_distributed.parallel_layers.mappings import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    reduce_scatter_to_tensor_model_parallel_region_with_dim,
+)
+from neuronx_distributed_inference.utils.distributed import get_tp_group
+from torch import nn
+
+from neuronmlp_plugin.serving.trainium.parallel import Parallel
+
+_SEQUENCE_DIM = 1
+
+
+class NxdParallel(Parallel):
+    """Layers and collectives of one NxDI model's tensor-parallel group; sums are made in `rpl_reduce_dtype`, as NxDI's own MLP makes them."""
+
+    def __init__(self, config: Any) -> None:
+        self.group = get_tp_group(config)
+        self.size = config.neuron_config.tp_degree
+        self.dtype = config.neuron_config.torch_dtype
+        self.reduce_dtype = config.neuron_config.rpl_reduce_dtype or self.dtype
+
+    def column(self, n_in: int, n_out: int) -> nn.Module:
+        return ColumnParallelLinear(
+            n_in, n_out, bias=False, gather_output=False, dtype=self.dtype, tensor_model_parallel_group=self.group
+        )
+
+    def row(self, n_in: int, n_out: int) -> nn.Module:
+        return RowParallelLinear(
+            n_in,
+            n_out,
+            bias=False,
+            input_is_parallel=True,
+            reduce_output=False,
+            dtype=self.dtype,
+            tensor_model_parallel_group=self.group,
+        )
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return gather_from_tensor_model_parallel_region(x, process_group=self.group)
+
+    def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
+        total = reduce_scatter_to_tensor_model_parallel_region_with_dim(
+            x.to(self.reduce_dtype), partition_dim=x.dim() - 1, process_group=self.group
+        )
+        return total.to(x.dtype)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return reduce_from_tensor_model_parallel_region(x.to(self.reduce_dtype), process_group=self.group).to(x.dtype)
+
+    def gather_sequence(self, x: torch.Tensor) -> torch.Tensor:
+        return gather_from_sequence_parallel_region(x, _SEQUENCE_DIM, process_group=self.group)
+
+    def scatter_sequence(self, y: torch.Tensor) -> torch.Tensor:
+        return reduce_scatter_to_sequence_parallel_region(y, _SEQUENCE_DIM, process_group=self.group)

@@ -1,0 +1,41 @@
+"""From the tensors of FORMAT.md to those of the NxDI model, checked by name: NxDI itself would fill a missing one with random numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from neuronmlp_plugin.checkpoint.reader import Checkpoint, FactorFile, check_names
+from neuronmlp_plugin.checkpoint.schema import FormatBlock
+from neuronmlp_plugin.models.projection import PROJECTIONS
+from neuronmlp_plugin.serving.trainium.layout import lay_out
+
+_PREFIX = "model."
+State = dict[str, torch.Tensor]
+
+
+def read_factored(folder: str) -> State:
+    """Every tensor of a factored folder, by its name in NxDI (without `model.`)."""
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in Checkpoint(folder).tensors()}
+
+
+def overlay_factors(state: State, path: str, config: dict[str, Any]) -> None:
+    """Put the MLP tensors of a factor file in the place of the dense ones, layer by layer."""
+    factors = FactorFile(path, config)
+    prefixes = tuple(prefix.removeprefix(_PREFIX) for prefix in factors.prefixes)
+    for name in [name for name in state if name.startswith(prefixes)]:
+        del state[name]
+    for name in factors.block.expected_tensors(only_changed=True):
+        state[name.removeprefix(_PREFIX)] = factors.tensor(name)
+
+
+def lay_out_state(state: State, block: FormatBlock, tp: int, scheme: str, source: str) -> None:
+    """Replace all MLP tensors by `first` and `second` of each projection (layout.py), in place. Raises CheckpointError."""
+    check_names(block.expected_tensors(), {_PREFIX + n: tuple(t.shape) for n, t in state.items() if ".mlp." in n}, source)
+    for index, specs in enumerate(block.layers):
+        for projection in PROJECTIONS:
+            prefix = f"layers.{index}.mlp.{projection}."
+            weights = {name.removeprefix(prefix): state.pop(name) for name in list(state) if name.startswith(prefix)}
+            for part, tensor in lay_out(projection, specs[projection], weights, tp, scheme).items():
+                state[f"{prefix}{part}.weight"] = tensor.contiguous()

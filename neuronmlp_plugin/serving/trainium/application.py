@@ -40,6 +40,7 @@ def low_rank_application(base: Any) -> Any:
 
     class LowRankForCausalLM(base):
         _model_cls = low_rank_model(base._model_cls)
+        serves_low_rank = True
 
         @classmethod
         def get_config_cls(cls) -> Any:

@@ -16,5 +16,5 @@ def install(model_types: dict[str, dict[str, Any]]) -> None:
     stock = {key: dict(tasks) for key, tasks in model_types.items()}
     for key, stand_in in FAMILIES.items():
         tasks = stock.get(key) or stock.get(stand_in or "")
-        if tasks and not isinstance_low_rank:
+        if tasks and not getattr(tasks["causal-lm"], "serves_low_rank", False):
             model_types[key] = {**tasks, "causal-lm": low_rank_application(tasks["causal-lm"])}

@@ -1,0 +1,76 @@
+"""Checks that every instruction shares, and the record that it leaves."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nki_kernels.simulator.memory import WRITTEN, current
+from nki_kernels.simulator.rules import require
+from nki_kernels.simulator.tensor import Tensor, merged_dims
+from nki_kernels.simulator.dtypes import round_to
+from nki_kernels.simulator.trace import PSUM, SBUF, Instruction
+from nki_kernels.targets import PMAX
+
+ON_CHIP = (SBUF, PSUM)
+FREE_DIMS_MAX = 4
+FREE_ELEMENTS_MAX = {SBUF: 64 * 1024, PSUM: 4 * 1024}
+
+
+def check_operand(op: str, name: str, tensor: object, spaces: tuple[str, ...] = ON_CHIP) -> Tensor:
+    """An on-chip operand of a compute engine: buffer, partitions, start partition and access pattern."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op} {name} must be a tensor, got {type(tensor).__name__}")
+    require(tensor.buffer in spaces, f"{op} {name} must be in {list(spaces)}, got {tensor.buffer}")
+    require(tensor.ndim >= 2, "SBUF and PSUM tensors must have at least 2 dimensions (partition-dim and free-dim)")
+    count = tensor.shape[0]
+    require(count <= PMAX, f"{op} {name} partition dimension {count} exceeds maximum {PMAX}")
+    check_start_partition(op, name, tensor.access.partitions[0], count)
+    dims = merged_dims(tensor.shape[1:], tensor.strides[1:])
+    require(dims <= FREE_DIMS_MAX, f"{op} {name} needs {dims} free dimensions in its access pattern, at most {FREE_DIMS_MAX} are possible")
+    elements, limit = tensor.size // count, FREE_ELEMENTS_MAX[tensor.buffer]
+    require(elements <= limit, f"{op} {name} has {elements} elements per partition, at most {limit} are possible in {tensor.buffer}")
+    return tensor
+
+
+def check_start_partition(op: str, name: str, start: int, count: int) -> None:
+    """Engines reach P partitions from 0; up to 64 from 0 or 64; up to 32 from any multiple of 32."""
+    if start == 0:
+        return
+    allowed = (0,) if count > 64 else (0, 64) if count > 32 else (0, 32, 64, 96)
+    require(start in allowed, f"{op} {name}: start partition {start} is not possible for {count} partitions, expected one of {list(allowed)}")
+
+
+def check_same_partitions(op: str, dst: Tensor, *sources: tuple[str, Tensor]) -> None:
+    for name, source in sources:
+        require(
+            source.shape[0] == dst.shape[0],
+            f"{op} operands must have the same number of partitions, got {name}={source.shape[0]}, dst={dst.shape[0]}",
+        )
+
+
+def check_same_free_size(op: str, dst: Tensor, *sources: tuple[str, Tensor]) -> None:
+    for name, source in sources:
+        have, want = source.size // source.shape[0], dst.size // dst.shape[0]
+        require(have == want, f"{op} operands must have the same number of elements per partition, got {name}={have}, dst={want}")
+
+
+def check_not_both_psum(op: str, first: tuple[str, Tensor], second: tuple[str, Tensor]) -> None:
+    both = first[1].buffer == PSUM and second[1].buffer == PSUM
+    require(not both, f"{op} {first[0]} and {second[0]} may not both be in psum; copy one to sbuf first")
+
+
+def as_float(tensor: Tensor) -> np.ndarray:
+    """Contents in fp32, as `[partitions, elements per partition]`."""
+    return tensor.read().astype(np.float32).reshape(tensor.shape[0], -1)
+
+
+def store(dst: Tensor, values: np.ndarray, state: int = WRITTEN) -> None:
+    """Round fp32 results to the destination's element type and write them."""
+    dst.write(round_to(values, dst.dtype), state)
+
+
+def record(engine: str, op: str, dst: Tensor, *sources: Tensor | None, function: str = "", **figures: int | bool) -> None:
+    """Leave the instruction in the trace; absent operands are left out."""
+    machine = current()
+    reads = tuple(source.access for source in sources if source is not None)
+    machine.emit(Instruction(machine.instructions, engine, op, reads, (dst.access,), function=function, **figures))  # type: ignore[arg-type]

@@ -1,0 +1,121 @@
+"""TensorE: `nc_matmul` and `nc_transpose`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nki_kernels.simulator.dtypes import MATMUL_INPUTS, float32
+from nki_kernels.simulator.isa.enums import engine as engines
+from nki_kernels.simulator.isa.enums import matmul_perf_mode
+from nki_kernels.simulator.isa.operands import as_float, check_operand, record
+from nki_kernels.simulator.memory import BY_MATMUL, UNWRITTEN, WRITTEN, Machine, current
+from nki_kernels.simulator.rules import require
+from nki_kernels.simulator.signatures import versioned
+from nki_kernels.simulator.tensor import Tensor
+from nki_kernels.simulator.trace import PSUM, SBUF, TENSOR, VECTOR
+from nki_kernels.targets import PMAX
+
+VECTOR_TRANSPOSE_MAX = 32
+
+
+@versioned
+def nc_matmul(
+    dst: Tensor,
+    stationary: Tensor,
+    moving: Tensor,
+    is_stationary_onezero: bool = False,
+    is_moving_onezero: bool = False,
+    is_transpose: bool = False,
+    accumulate: bool | None = None,
+    tile_position: tuple = (),
+    tile_size: tuple = (),
+    perf_mode: matmul_perf_mode = matmul_perf_mode.none,
+    name: str | None = None,
+) -> None:
+    """`dst[M, N] (+)= stationary[K, M]^T @ moving[K, N]`, K on the partitions, summed in fp32.
+
+    `accumulate` False overwrites, True adds, None lets the first write of a tile overwrite and the later ones add.
+    """
+    require(not is_transpose, "nc_matmul is_transpose is not modelled; use nc_transpose")
+    require(not tile_position and not tile_size, "nc_matmul tile_position and tile_size are not modelled")
+    require(perf_mode is matmul_perf_mode.none, f"nc_matmul perf_mode {perf_mode.name} is not modelled")
+    machine = current()
+    _check_matmul(machine, dst, stationary, moving)
+    k, m, n = stationary.shape[0], stationary.size // stationary.shape[0], moving.size // moving.shape[0]
+    adds = bool(accumulate)
+    if not machine.dry:
+        adds = _accumulates(dst, accumulate)
+        product = as_float(stationary).T @ as_float(moving)
+        if adds:
+            product += dst.read().astype(np.float32).reshape(m, n)
+        dst.write(product.astype(dst.dtype, copy=False), BY_MATMUL)
+    record(TENSOR, "nc_matmul", dst, stationary, moving, accumulate=adds, flops=2 * k * m * n)
+
+
+def _check_matmul(machine: Machine, dst: Tensor, stationary: Tensor, moving: Tensor) -> None:
+    target = machine.target
+    check_operand("nc_matmul", "dst", dst, (PSUM,))
+    check_operand("nc_matmul", "stationary", stationary, (SBUF,))
+    check_operand("nc_matmul", "moving", moving, (SBUF,))
+    k, m, n = stationary.shape[0], stationary.size // stationary.shape[0], moving.size // moving.shape[0]
+    require(k <= PMAX, f"Matmul contraction dimension {k} exceeds pmax={PMAX}")
+    require(k == moving.shape[0], f"Matmul contraction dimension mismatch: stationary[0]={k} != moving[0]={moving.shape[0]}")
+    limit = target.stationary_fmax
+    require(m <= limit, f"Matmul stationary free dimension {m} exceeds gemm_stationary_fmax={limit}")
+    limit = target.moving_fmax_fp32 * 4 // dst.dtype.itemsize
+    require(n <= limit, f"Matmul moving free dimension {n} exceeds max {limit}")
+    require(dst.shape[0] == m and dst.size == m * n, f"nc_matmul dst must be [{m}, {n}], got {list(dst.shape)}")
+    _check_matmul_dtypes(machine, dst, stationary, moving)
+    first, end = dst.access.banks
+    crosses = end - first > 1 and target.generation < 4
+    require(not crosses, f"nc_matmul dst must fit one PSUM bank of {target.psum_bank_bytes} bytes per partition, got banks {first} to {end - 1}")
+
+
+def _check_matmul_dtypes(machine: Machine, dst: Tensor, stationary: Tensor, moving: Tensor) -> None:
+    allowed = machine.target.matmul_dst_dtypes
+    expected = " or ".join(allowed)
+    require(dst.dtype.name in allowed, f"nc_matmul dst dtype must be {expected} on gen{machine.target.generation}, got {dst.dtype.name}")
+    for name, operand in (("stationary", stationary), ("moving", moving)):
+        names = [dtype.name for dtype in MATMUL_INPUTS]
+        require(operand.dtype in MATMUL_INPUTS, f"nc_matmul {name} dtype must be one of {names}, got {operand.dtype.name}")
+    paired = (stationary.dtype == float32) == (moving.dtype == float32)
+    require(paired, f"nc_matmul float32 must pair with float32, got stationary={stationary.dtype.name}, moving={moving.dtype.name}")
+
+
+def _accumulates(dst: Tensor, accumulate: bool | None) -> bool:
+    """Whether this matmul adds; refuses sums onto anything but an unread result of matmuls."""
+    if accumulate is False:
+        return False
+    low, high = dst.states()
+    if accumulate is None and high == UNWRITTEN:
+        return False
+    clean = low >= BY_MATMUL and (accumulate or high == BY_MATMUL)
+    found = {UNWRITTEN: "unwritten elements", WRITTEN: "elements of another instruction", BY_MATMUL: "a sum that was read already"}
+    require(
+        clean,
+        f"nc_matmul accumulates onto '{dst.name}': expected elements last written by nc_matmul, found {found[low if low < BY_MATMUL else BY_MATMUL]}; "
+        "start a sum with accumulate=False or in a fresh tile",
+    )
+    return True
+
+
+@versioned
+def nc_transpose(dst: Tensor, data: Tensor, engine: engines = engines.unknown, name: str | None = None) -> None:
+    """`dst[F, P] = data[P, F]^T`: TensorE up to 128 x 128 from SBUF into PSUM, VectorE up to 32 x 32."""
+    require(engine in (engines.unknown, engines.tensor, engines.vector), f"nc_transpose does not support engine.{engine.name}")
+    on_vector = engine is engines.vector
+    check_operand("nc_transpose", "data", data, (SBUF, PSUM) if on_vector else (SBUF,))
+    check_operand("nc_transpose", "dst", dst, (SBUF, PSUM) if on_vector else (PSUM,))
+    p, f = data.shape[0], data.size // data.shape[0]
+    limit = VECTOR_TRANSPOSE_MAX if on_vector else PMAX
+    require(p <= limit and f <= limit, f"nc_transpose data must be at most [{limit}, {limit}], got [{p}, {f}]")
+    require(dst.shape[0] == f and dst.size == f * p, f"nc_transpose dst must be [{f}, {p}], got {list(dst.shape)}")
+    machine = current()
+    expected = data.dtype if on_vector or machine.target.generation > 2 else float32
+    require(
+        dst.dtype == expected,
+        f"nc_transpose dst dtype must be {expected.name} on gen{machine.target.generation}, got {dst.dtype.name}",
+    )
+    if not machine.dry:
+        dst.write(as_float(data).T.astype(dst.dtype), WRITTEN)
+    record(VECTOR if on_vector else TENSOR, "nc_transpose", dst, data)

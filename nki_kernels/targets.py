@@ -1,0 +1,60 @@
+"""Hardware numbers of one NeuronCore per chip, each with its source. trn1 first; trn2 and trn3 so that a kernel can be checked for all.
+
+Sources (AWS Neuron documentation, SDK 2.26 - 2.33): [tile] nki.language.tile_size; [alloc] nki_direct_allocation_guide (16 KiB of every
+partition are the compiler's); [nkilib] nki-library's own SBUF budget; [arch] nki/guides/architecture/trainium*_arch; [dma] the DMA
+bandwidth guide; [doc] the nki.isa page of the op.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+PMAX = 128  # partitions of SBUF and PSUM, and rows and columns of the TensorE array, on every generation [tile]
+KIB = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What one NeuronCore offers. Sizes in bytes per partition unless the name says otherwise; clocks in GHz; rates in GB/s."""
+
+    name: str
+    generation: int  # NeuronCore version: 2, 3, 4
+    sbuf_bytes: int  # [arch]
+    sbuf_usable_bytes: int  # [alloc] for v2, [nkilib] for v3; v4 by the same reserve (our inference)
+    tensor_ghz: float  # [arch]; on trn1 the published kernel latencies fit 2.8 and not 1.4
+    vector_ghz: float  # [arch]
+    scalar_ghz: float  # [arch]
+    gpsimd_ghz: float  # [arch]
+    tensor_tflops_bf16: float  # [arch] dense, per core
+    tensor_tflops_fp32: float  # [arch]
+    hbm_gbps: float  # [arch] whole chip
+    cores_per_chip: int  # [arch]
+    dma_achieved_gbps: float  # [dma] per core, 16 engines
+    moving_fmax_fp32: int = 512  # [tile] free size of a moving operand, i.e. of a matmul's fp32 destination
+    dma_engines: int = 16  # [arch] per core
+    stationary_fmax: int = 128  # [tile]
+    psum_bytes: int = 16 * KIB  # [arch]
+    psum_banks: int = 8  # [arch]
+    matmul_dst_dtypes: tuple[str, ...] = ("float32",)  # [doc] nc_matmul
+
+    @property
+    def psum_bank_bytes(self) -> int:
+        """Bytes of one PSUM bank, per partition."""
+        return self.psum_bytes // self.psum_banks
+
+
+TRN1 = Target(
+    "trn1", 2, 192 * KIB, 176 * KIB, tensor_ghz=2.8, vector_ghz=1.12, scalar_ghz=1.4, gpsimd_ghz=1.4,
+    tensor_tflops_bf16=92, tensor_tflops_fp32=23, hbm_gbps=820, cores_per_chip=2, dma_achieved_gbps=272,
+)  # fmt: skip
+TRN2 = Target(
+    "trn2", 3, 224 * KIB, 208 * KIB - 264, tensor_ghz=2.4, vector_ghz=0.96, scalar_ghz=1.2, gpsimd_ghz=1.2,
+    tensor_tflops_bf16=79, tensor_tflops_fp32=20, hbm_gbps=2900, cores_per_chip=8, dma_achieved_gbps=368,
+)  # fmt: skip
+TRN3 = Target(
+    "trn3", 4, 256 * KIB, 240 * KIB - 264, tensor_ghz=2.4, vector_ghz=1.2, scalar_ghz=1.2, gpsimd_ghz=1.2,
+    tensor_tflops_bf16=79, tensor_tflops_fp32=20, hbm_gbps=4900, cores_per_chip=8, dma_achieved_gbps=528,
+    moving_fmax_fp32=4096, matmul_dst_dtypes=("float32", "bfloat16"),
+)  # fmt: skip
+
+TARGETS = {target.name: target for target in (TRN1, TRN2, TRN3)}

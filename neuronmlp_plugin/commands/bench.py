@@ -1,2 +1,48 @@
-def add_arguments(parser): pass
-def run(args): return 0
+"""`neuronmlp bench decode`: measured here, now, against the first model named."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    decode = kinds.add_parser("decode", help="decode throughput in vLLM on this machine, models interleaved (measured)")
+    decode.add_argument("models", nargs="+", metavar="NAME=FOLDER", help="checkpoints; the first is what the others are compared with")
+    decode.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="sequences decoded together (default 1 8)")
+    decode.add_argument("--new-tokens", type=int, default=64)
+    decode.add_argument("--rounds", type=int, default=5, help="how often every model is timed (default %(default)s)")
+    decode.add_argument("--dtype", default="float32", help="as for `vllm serve` (default %(default)s)")
+    decode.add_argument("--csv", type=pathlib.Path, help="append the rows to this file")
+
+
+def _folders(models: list[str]) -> dict[str, pathlib.Path]:
+    from neuronmlp_plugin.errors import UsageError
+
+    pairs = [model.partition("=") for model in models]
+    if any(not sep for _, sep, _ in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
+        raise UsageError(f"bench decode: expected models as NAME=FOLDER with different names, found {' '.join(models)}.")
+    return {name: pathlib.Path(folder) for name, _, folder in pairs}
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from neuronmlp_plugin.bench.decode import measure_decode
+    from neuronmlp_plugin.bench.rows import Row, append_rows
+    from neuronmlp_plugin.compressor.progress import ProgressBars
+
+    folders = _folders(args.models)
+    total = args.rounds * len(folders) * len(args.batch)
+    with ProgressBars(Console(stderr=True)).stage("timing", total) as tick:
+        results = measure_decode(folders, args.batch, new_tokens=args.new_tokens, rounds=args.rounds, dtype=args.dtype, tick=tick)
+    print(f"{'model':<16}{'batch':>6}{'tokens/s':>10}{'speed-up':>10}{'ideal':>8}{'share of the ideal gain':>25}   (measured, {args.dtype})")
+    for r in results:
+        share = f"{r.share_of_ideal:.0%}" if r.ideal > 1 else "-"
+        print(f"{r.model:<16}{r.batch:>6}{r.tokens_per_second:>10.1f}{r.speedup:>10.3f}{r.ideal:>8.3f}{share:>25}")
+    if args.csv:
+        metrics = (("tokens_per_second", "1/s"), ("speedup", "ratio"), ("ideal", "ratio"))
+        rows = [Row(f"decode {r.model} batch={r.batch}", m, unit, getattr(r, m), "measured") for r in results for m, unit in metrics]
+        append_rows(args.csv, rows)
+    return 0

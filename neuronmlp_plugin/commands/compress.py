@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--judge-tokens", type=int, default=_DEFAULTS["judge_tokens"], help="kept apart to report quality (default %(default)s)")
     text.add_argument("--window", type=int, default=_DEFAULTS["window"], help="tokens per window (default %(default)s)")
     text.add_argument("--seed", type=int, default=_DEFAULTS["seed"], help="which windows are drawn where there are more than needed")
+    parser.add_argument("--analysis", type=pathlib.Path, help="keep the statistics in this folder, and use them again for another size or form")
     parser.add_argument("--factors-only", action="store_true", help="write neuronmlp/factors.safetensors beside the dense weights instead of a folder")
 
 

@@ -64,12 +64,21 @@ class Plan:
         model = sum(path.stat().st_size for path in self.base.folder.glob("*.safetensors"))
         return decompositions + self.calibration.numel() * h * _FP32 + model
 
+    @property
+    def analysis(self) -> pathlib.Path:
+        """Where statistics and decompositions are kept: apart where the user wants them again, else with the unfinished run."""
+        return self.settings.analysis or self.work / "analysis"
+
     def fingerprint(self) -> str:
         """Changes with anything that changes the result: an unfinished run is resumed only under the same one."""
-        known = {**self.settings.to_json(), "config": self.base.config, "digest": base_digest(self.base)}
+        return _digest({"settings": self.settings.to_json(), "analysis": self.analysis_fingerprint()})
+
+    def analysis_fingerprint(self) -> str:
+        """Changes with anything that changes the statistics: the text, the dense weights, the method; not with size or form."""
+        known = {"settings": self.settings.analysis_json(), "base": base_digest(self.base)}
         known["text"] = [windows_digest(self.calibration), windows_digest(self.judge)]
         known["written"] = [path.stat().st_mtime_ns for path in sorted(self.base.folder.glob("*.safetensors"))]
-        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+        return _digest(known)
 
     def rows(self) -> list[tuple[str, str]]:
         """What `--dry-run` prints."""
@@ -87,11 +96,14 @@ class Plan:
         ]
 
 
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def base_digest(base: Checkpoint) -> str:
     """A name for the dense weights: config, tensor names and shapes, and file sizes (not their contents: those are gigabytes)."""
     sizes = [(path.name, path.stat().st_size) for path in sorted(base.folder.glob("*.safetensors"))]
-    text = json.dumps([base.config, sorted((n, list(s)) for n, s in base.shapes().items()), sizes], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _digest([base.config, sorted((n, list(s)) for n, s in base.shapes().items()), sizes])
 
 
 def make_plan(settings: Settings) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from neuronmlp_plugin.calibration.quality import compare
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
-from neuronmlp_plugin.checkpoint.writer import layer_prefix, save_json, shard_name, write_factor_file, write_layer, write_rest
+from neuronmlp_plugin.checkpoint.writer import layer_prefix, save_json, write_factor_file, write_layer, write_rest
 from neuronmlp_plugin.compressor.analyse import analyse
 from neuronmlp_plugin.compressor.build import BuiltLayer, Layer, build_layer, choose_ranks, read_curves
-from neuronmlp_plugin.compressor.errors import MatrixError, matrix_errors
+from neuronmlp_plugin.compressor.errors import matrix_errors
 from neuronmlp_plugin.compressor.plan import Plan, describe
 from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.compressor.report import REPORT_FILE, loss_by_size, write_plots
@@ -25,27 +26,43 @@ from neuronmlp_plugin.models.projection import PROJECTIONS, ProjectionSpec
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
+class Run:
+    """The folders of a run under way: `result` becomes `plan.target` in one rename; `analysis` stays where the user keeps it."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.work = Workspace(plan.work, plan.fingerprint())
+        self.analysis = Workspace(plan.analysis, plan.analysis_fingerprint())
+        self.result = plan.work / "result"
+        self.result.mkdir(exist_ok=True)
+
+    def finish(self) -> None:
+        self.plan.target.parent.mkdir(parents=True, exist_ok=True)
+        self.result.rename(self.plan.target)
+        shutil.rmtree(self.plan.work)
+
+
 def compress(plan: Plan, bars: ProgressBars) -> dict[str, Any]:
     """Compress as planned into `plan.target`, which appears whole or not at all; returns the report.
 
     An interrupted run goes on from its last finished layer, to an identical result.
     """
-    workspace = Workspace(plan.work, plan.fingerprint())
-    analyse(plan, workspace, bars)
-    curves = read_curves(plan, workspace)
-    records = _build_layers(plan, workspace, choose_ranks(plan, curves), bars)
+    run = Run(plan)
+    analyse(plan, run.analysis, bars)
+    curves = read_curves(plan, run.analysis)
+    records = _build_layers(run, choose_ranks(plan, curves), bars)
     block = FormatBlock(tuple(_specs(record) for record in records), plan.shape, describe(plan), _created_by())
-    _write_whole(plan, workspace, block)
+    _write_whole(run, block)
     report = {
         "block": block.to_json(),
         "matrices": [row for record in records for row in record["matrices"]],
         "notes": [note for record in records for note in record["notes"]],
-        "quality": _judge(plan, workspace, bars),
+        "quality": _judge(run, bars),
         "loss_by_size": loss_by_size(curves, plan.settings),
     }
-    save_json(workspace.result / REPORT_FILE, report)
-    write_plots(report, workspace.result)
-    workspace.finish(plan.target)
+    save_json(run.result / REPORT_FILE, report)
+    write_plots(report, run.result)
+    run.finish()
     return report
 
 
@@ -59,16 +76,16 @@ def _specs(record: dict[str, Any]) -> Layer:
     return {name: ProjectionSpec(**record["specs"][name]) for name in PROJECTIONS}
 
 
-def _build_layers(plan: Plan, workspace: Workspace, chosen: list[Layer], bars: ProgressBars) -> list[dict[str, Any]]:
+def _build_layers(run: Run, chosen: list[Layer], bars: ProgressBars) -> list[dict[str, Any]]:
     """Write each layer's tensors and return one record a layer; both are skipped where an earlier run left them."""
-    records = []
-    with bars.stage("pivots and writing", plan.shape.num_layers) as tick:
+    records, dtype = [], _dtype(run.plan)
+    with bars.stage("pivots and writing", len(chosen)) as tick:
         for index, specs in enumerate(chosen):
-            path = workspace.path / f"built-{index:05d}.json"
+            path = run.work.path / f"built-{index:05d}.json"
             if not path.is_file():
-                built = build_layer(plan, workspace, index, specs, _dtype(plan))
-                _write_layer(plan, workspace, index, built)
-                save_json(path, _record(plan, workspace, index, built))
+                built = build_layer(run.plan, run.analysis, index, specs, dtype)
+                _write_layer(run, index, built)
+                save_json(path, _record(run, index, built))
             records.append(json.loads(path.read_text(encoding="utf-8")))
             tick(1)
     return records
@@ -79,42 +96,40 @@ def _dtype(plan: Plan) -> torch.dtype:
     return DTYPES[chosen] if chosen != "auto" else plan.base.tensor("model.layers.0.mlp.gate_proj.weight").dtype
 
 
-def _write_layer(plan: Plan, workspace: Workspace, index: int, built: BuiltLayer) -> None:
+def _write_layer(run: Run, index: int, built: BuiltLayer) -> None:
     factors = {f"{layer_prefix(index)}mlp.{name}": tensor for name, tensor in built.tensors.items()}
-    if plan.settings.factors_only:
-        workspace.save(f"factors-{index:05d}", factors)
+    if run.plan.settings.factors_only:
+        run.work.save(f"factors-{index:05d}", factors)
     else:
-        write_layer(workspace.result, plan.base, index, factors)
+        write_layer(run.result, run.plan.base, index, factors)
 
 
-def _record(plan: Plan, workspace: Workspace, index: int, built: BuiltLayer) -> dict[str, Any]:
-    errors: list[MatrixError] = matrix_errors(plan, workspace, index, built)
+def _record(run: Run, index: int, built: BuiltLayer) -> dict[str, Any]:
     return {
         "specs": {name: spec.to_json() for name, spec in built.specs.items()},
         "notes": built.notes,
-        "matrices": [dataclasses.asdict(error) for error in errors],
+        "matrices": [dataclasses.asdict(error) for error in matrix_errors(run.plan, run.analysis, index, built)],
     }
 
 
-def _write_whole(plan: Plan, workspace: Workspace, block: FormatBlock) -> None:
-    if not plan.settings.factors_only:
-        write_rest(workspace.result, plan.base, block)
+def _write_whole(run: Run, block: FormatBlock) -> None:
+    if not run.plan.settings.factors_only:
+        write_rest(run.result, run.plan.base, block)
         return
     names = block.expected_tensors(only_changed=True)
     tensors = {}
-    for index in range(plan.shape.num_layers):
-        tensors |= {name: t for name, t in workspace.load(f"factors-{index:05d}").items() if name in names}
-    write_factor_file(workspace.result / FACTOR_FILE.name, block, tensors)
+    for index in range(len(block.layers)):
+        tensors |= {name: t for name, t in run.work.load(f"factors-{index:05d}").items() if name in names}
+    write_factor_file(run.result / FACTOR_FILE.name, block, tensors)
 
 
-def _judge(plan: Plan, workspace: Workspace, bars: ProgressBars) -> dict[str, float] | None:
+def _judge(run: Run, bars: ProgressBars) -> dict[str, float] | None:
     """Quality of what will be served against the dense model, on text that was not calibrated on."""
-    if not len(plan.judge):
+    judge, base = run.plan.judge, run.plan.base.folder
+    if not len(judge):
         return None
-    dense = load_model(plan.base.folder)
-    if plan.settings.factors_only:
-        candidate = load_model(plan.base.folder, factors=workspace.result / FACTOR_FILE.name)
-    else:
-        candidate = load_model(workspace.result)
-    with bars.stage("quality", len(plan.judge)) as tick:
-        return compare(dense, candidate, plan.judge, tick).to_json()
+    dense = load_model(base)
+    overlay = run.result / FACTOR_FILE.name if run.plan.settings.factors_only else None
+    candidate = load_model(run.result if overlay is None else base, factors=overlay)
+    with bars.stage("quality", len(judge)) as tick:
+        return compare(dense, candidate, judge, tick).to_json()

@@ -33,6 +33,7 @@ class Settings:
     judge_tokens: int = 8192  # taken from the end of the text, never calibrated on, to report quality
     factors_only: bool = False  # write a factor file for the dense folder instead of a folder
     seed: int = 0  # which windows are drawn when the text has more than needed
+    analysis: pathlib.Path | None = None  # where statistics and decompositions stay, to be used again for another size or form
 
     def __post_init__(self) -> None:
         if not 0.0 < self.remove < 1.0:
@@ -58,5 +59,10 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         """Everything that decides the result, as JSON."""
-        values = dataclasses.asdict(self)
-        return {key: str(value) if isinstance(value, pathlib.Path) else value for key, value in values.items() if key != "out"}
+        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("out", "analysis")}
+        return {key: str(value) if isinstance(value, pathlib.Path) else value for key, value in values.items()}
+
+    def analysis_json(self) -> dict[str, Any]:
+        """The part of `to_json` that the analysis depends on."""
+        names = ("model", "text", "method", "window", "tokens", "metric_tokens", "judge_tokens", "seed")
+        return {name: value for name, value in self.to_json().items() if name in names}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import shutil
 
 import torch
 
@@ -14,18 +13,19 @@ from neuronmlp_plugin.errors import OutputError
 
 
 class Workspace:
-    """`path` holds results of finished stages as safetensors, `result/` the output under construction.
+    """Results of finished stages as safetensors in the folder `path`.
 
-    Every file is written whole or not at all, so a stage is finished exactly when its file is there.
+    Every file is written whole or not at all, so a stage is finished exactly when its file is there. A folder belongs to one
+    fingerprint: what another run left is never mixed in.
     """
 
     def __init__(self, path: pathlib.Path, fingerprint: str) -> None:
-        self.path, self.result = path, path / "result"
+        self.path = path
         known = path / "plan.json"
-        if known.is_file() and json.loads(known.read_text())["fingerprint"] != fingerprint:
+        if known.is_file() and json.loads(known.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
             raise OutputError(f"{path}: expected the unfinished run of these same settings, found another's; remove that folder to start anew.")
         with told_when_disk_is_full(path):
-            self.result.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
         save_json(known, {"fingerprint": fingerprint})
 
     def has(self, name: str) -> bool:
@@ -40,9 +40,3 @@ class Workspace:
 
     def drop(self, name: str) -> None:
         (self.path / f"{name}.safetensors").unlink(missing_ok=True)
-
-    def finish(self, target: pathlib.Path) -> None:
-        """Move the result into place, in one rename, and forget the rest."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self.result.rename(target)
-        shutil.rmtree(self.path)

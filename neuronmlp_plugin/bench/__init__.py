@@ -1,0 +1,1 @@
+"""Named measurements whose rows say whether a number was measured or simulated."""

@@ -1,0 +1,76 @@
+"""Streaming layer by layer gives what hooks on the whole model and autograd through all of it would give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from neuronmlp_plugin.calibration.statistics import DAMPING, layer_moments, output_metrics
+from neuronmlp_plugin.calibration.stream import LayerStream
+from neuronmlp_plugin.checkpoint.loader import load_model
+from neuronmlp_plugin.checkpoint.reader import Checkpoint
+from neuronmlp_plugin.errors import NonFiniteError
+from tests.tiny_models import FAMILIES, write_dense
+
+
+@pytest.fixture(params=FAMILIES)
+def folder(request, tmp_path):
+    return write_dense(tmp_path, request.param)
+
+
+def ids(count: int = 6, length: int = 12) -> torch.Tensor:
+    return torch.randint(3, 128, (count, length), generator=torch.Generator().manual_seed(5))
+
+
+def test_moments_equal_those_of_the_whole_model(folder):
+    windows, model = ids(), load_model(folder)
+    seen = {}
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.gate_proj.register_forward_pre_hook(lambda _, args, i=index: seen.__setitem__(("gate_up", i), args[0]))
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, i=index: seen.__setitem__(("down", i), args[0]))
+    with torch.no_grad():
+        model(windows)
+    stream = LayerStream(Checkpoint(folder))
+    hidden = stream.embed(windows)
+    for index in range(stream.num_layers):
+        moments = layer_moments(stream, stream.load(index), hidden, lambda _: None)
+        for name in ("gate_up", "down"):
+            rows = seen[name, index].flatten(0, 1).double()
+            torch.testing.assert_close(getattr(moments, name), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
+        stream.release(index)
+    assert moments.num_tokens == windows.numel()
+
+
+def test_metrics_equal_autograd_through_the_whole_model(folder):
+    windows, model = ids(), load_model(folder)
+    outputs = {}
+
+    def keep(name, index):
+        def hook(_module, _args, output):
+            output.retain_grad()
+            outputs[name, index] = output
+
+        return hook
+
+    for index, layer in enumerate(model.model.layers):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            getattr(layer.mlp, name).register_forward_hook(keep(name, index))
+    logits = model(windows).logits
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="sum").backward()
+    for index, found in enumerate(output_metrics(LayerStream(Checkpoint(folder)), windows, lambda _: None)):
+        for name in ("gate_proj", "up_proj"):
+            grad = outputs[name, index].grad.flatten(0, 1).double()
+            torch.testing.assert_close(getattr(found, name), grad.square().mean(0), rtol=1e-3, atol=1e-9)
+        grad = outputs["down_proj", index].grad.flatten(0, 1).double()
+        exact = grad.T @ grad / len(grad)
+        exact += DAMPING * exact.diagonal().mean() * torch.eye(len(exact), dtype=torch.float64)
+        torch.testing.assert_close(found.down_proj, exact, rtol=1e-3, atol=1e-8)
+
+
+def test_activations_that_overflow_are_refused(tmp_path):
+    stream = LayerStream(Checkpoint(write_dense(tmp_path, "llama")))
+    layer = stream.load(0)
+    layer.mlp.gate_proj.weight.data *= 1e30
+    with pytest.raises(NonFiniteError, match="finite"):
+        layer_moments(stream, layer, stream.embed(ids()), lambda _: None)

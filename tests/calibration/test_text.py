@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from neuronmlp_plugin.calibration.text import bos_prefix, read_documents, spread, token_windows, windows_digest
+from neuronmlp_plugin.errors import CalibrationError
+from tests.words import write_tokenizer
+
+
+def tokenizer(folder, **kwargs):
+    from transformers import AutoTokenizer
+
+    write_tokenizer(folder, **kwargs)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_windows_begin_as_the_tokenizer_begins_a_text(tmp_path):
+    tok = tokenizer(tmp_path)
+    windows = token_windows(["w0 w1 w2 w3 w4", "w5 w6 w7"], tok, 4)
+    assert bos_prefix(tok) == [1]
+    assert windows.tolist() == [[1, 3, 4, 5], [1, 6, 7, 8]]
+
+
+def test_a_tokenizer_without_bos_gets_none(tmp_path):
+    tok = tokenizer(tmp_path, bos=False)
+    assert bos_prefix(tok) == []
+    assert token_windows(["w0 w1 w2 w3"], tok, 2).tolist() == [[3, 4], [5, 6]]
+
+
+def test_too_little_text_for_one_window_is_refused(tmp_path):
+    with pytest.raises(CalibrationError, match="expected at least 99 tokens for one window, found 2"):
+        token_windows(["w0 w1"], tokenizer(tmp_path), 100)
+
+
+def test_text_jsonl_and_chat_are_read(tmp_path):
+    tok = tokenizer(tmp_path)
+    (tmp_path / "a.txt").write_text("one\ntwo")
+    assert read_documents(tmp_path / "a.txt", tok) == ["one\ntwo"]
+    lines = [{"text": "w1"}, {"messages": [{"role": "user", "content": "w2"}]}]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    assert read_documents(tmp_path / "b.jsonl", tok) == ["w1", "user w2 "]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "b.jsonl:1: expected one JSON object"), ('{"body": "x"}', "expected a `text` string or a `messages` list"), ("3", "found 3")],
+)
+def test_a_bad_line_is_named(tmp_path, content, message):
+    (tmp_path / "b.jsonl").write_text(content)
+    with pytest.raises(CalibrationError, match=message):
+        read_documents(tmp_path / "b.jsonl", tokenizer(tmp_path))
+
+
+def test_unreadable_files_are_named(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for name in ("latin.txt", "absent.txt"):
+        with pytest.raises(CalibrationError, match=name):
+            read_documents(tmp_path / name, None)
+
+
+def test_a_chat_needs_a_template(tmp_path):
+    tok = tokenizer(tmp_path)
+    tok.chat_template = None
+    (tmp_path / "b.jsonl").write_text('{"messages": []}')
+    with pytest.raises(CalibrationError, match="chat template"):
+        read_documents(tmp_path / "b.jsonl", tok)
+
+
+def test_spread_takes_from_all_over_the_text():
+    assert spread(torch.arange(10)[:, None], 4)[:, 0].tolist() == [0, 3, 6, 9]
+    assert len(spread(torch.arange(3)[:, None], 9)) == 3
+
+
+def test_the_digest_names_the_tokens():
+    a = torch.arange(8).reshape(2, 4)
+    assert windows_digest(a) == windows_digest(a.clone()) != windows_digest(a + 1)

@@ -1,0 +1,180 @@
+"""A folder written is the folder read; a folder damaged in any way is refused with its file named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from neuronmlp_plugin.checkpoint.loader import load_model
+from neuronmlp_plugin.checkpoint.reader import Checkpoint
+from neuronmlp_plugin.checkpoint.writer import portable_config
+from neuronmlp_plugin.errors import CheckpointError, NonFiniteError, UnsupportedModelError
+from tests.tiny_models import FAMILIES, write_dense, write_mixed
+from tests.words import write_tokenizer
+
+SHARD = "neuronmlp-00001-of-00004.safetensors"
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    base = write_dense(tmp_path / "dense", "llama")
+    write_tokenizer(base)
+    return write_mixed(tmp_path / "mixed", base)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_shard(folder, edit, name=SHARD):
+    tensors = load_file(folder / name)
+    edit(tensors)
+    save_file(tensors, folder / name)
+
+
+def test_dense_loading_equals_transformers(tmp_path, family):
+    from transformers import AutoModelForCausalLM
+
+    folder = write_dense(tmp_path, family)
+    ids = torch.randint(3, 128, (2, 11))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+        torch.testing.assert_close(load_model(folder)(ids).logits, expected)
+
+
+def test_factored_loading_equals_the_dense_matrices_that_the_factors_stand_for(tmp_path, family):
+    base = write_dense(tmp_path / "dense", family)
+    folder = write_mixed(tmp_path / "mixed", base)
+    model, plain = load_model(folder), load_model(base)
+    with torch.no_grad():
+        for layer, target in zip(model.model.layers, plain.model.layers, strict=True):
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                weight = getattr(target.mlp, name).weight
+                weight.copy_(getattr(layer.mlp, name)(torch.eye(weight.shape[1])).T)
+        ids = torch.randint(3, 128, (2, 11))
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_plain_transformers_stops_instead_of_inventing_weights(mixed):
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(mixed)
+
+
+def test_tokenizer_files_are_copied_and_portable(mixed):
+    settings = json.loads((mixed / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (mixed / "tokenizer.json").read_bytes() == (mixed.parent / "dense" / "tokenizer.json").read_bytes()
+
+
+def test_the_config_speaks_to_transformers_4_and_5():
+    new = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}, "dtype": "bfloat16"}
+    old = portable_config(new)
+    assert (old["rope_theta"], old["torch_dtype"]) == (5e5, "bfloat16")
+    assert old["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
+    assert "rope_scaling" not in portable_config({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}})
+
+
+def test_sharded_dense_folders_are_read(tmp_path):
+    folder = write_dense(tmp_path, "llama")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, chosen in halves.items():
+        save_file({n: tensors[n] for n in chosen}, folder / file)
+    index = {"weight_map": {n: file for file, chosen in halves.items() for n in chosen}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert Checkpoint(folder).names() == names
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"expected b\.safetensors"):
+        Checkpoint(folder)
+
+
+NAME = "model.layers.0.mlp.up_proj.u.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(NAME), f"expected a tensor {NAME} .*found none"),
+        (lambda t: t.update({NAME.replace("u.w", "a.w"): t.pop(NAME)}), f"expected a tensor {NAME}"),
+        (lambda t: t.update({NAME: t[NAME][:-1].clone()}), r"expected shape \[21, 128\] .*found \[20, 128\]"),
+        (lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(192, 128)}), "expected no tensor"),
+    ],
+    ids=["missing", "misnamed", "misshapen", "beside"],
+)
+def test_factors_that_contradict_the_config_are_refused(mixed, edit, message):
+    edit_shard(mixed, edit)
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint(mixed)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_factors_are_refused(mixed, value):
+    edit_shard(mixed, lambda t: t[NAME].fill_(value))
+    with pytest.raises(NonFiniteError, match=f"{SHARD}: {NAME}"):
+        load_model(mixed)
+
+
+def test_integer_weights_are_refused(mixed):
+    edit_shard(mixed, lambda t: t.update({NAME: t[NAME].to(torch.int8)}))
+    with pytest.raises(CheckpointError, match="expected bf16, fp16 or fp32, found torch.int8"):
+        load_model(mixed)
+
+
+def test_a_truncated_file_is_refused(mixed):
+    data = (mixed / SHARD).read_bytes()
+    (mixed / SHARD).write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match=f"{SHARD}: expected a whole safetensors file"):
+        Checkpoint(mixed)
+
+
+def test_a_tensor_in_two_files_is_refused(mixed):
+    save_file({NAME: torch.zeros(2)}, mixed / "stale.safetensors")
+    with pytest.raises(CheckpointError, match="remove the stale file"):
+        Checkpoint(mixed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "expected an architecture of Llama"),
+        ({"architectures": None}, "expected an architecture"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "remote code is never run"),
+        ({"mlp_bias": True}, "MLPs without bias"),
+        ({"hidden_act": "gelu"}, "hidden_act 'silu'"),
+    ],
+)
+def test_unsupported_models_are_refused(mixed, changes, message):
+    edit_config(mixed, **changes)
+    with pytest.raises(UnsupportedModelError, match=message):
+        Checkpoint(mixed)
+
+
+def test_another_quantisation_is_refused(mixed):
+    edit_config(mixed, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(CheckpointError, match="found 'gptq'"):
+        Checkpoint(mixed)
+
+
+def test_folders_without_weights_or_config_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="config.json"):
+        Checkpoint(tmp_path)
+    folder = write_dense(tmp_path / "dense", "llama")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="never read"):
+        Checkpoint(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="expected JSON"):
+        Checkpoint(folder)

@@ -1,0 +1,54 @@
+"""Fixtures that are dear to make: tiny folders of every family, and the real SmolLM2, made once per state of the sources."""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def sources_digest() -> str:
+    """Changes with anything that a compression depends on, so that no test judges what older code made."""
+    rooms = ("lowrank", "calibration", "models", "checkpoint", "compressor")
+    files = sorted(path for room in rooms for path in (ROOT / "neuronmlp_plugin" / room).glob("*.py"))
+    files.append(ROOT / "examples" / "prepare_smollm2.py")
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
+def neuronmlp(*arguments: object) -> None:
+    subprocess.run([sys.executable, "-m", "neuronmlp_plugin.cli", *map(str, arguments)], check=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> pathlib.Path:
+    """Folder with dense/, calibration.jsonl and heldout.jsonl of the real model."""
+    folder = ROOT / "build" / "smollm2"
+    subprocess.run([sys.executable, "examples/prepare_smollm2.py", str(folder)], check=True, cwd=ROOT)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def compress_smollm2(smollm2: pathlib.Path):
+    """Function (form, removed) -> folder of the compressed real model; the statistics are shared by all of them."""
+    home = ROOT / "build" / f"compressed-{sources_digest()}"
+
+    def make(form: str, removed: float) -> pathlib.Path:
+        target = home / f"{form}-{removed}"
+        if not target.exists():
+            home.mkdir(parents=True, exist_ok=True)
+            text, analysis = smollm2 / "calibration.jsonl", home / "analysis"
+            neuronmlp("compress", smollm2 / "dense", "--out", target, "--remove", removed, "--form", form, "--text", text, "--analysis", analysis)
+        return target
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm2_compressed(compress_smollm2) -> pathlib.Path:
+    """The real model with 20 % of its MLP parameters removed, compact."""
+    return compress_smollm2("compact", 0.2)

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import itertools
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, reject, settings
+
+from neuronmlp_plugin.errors import UsageError
+from neuronmlp_plugin.lowrank.allocate import Curve, allocate, cost, rank_for_share, uniform_ranks
+
+
+def curve(out: int, n_in: int, decay: float, weight: float = 1.0) -> Curve:
+    energy = weight * np.exp(-decay * np.arange(min(out, n_in)))
+    return Curve(out, n_in, np.append(np.cumsum(energy[::-1])[::-1], 0.0))
+
+
+def spent(curves, ranks, form) -> int:
+    return sum(c.dense_cost if r is None else cost(r, c.in_features, c.out_features, form) for c, r in zip(curves, ranks, strict=True))
+
+
+def loss(curves, ranks) -> float:
+    return sum(0.0 if r is None else float(c.tail[r]) for c, r in zip(curves, ranks, strict=True))
+
+
+CURVES = [curve(96, 64, 0.01 * (i + 1), 1.0 + 3 * (i % 3)) for i in range(12)]
+
+
+@pytest.mark.parametrize("form", ["uv", "compact"])
+@pytest.mark.parametrize("removed", [0.05, 0.1, 0.2, 0.4])
+def test_budget_is_met_within_half_a_percent(form, removed):
+    ranks = allocate(CURVES, 1 - removed, form, 1)
+    total = sum(c.dense_cost for c in CURVES)
+    assert 0 <= (1 - removed) * total - spent(CURVES, ranks, form) <= 0.005 * total
+
+
+@pytest.mark.parametrize("form", ["uv", "compact"])
+@pytest.mark.parametrize("removed", [0.05, 0.2])
+def test_allocation_beats_uniform_at_equal_bytes(form, removed):
+    uniform = uniform_ranks(CURVES, 1 - removed, form, 1)
+    keep = spent(CURVES, uniform, form) / sum(c.dense_cost for c in CURVES)
+    assert loss(CURVES, allocate(CURVES, keep, form, 1)) < 0.95 * loss(CURVES, uniform)
+
+
+def test_small_removals_leave_most_matrices_dense_in_uv_form():
+    ranks = allocate(CURVES, 0.95, "uv", 1)
+    assert sum(r is None for r in ranks) > len(CURVES) / 2
+
+
+@given(st.lists(st.tuples(st.floats(0.005, 0.3), st.floats(0.1, 10)), min_size=3, max_size=3), st.floats(0.05, 0.4))
+@settings(deadline=None, max_examples=30)
+def test_allocation_is_close_to_the_best_of_all_choices(shapes, removed):
+    curves = [curve(24, 16, decay, weight) for decay, weight in shapes]
+    keep = 1 - removed
+    try:
+        ranks = allocate(curves, keep, "compact", 1)
+    except UsageError:  # too few choices to come within half a percent
+        reject()
+    choices = [[None, *range(4, 16)] for _ in curves]
+    budget = keep * sum(c.dense_cost for c in curves)
+    best = min(loss(curves, pick) for pick in itertools.product(*choices) if spent(curves, pick, "compact") <= budget)
+    # A greedy fill on a knapsack is not exact: it may lose what one step of one matrix is worth.
+    step = max(float(np.max(-np.diff(c.tail[4:]))) for c in curves)
+    assert loss(curves, ranks) <= best + 2 * step + 1e-9
+
+
+@pytest.mark.parametrize("form", ["uv", "compact"])
+@pytest.mark.parametrize("keep", [0.6, 0.8, 0.95])
+def test_rank_for_share_inverts_the_cost(form, keep):
+    rank = rank_for_share(keep, 64, 96, form)
+    assert rank * (160 - (rank if form == "compact" else 0)) == pytest.approx(keep * 64 * 96)
+
+
+def test_uniform_ranks_match_the_arithmetic_of_the_paper():
+    # shared svd.md section 3: Llama-3.2-1B, removed 0.20, floor to 128
+    assert uniform_ranks([curve(8192, 2048, 0.1)], 0.8, "uv", 128) == [1280]
+    assert uniform_ranks([curve(8192, 2048, 0.1)], 0.95, "uv", 128) == [1536]
+
+
+def test_asking_for_too_much_is_refused():
+    with pytest.raises(UsageError, match="at most"):
+        allocate(CURVES, 0.05, "uv", 1)
+
+
+def test_a_multiple_that_cannot_meet_the_budget_is_refused():
+    with pytest.raises(UsageError, match="rank-multiple"):
+        allocate([curve(96, 64, 0.1)], 0.97, "uv", 16)

@@ -1,0 +1,37 @@
+"""What is run on the real NxD Inference, as data: shared by the process that runs it and by the tests that judge it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+from tests.tiny_models import FAMILIES
+
+PROMPT_LENGTHS = (11, 5, 8)
+NEW_TOKENS = 6
+SEQ_LEN = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One model folder served by NxDI in CPU mode; `neuronmlp` are the user's options, `neuron` further NeuronConfig fields."""
+
+    name: str
+    family: str
+    folder: str
+    tp: int
+    batch: int
+    neuronmlp: dict[str, Any] | None
+    neuron: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def scheme_cases(folders: dict[str, str], tp: int) -> list[Case]:
+    """Every family, both schemes, batch 1 and 3, and (where there is more than one rank) sequence parallelism off and on."""
+    cases = []
+    grid = itertools.product(FAMILIES, ("gather", "reduce"), (1, 3), (False, True)[: 1 if tp == 1 else 2])
+    for family, scheme, batch, sequence_parallel in grid:
+        name = f"{family}-tp{tp}-{scheme}-batch{batch}" + ("-sp" if sequence_parallel else "")
+        neuron = {"sequence_parallel_enabled": sequence_parallel}
+        cases.append(Case(name, family, folders[family], tp, batch, {"tp_scheme": scheme}, neuron))
+    return cases

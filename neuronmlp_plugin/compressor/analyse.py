@@ -37,7 +37,7 @@ def analyse(plan: Plan, workspace: Workspace, bars: ProgressBars) -> None:
     start = next((i for i in range(stream.num_layers) if not workspace.has(layer_name(i))), stream.num_layers)
     if start == stream.num_layers:
         return
-    hidden = _hidden_states(plan, workspace, stream, start)
+    hidden = _hidden_states(plan, workspace, stream, start)  # no rows at all for a method that uses no text
     with bars.stage("statistics and factors", (stream.num_layers - start) * max(len(hidden), 1)) as tick:
         for index in range(start, stream.num_layers):
             _analyse_layer(plan, workspace, stream, index, hidden, tick)
@@ -95,7 +95,7 @@ def _sample_inputs(stream: LayerStream, layer: torch.nn.Module, hidden: torch.Te
         module.register_forward_pre_hook(lambda _, args, key=key: seen[key].append(args[0].reshape(-1, args[0].shape[-1])))
         for module, key in ((mlp.gate_proj, "gate_up.sample"), (mlp.down_proj, "down.sample"))
     ]
-    for batch in hidden.split(BATCH):
+    for batch in hidden.split(BATCH) if len(hidden) else ():
         batch.copy_(stream.run(layer, batch))
     for handle in handles:
         handle.remove()

@@ -9,7 +9,7 @@ import torch
 from neuronmlp_plugin.compressor.analyse import layer_name, load_decomposition
 from neuronmlp_plugin.compressor.plan import Plan
 from neuronmlp_plugin.compressor.workspace import Workspace
-from neuronmlp_plugin.lowrank.allocate import Curve, allocate, cost, uniform_ranks
+from neuronmlp_plugin.lowrank.allocate import CHOOSERS, Curve, cost
 from neuronmlp_plugin.lowrank.decompose import Decomposition
 from neuronmlp_plugin.lowrank.pivots import common_order, pivot_inputs, pivot_outputs
 from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, ProjectionSpec
@@ -44,8 +44,7 @@ def read_curves(plan: Plan, workspace: Workspace) -> list[Curve]:
 def choose_ranks(plan: Plan, curves: list[Curve]) -> list[Layer]:
     """A spec for every projection of every layer."""
     s = plan.settings
-    choose = allocate if s.allocation == "global" else uniform_ranks
-    ranks = choose(curves, 1.0 - s.remove, s.form, s.rank_multiple)
+    ranks = CHOOSERS[s.allocation](curves, 1.0 - s.remove, s.form, s.rank_multiple)
     specs = [DENSE if rank is None else ProjectionSpec(s.form, rank) for rank in ranks]
     return [dict(zip(PROJECTIONS, specs[i : i + 3], strict=True)) for i in range(0, len(specs), 3)]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import UsageError
-from neuronmlp_plugin.lowrank.allocate import Curve, allocate
+from neuronmlp_plugin.lowrank.allocate import CHOOSERS, Curve
 from neuronmlp_plugin.models.projection import PROJECTIONS
 
 REPORT_FILE = "neuronmlp_report.json"
@@ -19,11 +19,11 @@ _COLOURS = {"gate_proj": "#0072b2", "up_proj": "#e69f00", "down_proj": "#009e73"
 
 
 def loss_by_size(curves: Sequence[Curve], settings: Settings) -> list[dict[str, float]]:
-    """The predicted loss that the best allocation reaches at other sizes, as far as the form can go."""
-    points = []
+    """The predicted loss that the same way of choosing ranks reaches at other sizes, as far as the form can go."""
+    points, choose = [], CHOOSERS[settings.allocation]
     for removed in sorted({*_GRID, settings.remove}):
         try:
-            ranks = allocate(curves, 1.0 - removed, settings.form, settings.rank_multiple)
+            ranks = choose(curves, 1.0 - removed, settings.form, settings.rank_multiple)
         except UsageError:  # beyond what the form, or the multiple, can do
             continue
         loss = sum(float(c.tail[rank]) for c, rank in zip(curves, ranks, strict=True) if rank is not None)
@@ -65,19 +65,19 @@ def _rows(report: dict[str, Any], projection: str) -> list[dict[str, Any]]:
 def _plot_ranks(report: dict[str, Any], path: pathlib.Path) -> None:
     removed = report["block"]["removed_ratio"]
     figure, axes = _figure(f"Rank per layer, {removed:.1%} of the MLP parameters removed", "layer", "rank")
-    full = max((row["rank"] or 0 for row in report["matrices"]), default=0)
+    full = max(row["rank"] or 0 for row in report["matrices"])
     dense_height = full * 1.06
-    for name in PROJECTIONS:
+    for offset, name in enumerate(PROJECTIONS):
         rows = _rows(report, name)
         ranks = [row["rank"] if row["rank"] is not None else np.nan for row in rows]
         axes.plot([r["layer"] for r in rows], ranks, marker="o", markersize=4, color=_COLOURS[name], label=name)
         dense = [r["layer"] for r in rows if r["rank"] is None]
-        axes.scatter(dense, [dense_height] * len(dense), marker="s", s=18, color=_COLOURS[name], alpha=0.6)
+        axes.scatter(dense, [dense_height * (1 + 0.02 * offset)] * len(dense), marker="s", s=18, color=_COLOURS[name], alpha=0.6)
     if any(row["rank"] is None for row in report["matrices"]):
-        axes.axhline(dense_height, color="0.6", linewidth=0.8, linestyle=":")
-        axes.annotate("kept dense", (0, dense_height), xytext=(0, 5), textcoords="offset points", fontsize=8, color="0.35")
-    axes.set_ylim(0, dense_height * 1.1 + 1)
-    axes.legend(loc="lower right", frameon=False)
+        axes.axhline(dense_height * 0.99, color="0.6", linewidth=0.8, linestyle=":")
+        axes.annotate("kept dense", (0, dense_height), xytext=(0, -11), textcoords="offset points", fontsize=8, color="0.35")
+    axes.set_ylim(0, dense_height * 1.12 + 1)
+    axes.legend(loc="lower left", frameon=False)
     _save(figure, path)
 
 
@@ -95,7 +95,7 @@ def _plot_errors(report: dict[str, Any], path: pathlib.Path) -> None:
 
 
 def _plot_loss(report: dict[str, Any], path: pathlib.Path) -> None:
-    figure, axes = _figure("Predicted loss of the best allocation against size", "MLP parameters removed", "predicted loss (nats per token, 2nd order)")
+    figure, axes = _figure("Predicted loss against size", "MLP parameters removed", "predicted loss, summed over matrices")
     points = report["loss_by_size"]
     axes.plot([p["removed_ratio"] for p in points], [p["predicted_loss"] for p in points], marker="o", markersize=4, color="#0072b2")
     chosen = sum(row["predicted_loss"] for row in report["matrices"])

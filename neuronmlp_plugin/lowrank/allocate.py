@@ -55,7 +55,7 @@ def rank_for_share(keep: float, in_features: int, out_features: int, form: str) 
     return (total - math.sqrt(max(total * total - 4 * target, 0.0))) / 2
 
 
-def uniform_ranks(curves: Sequence[Curve], keep: float, form: str, multiple: int) -> list[int]:
+def uniform_ranks(curves: Sequence[Curve], keep: float, form: str, multiple: int) -> list[int | None]:
     """The same share of every matrix, rounded down to a multiple (never below one): the published baseline."""
     ranks = [rank_for_share(keep, c.in_features, c.out_features, form) for c in curves]
     return [max(multiple, int(rank / multiple + 1e-9) * multiple) for rank in ranks]
@@ -83,6 +83,9 @@ def allocate(curves: Sequence[Curve], keep: float, form: str, multiple: int) -> 
             f"{spent / dense_cost:.4f} at best; choose a smaller multiple."
         )
     return [int(o.ranks[p]) or None for o, p in zip(options, picks, strict=True)]
+
+
+CHOOSERS = {"global": allocate, "uniform": uniform_ranks}
 
 
 def _options(curve: Curve, form: str, multiple: int) -> _Options:

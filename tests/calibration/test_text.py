@@ -7,7 +7,7 @@ import torch
 
 from neuronmlp_plugin.calibration.text import bos_prefix, read_documents, spread, token_windows, windows_digest
 from neuronmlp_plugin.errors import CalibrationError
-from tests.words import write_tokenizer
+from tests.letters import write_tokenizer
 
 
 def tokenizer(folder, **kwargs):
@@ -19,7 +19,7 @@ def tokenizer(folder, **kwargs):
 
 def test_windows_begin_as_the_tokenizer_begins_a_text(tmp_path):
     tok = tokenizer(tmp_path)
-    windows = token_windows(["w0 w1 w2 w3 w4", "w5 w6 w7"], tok, 4)
+    windows = token_windows(["!\"#$%", "&'("], tok, 4)
     assert bos_prefix(tok) == [1]
     assert windows.tolist() == [[1, 3, 4, 5], [1, 6, 7, 8]]
 
@@ -27,21 +27,21 @@ def test_windows_begin_as_the_tokenizer_begins_a_text(tmp_path):
 def test_a_tokenizer_without_bos_gets_none(tmp_path):
     tok = tokenizer(tmp_path, bos=False)
     assert bos_prefix(tok) == []
-    assert token_windows(["w0 w1 w2 w3"], tok, 2).tolist() == [[3, 4], [5, 6]]
+    assert token_windows(["!\"#$"], tok, 2).tolist() == [[3, 4], [5, 6]]
 
 
 def test_too_little_text_for_one_window_is_refused(tmp_path):
     with pytest.raises(CalibrationError, match="expected at least 99 tokens for one window, found 2"):
-        token_windows(["w0 w1"], tokenizer(tmp_path), 100)
+        token_windows(["ab"], tokenizer(tmp_path), 100)
 
 
 def test_text_jsonl_and_chat_are_read(tmp_path):
     tok = tokenizer(tmp_path)
     (tmp_path / "a.txt").write_text("one\ntwo")
     assert read_documents(tmp_path / "a.txt", tok) == ["one\ntwo"]
-    lines = [{"text": "w1"}, {"messages": [{"role": "user", "content": "w2"}]}]
+    lines = [{"text": "x"}, {"messages": [{"role": "user", "content": "y"}]}]
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    assert read_documents(tmp_path / "b.jsonl", tok) == ["w1", "user w2 "]
+    assert read_documents(tmp_path / "b.jsonl", tok) == ["x", "user:y;"]
 
 
 @pytest.mark.parametrize(

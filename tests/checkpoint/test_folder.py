@@ -13,7 +13,7 @@ from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.checkpoint.writer import portable_config
 from neuronmlp_plugin.errors import CheckpointError, NonFiniteError, UnsupportedModelError
 from tests.tiny_models import FAMILIES, write_dense, write_mixed
-from tests.words import write_tokenizer
+from tests.letters import write_tokenizer
 
 SHARD = "neuronmlp-00001-of-00004.safetensors"
 

@@ -1,0 +1,254 @@
+"""The whole pipeline on tiny models: what it promises about bytes, resumption, refusals and leaving nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from neuronmlp_plugin.checkpoint.loader import load_model
+from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint
+from neuronmlp_plugin.compressor import analyse as analyse_module
+from neuronmlp_plugin.compressor import run as run_module
+from neuronmlp_plugin.compressor.plan import make_plan
+from neuronmlp_plugin.compressor.progress import ProgressBars
+from neuronmlp_plugin.compressor.run import compress
+from neuronmlp_plugin.compressor.settings import Settings
+from neuronmlp_plugin.errors import NeuronMLPError, NonFiniteError, OutputError
+from tests.tiny_models import FAMILIES, write_dense
+from tests.letters import write_text, write_tokenizer
+
+QUIET = ProgressBars(Console(quiet=True), quiet=True)
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A dense llama with a tokenizer, and text for it."""
+    write_tokenizer(write_dense(tmp_path / "dense", "llama"))
+    write_text(tmp_path / "text.jsonl", 3000)
+    return tmp_path
+
+
+def settings_for(home: pathlib.Path, **changes) -> Settings:
+    known = {
+        "model": home / "dense",
+        "out": home / "out",
+        "text": home / "text.jsonl",
+        "remove": 0.2,
+        "rank_multiple": 1,
+        "window": 32,
+        "tokens": 1024,
+        "metric_tokens": 256,
+        "judge_tokens": 128,
+    }
+    return Settings(**{**known, **changes})
+
+
+def files(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("form", ["compact", "uv"])
+def test_every_family_compresses_to_its_budget(tmp_path, family, form):
+    write_tokenizer(write_dense(tmp_path / "dense", family))
+    write_text(tmp_path / "text.jsonl", 3000)
+    report = compress(make_plan(settings_for(tmp_path, form=form)), QUIET)
+    checkpoint = Checkpoint(tmp_path / "out")
+    assert checkpoint.block.removed_ratio == pytest.approx(0.2, abs=0.005)
+    stored = sum(row["parameters"] for row in report["matrices"])
+    assert stored == sum(t.numel() for n, t in checkpoint.tensors() if ".mlp." in n)
+    assert report["quality"]["num_tokens"] == 4 * 31
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {f"neuronmlp_{n}.png" for n in ("ranks", "errors", "loss")}
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_predicted_errors_hold_on_the_calibrated_rows(home):
+    """Judged on the very rows that were calibrated, achieved must equal predicted: the whole chain of forms and orders is right."""
+    plan = make_plan(settings_for(home))
+    plan = type(plan)(**{**plan.__dict__, "judge": plan.calibration})
+    analyse_module.SAMPLE_ROWS, kept = 10**9, analyse_module.SAMPLE_ROWS
+    try:
+        report = compress(plan, QUIET)
+    finally:
+        analyse_module.SAMPLE_ROWS = kept
+    rows = [row for row in report["matrices"] if row["rank"] is not None]
+    assert len(rows) > 4
+    for row in rows:
+        assert row["achieved_error"] == pytest.approx(row["predicted_error"], rel=0.03), row
+
+
+def test_two_sided_global_beats_the_published_method_at_equal_bytes(home):
+    ours = compress(make_plan(settings_for(home, form="uv")), QUIET)
+    theirs = compress(make_plan(settings_for(home, form="uv", method="whitened", allocation="uniform", out=home / "w")), QUIET)
+    assert theirs["block"]["removed_ratio"] == pytest.approx(ours["block"]["removed_ratio"], abs=0.01)
+    assert ours["quality"]["kl_divergence"] < 0.8 * theirs["quality"]["kl_divergence"]
+
+
+def test_plain_svd_needs_no_text(home):
+    report = compress(make_plan(settings_for(home, text=None, method="plain", allocation="uniform")), QUIET)
+    assert report["quality"] is None
+    assert all(row["achieved_error"] is None for row in report["matrices"])
+
+
+def test_rank_multiple_aligns_the_ranks(home):
+    report = compress(make_plan(settings_for(home, method="whitened", allocation="uniform", form="uv", rank_multiple=8)), QUIET)
+    assert all(row["rank"] % 8 == 0 for row in report["matrices"])
+
+
+def test_bf16_factors_are_written_as_bf16(home):
+    compress(make_plan(settings_for(home, dtype="bfloat16")), QUIET)
+    kinds = {t.dtype for n, t in Checkpoint(home / "out").tensors() if ".mlp." in n}
+    assert kinds == {torch.bfloat16}
+
+
+def test_a_rerun_gives_the_same_bytes(home):
+    compress(make_plan(settings_for(home)), QUIET)
+    first = files(home / "out")
+    shutil.rmtree(home / "out")
+    compress(make_plan(settings_for(home)), QUIET)
+    assert files(home / "out") == first
+
+
+@pytest.mark.parametrize(("module", "function", "call"), [
+    (analyse_module, "layer_moments", 2),
+    (analyse_module, "output_metrics", 1),
+    (run_module, "build_layer", 3),
+    (run_module, "write_rest", 1),
+    (run_module, "compare", 1),
+])  # fmt: skip
+def test_an_interrupted_run_resumes_to_the_same_bytes(home, monkeypatch, module, function, call):
+    compress(make_plan(settings_for(home, out=home / "whole")), QUIET)
+    real, calls = getattr(module, function), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(function)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, function, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compress(make_plan(settings_for(home)), QUIET)
+    assert not (home / "out").exists() and (home / "out.partial").is_dir()
+    compress(make_plan(settings_for(home)), QUIET)
+    assert files(home / "out") == files(home / "whole")
+
+
+def test_finished_layers_are_not_done_again(home, monkeypatch):
+    done = []
+    real = analyse_module.decompose
+    monkeypatch.setattr(analyse_module, "decompose", lambda *args: (done.append(1), real(*args))[1])
+    monkeypatch.setattr(run_module, "build_layer", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        compress(make_plan(settings_for(home)), QUIET)
+    monkeypatch.undo()
+    monkeypatch.setattr(analyse_module, "decompose", lambda *args: (done.append(1), real(*args))[1])
+    compress(make_plan(settings_for(home)), QUIET)
+    assert len(done) == 9  # three layers of three, once
+
+
+def test_an_analysis_serves_other_sizes(home, monkeypatch):
+    compress(make_plan(settings_for(home, analysis=home / "an", out=home / "a")), QUIET)
+    monkeypatch.setattr(analyse_module, "decompose", lambda *_: pytest.fail("analysed again"))
+    report = compress(make_plan(settings_for(home, analysis=home / "an", remove=0.4, form="uv")), QUIET)
+    assert report["block"]["removed_ratio"] == pytest.approx(0.4, abs=0.005)
+
+
+def test_another_runs_leftovers_are_refused(home, monkeypatch):
+    monkeypatch.setattr(run_module, "build_layer", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        compress(make_plan(settings_for(home)), QUIET)
+    with pytest.raises(OutputError, match=r"out\.partial: expected the unfinished run of these same settings"):
+        compress(make_plan(settings_for(home, remove=0.3)), QUIET)
+
+
+def test_changed_weights_are_noticed_between_runs(home):
+    compress(make_plan(settings_for(home, analysis=home / "an", out=home / "a")), QUIET)
+    weights = home / "dense" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.0.mlp.up_proj.weight"] += 1
+    save_file(tensors, weights)
+    with pytest.raises(OutputError, match="an: expected"):
+        compress(make_plan(settings_for(home, analysis=home / "an")), QUIET)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(home, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("neuronmlp_plugin.checkpoint.writer.save_file", full)
+    with pytest.raises(OutputError, match="expected room to write, found a full disk"):
+        compress(make_plan(settings_for(home)), QUIET)
+    assert not (home / "out").exists()
+
+
+def test_too_little_disk_is_refused_before_anything_is_done(home, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    with pytest.raises(OutputError, match="GiB of free disk"):
+        make_plan(settings_for(home))
+
+
+def test_factor_file_gives_the_same_model_as_the_folder(home):
+    compress(make_plan(settings_for(home)), QUIET)
+    compress(make_plan(settings_for(home, out=home / "dense", factors_only=True)), QUIET)
+    ids = torch.randint(3, 128, (2, 9))
+    with torch.no_grad():
+        overlay = load_model(home / "dense", factors=home / "dense" / FACTOR_FILE)(ids).logits
+        torch.testing.assert_close(overlay, load_model(home / "out")(ids).logits)
+        assert not torch.allclose(overlay, load_model(home / "dense")(ids).logits, atol=1e-2)
+
+
+def test_weak_pivots_fall_back_to_uv_at_no_more_bytes(home, monkeypatch):
+    monkeypatch.setattr("neuronmlp_plugin.compressor.build.ROUNDING_LIMIT", 0.0)
+    report = compress(make_plan(settings_for(home, dtype="bfloat16")), QUIET)
+    assert {row["form"] for row in report["matrices"]} <= {"uv", "dense"}
+    assert report["notes"] and "pivots too weak" in report["notes"][0]
+    assert report["block"]["removed_ratio"] >= 0.2
+
+
+def test_damaged_weights_are_refused_by_name(home):
+    weights = home / "dense" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    save_file(tensors, weights)
+    with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\.up_proj"):
+        compress(make_plan(settings_for(home)), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"remove": 1.2}, "--remove: expected a share between 0 and 1"),
+        ({"form": "tucker"}, "--form: expected one of"),
+        ({"text": None}, "--text: expected calibration text"),
+        ({"method": "whitened"}, "expected --allocation uniform"),
+        ({"window": 0}, "--window: expected a positive number"),
+        ({"tokens": 256}, "expected at least 384 calibration tokens .*found 256"),
+        ({"remove": 0.9}, "expected at most"),
+        ({"rank_multiple": 64}, "choose a smaller multiple|expected at most"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(home, changes, message):
+    with pytest.raises(NeuronMLPError, match=message):
+        compress(make_plan(settings_for(home, **changes)), QUIET)
+    assert not (home / "out").exists()
+
+
+def test_a_factored_model_is_not_compressed_again(home):
+    compress(make_plan(settings_for(home)), QUIET)
+    with pytest.raises(NeuronMLPError, match="compress the original"):
+        make_plan(settings_for(home, model=home / "out", out=home / "again"))
+
+
+def test_the_report_is_json_with_every_matrix(home):
+    compress(make_plan(settings_for(home)), QUIET)
+    report = json.loads((home / "out" / "neuronmlp_report.json").read_text())
+    assert [(row["layer"], row["projection"]) for row in report["matrices"]][:4] == [(0, "gate_proj"), (0, "up_proj"), (0, "down_proj"), (1, "gate_proj")]
+    losses = [point["predicted_loss"] for point in report["loss_by_size"]]
+    assert losses == sorted(losses) and len(losses) >= 5

@@ -18,7 +18,7 @@ int8 = np.dtype(np.int8)
 uint8 = np.dtype(np.uint8)
 
 FLOATS = (float32, float16, bfloat16, float8_e4m3, float8_e5m2)
-MATMUL_INPUTS = FLOATS
+MATMUL_INPUTS = tuple(dtype.name for dtype in FLOATS)
 BIAS = (float32, float16, bfloat16)
 UNWRITTEN_INT = 4  # what the vendor's simulator leaves in integer memory
 

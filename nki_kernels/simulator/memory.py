@@ -25,10 +25,11 @@ class Storage:
     written throughout and may not be written again.
     """
 
-    __slots__ = ("acquired", "banks", "bytes_per_partition", "data", "dtype", "identity", "machine", "name", "shape", "space", "state")
+    __slots__ = ("acquired", "banks", "bytes_per_partition", "data", "dtype", "dtype_name", "identity", "machine", "name", "shape", "space", "state")
 
     def __init__(self, machine: Machine, shape: tuple[int, ...], dtype: np.dtype, space: str, name: str) -> None:
         self.machine, self.shape, self.dtype, self.space = machine, shape, dtype, space
+        self.dtype_name = dtype.name  # numpy computes it anew each time, which shows in a trace of millions
         self.identity = machine.next_identity()
         self.name = name or f"{space}{self.identity}"
         self.bytes_per_partition = math.prod(shape if space.endswith(HBM) else shape[1:]) * dtype.itemsize

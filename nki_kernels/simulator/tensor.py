@@ -156,7 +156,7 @@ class Tensor:
             start, partitions, sizes, strides = self.offset, (0, 1), self.shape, self.strides
         last = start + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
         return Access(
-            storage.identity, storage.name, storage.space if self.on_chip else HBM, storage.dtype.name, item, self.shape, partitions,
+            storage.identity, storage.name, storage.space if self.on_chip else HBM, storage.dtype_name, item, self.shape, partitions,
             (start * item, (last + 1) * item), contiguous_run(sizes, strides) * item, self._banks(start * item, (last + 1) * item),
         )  # fmt: skip
 

@@ -73,13 +73,13 @@ def _check_matmul(machine: Machine, dst: Tensor, stationary: Tensor, moving: Ten
 
 def _check_matmul_dtypes(machine: Machine, dst: Tensor, stationary: Tensor, moving: Tensor) -> None:
     allowed = machine.target.matmul_dst_dtypes
-    expected = " or ".join(allowed)
-    require(dst.dtype.name in allowed, f"nc_matmul dst dtype must be {expected} on gen{machine.target.generation}, got {dst.dtype.name}")
+    found = dst.storage.dtype_name
+    require(found in allowed, f"nc_matmul dst dtype must be {' or '.join(allowed)} on gen{machine.target.generation}, got {found}")
     for name, operand in (("stationary", stationary), ("moving", moving)):
-        names = [dtype.name for dtype in MATMUL_INPUTS]
-        require(operand.dtype in MATMUL_INPUTS, f"nc_matmul {name} dtype must be one of {names}, got {operand.dtype.name}")
-    paired = (stationary.dtype == float32) == (moving.dtype == float32)
-    require(paired, f"nc_matmul float32 must pair with float32, got stationary={stationary.dtype.name}, moving={moving.dtype.name}")
+        found = operand.storage.dtype_name
+        require(found in MATMUL_INPUTS, f"nc_matmul {name} dtype must be one of {MATMUL_INPUTS}, got {found}")
+    pair = stationary.storage.dtype_name, moving.storage.dtype_name
+    require(pair.count("float32") != 1, f"nc_matmul float32 must pair with float32, got stationary={pair[0]}, moving={pair[1]}")
 
 
 def _accumulates(dst: Tensor, accumulate: bool | None) -> bool:

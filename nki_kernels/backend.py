@@ -1,0 +1,36 @@
+"""The one switch: the vendor's `nki` where it is installed, our simulator of it elsewhere.
+
+Kernels import `nl`, `nisa` and `jit` from here and nothing else of NKI. `TAKES_ACCUMULATE` says which call convention is in force: from
+0.3 on nc_matmul is told whether it starts a sum, before that the first write of a fresh PSUM tile does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+HAS_NKI = importlib.util.find_spec("nki") is not None
+
+if HAS_NKI:
+    import nki
+    import nki.isa as nisa
+    import nki.language as nl
+
+    jit: Callable[..., Any] = nki.jit
+    simulate: Callable[..., Any] | None = getattr(nki, "simulate", None)  # from 0.3 on
+    TAKES_ACCUMULATE = "accumulate" in inspect.signature(nisa.nc_matmul).parameters
+else:
+    from nki_kernels.simulator import isa as nisa
+    from nki_kernels.simulator import language as nl
+    from nki_kernels.simulator.run import simulate
+
+    TAKES_ACCUMULATE = True
+
+    def jit(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        """Marks an entry kernel; nothing to compile here."""
+        return kernel
+
+
+__all__ = ["HAS_NKI", "TAKES_ACCUMULATE", "jit", "nisa", "nl", "simulate"]

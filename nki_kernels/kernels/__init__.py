@@ -1,0 +1,1 @@
+"""The NKI programs, written against `nki_kernels.backend` alone."""

@@ -1,0 +1,28 @@
+"""silu(x Ug Vg) * (x Uu Vu): the first half of a gated MLP, its result transposed for `down` to consume without a transpose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nki_kernels.backend import jit, nl
+from nki_kernels.kernels.load import store_transposed
+from nki_kernels.kernels.stages import Workspace, first_products, gated_product
+from nki_kernels.kernels.svd_mlp import load_x
+from nki_kernels.plan import Plan
+from nki_kernels.tiling import pieces
+
+Tensor = Any
+
+
+@jit
+def gated_up(x: Tensor, weights: Tensor, plan: Plan, norm_weight: Tensor = None) -> Tensor:
+    """x `[T, H]` (or `[H, T]`) -> h^T `[I, T]`; gate and up of any forms and ranks, x loaded once."""
+    h = nl.ndarray((plan.layout.intermediate, plan.tokens), dtype=x.dtype, buffer=nl.shared_hbm)
+    work = Workspace(plan, weights, norm_weight)
+    for first_token, tokens in pieces(plan.tokens, plan.block_tokens):
+        work.stream.seek(0)
+        load_x(work, x, first_token, tokens)
+        first_products(work, tokens)
+        gated_product(work, tokens)
+        store_transposed(h, work.h(), first_token, tokens)
+    return h

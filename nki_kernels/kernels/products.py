@@ -1,0 +1,85 @@
+"""The two matrix products that everything is built of. Sums stay in fp32 in PSUM from the first block to the last.
+
+Transposed: stationary = weight block [K 128, M 128], moving = activation^T tile [K 128, N <= 512 tokens], so that the result is the
+transposed activation that the next product takes as it is. Natural: stationary = activation^T tile [K 128, M 128 tokens], moving = weight
+block [K 128, N 512], for results that leave in [tokens, columns].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nki_kernels import backend
+from nki_kernels.backend import nisa, nl
+from nki_kernels.kernels.stream import WeightStream
+from nki_kernels.tiling import Matrix
+
+Tensor = Any
+
+
+def matmul(dst: Tensor, stationary: Tensor, moving: Tensor, first: bool) -> None:
+    """One nc_matmul under either call convention; before 0.3 the first one into a fresh tile starts the sum by itself."""
+    if backend.TAKES_ACCUMULATE:
+        nisa.nc_matmul(dst, stationary, moving, accumulate=not first)
+    else:
+        nisa.nc_matmul(dst, stationary, moving)
+
+
+def transposed_tile(stream: WeightStream, matrix: Matrix, n: int, source: Tensor, widths: list, identity: Tensor) -> list:
+    """Column tile `n` of (source W), transposed: PSUM tiles [cols, width], one for each (start, width) of `widths` over the tokens.
+
+    `source` is an activation^T `[128, row tiles, tokens]` in SBUF.
+    """
+    cols = matrix.tile_width(n)
+    blocks = matrix.blocks(n)
+    sums = []
+    for _start, width in widths:
+        sums.append(nl.ndarray((cols, width), dtype=nl.float32, buffer=nl.psum, name="sum"))
+    for i in range(len(blocks)):
+        k, rows, stored = blocks[i]
+        block = stream.take(cols)[0:rows, :] if stored else identity[0:rows, 0:cols]
+        for j in range(len(widths)):
+            start, width = widths[j]
+            matmul(sums[j], block, source[0:rows, k, start : start + width], i == 0)
+    return sums
+
+
+def is_source_itself(matrix: Matrix, n: int) -> bool:
+    """Whether column tile `n` of (source W) is a row tile of source: the pivots of an output-pivoted projection."""
+    blocks = matrix.blocks(n)
+    return len(blocks) == 1 and not blocks[0].stored
+
+
+def column_tile(stream: WeightStream, matrix: Matrix, n: int, source: Tensor, widths: list, identity: Tensor) -> list:
+    """As `transposed_tile`, but without arithmetic where the result is there already."""
+    if not is_source_itself(matrix, n):
+        return transposed_tile(stream, matrix, n, source, widths, identity)
+    k, rows, _stored = matrix.blocks(n)[0]
+    tiles = []
+    for start, width in widths:
+        tiles.append(source[0:rows, k, start : start + width])
+    return tiles
+
+
+def transposed_product(stream: WeightStream, matrix: Matrix, source: Tensor, dst: Tensor, widths: list, identity: Tensor) -> None:
+    """dst `[128, column tiles, tokens]` = (source W)^T, rounded once to its element type."""
+    for n in range(matrix.col_tiles):
+        sums = transposed_tile(stream, matrix, n, source, widths, identity)
+        for j in range(len(widths)):
+            start, width = widths[j]
+            nisa.activation(dst=dst[0 : matrix.tile_width(n), n, start : start + width], op=nl.copy, data=sums[j])
+
+
+def natural_tile(stream: WeightStream, matrix: Matrix, n: int, source: Tensor, tiles: list) -> list:
+    """Column tile `n` of (source W): PSUM tiles [size, cols], one for each (start, size) of `tiles`, each of at most 128 tokens."""
+    cols = matrix.tile_width(n)
+    sums = []
+    for _start, size in tiles:
+        sums.append(nl.ndarray((size, cols), dtype=nl.float32, buffer=nl.psum, name="sum"))
+    for k in range(matrix.row_tiles):
+        rows = matrix.tile_rows(k)
+        block = stream.take(cols)[0:rows, :]
+        for j in range(len(tiles)):
+            start, size = tiles[j]
+            matmul(sums[j], source[0:rows, k, start : start + size], block, k == 0)
+    return sums

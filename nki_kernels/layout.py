@@ -1,0 +1,183 @@
+"""Which products a launch computes, and in which order their weights lie in the one packed array that it streams.
+
+The packed array is `[128, C]`: partition p of a row tile is row p, and the blocks follow one another along the columns in exactly the order
+in which the kernel needs them. So every DMA reads one long run per partition, however it is cut, and nothing is transposed at run time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from nki_kernels.backend import nl
+from nki_kernels.targets import PMAX
+from nki_kernels.tiling import MOVING_COLS, STATIONARY_COLS, Block, Matrix
+
+# Stages run one after another; matrices that share a stage are interleaved column tile by column tile.
+STAGES = (("gate_first",), ("up_first",), ("gate_second", "up_second"), ("down_first",), ("down_second",))
+MATRICES = tuple(name for names in STAGES for name in names)
+FORMS = ("dense", "uv", "compact")
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """One projection as one core sees it.
+
+    `rank`: length of the whole z (R, or tp * slots under tensor parallelism); `slots`: length of the share of z that this core computes
+    (gate, up) or consumes (down); `pivots`: how many of the core's intermediate channels are pivots; `shift`: where its share of z begins.
+    """
+
+    form: str
+    rank: int = 0
+    slots: int = 0
+    pivots: int = 0
+    shift: int = 0
+
+    @classmethod
+    def whole(cls, form: str, rank: int | None = None) -> Projection:
+        """The unsharded projection of FORMAT.md."""
+        if form not in FORMS or (form == "dense") == bool(rank):
+            raise ValueError(f"projection: expected dense without a rank, or uv or compact with one, found {form!r} with rank {rank}.")
+        size = rank or 0
+        return cls(form, size, size, size if form == "compact" else 0)
+
+
+DENSE = Projection.whole("dense")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout(nl.NKIObject):
+    """The matrices of one launch by name (see STAGES); those that it does not use are None.
+
+    `external_z` names the projections ("gate", "up") whose z the launch is given, because another launch and a collective made it.
+    """
+
+    gate_first: Matrix | None = None
+    up_first: Matrix | None = None
+    gate_second: Matrix | None = None
+    up_second: Matrix | None = None
+    down_first: Matrix | None = None
+    down_second: Matrix | None = None
+    external_z: tuple[str, ...] = ()
+
+    def matrix(self, name: str) -> Matrix | None:
+        found: Matrix | None = getattr(self, name)
+        return found
+
+    def tiles(self) -> Iterator[tuple[str, Matrix, int, int]]:
+        """(name, matrix, column tile, first packed column) in packed order."""
+        offset = 0
+        for names in STAGES:
+            present = [(name, self.matrix(name)) for name in names]
+            for n in range(max((m.col_tiles for _, m in present if m), default=0)):
+                for name, matrix in present:
+                    if matrix is not None and n < matrix.col_tiles:
+                        yield name, matrix, n, offset
+                        offset += matrix.stored_cols(n)
+
+    def blocks(self) -> Iterator[tuple[str, Matrix, int, Block, int]]:
+        """Every stored block: (name, matrix, column tile, block, first packed column) in packed order."""
+        for name, matrix, n, offset in self.tiles():
+            for block in matrix.blocks(n):
+                if block.stored:
+                    yield name, matrix, n, block, offset
+                    offset += matrix.tile_width(n)
+
+    def has_z(self, projection: str) -> bool:
+        """Whether the second matrix of "gate", "up" or "down" starts from a z, and not from x or h."""
+        return self.matrix(f"{projection}_first") is not None or projection in self.external_z
+
+    @property
+    def hidden(self) -> int:
+        """H: the width of x, or 0 if no product of the launch starts from x."""
+        for matrix in (self.gate_first, self.up_first):
+            if matrix is not None:
+                return matrix.rows
+        for projection in ("gate", "up"):
+            matrix = self.matrix(f"{projection}_second")
+            if matrix is not None and not self.has_z(projection):
+                return matrix.rows
+        return 0
+
+    @property
+    def intermediate(self) -> int:
+        """I: the width of h, or 0 if the launch has none."""
+        if self.gate_second is not None:
+            return self.gate_second.cols
+        down = self.down_first or self.down_second
+        return 0 if down is None else down.rows
+
+    @property
+    def x_outlives_firsts(self) -> bool:
+        """Whether a second product starts from x."""
+        return any(self.matrix(f"{p}_second") is not None and not self.has_z(p) for p in ("gate", "up"))
+
+    @property
+    def needs_identity(self) -> bool:
+        """Whether any block of the launch is an identity that is not stored."""
+        return any(matrix.has_identity for matrix in map(self.matrix, MATRICES) if matrix is not None)
+
+    @property
+    def external_only(self) -> bool:
+        """Whether the launch is given z and nothing else, so that it loads no x."""
+        return bool(self.external_z) and not self.hidden
+
+    @property
+    def stored_cols(self) -> int:
+        """Columns of the packed array that hold weights."""
+        return sum(matrix.stored_cols(n) for _, matrix, n, _ in self.tiles())
+
+    @property
+    def packed_cols(self) -> int:
+        """C of the packed array `[128, C]`: the weights and, if some block needs one, a 128 x 128 identity behind them."""
+        return self.stored_cols + (PMAX if self.needs_identity else 0)
+
+
+def gate_layout(hidden: int, intermediate: int, projection: Projection) -> tuple[Matrix | None, Matrix]:
+    """First and second matrix of a gate or up projection, both stationary; a dense one has only the second."""
+    if projection.form == "dense":
+        return None, Matrix(hidden, intermediate)
+    axis = "cols" if projection.form == "compact" else ""
+    second = Matrix(projection.rank, intermediate, STATIONARY_COLS, axis, projection.pivots, projection.shift)
+    return Matrix(hidden, projection.slots), second
+
+
+def down_layout(hidden: int, intermediate: int, projection: Projection, tile_cols: int = MOVING_COLS) -> tuple[Matrix | None, Matrix]:
+    """First and second matrix of a down projection; the second is moving unless the output is wanted transposed (`tile_cols` 128)."""
+    if projection.form == "dense":
+        return None, Matrix(intermediate, hidden, tile_cols)
+    axis = "rows" if projection.form == "compact" else ""
+    first = Matrix(intermediate, projection.rank, STATIONARY_COLS, axis, projection.pivots, projection.shift)
+    return first, Matrix(projection.slots, hidden, tile_cols)
+
+
+def mlp_layout(hidden: int, intermediate: int, gate: Projection, up: Projection, down: Projection) -> Layout:
+    """Everything: one launch computes the whole gated MLP."""
+    gate_first, gate_second = gate_layout(hidden, intermediate, gate)
+    up_first, up_second = gate_layout(hidden, intermediate, up)
+    down_first, down_second = down_layout(hidden, intermediate, down)
+    return Layout(gate_first, up_first, gate_second, up_second, down_first, down_second)
+
+
+def first_stage(whole: Layout) -> Layout:
+    """What runs before the all-gather of z."""
+    return Layout(gate_first=whole.gate_first, up_first=whole.up_first)
+
+
+def second_stage(whole: Layout) -> Layout:
+    """What runs between the all-gather of z and the reduce-scatter of down's z (or, where down is dense, the last all-reduce)."""
+    given = tuple(name for name in ("gate", "up") if whole.has_z(name))
+    last = None if whole.down_first else whole.down_second
+    return dataclasses.replace(whole, gate_first=None, up_first=None, down_second=last, external_z=given)
+
+
+def last_stage(whole: Layout) -> Layout:
+    """What runs between the reduce-scatter of down's z and the last all-reduce."""
+    return Layout(down_second=whole.down_second)
+
+
+def chain_layout(k: int, n: int, projection: Projection, transposed_output: bool = False) -> Layout:
+    """x [T, k] -> y [T, n]: a projection by itself (`xuv`, `down`)."""
+    tile_cols = STATIONARY_COLS if transposed_output else MOVING_COLS
+    first, second = down_layout(n, k, projection, tile_cols)
+    return Layout(down_first=first, down_second=second)

@@ -1,0 +1,129 @@
+"""Weights into the layout that kernels stream, once and offline, and back again, exactly.
+
+Works on numpy arrays and torch tensors alike: it only slices, transposes views and assigns. Pass `out` to choose the container (torch
+needs it; numpy allocates by itself). bf16 torch weights can also travel as numpy: `t.view(torch.int16).numpy().view(ml_dtypes.bfloat16)`.
+
+`weights` maps matrix names (see layout.STAGES) to what FORMAT.md stores for them, in Linear layout `[out, in]`; `factors_by_name` makes
+that mapping from a layer's projections. The identity of a compact factor is not part of the input and not returned by `unpack`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from nki_kernels.layout import MATRICES, Layout
+from nki_kernels.tiling import Block, Matrix, tile_count
+from nki_kernels.targets import PMAX
+
+Array = Any  # numpy.ndarray or torch.Tensor
+# (projection, suffix in FORMAT.md) -> matrix of a layout.
+MATRIX_OF = {
+    ("gate_proj", "weight"): "gate_second",
+    ("gate_proj", "u.weight"): "gate_first",
+    ("gate_proj", "v.weight"): "gate_second",
+    ("gate_proj", "c.weight"): "gate_second",
+    ("up_proj", "weight"): "up_second",
+    ("up_proj", "u.weight"): "up_first",
+    ("up_proj", "v.weight"): "up_second",
+    ("up_proj", "c.weight"): "up_second",
+    ("down_proj", "weight"): "down_second",
+    ("down_proj", "u.weight"): "down_first",
+    ("down_proj", "c.weight"): "down_first",
+    ("down_proj", "v.weight"): "down_second",
+}
+
+
+def factors_by_name(projections: Mapping[str, Mapping[str, Array]]) -> dict[str, Array]:
+    """`{"gate_proj": {"u.weight": ..., "c.weight": ...}, ...}` -> matrix name -> tensor `[out, in]`."""
+    return {MATRIX_OF[projection, suffix]: tensor for projection, tensors in projections.items() for suffix, tensor in tensors.items()}
+
+
+def stored_shape(matrix: Matrix) -> tuple[int, int]:
+    """`[out, in]` of the tensor that a matrix is packed from: without the identity of a compact factor."""
+    if matrix.pivot_axis == "cols":
+        return matrix.cols - matrix.pivots, matrix.rows
+    if matrix.pivot_axis == "rows":
+        return matrix.cols, matrix.rows - matrix.pivots
+    return matrix.cols, matrix.rows
+
+
+def pack(layout: Layout, weights: Mapping[str, Array], out: Array | None = None) -> Array:
+    """The packed array `[128, C]`; rows beyond the last row tile of a matrix are zero.
+
+    `out`, if given, must be `[128, layout.packed_cols]` and all zeros. Raises ValueError for a tensor of another shape than the layout's.
+    """
+    _check_shapes(layout, weights)
+    if out is None:
+        dtype = next(iter(weights.values())).dtype
+        out = np.zeros((PMAX, layout.packed_cols), dtype)
+    for name, matrix, n, block, offset in layout.blocks():
+        _copy_block(matrix, n, block, weights[name].T, out, offset, packing=True)
+        _write_identity(matrix, n, block, out, offset)
+    if layout.needs_identity:
+        for i in range(PMAX):
+            out[i, layout.stored_cols + i] = 1
+    return out
+
+
+def unpack(layout: Layout, packed: Array, out: dict[str, Array] | None = None) -> dict[str, Array]:
+    """The exact inverse of `pack`: matrix name -> tensor `[out, in]`. `out`, if given, is filled (torch needs it)."""
+    if out is None:
+        named = [(name, layout.matrix(name)) for name in MATRICES]
+        out = {name: np.zeros(stored_shape(matrix), packed.dtype) for name, matrix in named if matrix is not None}
+    for name, matrix, n, block, offset in layout.blocks():
+        _copy_block(matrix, n, block, out[name].T, packed, offset, packing=False)
+    return out
+
+
+def pack_norm(weight: Array, out: Array | None = None) -> Array:
+    """An RMSNorm weight `[H]` as `[128, ceil(H / 128)]` fp32: element p, k belongs to channel 128 k + p."""
+    size = weight.shape[0]
+    if out is None:
+        out = np.zeros((PMAX, tile_count(size)), np.float32)
+    for k in range(tile_count(size)):
+        out[: min(PMAX, size - k * PMAX), k] = weight[k * PMAX : (k + 1) * PMAX]
+    return out
+
+
+def _check_shapes(layout: Layout, weights: Mapping[str, Array]) -> None:
+    for name in MATRICES:
+        matrix = layout.matrix(name)
+        expected = None if matrix is None else stored_shape(matrix)
+        found = tuple(weights[name].shape) if name in weights else None
+        if expected != found:
+            raise ValueError(f"{name}: expected a tensor of shape {expected}, found {found}; pack with the layout of these weights.")
+
+
+def _copy_block(matrix: Matrix, n: int, block: Block, weight: Array, packed: Array, offset: int, packing: bool) -> None:
+    """Copy what block (block.k, n) has outside the identity; `weight` is the stored tensor as `[in, out]`."""
+    row, col = block.k * PMAX, n * matrix.tile_cols
+    skip_rows = min(block.rows, max(0, matrix.pivots - row)) if matrix.pivot_axis == "rows" else 0
+    width = matrix.tile_width(n)
+    skip_cols = min(width, max(0, matrix.pivots - col)) if matrix.pivot_axis == "cols" else 0
+    if skip_rows == block.rows or skip_cols == width:
+        return
+    first_row = row + skip_rows - (matrix.pivots if matrix.pivot_axis == "rows" else 0)
+    first_col = col + skip_cols - (matrix.pivots if matrix.pivot_axis == "cols" else 0)
+    here = (slice(skip_rows, block.rows), slice(offset + skip_cols, offset + width))
+    there = (slice(first_row, first_row + block.rows - skip_rows), slice(first_col, first_col + width - skip_cols))
+    if packing:
+        packed[here] = weight[there]
+    else:
+        weight[there] = packed[here]
+
+
+def _write_identity(matrix: Matrix, n: int, block: Block, out: Array, offset: int) -> None:
+    """The ones of a stored block that overlaps the identity of a compact factor.
+
+    In a mixed "rows" block (some pivots, some not) the pivot rows hold their identity too: the kernel sums the block as it is.
+    """
+    by_column = matrix.pivot_axis == "cols"
+    row, col = block.k * PMAX, n * matrix.tile_cols
+    start, count = (col, matrix.tile_width(n)) if by_column else (row, block.rows)
+    for i in range(start, min(matrix.pivots, start + count)):
+        r, c = (matrix.shift + i - row, i - col) if by_column else (i - row, matrix.shift + i - col)
+        if 0 <= r < block.rows and 0 <= c < matrix.tile_width(n):
+            out[r, offset + c] = 1

@@ -1,0 +1,18 @@
+"""A digest of everything that decides what a kernel computes, for the key of a compiled artifact."""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+
+ROOT = pathlib.Path(__file__).parent
+# Packing and plans are part of it: an artifact compiled for another layout would read the weights wrongly.
+PROGRAM = ("backend.py", "layout.py", "packing.py", "plan.py", "planner.py", "targets.py", "tiling.py", "kernels/*.py")
+
+
+def source_digest() -> str:
+    """SHA-256, in hex, of the sources of kernels, layout, packing and planner, by name and content."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in PROGRAM for path in ROOT.glob(pattern)):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()

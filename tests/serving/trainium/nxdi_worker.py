@@ -77,11 +77,12 @@ def run(case: Case) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
     model = build(case)
     model.to_cpu()
-    try:
-        return greedy(model, prompts(model.config.vocab_size, case.batch))
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+    # NxDI opens the default process group whenever it sees WORLD_SIZE; later cases share the first one's.
+    os.environ.pop("WORLD_SIZE", None)
+    results = greedy(model, prompts(model.config.vocab_size, case.batch))
+    torch.distributed.barrier()
+    parallel_state.destroy_model_parallel()
+    return results
 
 
 def main(cases_path: str, results_path: str) -> None:

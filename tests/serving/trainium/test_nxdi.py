@@ -10,6 +10,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -43,8 +44,15 @@ def run_cases(cases: list[Case], tp: int, work: pathlib.Path) -> dict:
             environment |= {"RANK": str(rank), "WORLD_SIZE": str(tp), "LOCAL_RANK": str(rank)}
         log = (work / f"rank{rank}.log").open("w")
         ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    codes = [process.wait(timeout=600) for process in ranks]
-    assert codes == [0] * tp, (work / "rank0.log").read_text()[-4000:]
+    deadline = time.monotonic() + 300
+    while any(process.poll() is None for process in ranks) and not any(process.poll() for process in ranks):
+        assert time.monotonic() < deadline, f"no result within 300 s, see {work}"
+        time.sleep(0.2)
+    codes = [process.poll() for process in ranks]
+    for process in ranks:
+        process.kill()
+    logs = [(work / f"rank{rank}.log").read_text()[-3000:] for rank, code in enumerate(codes) if code]
+    assert codes == [0] * tp, "\n".join(logs)
     return torch.load(results_path, weights_only=True)
 
 

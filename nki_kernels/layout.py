@@ -7,11 +7,12 @@ in which the kernel needs them. So every DMA reads one long run per partition, h
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 from nki_kernels.backend import nl
 from nki_kernels.targets import PMAX
-from nki_kernels.tiling import MOVING_COLS, STATIONARY_COLS, Block, Matrix
+from nki_kernels.tiling import MOVING_COLS, STATIONARY_COLS, Block, Matrix, tile_count
 
 # Stages run one after another; matrices that share a stage are interleaved column tile by column tile.
 STAGES = (("gate_first",), ("up_first",), ("gate_second", "up_second"), ("down_first",), ("down_second",))
@@ -69,9 +70,9 @@ class Layout(nl.NKIObject):
         offset = 0
         for names in STAGES:
             present = [(name, self.matrix(name)) for name in names]
-            for n in range(max((m.col_tiles for _, m in present if m), default=0)):
+            for n in range(max((m.col_tiles() for _, m in present if m), default=0)):
                 for name, matrix in present:
-                    if matrix is not None and n < matrix.col_tiles:
+                    if matrix is not None and n < matrix.col_tiles():
                         yield name, matrix, n, offset
                         offset += matrix.stored_cols(n)
 
@@ -79,7 +80,7 @@ class Layout(nl.NKIObject):
         """Every stored block: (name, matrix, column tile, block, first packed column) in packed order."""
         for name, matrix, n, offset in self.tiles():
             for block in matrix.blocks(n):
-                if block.stored:
+                if block[2]:
                     yield name, matrix, n, block, offset
                     offset += matrix.tile_width(n)
 
@@ -87,7 +88,7 @@ class Layout(nl.NKIObject):
         """Whether the second matrix of "gate", "up" or "down" starts from a z, and not from x or h."""
         return self.matrix(f"{projection}_first") is not None or projection in self.external_z
 
-    @property
+    @functools.cached_property
     def hidden(self) -> int:
         """H: the width of x, or 0 if no product of the launch starts from x."""
         for matrix in (self.gate_first, self.up_first):
@@ -99,7 +100,7 @@ class Layout(nl.NKIObject):
                 return matrix.rows
         return 0
 
-    @property
+    @functools.cached_property
     def intermediate(self) -> int:
         """I: the width of h, or 0 if the launch has none."""
         if self.gate_second is not None:
@@ -107,22 +108,24 @@ class Layout(nl.NKIObject):
         down = self.down_first or self.down_second
         return 0 if down is None else down.rows
 
-    @property
+    @functools.cached_property
     def x_outlives_firsts(self) -> bool:
         """Whether a second product starts from x."""
         return any(self.matrix(f"{p}_second") is not None and not self.has_z(p) for p in ("gate", "up"))
 
-    @property
+    @functools.cached_property
     def needs_identity(self) -> bool:
         """Whether any block of the launch is an identity that is not stored."""
         return any(matrix.has_identity for matrix in map(self.matrix, MATRICES) if matrix is not None)
 
-    @property
-    def external_only(self) -> bool:
-        """Whether the launch is given z and nothing else, so that it loads no x."""
-        return bool(self.external_z) and not self.hidden
+    def z_tiles(self, projection: str) -> int:
+        """Row tiles of the z of "gate", "up" or "down" that the launch keeps on chip."""
+        first, second = self.matrix(f"{projection}_first"), self.matrix(f"{projection}_second")
+        if first is not None:
+            return tile_count(first.cols)
+        return second.row_tiles() if second is not None and self.has_z(projection) else 0
 
-    @property
+    @functools.cached_property
     def stored_cols(self) -> int:
         """Columns of the packed array that hold weights."""
         return sum(matrix.stored_cols(n) for _, matrix, n, _ in self.tiles())
@@ -157,6 +160,13 @@ def mlp_layout(hidden: int, intermediate: int, gate: Projection, up: Projection,
     up_first, up_second = gate_layout(hidden, intermediate, up)
     down_first, down_second = down_layout(hidden, intermediate, down)
     return Layout(gate_first, up_first, gate_second, up_second, down_first, down_second)
+
+
+def gated_layout(hidden: int, intermediate: int, gate: Projection, up: Projection) -> Layout:
+    """silu(gate) * up alone: what `gated_up` computes."""
+    gate_first, gate_second = gate_layout(hidden, intermediate, gate)
+    up_first, up_second = gate_layout(hidden, intermediate, up)
+    return Layout(gate_first, up_first, gate_second, up_second)
 
 
 def first_stage(whole: Layout) -> Layout:

@@ -98,17 +98,18 @@ def _check_shapes(layout: Layout, weights: Mapping[str, Array]) -> None:
 
 
 def _copy_block(matrix: Matrix, n: int, block: Block, weight: Array, packed: Array, offset: int, packing: bool) -> None:
-    """Copy what block (block.k, n) has outside the identity; `weight` is the stored tensor as `[in, out]`."""
-    row, col = block.k * PMAX, n * matrix.tile_cols
-    skip_rows = min(block.rows, max(0, matrix.pivots - row)) if matrix.pivot_axis == "rows" else 0
+    """Copy what a block of column tile `n` has outside the identity; `weight` is the stored tensor as `[in, out]`."""
+    k, rows, _ = block
+    row, col = k * PMAX, n * matrix.tile_cols
+    skip_rows = min(rows, max(0, matrix.pivots - row)) if matrix.pivot_axis == "rows" else 0
     width = matrix.tile_width(n)
     skip_cols = min(width, max(0, matrix.pivots - col)) if matrix.pivot_axis == "cols" else 0
-    if skip_rows == block.rows or skip_cols == width:
+    if skip_rows == rows or skip_cols == width:
         return
     first_row = row + skip_rows - (matrix.pivots if matrix.pivot_axis == "rows" else 0)
     first_col = col + skip_cols - (matrix.pivots if matrix.pivot_axis == "cols" else 0)
-    here = (slice(skip_rows, block.rows), slice(offset + skip_cols, offset + width))
-    there = (slice(first_row, first_row + block.rows - skip_rows), slice(first_col, first_col + width - skip_cols))
+    here = (slice(skip_rows, rows), slice(offset + skip_cols, offset + width))
+    there = (slice(first_row, first_row + rows - skip_rows), slice(first_col, first_col + width - skip_cols))
     if packing:
         packed[here] = weight[there]
     else:
@@ -120,10 +121,11 @@ def _write_identity(matrix: Matrix, n: int, block: Block, out: Array, offset: in
 
     In a mixed "rows" block (some pivots, some not) the pivot rows hold their identity too: the kernel sums the block as it is.
     """
+    k, rows, _ = block
     by_column = matrix.pivot_axis == "cols"
-    row, col = block.k * PMAX, n * matrix.tile_cols
-    start, count = (col, matrix.tile_width(n)) if by_column else (row, block.rows)
+    row, col = k * PMAX, n * matrix.tile_cols
+    start, count = (col, matrix.tile_width(n)) if by_column else (row, rows)
     for i in range(start, min(matrix.pivots, start + count)):
         r, c = (matrix.shift + i - row, i - col) if by_column else (i - row, matrix.shift + i - col)
-        if 0 <= r < block.rows and 0 <= c < matrix.tile_width(n):
+        if 0 <= r < rows and 0 <= c < matrix.tile_width(n):
             out[r, offset + c] = 1

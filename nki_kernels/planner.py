@@ -1,24 +1,28 @@
 """Chooses a tile plan from layout, token count and target. What it returns fits SBUF and PSUM by construction.
 
-The rule here is traffic alone: of all token blocks that fit, take the one that reads the fewest weight bytes, and of those the largest.
-A cost model may try other plans through `build_plan`, which holds any choice to the same limits.
+The rule here is traffic alone: of all choices that fit, take the one that reads the fewest weight bytes; of those the fewest blocks, then
+the least memory for staging. A cost model may try others through `build_plan`, which holds any choice to the same limits.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from nki_kernels.layout import Layout, Projection, mlp_layout
-from nki_kernels.plan import Plan, output_stage_cols, z_tiles
+from nki_kernels.plan import Plan
 from nki_kernels.targets import PMAX, TRN1, Target
 from nki_kernels.tiling import MOVING_COLS, tile_count
 
-SLOT_BYTES = 8 * 1024  # per partition: a chunk of 1 MiB, twice what saturates a DMA queue
+SLOT_BYTES = (8 * 1024, 4 * 1024)  # per partition: twice what saturates a DMA queue, and just that
 MIN_SLOTS = 3  # one in use, one arriving, one asked for
-MAX_SLOTS = 8
-TOKEN_GROUP = 4  # half the PSUM banks, so that the other half can be evicted meanwhile
+MAX_SLOTS = 8  # deeper rings only where they save reads
+TOKEN_GROUPS = (4, 8)  # half the PSUM banks, so that the other half can be emptied meanwhile; or all
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -30,6 +34,7 @@ class Request:
     tokens: int
     dtype: np.dtype
     norm_eps: float | None = None
+    residual: bool = False
     silu: bool = False
     transposed_input: bool = False
 
@@ -40,14 +45,15 @@ class Choice:
 
     block_tokens: int
     ring_slots: int = MIN_SLOTS
-    ring_cols: int = 0  # 0: SLOT_BYTES
+    ring_cols: int = 0  # 0: SLOT_BYTES[0]
     out_cols: int = 0  # 0: whole rows
-    token_group: int = TOKEN_GROUP
+    token_group: int = TOKEN_GROUPS[0]
+    shares_rows: bool = False  # input rows over staged output: less memory, but a block's load waits for the last one's stores
 
 
 @dataclasses.dataclass(frozen=True)
 class Declined:
-    """No plan: `reason` says in one sentence what does not fit, by how much, and what would."""
+    """No plan: `reason` says in one sentence what does not fit, by how much, and what would. Falsy."""
 
     reason: str
 
@@ -61,11 +67,13 @@ def plan_mlp(
     projections: tuple[Projection, Projection, Projection],
     tokens: int,
     dtype: np.dtype,
-    target: Target = TRN1,
     norm_eps: float | None = None,
+    residual: bool = False,
+    target: Target = TRN1,
 ) -> Plan | Declined:
     """A plan for `svd_mlp`: gate, up and down in `projections`, `tokens` >= 1 per launch, RMSNorm in front if `norm_eps` is given."""
-    return plan_launch(Request(mlp_layout(hidden, intermediate, *projections), tokens, np.dtype(dtype), norm_eps), target)
+    layout = mlp_layout(hidden, intermediate, *projections)
+    return plan_launch(Request(layout, tokens, np.dtype(dtype), norm_eps, residual), target)
 
 
 def plan_launch(request: Request, target: Target = TRN1) -> Plan | Declined:
@@ -74,24 +82,31 @@ def plan_launch(request: Request, target: Target = TRN1) -> Plan | Declined:
         return Declined(f"dtype: expected one of {', '.join(SUPPORTED_DTYPES)}, found {request.dtype.name}; cast the weights.")
     if request.tokens < 1:
         return Declined(f"tokens: expected at least 1, found {request.tokens}.")
-    fitting = [plan for plan in _candidates(request, target) if isinstance(plan, Plan)]
+    plans = [build_plan(request, choice, target) for choice in choices(request)]
+    fitting = [plan for plan in plans if isinstance(plan, Plan)]
     if not fitting:
-        return build_plan(request, Choice(min(PMAX, request.tokens), out_cols=MOVING_COLS), target)
-    best = min(fitting, key=lambda plan: (plan.weight_passes, plan.blocks, -plan.out_cols))
-    return _with_spare_ring(request, best, target)
+        return build_plan(request, Choice(min(PMAX, request.tokens), ring_cols=2048 // request.dtype.itemsize, out_cols=MOVING_COLS, shares_rows=True), target)
+    return _with_spare_ring(min(fitting, key=_cost), target)
 
 
-def _candidates(request: Request, target: Target) -> list[Plan | Declined]:
-    """Every balanced token block, with whole and with short staged rows, streaming the weights and holding them all."""
-    found = []
-    for block_tokens in _block_sizes(request):
-        for out_cols in (0, 4 * MOVING_COLS, MOVING_COLS):
-            streaming = build_plan(request, Choice(block_tokens, out_cols=out_cols), target)
-            found.append(streaming)
-            if isinstance(streaming, Plan):
-                chunks = len(streaming.chunk_bounds) - 1
-                found.append(build_plan(request, Choice(block_tokens, chunks, out_cols=out_cols), target))
-    return found
+def _cost(plan: Plan) -> tuple[int, ...]:
+    """Weight traffic first; then what costs overlap: more blocks, whole PSUM in use, shared rows, short chunks, short stores."""
+    shares = plan.input_offset == plan.output_offset
+    return plan.weight_cols_read(), plan.blocks(), plan.token_group, shares, -plan.ring_cols, -plan.out_cols
+
+
+def choices(request: Request) -> Iterator[Choice]:
+    """What `plan_launch` tries: balanced token blocks; rings that stream, hold a column tile of the last matrix, hold everything."""
+    layout = request.layout
+    last = layout.down_second
+    staged = (0, 4 * MOVING_COLS, 2 * MOVING_COLS, MOVING_COLS) if last is not None else (0,)
+    for slot_bytes in SLOT_BYTES:
+        cols = min(slot_bytes // request.dtype.itemsize, layout.packed_cols)
+        tile_slots = MIN_SLOTS if last is None else tile_count(last.row_tiles() * last.tile_cols, cols) + 1
+        rings = sorted({MIN_SLOTS, tile_slots, len(chunk_bounds(layout, cols)) - 1})
+        for tokens, slots, out_cols in itertools.product(block_sizes(request), rings, staged):
+            for group, shares in itertools.product(TOKEN_GROUPS, (False, True)):
+                yield Choice(tokens, slots, cols, out_cols, group, shares)
 
 
 def max_block_tokens(layout: Layout) -> int:
@@ -99,7 +114,7 @@ def max_block_tokens(layout: Layout) -> int:
     return 2 * MOVING_COLS if layout.gate_second is not None else 4 * MOVING_COLS
 
 
-def _block_sizes(request: Request) -> list[int]:
+def block_sizes(request: Request) -> list[int]:
     """Multiples of 128 tokens, balanced so that the last block is not a stub; descending."""
     sizes = set()
     for limit in range(PMAX, max_block_tokens(request.layout) + 1, PMAX):
@@ -109,27 +124,96 @@ def _block_sizes(request: Request) -> list[int]:
     return sorted(sizes, reverse=True)
 
 
-def _with_spare_ring(request: Request, plan: Plan, target: Target) -> Plan:
+def _with_spare_ring(plan: Plan, target: Target) -> Plan:
     """Deepen the ring with what SBUF has left: more transfers in flight."""
-    chunks = len(plan.chunk_bounds) - 1
     spare = (target.sbuf_usable_bytes - plan.sbuf_bytes()) // (plan.ring_cols * plan.itemsize)
-    slots = min(plan.ring_slots + spare, max(MAX_SLOTS, plan.ring_slots), chunks)
-    return dataclasses.replace(plan, ring_slots=max(1, slots))
+    slots = min(plan.ring_slots + spare, max(MAX_SLOTS, plan.ring_slots), plan.chunks())
+    return dataclasses.replace(plan, ring_slots=slots)
 
 
 def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan | Declined:
     """The plan that `choice` describes, or why it does not fit `target`."""
     layout, itemsize = request.layout, request.dtype.itemsize
-    moving = tile_count(choice.block_tokens, tile_count(choice.block_tokens, MOVING_COLS))
-    ring_cols = min(choice.ring_cols or SLOT_BYTES // itemsize, layout.packed_cols)
-    bounds = chunk_bounds(layout, ring_cols)
-    placed = _place_arenas(request, choice)
+    bounds = chunk_bounds(layout, choice.ring_cols or SLOT_BYTES[0] // itemsize)
     plan = Plan(
-        layout, request.tokens, itemsize, choice.block_tokens, moving, choice.token_group, ring_slots=choice.ring_slots,
-        ring_cols=max(end - start for start, end in zip(bounds, bounds[1:], strict=False)), chunk_bounds=bounds, norm_eps=request.norm_eps,
-        silu=request.silu, transposed_input=request.transposed_input, **placed,
-    )  # fmt: skip
-    return _refuse_oversize(plan, target) or plan
+        layout=layout,
+        tokens=request.tokens,
+        itemsize=itemsize,
+        block_tokens=choice.block_tokens,
+        moving_tokens=tile_count(choice.block_tokens, tile_count(choice.block_tokens, MOVING_COLS)),
+        token_group=choice.token_group,
+        ring_slots=min(choice.ring_slots, len(bounds) - 1),
+        ring_cols=max(end - start for start, end in itertools.pairwise(bounds)),
+        chunk_bounds=bounds,
+        identity_at=layout.stored_cols if layout.needs_identity else -1,
+        with_norm=request.norm_eps is not None,
+        norm_eps=request.norm_eps or 0.0,
+        with_residual=request.residual,
+        silu=request.silu,
+        transposed_input=request.transposed_input,
+        **_products(layout),
+        **_arenas(request, choice),
+    )
+    declined = _refuse_oversize(plan, target)
+    return plan if declined is None else declined
+
+
+def _products(layout: Layout) -> dict[str, Any]:
+    """Which products the launch runs, and the row tiles of their operands."""
+    last = layout.down_second
+    return {
+        "hidden": layout.hidden,
+        "intermediate": layout.intermediate,
+        "x_tiles": tile_count(layout.hidden),
+        "h_tiles": tile_count(layout.intermediate),
+        "gate_z_tiles": layout.z_tiles("gate"),
+        "up_z_tiles": layout.z_tiles("up"),
+        "down_z_tiles": layout.z_tiles("down"),
+        "runs_gate_first": layout.gate_first is not None,
+        "runs_up_first": layout.up_first is not None,
+        "runs_gated": layout.gate_second is not None,
+        "runs_down_first": layout.down_first is not None,
+        "natural_output": last is not None and last.tile_cols == MOVING_COLS,
+    }
+
+
+def _arenas(request: Request, choice: Choice) -> dict[str, Any]:
+    """Offsets and sizes of the arenas (see Plan), in elements."""
+    layout, tokens = request.layout, choice.block_tokens
+    x_cols, h_cols = tile_count(layout.hidden) * tokens, tile_count(layout.intermediate) * tokens
+    h_offset = x_cols if layout.x_outlives_firsts else 0
+    # Rows may lie over h where h is dead by the time that results are staged, and must leave x alone for the next block's load.
+    output_offset = x_cols if layout.hidden and layout.down_first is not None else h_offset + h_cols
+    out_cols, stage_cols = _output_stage(layout, choice)
+    input_offset = output_offset if choice.shares_rows else output_offset + stage_cols
+    first_z = (layout.z_tiles("gate") + layout.z_tiles("up")) * tokens
+    return {
+        "out_cols": out_cols,
+        "h_offset": h_offset,
+        "output_offset": output_offset,
+        "input_offset": input_offset,
+        "wide_cols": max(1, h_offset + h_cols, output_offset + stage_cols, input_offset + _input_row_cols(request)),
+        "narrow_cols": max(1, first_z, layout.z_tiles("down") * tokens),
+    }
+
+
+def _input_row_cols(request: Request) -> int:
+    """Two raw rows of natural input, and one normalised; nothing where input comes transposed."""
+    layout = request.layout
+    if request.transposed_input or (layout.external_z and not layout.hidden):
+        return 0
+    return (layout.hidden or layout.intermediate) * (2 if request.norm_eps is None else 3)
+
+
+def _output_stage(layout: Layout, choice: Choice) -> tuple[int, int]:
+    """(columns of natural output staged at a time, elements that the stage takes); two turns of a column tile where it is transposed."""
+    last = layout.down_second
+    if last is None:
+        return 0, 0
+    if last.tile_cols != MOVING_COLS:
+        return 0, 2 * choice.block_tokens
+    cols = min(choice.out_cols or last.cols, last.cols)
+    return cols, tile_count(choice.block_tokens) * cols
 
 
 def _refuse_oversize(plan: Plan, target: Target) -> Declined | None:
@@ -141,43 +225,16 @@ def _refuse_oversize(plan: Plan, target: Target) -> Declined | None:
             f"SBUF of {target.name}: expected at most {usable} bytes per partition, found {found} for a block of {plan.block_tokens} tokens "
             f"({held}); use fewer tokens per block or shard the layer over more cores."
         )
-    widest = max(plan.token_group, tile_count(plan.block_tokens, plan.moving_tokens) * (2 if plan.layout.gate_second else 1))
-    if widest > target.psum_banks:
-        return Declined(f"PSUM of {target.name}: expected at most {target.psum_banks} banks at once, found {widest}; use smaller blocks.")
+    products = 2 if plan.runs_gated else 1
+    banks = max(plan.token_group, products * tile_count(plan.block_tokens, plan.moving_tokens))
+    if banks > target.psum_banks:
+        return Declined(f"PSUM of {target.name}: expected at most {target.psum_banks} banks at once, found {banks}; use smaller blocks.")
     return None
 
 
-def _place_arenas(request: Request, choice: Choice) -> dict[str, int]:
-    """Offsets and sizes of the arenas (see Plan), in elements."""
-    layout, tokens = request.layout, choice.block_tokens
-    x_cols, h_cols = tile_count(layout.hidden) * tokens, tile_count(layout.intermediate) * tokens
-    h_offset = x_cols if layout.x_outlives_firsts else 0
-    # Rows may lie over h where h is dead by the time that results are staged, and must leave x alone for the next block's load.
-    rows_offset = x_cols if layout.hidden and (layout.down_first or not layout.down_second) else h_offset + h_cols
-    out_cols = _staged_cols(layout, choice)
-    width = layout.hidden or layout.intermediate
-    input_rows = 0 if request.transposed_input or layout.external_only else width * (2 if request.norm_eps is None else 3)
-    rows_end = rows_offset + output_stage_cols(layout, tokens, out_cols) + input_rows
-    first_z = (z_tiles(layout, "gate") + z_tiles(layout, "up")) * tokens
-    return {
-        "out_cols": out_cols,
-        "h_offset": h_offset,
-        "rows_offset": rows_offset,
-        "wide_cols": max(1, h_offset + h_cols, rows_end),
-        "narrow_cols": max(1, first_z, z_tiles(layout, "down") * tokens),
-    }
-
-
-def _staged_cols(layout: Layout, choice: Choice) -> int:
-    """Columns of natural output staged at a time; none where the output is transposed."""
-    last = layout.down_second
-    if last is None or last.tile_cols != MOVING_COLS:
-        return 0
-    return min(choice.out_cols or last.cols, last.cols)
-
-
+@functools.lru_cache(maxsize=64)
 def chunk_bounds(layout: Layout, ring_cols: int) -> tuple[int, ...]:
-    """Ends of the chunks that the packed weights are read in: as many whole blocks as `ring_cols` hold."""
+    """Ends of the chunks that the packed weights are read in: as many whole blocks as `ring_cols` (>= 512) hold."""
     bounds = [0]
     end = 0
     for _, matrix, n, _, offset in layout.blocks():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 from nki_kernels.backend import nl
 from nki_kernels.targets import PMAX
@@ -17,12 +16,8 @@ def tile_count(size: int, tile: int = PMAX) -> int:
     return -(-size // tile)
 
 
-class Block(NamedTuple):
-    """Rows `[128 k, 128 k + rows)` of a column tile; `stored` is False for an identity, which no one needs to store."""
-
-    k: int
-    rows: int
-    stored: bool
+# (k, rows, stored): rows [128 k, 128 k + rows) of a column tile. An identity is not stored: nobody needs to read one.
+Block = tuple[int, int, bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +36,9 @@ class Matrix(nl.NKIObject):
     pivots: int = 0
     shift: int = 0
 
-    @property
     def row_tiles(self) -> int:
         return tile_count(self.rows)
 
-    @property
     def col_tiles(self) -> int:
         return tile_count(self.cols, self.tile_cols)
 
@@ -60,11 +53,15 @@ class Matrix(nl.NKIObject):
     def blocks(self, n: int) -> list[Block]:
         """The blocks of column tile `n`, in the order in which they are stored and summed; at least one, if only of zeros."""
         found = []
-        for k in range(self.row_tiles):
+        for k in range(self.row_tiles()):
             kind = self._kind(k, n)
-            if kind != "zero":
-                found.append(Block(k, min(self.tile_rows(k), self.tile_width(n)) if kind == "identity" else self.tile_rows(k), kind == "full"))
-        return found or [Block(0, self.tile_rows(0), True)]
+            if kind == "full":
+                found.append((k, self.tile_rows(k), True))
+            if kind == "identity":
+                found.append((k, min(self.tile_rows(k), self.tile_width(n)), False))
+        if len(found) == 0:
+            found.append((0, self.tile_rows(0), True))
+        return found
 
     def _kind(self, k: int, n: int) -> str:
         """What is in block (k, n): "full", "zero" or "identity"."""
@@ -82,12 +79,12 @@ class Matrix(nl.NKIObject):
 
     def stored_cols(self, n: int) -> int:
         """Packed columns that column tile `n` takes."""
-        return self.tile_width(n) * sum(block.stored for block in self.blocks(n))
+        return self.tile_width(n) * sum(stored for _, _, stored in self.blocks(n))
 
     @property
     def has_identity(self) -> bool:
         """Whether a product with it needs an identity tile on chip."""
-        return any(not block.stored for n in range(self.col_tiles) for block in self.blocks(n))
+        return any(not stored for n in range(self.col_tiles()) for _, _, stored in self.blocks(n))
 
 
 def pieces(size: int, step: int) -> list[tuple[int, int]]:

@@ -6,8 +6,7 @@ from typing import Any
 
 from nki_kernels.backend import jit, nl
 from nki_kernels.kernels.load import store_transposed
-from nki_kernels.kernels.stages import Workspace, first_products, gated_product
-from nki_kernels.kernels.svd_mlp import load_x
+from nki_kernels.kernels.stages import Workspace, first_products, gated_product, load_input
 from nki_kernels.plan import Plan
 from nki_kernels.tiling import pieces
 
@@ -16,13 +15,13 @@ Tensor = Any
 
 @jit
 def gated_up(x: Tensor, weights: Tensor, plan: Plan, norm_weight: Tensor = None) -> Tensor:
-    """x `[T, H]` (or `[H, T]`) -> h^T `[I, T]`; gate and up of any forms and ranks, x loaded once."""
-    h = nl.ndarray((plan.layout.intermediate, plan.tokens), dtype=x.dtype, buffer=nl.shared_hbm)
+    """x `[T, H]` (or `[H, T]`) -> h^T `[I, T]`; gate and up of any forms and ranks, x loaded once. Layout: `gated_layout`."""
+    h = nl.ndarray((plan.intermediate, plan.tokens), dtype=x.dtype, buffer=nl.shared_hbm)
     work = Workspace(plan, weights, norm_weight)
     for first_token, tokens in pieces(plan.tokens, plan.block_tokens):
         work.stream.seek(0)
-        load_x(work, x, first_token, tokens)
+        load_input(work, work.x, x, first_token, tokens)
         first_products(work, tokens)
         gated_product(work, tokens)
-        store_transposed(h, work.h(), first_token, tokens)
+        store_transposed(h, work.h, first_token, tokens)
     return h

@@ -42,23 +42,23 @@ def load_transposed(dst: Tensor, src: Tensor, first_token: int, tokens: int) -> 
         nisa.dma_copy(dst=dst[0:rows, k, 0:tokens], src=src[k * PMAX : k * PMAX + rows, first_token : first_token + tokens])
 
 
-def load_natural(dst: Tensor, src: Tensor, first_token: int, tokens: int, rows: Tensor, norm: Any) -> None:
-    """dst `[128, row tiles, tokens]` from src `[T, features]`, transposed on TensorE; normalised on the way if `norm` is not None.
+def load_natural(dst: Tensor, src: Tensor, first_token: int, tokens: int, rows: Tensor, norms: list) -> None:
+    """dst `[128, row tiles, tokens]` from src `[T, features]`, transposed on TensorE; normalised on the way by the one of `norms`, if any.
 
-    `rows` `[128, 2 or 3, features]` is room for two raw tiles of 128 tokens and, with `norm`, one normalised tile.
+    `rows` `[128, 2 or 3, features]` is room for two raw tiles of 128 tokens and, with a norm, one normalised tile.
     """
     tiles = pieces(tokens, PMAX)
     for i in range(len(tiles)):
         start, size = tiles[i]
         row = rows[0:size, i % 2, :]
         nisa.dma_copy(dst=row, src=src[first_token + start : first_token + start + size, :])
-        if norm is not None:
+        for norm in norms:
             norm.normalise(row, rows[0:size, 2, :], i)
             row = rows[0:size, 2, :]
-        transpose_row(dst[:, :, start : start + size], row, norm)
+        transpose_row(dst[:, :, start : start + size], row, norms)
 
 
-def transpose_row(dst: Tensor, row: Tensor, norm: Any) -> None:
+def transpose_row(dst: Tensor, row: Tensor, norms: list) -> None:
     """dst `[128, row tiles, size]` = row `[size, features]` transposed, several row tiles to a PSUM bank."""
     size, features = row.shape
     whole = features // PMAX
@@ -69,40 +69,40 @@ def transpose_row(dst: Tensor, row: Tensor, norm: Any) -> None:
         bank = nl.ndarray((PMAX, count, size), dtype=psum_dtype, buffer=nl.psum, name="transpose")
         for j in range(count):
             nisa.nc_transpose(dst=bank[:, j, :], data=row[:, (first + j) * PMAX : (first + j + 1) * PMAX])
-        evict_transposed(dst[:, first : first + count, :], bank, norm, first)
+        evict_transposed(dst[:, first : first + count, :], bank, norms, first)
     left = features - whole * PMAX
     if left:
         bank = nl.ndarray((left, 1, size), dtype=psum_dtype, buffer=nl.psum, name="transpose")
         nisa.nc_transpose(dst=bank[:, 0, :], data=row[:, whole * PMAX : features])
-        evict_transposed(dst[0:left, whole : whole + 1, :], bank, norm, whole)
+        evict_transposed(dst[0:left, whole : whole + 1, :], bank, norms, whole)
 
 
-def evict_transposed(dst: Tensor, bank: Tensor, norm: Any, first: int) -> None:
+def evict_transposed(dst: Tensor, bank: Tensor, norms: list, first: int) -> None:
     """PSUM `[rows, count, size]` to SBUF, times the norm's weight of each feature; `first` is the row tile of bank[:, 0]."""
-    if norm is None:
+    if len(norms) == 0:
         nisa.activation(dst=dst, op=nl.copy, data=bank)
         return
     rows, count, _size = bank.shape
     for j in range(count):
-        nisa.activation(dst=dst[:, j, :], op=nl.copy, data=bank[:, j, :], scale=norm.weight[0:rows, first + j : first + j + 1])
+        nisa.activation(dst=dst[:, j, :], op=nl.copy, data=bank[:, j, :], scale=norms[0].weight[0:rows, first + j : first + j + 1])
 
 
-def load_gathered(dst: Tensor, src: Tensor, base: int, slots: int, stride: int, first_token: int, tokens: int) -> None:
-    """One projection's whole z out of an all-gather of several: row r * slots + i comes from row r * stride + base + i of src.
+def load_gathered(dst: Tensor, src: Tensor, share: tuple, first_token: int, tokens: int) -> None:
+    """One projection's whole z out of an all-gather of several.
 
-    dst `[128, row tiles, tokens]`; src `[tp * stride, T]`, rank-major.
+    dst `[128, row tiles, tokens]`; src `[tp * stride, T]`, rank-major. With share = (base, slots, stride), row r * slots + i of z is row
+    r * stride + base + i of src.
     """
-    tp = src.shape[0] // stride
-    for r in range(tp):
-        row = r * slots
-        left = slots
-        while left:
-            k = row // PMAX
-            size = min(left, PMAX * (k + 1) - row)
+    base, slots, stride = share
+    for r in range(src.shape[0] // stride):
+        row, end = r * slots, (r + 1) * slots
+        while row < end:
+            k, partition = row // PMAX, row % PMAX
+            size = min(end - row, PMAX - partition)
             at = r * stride + base + row - r * slots
-            nisa.dma_copy(dst=dst[row - k * PMAX : row - k * PMAX + size, k, 0:tokens], src=src[at : at + size, first_token : first_token + tokens])
+            rows = src[at : at + size, first_token : first_token + tokens]
+            nisa.dma_copy(dst=dst[partition : partition + size, k, 0:tokens], src=rows)
             row += size
-            left -= size
 
 
 def store_transposed(dst: Tensor, src: Tensor, first_token: int, tokens: int) -> None:

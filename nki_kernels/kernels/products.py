@@ -47,7 +47,7 @@ def transposed_tile(stream: WeightStream, matrix: Matrix, n: int, source: Tensor
 def is_source_itself(matrix: Matrix, n: int) -> bool:
     """Whether column tile `n` of (source W) is a row tile of source: the pivots of an output-pivoted projection."""
     blocks = matrix.blocks(n)
-    return len(blocks) == 1 and not blocks[0].stored
+    return len(blocks) == 1 and not blocks[0][2]
 
 
 def column_tile(stream: WeightStream, matrix: Matrix, n: int, source: Tensor, widths: list, identity: Tensor) -> list:
@@ -63,7 +63,7 @@ def column_tile(stream: WeightStream, matrix: Matrix, n: int, source: Tensor, wi
 
 def transposed_product(stream: WeightStream, matrix: Matrix, source: Tensor, dst: Tensor, widths: list, identity: Tensor) -> None:
     """dst `[128, column tiles, tokens]` = (source W)^T, rounded once to its element type."""
-    for n in range(matrix.col_tiles):
+    for n in range(matrix.col_tiles()):
         sums = transposed_tile(stream, matrix, n, source, widths, identity)
         for j in range(len(widths)):
             start, width = widths[j]
@@ -76,7 +76,7 @@ def natural_tile(stream: WeightStream, matrix: Matrix, n: int, source: Tensor, t
     sums = []
     for _start, size in tiles:
         sums.append(nl.ndarray((size, cols), dtype=nl.float32, buffer=nl.psum, name="sum"))
-    for k in range(matrix.row_tiles):
+    for k in range(matrix.row_tiles()):
         rows = matrix.tile_rows(k)
         block = stream.take(cols)[0:rows, :]
         for j in range(len(tiles)):

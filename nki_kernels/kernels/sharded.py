@@ -14,9 +14,8 @@ from typing import Any
 
 from nki_kernels.backend import jit, nl
 from nki_kernels.kernels.load import load_gathered, store_transposed
-from nki_kernels.kernels.down import down
-from nki_kernels.kernels.stages import Workspace, down_first_product, first_products, gated_product, natural_output
-from nki_kernels.kernels.svd_mlp import load_x
+from nki_kernels.kernels.stages import Workspace, down_first_product, finish, first_products, gated_product, load_input
+from nki_kernels.kernels.xuv import down
 from nki_kernels.plan import Plan
 from nki_kernels.tiling import pieces
 
@@ -26,19 +25,19 @@ Tensor = Any
 @jit
 def first_factors(x: Tensor, weights: Tensor, plan: Plan, norm_weight: Tensor = None) -> Tensor:
     """x `[T, H]` -> this core's z^T `[slots of gate + slots of up, T]`. Plan: of `first_stage(layout)`."""
-    gate, up = plan.layout.gate_first, plan.layout.up_first
-    gate_slots = 0 if gate is None else gate.cols
-    up_slots = 0 if up is None else up.cols
+    layout: Any = plan.layout
+    gate_slots = layout.gate_first.cols if plan.runs_gate_first else 0
+    up_slots = layout.up_first.cols if plan.runs_up_first else 0
     z = nl.ndarray((gate_slots + up_slots, plan.tokens), dtype=x.dtype, buffer=nl.shared_hbm)
     work = Workspace(plan, weights, norm_weight)
     for first_token, tokens in pieces(plan.tokens, plan.block_tokens):
         work.stream.seek(0)
-        load_x(work, x, first_token, tokens)
+        load_input(work, work.x, x, first_token, tokens)
         first_products(work, tokens)
-        if gate_slots:
-            store_transposed(z[0:gate_slots, :], work.z("gate"), first_token, tokens)
-        if up_slots:
-            store_transposed(z[gate_slots : gate_slots + up_slots, :], work.z("up"), first_token, tokens)
+        if gate_slots > 0:
+            store_transposed(z[0:gate_slots, :], work.gate_z, first_token, tokens)
+        if up_slots > 0:
+            store_transposed(z[gate_slots : gate_slots + up_slots, :], work.up_z, first_token, tokens)
     return z
 
 
@@ -46,32 +45,30 @@ def first_factors(x: Tensor, weights: Tensor, plan: Plan, norm_weight: Tensor = 
 def second_factors(x: Tensor, z: Tensor, slots: tuple, weights: Tensor, plan: Plan, norm_weight: Tensor = None) -> Tensor:
     """Gathered z^T `[tp (slots of gate + slots of up), T]` -> this core's summand of down's z^T `[R, T]`, or of y `[T, H]` if down is dense.
 
-    `slots` = (slots of gate, slots of up) of one core, 0 for a dense projection. x `[T, H]` is needed (and z is not) by dense ones; pass
-    None for what no projection needs. Plan: of `second_stage(layout)`.
+    `slots` = (slots of gate, slots of up) of one core, 0 for a dense projection. x `[T, H]` is what dense ones start from; pass None for x
+    or z if no projection needs it. Plan: of `second_stage(layout)`.
     """
-    layout = plan.layout
-    if layout.down_first is None:
-        out_shape = (plan.tokens, layout.down_second.cols)
-    else:
-        out_shape = (layout.down_first.cols, plan.tokens)
-    out = nl.ndarray(out_shape, dtype=weights.dtype, buffer=nl.shared_hbm)
+    layout: Any = plan.layout
+    shape = (layout.down_first.cols, plan.tokens) if plan.runs_down_first else (plan.tokens, layout.down_second.cols)
+    out = nl.ndarray(shape, dtype=weights.dtype, buffer=nl.shared_hbm)
     work = Workspace(plan, weights, norm_weight)
+    stride = slots[0] + slots[1]
     for first_token, tokens in pieces(plan.tokens, plan.block_tokens):
         work.stream.seek(0)
-        if layout.hidden:
-            load_x(work, x, first_token, tokens)
-        if layout.has_z("gate"):
-            load_gathered(work.z("gate"), z, 0, slots[0], slots[0] + slots[1], first_token, tokens)
-        if layout.has_z("up"):
-            load_gathered(work.z("up"), z, slots[0], slots[1], slots[0] + slots[1], first_token, tokens)
+        if plan.x_tiles > 0:
+            load_input(work, work.x, x, first_token, tokens)
+        if plan.gate_z_tiles > 0:
+            load_gathered(work.gate_z, z, (0, slots[0], stride), first_token, tokens)
+        if plan.up_z_tiles > 0:
+            load_gathered(work.up_z, z, (slots[0], slots[1], stride), first_token, tokens)
         gated_product(work, tokens)
-        if layout.down_first is None:
-            natural_output(work, work.h(), out, None, first_token, tokens)
-        else:
+        if plan.runs_down_first:
             down_first_product(work, tokens)
-            store_transposed(out, work.z("down"), first_token, tokens)
+            store_transposed(out, work.down_z, first_token, tokens)
+        else:
+            finish(work, out, None, first_token, tokens)
     return out
 
 
-# What follows the reduce-scatter is a down projection from a transposed activation, which there is already. Plan: of `last_stage(layout)`.
+# What follows the reduce-scatter is a product from a transposed activation, which there is already. Plan: of `last_stage(layout)`.
 last_factor = down

@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from nki_kernels.backend import jit, nl
-from nki_kernels.kernels.load import load_natural, load_transposed
-from nki_kernels.kernels.stages import Workspace, down_first_product, first_products, gated_product, natural_output
+from nki_kernels.kernels.stages import Workspace, finish, first_products, gated_product, load_input
 from nki_kernels.plan import Plan
 from nki_kernels.tiling import pieces
 
@@ -21,33 +20,16 @@ Tensor = Any
 def svd_mlp(x: Tensor, weights: Tensor, plan: Plan, norm_weight: Tensor = None, residual: Tensor = None) -> Tensor:
     """x `[T, H]` (`[H, T]` if `plan.transposed_input`) -> y `[T, H]`, in the element type of the weights.
 
-    `weights`: `[128, C]` from `packing.pack(plan.layout, ...)`. `norm_weight`: `[128, ceil(H / 128)]` fp32 from `packing.pack_norm`, if the
-    plan has `norm_eps`. `residual` `[T, H]` is added to y in fp32 before y is rounded; for a Llama layer it is x itself.
+    `weights`: `[128, C]` from `packing.pack(plan.layout, ...)`. `norm_weight`, if `plan.with_norm`: `[128, ceil(H / 128)]` fp32 from
+    `packing.pack_norm`. `residual` `[T, H]`, if `plan.with_residual`, is added to y in fp32 before y is rounded; for a Llama layer it is x.
     """
-    hidden = plan.layout.down_second.cols
-    y = nl.ndarray((plan.tokens, hidden), dtype=x.dtype, buffer=nl.shared_hbm)
+    layout: Any = plan.layout
+    y = nl.ndarray((plan.tokens, layout.down_second.cols), dtype=x.dtype, buffer=nl.shared_hbm)
     work = Workspace(plan, weights, norm_weight)
     for first_token, tokens in pieces(plan.tokens, plan.block_tokens):
         work.stream.seek(0)
-        load_x(work, x, first_token, tokens)
+        load_input(work, work.x, x, first_token, tokens)
         first_products(work, tokens)
         gated_product(work, tokens)
         finish(work, y, residual, first_token, tokens)
     return y
-
-
-def load_x(work: Workspace, x: Tensor, first_token: int, tokens: int) -> None:
-    """A block of x, normalised if the plan says so, as x^T on chip."""
-    if work.plan.transposed_input:
-        load_transposed(work.x(), x, first_token, tokens)
-    else:
-        load_natural(work.x(), x, first_token, tokens, work.input_rows(x.shape[1]), work.norm)
-
-
-def finish(work: Workspace, y: Tensor, residual: Tensor, first_token: int, tokens: int) -> None:
-    """The down projection of a block, from h on chip to y in HBM."""
-    source = work.h()
-    if work.plan.layout.down_first is not None:
-        down_first_product(work, tokens)
-        source = work.z("down")
-    natural_output(work, source, y, residual, first_token, tokens)

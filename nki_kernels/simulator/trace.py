@@ -12,7 +12,7 @@ millions), hold no reference to the simulated memory, and say enough to schedule
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 # Engines. "dma" stands for all queues: which queue serves a transfer is for the scheduler to decide.
 TENSOR, VECTOR, SCALAR, GPSIMD, DMA = "tensor", "vector", "scalar", "gpsimd", "dma"
@@ -69,7 +69,7 @@ class Instruction(NamedTuple):
     also reads `writes[0]`. The three DMA figures are 0 on the other engines.
     """
 
-    index: int  # position in the program, from 0
+    number: int  # position in the program, from 0
     engine: str
     op: str  # nki.isa name, e.g. "nc_matmul"
     reads: tuple[Access, ...]
@@ -83,9 +83,9 @@ class Instruction(NamedTuple):
 
 
 class Allocation(NamedTuple):
-    """A buffer came to life (`live`) or died; `index` is that of the next instruction."""
+    """A buffer came to life (`live`) or died; `number` is that of the next instruction."""
 
-    index: int
+    number: int
     live: bool
     buffer: int
     name: str
@@ -94,5 +94,5 @@ class Allocation(NamedTuple):
     banks: tuple[int, int]  # as in Access
 
 
-Event = Union[Instruction, Allocation]
+Event = Instruction | Allocation
 Listener = Callable[[Event], None]

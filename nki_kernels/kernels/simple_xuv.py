@@ -1,0 +1,70 @@
+"""X U V in its two obvious forms, to read before `xuv` and to measure it against: two products through HBM, and fusing without a cache.
+
+Both take x^T `[K, T]`, u `[K, R]` and v `[R, N]` as they are, any sizes, and return `[T, N]`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nki_kernels.backend import jit, nisa, nl
+from nki_kernels.kernels.products import matmul
+from nki_kernels.targets import PMAX
+from nki_kernels.tiling import MOVING_COLS, pieces
+
+Tensor = Any
+
+
+def load_tile(src: Tensor, row: tuple, col: tuple) -> Tensor:
+    """A fresh SBUF tile of src; row and col are (start, size)."""
+    tile = nl.ndarray((row[1], col[1]), dtype=src.dtype, buffer=nl.sbuf, name="tile")
+    nisa.dma_copy(dst=tile, src=src[row[0] : row[0] + row[1], col[0] : col[0] + col[1]])
+    return tile
+
+
+def product_tile(lhs_t: Tensor, rhs: Tensor, row: tuple, col: tuple) -> Tensor:
+    """(lhsT^T rhs)[row, col] in PSUM, both operands read from HBM tile by tile."""
+    total = nl.ndarray((row[1], col[1]), dtype=nl.float32, buffer=nl.psum, name="sum")
+    for depth in pieces(lhs_t.shape[0], PMAX):
+        matmul(total, load_tile(lhs_t, depth, row), load_tile(rhs, depth, col), depth[0] == 0)
+    return total
+
+
+def to_sbuf(total: Tensor, dtype: Any) -> Tensor:
+    """A PSUM tile, rounded, in a fresh SBUF tile."""
+    tile = nl.ndarray(total.shape, dtype=dtype, buffer=nl.sbuf, name="rounded")
+    nisa.tensor_copy(dst=tile, src=total)
+    return tile
+
+
+def product(lhs_t: Tensor, rhs: Tensor, out: Tensor) -> None:
+    """out `[M, N]` = lhsT^T rhs, in HBM."""
+    for row in pieces(out.shape[0], PMAX):
+        for col in pieces(out.shape[1], MOVING_COLS):
+            tile = to_sbuf(product_tile(lhs_t, rhs, row, col), out.dtype)
+            nisa.dma_copy(dst=out[row[0] : row[0] + row[1], col[0] : col[0] + col[1]], src=tile)
+
+
+@jit
+def unfused_xuv(x_t: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """z^T = U^T x^T goes to HBM and comes back for z V."""
+    z_t = nl.ndarray((u.shape[1], x_t.shape[1]), dtype=x_t.dtype, buffer=nl.private_hbm, name="z")
+    out = nl.ndarray((x_t.shape[1], v.shape[1]), dtype=x_t.dtype, buffer=nl.shared_hbm)
+    product(u, x_t, z_t)
+    product(z_t, v, out)
+    return out
+
+
+@jit
+def naive_fused_xuv(x_t: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """z^T stays on chip, but nobody keeps it: it is computed anew for every 512 columns of output."""
+    out = nl.ndarray((x_t.shape[1], v.shape[1]), dtype=x_t.dtype, buffer=nl.shared_hbm)
+    for row in pieces(out.shape[0], PMAX):
+        for col in pieces(out.shape[1], MOVING_COLS):
+            total = nl.ndarray((row[1], col[1]), dtype=nl.float32, buffer=nl.psum, name="sum")
+            for depth in pieces(u.shape[1], PMAX):
+                z_t = to_sbuf(product_tile(u, x_t, depth, row), x_t.dtype)
+                matmul(total, z_t, load_tile(v, depth, col), depth[0] == 0)
+            tile = to_sbuf(total, out.dtype)
+            nisa.dma_copy(dst=out[row[0] : row[0] + row[1], col[0] : col[0] + col[1]], src=tile)
+    return out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 
 def register() -> None:
     """Put low-rank models into NxDI's MODEL_TYPES as soon as someone imports it.
@@ -9,8 +11,12 @@ def register() -> None:
     Idempotent; imports neither torch nor NxDI, which costs seconds and, in vLLM's API server, is never needed.
     Silent where NxDI is absent.
     """
+    if importlib.util.find_spec("neuronx_distributed_inference") is None:
+        return
+    from neuronmlp_plugin.serving.trainium import metrics
     from neuronmlp_plugin.serving.trainium.after_import import run_after_import
 
+    metrics.prepare()
     run_after_import("neuronx_distributed_inference.utils.constants", _install)
 
 

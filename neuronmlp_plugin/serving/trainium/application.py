@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from typing import Any
 
 from neuronmlp_plugin.serving.trainium.config import block_of, low_rank_config, options_of, source_of
+from neuronmlp_plugin.serving.trainium.decisions import layer_decisions
+from neuronmlp_plugin.serving.trainium.dispatch import DECODE, FILE, PREFILL, RECORD, load_record, save_record
+from neuronmlp_plugin.serving.trainium.metrics import publish
 from neuronmlp_plugin.serving.trainium.mlp import LowRankMLP
 from neuronmlp_plugin.serving.trainium.nxd import NxdParallel
 from neuronmlp_plugin.serving.trainium.state_dict import State, lay_out_state, overlay_factors, read_factored
+
+logger = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -20,16 +26,18 @@ def low_rank_model(base: Any) -> Any:
         def init_model(self, config: Any) -> None:
             super().init_model(config)
             block = block_of(config)
-            if block is None:
-                return
-            for layer, specs in zip(self.layers, block.layers, strict=True):
-                layer.mlp = LowRankMLP(
-                    specs,
-                    block.shape,
-                    NxdParallel(config),
-                    options_of(config).tp_scheme,
-                    config.neuron_config.sequence_parallel_enabled,
-                )
+            if block is not None:
+                for index, (layer, decisions) in enumerate(zip(self.layers, layer_decisions(config), strict=True)):
+                    layer.mlp = LowRankMLP(
+                        block.layers[index],
+                        block.shape,
+                        NxdParallel(config),
+                        decisions,
+                        scheme=options_of(config).tp_scheme,
+                        sequence_parallel=config.neuron_config.sequence_parallel_enabled,
+                        prefill=config.neuron_config.is_prefill_stage,
+                        layer=index,
+                    )
 
     return LowRankModel
 
@@ -63,21 +71,38 @@ def low_rank_application(base: Any) -> Any:
             if block is not None:
                 if options.factors:
                     overlay_factors(state, options.factors, config.__dict__)
-                lay_out_state(state, block, config.neuron_config.tp_degree, options.tp_scheme, source_of(config))
+                paths = [{decision.path for decision in decisions.values()} for decisions in layer_decisions(config)]
+                lay_out_state(state, block, paths, config.neuron_config.tp_degree, options.tp_scheme, source_of(config))
             return state
 
         def compile(self, compiled_model_path: str, *args: Any, **kwargs: Any) -> None:
-            """As the base; with `on_cpu` there is nothing to compile, and only the config is saved."""
-            if block_of(self.config) is None or not self.neuron_config.on_cpu:
+            """As the base, with the dispatch record beside the artifact; with `on_cpu` there is nothing to compile."""
+            if block_of(self.config) is None:
                 super().compile(compiled_model_path, *args, **kwargs)
-                return
-            self.config.save(os.path.normpath(compiled_model_path))
+            elif self.neuron_config.on_cpu:
+                self.config.save(os.fspath(compiled_model_path))
+            else:
+                super().compile(compiled_model_path, *args, **kwargs)
+                save_record(os.path.join(compiled_model_path, FILE))
 
         def load(self, compiled_model_path: str, *args: Any, **kwargs: Any) -> None:
-            """As the base; with `on_cpu`, NxDI's own CPU mode."""
-            if block_of(self.config) is None or not self.neuron_config.on_cpu:
+            """As the base, with the dispatch record read and logged; with `on_cpu`, NxDI's own CPU mode."""
+            if block_of(self.config) is None:
                 super().load(compiled_model_path, *args, **kwargs)
-                return
-            self.to_cpu()
+            elif self.neuron_config.on_cpu:
+                self.to_cpu()
+            else:
+                super().load(compiled_model_path, *args, **kwargs)
+                load_record(os.path.join(compiled_model_path, FILE))
+                logger.info(RECORD.summary())
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            """As the base, counted."""
+            output = super().forward(*args, **kwargs)
+            if block_of(self.config) is not None:
+                input_ids = args[0] if args else kwargs["input_ids"]
+                RECORD.ran(PREFILL if input_ids.shape[1] > 1 else DECODE, input_ids.numel())
+                publish(RECORD.to_json())
+            return output
 
     return LowRankForCausalLM

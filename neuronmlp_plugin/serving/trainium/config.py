@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from nki_kernels import source_digest
+
 from neuronmlp_plugin.checkpoint.reader import FactorFile
 from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, parse_block
 from neuronmlp_plugin.errors import UsageError
@@ -77,7 +79,13 @@ def _attach_record(config: Any) -> None:
     if block is None:
         return
     options = options_of(config)
-    record = {"block": block.to_json(), "tp_scheme": options.tp_scheme, "kernels": options.kernels}
+    record = {
+        "block": block.to_json(),
+        "tp_scheme": options.tp_scheme,
+        "kernels": options.kernels,
+        # The compile cache does not see kernel sources; tile plans follow from them, the block and the buckets, all in the key.
+        "kernel_sources": source_digest(),
+    }
     saved = getattr(config, KEY, None)
     if saved is not None and saved != record:
         changed = [key for key in record if saved.get(key) != record[key]]

@@ -1,9 +1,7 @@
-"""The gated MLP that takes the place of NxDI's `NeuronLlamaMLP`: its parameters, its torch arithmetic and its collectives.
+"""The gated MLP that takes the place of NxDI's `NeuronLlamaMLP`: its contract, and the choice between kernels and torch by phase.
 
-Nothing here depends on the rank, because NxDI traces one graph for all of them (layout.py). Per MLP, besides the sum of y that every
-tensor-parallel MLP ends with (an all-reduce, or a reduce-scatter along the sequence under sequence parallelism):
-`gather` - one all-gather of the local z of gate and up together, one reduce-scatter of down's z `[T, R]`;
-`reduce` - one all-reduce of the summands `[T, 2 I]` of gate and up (a reduce-scatter where down is dense).
+Every tensor-parallel MLP ends with a sum of y over the ranks: an all-reduce, or under sequence parallelism a reduce-scatter along the
+sequence. What else a path communicates stands in torch_path.py and kernel_path.py.
 """
 
 from __future__ import annotations
@@ -12,42 +10,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from neuronmlp_plugin.models.parallel_mlp import all_gather_together
-from neuronmlp_plugin.models.projection import PROJECTIONS, MLPShape, ProjectionSpec
-from neuronmlp_plugin.serving.trainium.layout import even_pivots, laid_out_shapes, partition_dim
+from neuronmlp_plugin.models.projection import MLPShape, ProjectionSpec
+from neuronmlp_plugin.serving.trainium.dispatch import DECODE, PREFILL, RECORD, Decision
+from neuronmlp_plugin.serving.trainium.kernel_path import KernelPath
 from neuronmlp_plugin.serving.trainium.parallel import Parallel
+from neuronmlp_plugin.serving.trainium.torch_path import TorchPath
 
-
-class Projection(nn.Module):
-    """One projection's slice: `first` meets the input, `second` makes the output (layout.py); one is None where the matrix is dense."""
-
-    first: nn.Module | None
-    second: nn.Module | None
-
-    def __init__(self, name: str, spec: ProjectionSpec, shape: MLPShape, parallel: Parallel, scheme: str) -> None:
-        super().__init__()
-        sizes = laid_out_shapes(name, spec, shape, parallel.size, scheme)
-        for part in ("first", "second"):
-            layer = parallel.linear(sizes[part], partition_dim(name, part, scheme)) if part in sizes else None
-            self.register_module(part, layer)
-        self.pivots = even_pivots(spec, parallel.size, scheme)
-
-    def output(self, part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-        """Gate or up under `gather`: this rank's z and all of z -> this rank's output channels `[..., I / tp]`."""
-        if self.second is None:
-            return part
-        if not self.pivots:
-            return self.second(whole)
-        return torch.cat((part[..., : self.pivots], self.second(whole)), dim=-1)
+SEQUENCE_DIM = 1
 
 
 class LowRankMLP(nn.Module):
     """`down(silu(gate(x)) * up(x))` of one rank, under NxDI's contract for an MLP.
 
-    x is `[B, S, H]`, or `[B, S / tp, H]` under sequence parallelism, and so is the result.
+    x is `[B, S, H]`, or `[B, S / tp, H]` under sequence parallelism, and so is the result. `decisions` says by phase which path to take;
+    the weights of a path that no phase takes are not allocated. `prefill` is None in a module that serves both phases.
     """
 
     def __init__(
@@ -55,13 +33,18 @@ class LowRankMLP(nn.Module):
         specs: Mapping[str, ProjectionSpec],
         shape: MLPShape,
         parallel: Parallel,
+        decisions: Mapping[str, Decision],
         scheme: str = "gather",
         sequence_parallel: bool = False,
+        prefill: bool | None = None,
+        layer: int = 0,
     ) -> None:
         super().__init__()
-        gate, up, down = (Projection(name, specs[name], shape, parallel, scheme) for name in PROJECTIONS)
-        self.gate_proj, self.up_proj, self.down_proj = gate, up, down
-        self.parallel, self.scheme, self.sequence_parallel = parallel, scheme, sequence_parallel
+        paths = {decision.path for decision in decisions.values()}
+        self.torch_path = TorchPath(specs, shape, parallel, scheme) if "torch" in paths else None
+        self.kernel_path = KernelPath(specs, shape, parallel) if "kernel" in paths else None
+        self.parallel, self.decisions = parallel, decisions
+        self.sequence_parallel, self.prefill, self.layer = sequence_parallel, prefill, layer
 
     def forward(
         self,
@@ -76,52 +59,17 @@ class LowRankMLP(nn.Module):
         if rmsnorm is not None:
             x = rmsnorm(x)
         if self.sequence_parallel:
-            x = self.parallel.gather_sequence(x)
-        y = self.summand(x)
-        y = self.parallel.scatter_sequence(y) if self.sequence_parallel else self.parallel.all_reduce(y)
+            x = self.parallel.gather(x, SEQUENCE_DIM)
+        y = self._summand(x)
+        y = self.parallel.scatter_sum(y, SEQUENCE_DIM) if self.sequence_parallel else self.parallel.all_reduce(y)
         return y, residual
 
-    def summand(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's summand of y, from the whole x `[B, S, H]`."""
-        return self._reduce(x) if self.scheme == "reduce" else self._gather(x)
-
-    def _gather(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = (p.output(part, whole) for p, part, whole in self._gate_up_z(x))
-        h = F.silu(gate) * up
-        down = self.down_proj
-        if down.first is None:
-            return down.second(h)
-        z = self.parallel.reduce_scatter(down.first(h[..., down.pivots :]))
-        if down.pivots:
-            z = z + F.pad(h[..., : down.pivots], (0, z.shape[-1] - down.pivots))
-        return down.second(z)
-
-    def _gate_up_z(self, x: torch.Tensor) -> list[tuple[Projection, torch.Tensor, torch.Tensor]]:
-        """For gate and up: the projection, its local z and its whole z (for a dense one, its local output twice)."""
-        projections = (self.gate_proj, self.up_proj)
-        parts = [p.first(x) for p in projections]
-        wholes = iter(all_gather_together([z for p, z in zip(projections, parts, strict=True) if p.second is not None], self.parallel))
-        return [(p, z, z if p.second is None else next(wholes)) for p, z in zip(projections, parts, strict=True)]
-
-    def _reduce(self, x: torch.Tensor) -> torch.Tensor:
-        down = self.down_proj
-        gate, up = self._whole_gate_up(x) if down.first is not None else self._local_gate_up(x)
-        h = F.silu(gate) * up
-        return down.second(h if down.first is None else down.first(h))
-
-    def _whole_gate_up(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Gate and up with all channels, `[..., I]` each."""
-        projections = (self.gate_proj, self.up_proj)
-        parts = [p.first(x) for p in projections]
-        summands = [p.second(z) for p, z in zip(projections, parts, strict=True) if p.second is not None]
-        sums = iter(self.parallel.all_reduce(torch.cat(summands, dim=-1)).chunk(len(summands), dim=-1) if summands else ())
-        gathered = iter(all_gather_together([z for p, z in zip(projections, parts, strict=True) if p.second is None], self.parallel))
-        return [next(gathered) if p.second is None else next(sums) for p in projections]
-
-    def _local_gate_up(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Gate and up with this rank's channels, `[..., I / tp]` each: all that a dense down asks for."""
-        projections = (self.gate_proj, self.up_proj)
-        parts = [p.first(x) for p in projections]
-        summands = [p.second(z) for p, z in zip(projections, parts, strict=True) if p.second is not None]
-        sums = iter(self.parallel.reduce_scatter(torch.stack(summands)) if summands else ())
-        return [z if p.second is None else next(sums) for p, z in zip(projections, parts, strict=True)]
+    def _summand(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's summand of y, from the whole x `[B, S, H]`, by the path that was decided for the phase."""
+        prefill = x.shape[1] > 1 if self.prefill is None else self.prefill
+        phase = PREFILL if prefill else DECODE
+        decision = self.decisions[phase]
+        RECORD.add(self.layer, phase, x.shape[0] * x.shape[1], decision)
+        path = self.kernel_path if decision.path == "kernel" else self.torch_path
+        assert path is not None
+        return path(x)

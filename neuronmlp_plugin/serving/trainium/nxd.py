@@ -5,20 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from neuronx_distributed.parallel_layers.layers import ColumnParallelLinear, RowParallelLinear
+from neuronx_distributed.parallel_layers.layers import ColumnParallelLinear, RowParallelLinear, SPMDRank
 from neuronx_distributed.parallel_layers.mappings import (
-    gather_from_sequence_parallel_region,
-    gather_from_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region_with_dim,
     reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
     reduce_scatter_to_tensor_model_parallel_region_with_dim,
 )
 from neuronx_distributed_inference.utils.distributed import get_tp_group
 from torch import nn
 
-from neuronmlp_plugin.serving.trainium.parallel import Parallel
-
-_SEQUENCE_DIM = 1
+from neuronmlp_plugin.serving.trainium.parallel import Parallel, RankModule
 
 
 class NxdParallel(Parallel):
@@ -46,20 +42,21 @@ class NxdParallel(Parallel):
             tensor_model_parallel_group=self.group,
         )
 
+    def rank_module(self) -> RankModule:
+        return SPMDRank(self.size, self.size)
+
+    def gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        return gather_from_tensor_model_parallel_region_with_dim(x, dim, process_group=self.group)
+
+    def scatter_sum(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        total = reduce_scatter_to_tensor_model_parallel_region_with_dim(x.to(self.reduce_dtype), dim, process_group=self.group)
+        return total.to(x.dtype)
+
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return gather_from_tensor_model_parallel_region(x, process_group=self.group)
+        return self.gather(x, x.dim() - 1)
 
     def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
-        total = reduce_scatter_to_tensor_model_parallel_region_with_dim(
-            x.to(self.reduce_dtype), partition_dim=x.dim() - 1, process_group=self.group
-        )
-        return total.to(x.dtype)
+        return self.scatter_sum(x, x.dim() - 1)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return reduce_from_tensor_model_parallel_region(x.to(self.reduce_dtype), process_group=self.group).to(x.dtype)
-
-    def gather_sequence(self, x: torch.Tensor) -> torch.Tensor:
-        return gather_from_sequence_parallel_region(x, _SEQUENCE_DIM, process_group=self.group)
-
-    def scatter_sequence(self, y: torch.Tensor) -> torch.Tensor:
-        return reduce_scatter_to_sequence_parallel_region(y, _SEQUENCE_DIM, process_group=self.group)

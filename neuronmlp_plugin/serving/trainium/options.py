@@ -9,7 +9,7 @@ from neuronmlp_plugin.errors import UsageError
 from neuronmlp_plugin.models.sharding import SCHEMES
 
 KEY = "neuronmlp"
-KERNELS = ("auto", "off", "require")
+KERNELS = ("auto", "off", "require", "prefill", "decode")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Options:
     """`--additional-config '{"override_neuron_config": {"neuronmlp": {...}}}'`, every field of it optional.
 
     tp_scheme: `gather` or `reduce` (models/sharding.py).
-    kernels: `auto` uses the NKI kernels where they apply, `off` never does, `require` refuses to compile a layer without them.
+    kernels: `auto` uses the NKI kernels where they apply, `off` never does, `require` refuses to compile a layer without them; `prefill`
+        and `decode` use them in that phase alone, and keep two copies of the weights, since the other phase needs another layout.
     factors: a factor file (FORMAT.md) to lay over a dense model; a factored folder needs none.
     """
 

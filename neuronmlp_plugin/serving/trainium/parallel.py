@@ -1,8 +1,9 @@
-"""What the MLP module needs from the machinery that shards it: linear layers that hold a slice, and collectives."""
+"""What the MLP needs from the machinery that shards it: layers that hold a slice, the rank as data, and collectives."""
 
 from __future__ import annotations
 
 import abc
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -11,8 +12,15 @@ from neuronmlp_plugin.models.collectives import Collectives
 from neuronmlp_plugin.serving.trainium.layout import COLUMN
 
 
+class RankModule(Protocol):
+    """A module that holds the rank as a parameter, so that one graph can serve all ranks."""
+
+    def get_rank(self) -> torch.Tensor:
+        """`[1]`, int32."""
+
+
 class Parallel(Collectives, abc.ABC):
-    """Collectives over the last dimension, two over the sequence dimension, and a factory of sharded layers without bias.
+    """Collectives over the last dimension, two over any, and a factory of sharded layers without bias.
 
     The layers compute on their own slice and communicate nothing: the module decides when to.
     """
@@ -31,9 +39,13 @@ class Parallel(Collectives, abc.ABC):
         """This rank's `[..., n_in / tp]` -> a summand of `[..., n_out]`."""
 
     @abc.abstractmethod
-    def gather_sequence(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, S / tp, H]` of each rank -> `[B, S, H]`."""
+    def rank_module(self) -> RankModule:
+        """A module whose one parameter `rank` is this rank's number."""
 
     @abc.abstractmethod
-    def scatter_sequence(self, y: torch.Tensor) -> torch.Tensor:
-        """Sum of all ranks' `[B, S, H]`, of which this rank keeps its `[B, S / tp, H]`."""
+    def gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """All ranks' x one after another along `dim`."""
+
+    @abc.abstractmethod
+    def scatter_sum(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """Sum of all ranks' x, of which this rank keeps its slice along `dim`."""

@@ -9,6 +9,7 @@ import torch
 from neuronmlp_plugin.checkpoint.reader import Checkpoint, FactorFile, check_names
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
 from neuronmlp_plugin.models.projection import PROJECTIONS
+from neuronmlp_plugin.serving.trainium.kernel_path import pack_layer
 from neuronmlp_plugin.serving.trainium.layout import lay_out
 
 _PREFIX = "model."
@@ -30,12 +31,25 @@ def overlay_factors(state: State, path: str, config: dict[str, Any]) -> None:
         state[name.removeprefix(_PREFIX)] = factors.tensor(name)
 
 
-def lay_out_state(state: State, block: FormatBlock, tp: int, scheme: str, source: str) -> None:
-    """Replace all MLP tensors by `first` and `second` of each projection (layout.py), in place. Raises CheckpointError."""
+def lay_out_state(state: State, block: FormatBlock, plan: list[set[str]], tp: int, scheme: str, source: str) -> None:
+    """Replace all MLP tensors by those of each layer's paths (torch_path.py, kernel_path.py), in place. Raises CheckpointError.
+
+    `plan[i]` names the paths that layer i takes in any phase.
+    """
     check_names(block.expected_tensors(), {_PREFIX + n: tuple(t.shape) for n, t in state.items() if ".mlp." in n}, source)
-    for index, specs in enumerate(block.layers):
-        for projection in PROJECTIONS:
-            prefix = f"layers.{index}.mlp.{projection}."
-            weights = {name.removeprefix(prefix): state.pop(name) for name in list(state) if name.startswith(prefix)}
-            for part, tensor in lay_out(projection, specs[projection], weights, tp, scheme).items():
-                state[f"{prefix}{part}.weight"] = tensor.contiguous()
+    for index, (specs, paths) in enumerate(zip(block.layers, plan, strict=True)):
+        prefix = f"layers.{index}.mlp."
+        weights = {projection: _take(state, f"{prefix}{projection}.") for projection in PROJECTIONS}
+        if "torch" in paths:
+            for projection in PROJECTIONS:
+                for part, tensor in lay_out(projection, specs[projection], weights[projection], tp, scheme).items():
+                    state[f"{prefix}torch_path.{projection}.{part}.weight"] = tensor.contiguous()
+        if "kernel" in paths:
+            for stage, tensor in pack_layer(specs, weights, block.shape, tp).items():
+                state[f"{prefix}kernel_path.{stage}.weight"] = tensor
+            if tp > 1:
+                state[f"{prefix}kernel_path.rank.rank"] = torch.arange(tp, dtype=torch.int32)
+
+
+def _take(state: State, prefix: str) -> State:
+    return {name.removeprefix(prefix): state.pop(name) for name in list(state) if name.startswith(prefix)}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from neuronmlp_plugin.checkpoint.schema import FormatBlock
 from neuronmlp_plugin.models.collectives import Collectives
 from neuronmlp_plugin.models.projection import PROJECTIONS, MLPShape, ProjectionSpec
-from neuronmlp_plugin.serving.trainium.layout import lay_out, partition_dim
+from neuronmlp_plugin.serving.trainium.dispatch import Decision
+from neuronmlp_plugin.serving.trainium.layout import partition_dim
 from neuronmlp_plugin.serving.trainium.mlp import LowRankMLP
 from neuronmlp_plugin.serving.trainium.parallel import Parallel
+from neuronmlp_plugin.serving.trainium.state_dict import lay_out_state
 
 
 class LocalParallel(Parallel):
@@ -35,29 +38,59 @@ class LocalParallel(Parallel):
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return self.collectives.all_reduce(x)
 
-    def gather_sequence(self, x: torch.Tensor) -> torch.Tensor:
-        return self.all_gather(x.transpose(1, 2)).transpose(1, 2)
+    def rank_module(self) -> nn.Module:
+        return RankAsData(self.rank)
 
-    def scatter_sequence(self, y: torch.Tensor) -> torch.Tensor:
-        return self.reduce_scatter(y.transpose(1, 2)).transpose(1, 2)
+    def gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        return self.all_gather(x.transpose(dim, -1)).transpose(dim, -1).contiguous()
+
+    def scatter_sum(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        return self.reduce_scatter(x.transpose(dim, -1)).transpose(dim, -1).contiguous()
+
+
+class RankAsData(nn.Module):
+    """NxDI's SPMDRank."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = nn.Parameter(torch.tensor([rank], dtype=torch.int32), requires_grad=False)
+
+    def get_rank(self) -> torch.Tensor:
+        return self.rank
+
+
+TORCH = dict.fromkeys(("prefill", "decode"), Decision("torch", "test"))
+KERNEL = dict.fromkeys(("prefill", "decode"), Decision("kernel", "test"))
 
 
 def rank_state(
-    specs: dict[str, ProjectionSpec], modules: dict[str, nn.Module], tp: int, rank: int, scheme: str
+    specs: dict[str, ProjectionSpec], modules: dict[str, nn.Module], shape: MLPShape, tp: int, rank: int, scheme: str, paths: set[str]
 ) -> dict[str, torch.Tensor]:
-    """The rank's parameters, cut as NxDI cuts: contiguous slices of each whole tensor."""
-    state = {}
-    for projection in PROJECTIONS:
-        for part, whole in lay_out(projection, specs[projection], modules[projection].state_dict(), tp, scheme).items():
-            state[f"{projection}.{part}.weight"] = whole.chunk(tp, partition_dim(projection, part, scheme))[rank]
-    return state
+    """The rank's parameters: laid out for all ranks as NxDI is given them, then cut as NxDI cuts them, into contiguous slices."""
+    prefix = "layers.0.mlp."
+    state = {f"{prefix}{p}.{suffix}": tensor for p in PROJECTIONS for suffix, tensor in modules[p].state_dict().items()}
+    lay_out_state(state, FormatBlock((specs,), shape), [paths], tp, scheme, "test")
+    return {name.removeprefix(prefix): _slice(name, whole, tp, rank, scheme) for name, whole in state.items()}
+
+
+def _slice(name: str, whole: torch.Tensor, tp: int, rank: int, scheme: str) -> torch.Tensor:
+    *_, path, projection, part, _ = name.split(".")
+    dim = partition_dim(projection, part, scheme) if path == "torch_path" else 0
+    return whole.chunk(tp, dim)[rank]
 
 
 def rank_mlp(
-    specs: dict[str, ProjectionSpec], modules: dict[str, nn.Module], shape: MLPShape, collectives: Collectives, scheme: str, **options: bool
+    specs: dict[str, ProjectionSpec],
+    modules: dict[str, nn.Module],
+    shape: MLPShape,
+    collectives: Collectives,
+    scheme: str = "gather",
+    decisions: dict[str, Decision] = TORCH,
+    **options: bool,
 ) -> LowRankMLP:
     """The module of `collectives.rank`, loaded strictly."""
-    mlp = LowRankMLP(specs, shape, LocalParallel(collectives), scheme, **options)
-    state = rank_state(specs, modules, collectives.size, collectives.rank, scheme)
+    mlp = LowRankMLP(specs, shape, LocalParallel(collectives), decisions, scheme, **options)
+    paths = {decision.path for decision in decisions.values()}
+    state = rank_state(specs, modules, shape, collectives.size, collectives.rank, scheme, paths)
     mlp.load_state_dict(state, strict=True, assign=True)
     return mlp

@@ -59,7 +59,7 @@ def test_norm_and_residual_follow_the_contract_of_nxdi():
     norm = torch.nn.RMSNorm(SHAPE.hidden_size)
     with torch.no_grad():
         norm.weight.uniform_(0.5, 1.5)
-        y, residual = rank_mlp(specs, modules, SHAPE, Collectives(), "gather")(x, rmsnorm=norm, residual=before)
+        y, residual = rank_mlp(specs, modules, SHAPE, Collectives())(x, rmsnorm=norm, residual=before)
         torch.testing.assert_close(residual, x + before)
         torch.testing.assert_close(y, plain_mlp(modules, norm(x + before)))
 
@@ -69,7 +69,7 @@ def test_norm_and_residual_follow_the_contract_of_nxdi():
 def test_one_graph_fits_every_rank(mix, scheme):
     specs, tp = mix_specs(mix), 4
     modules = random_modules(specs)
-    shapes = [{n: t.shape for n, t in rank_state(specs, modules, tp, rank, scheme).items()} for rank in range(tp)]
+    shapes = [{n: t.shape for n, t in rank_state(specs, modules, SHAPE, tp, rank, scheme, {"torch"}).items()} for rank in range(tp)]
     assert all(other == shapes[0] for other in shapes)
 
 
@@ -105,7 +105,7 @@ def test_a_dense_mlp_pays_for_its_output_alone(scheme):
 
 
 def weight_bytes(specs, tp, scheme):
-    state = rank_state(specs, random_modules(specs), tp, 0, scheme)
+    state = rank_state(specs, random_modules(specs), SHAPE, tp, 0, scheme, {"torch"})
     return sum(t.numel() * t.element_size() for t in state.values())
 
 

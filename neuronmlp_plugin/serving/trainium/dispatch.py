@@ -1,0 +1,106 @@
+"""Which path each layer takes in each phase, why, and how often it ran: so that a fallback cannot pass for a kernel run."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from neuronmlp_plugin.errors import UsageError
+from neuronmlp_plugin.serving.trainium.options import Options
+
+PREFILL, DECODE = "prefill", "decode"
+PHASES = (PREFILL, DECODE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """`kernel` or `torch`, and one sentence saying why."""
+
+    path: str
+    reason: str
+
+
+def decide(options: Options, unavailable: str | None, declined: str | None, layer: int) -> dict[str, Decision]:
+    """Phase -> decision for one layer.
+
+    `unavailable`: why no kernel can run here at all; `declined`: why the planner has no plan for this layer. Raises UsageError where the
+    user requires kernels and there are none.
+    """
+    why_not = unavailable or declined
+    if options.kernels == "require" and why_not:
+        raise UsageError(f"layer {layer}: expected a kernel (kernels: require), found none: {why_not}; use kernels: auto to fall back.")
+    decisions = {}
+    for phase in PHASES:
+        if options.kernels in ("off", *(other for other in PHASES if other != phase)):
+            decisions[phase] = Decision("torch", f"kernels: {options.kernels}")
+        elif why_not:
+            decisions[phase] = Decision("torch", why_not)
+        else:
+            decisions[phase] = Decision("kernel", "planned")
+    return decisions
+
+
+class DispatchRecord:
+    """What was traced (layer, phase, tokens -> decision) and how often a layer ran by each path."""
+
+    def __init__(self) -> None:
+        self.traced: dict[tuple[int, str, int], Decision] = {}
+        self.runs: collections.Counter[tuple[str, Decision]] = collections.Counter()
+
+    def add(self, layer: int, phase: str, tokens: int, decision: Decision) -> None:
+        """A layer was traced (or, on a CPU, run) for so many tokens."""
+        self.traced[layer, phase, tokens] = decision
+
+    def ran(self, phase: str, tokens: int) -> None:
+        """One forward of the model; NxDI pads it to the smallest traced token count that holds it."""
+        sizes = {size for _, traced_phase, size in self.traced if traced_phase == phase}
+        padded = min((size for size in sizes if size >= tokens), default=max(sizes, default=0))
+        for (_, traced_phase, size), decision in self.traced.items():
+            if traced_phase == phase and size == padded:
+                self.runs[phase, decision] += 1
+
+    def layers(self) -> Iterator[tuple[str, Decision, int]]:
+        """(phase, decision, number of layers) of all that was traced."""
+        counted = {(layer, phase, decision) for (layer, phase, _), decision in self.traced.items()}
+        yield from ((phase, decision, n) for (phase, decision), n in collections.Counter((p, d) for _, p, d in counted).items())
+
+    def summary(self) -> str:
+        """One line per phase and path."""
+        lines = [f"{phase}: {n} layers by {decision.path} ({decision.reason})" for phase, decision, n in sorted(self.layers(), key=str)]
+        return "neuronmlp: " + ("; ".join(lines) or "no layer was traced")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON, for the compiled artifact and for other processes."""
+        return {
+            "traced": [[*key, *dataclasses.astuple(decision)] for key, decision in self.traced.items()],
+            "runs": [[phase, *dataclasses.astuple(decision), count] for (phase, decision), count in self.runs.items()],
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Take over what an artifact was traced with, when nothing is traced in this process."""
+        for layer, phase, tokens, path, reason in saved["traced"]:
+            self.add(layer, phase, tokens, Decision(path, reason))
+
+
+RECORD = DispatchRecord()
+FILE = "neuronmlp_dispatch.json"
+
+
+def save_record(path: str) -> None:
+    """Write what was traced beside a compiled artifact."""
+    with open(path, "w", encoding="utf-8") as handle:
+        json.dump({"traced": RECORD.to_json()["traced"]}, handle)
+
+
+def load_record(path: str) -> None:
+    """Read it back; an artifact without it was not compiled by us, and says nothing of its kernels. Raises UsageError."""
+    try:
+        with open(path, encoding="utf-8") as handle:
+            RECORD.restore(json.load(handle))
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{path}: expected the record of which kernels the artifact holds, found none; compile the model again into an empty folder."
+        ) from error

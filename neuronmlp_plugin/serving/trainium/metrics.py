@@ -1,0 +1,70 @@
+"""The dispatch record on vLLM's /metrics.
+
+vLLM answers /metrics in its API server, while the model runs in another process. The model's process writes its record to a small file in a
+folder that both know by an environment variable, set when the plugin is first registered and inherited; the API server reads it when asked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from neuronmlp_plugin.serving.trainium.after_import import run_after_import
+
+FOLDER_VARIABLE = "NEURONMLP_METRICS_DIR"
+_SECONDS_BETWEEN_WRITES = 1.0
+_last_write = 0.0
+
+
+def prepare() -> None:
+    """Name the folder, and have a collector registered as soon as someone imports prometheus_client. Idempotent."""
+    if FOLDER_VARIABLE not in os.environ:
+        os.environ[FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="neuronmlp-metrics-")
+    run_after_import("prometheus_client", _register_collector)
+
+
+def publish(record: dict[str, Any], now: bool = False) -> None:
+    """Write `DispatchRecord.to_json()` for the API server, at most once a second unless `now`."""
+    global _last_write  # noqa: PLW0603
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder is None or not (now or time.monotonic() - _last_write >= _SECONDS_BETWEEN_WRITES):
+        return
+    _last_write = time.monotonic()
+    path = pathlib.Path(folder) / f"{os.getpid()}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record), encoding="utf-8")
+    temporary.replace(path)
+
+
+class DispatchCollector:
+    """Prometheus collector over the records in the folder."""
+
+    def describe(self) -> list[Any]:
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        labels = ["phase", "path", "reason"]
+        layers = GaugeMetricFamily("neuronmlp_mlp_layers", "MLP layers compiled for each path", labels=labels)
+        runs = CounterMetricFamily("neuronmlp_mlp_runs", "MLP layer executions by each path", labels=labels)
+        for path in sorted(pathlib.Path(os.environ.get(FOLDER_VARIABLE, "/nonexistent")).glob("*.json")):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            compiled = {(layer, phase, by, why) for layer, phase, _, by, why in record["traced"]}
+            for key in sorted({entry[1:] for entry in compiled}):
+                layers.add_metric(list(key), sum(entry[1:] == key for entry in compiled))
+            for phase, by, why, count in record["runs"]:
+                runs.add_metric([phase, by, why], count)
+        yield layers
+        yield runs
+
+
+def _register_collector(prometheus_client: Any) -> None:
+    registry = prometheus_client.REGISTRY
+    if not any(isinstance(collector, DispatchCollector) for collector in list(registry._collector_to_names)):
+        registry.register(DispatchCollector())

@@ -1,0 +1,89 @@
+"""The exact tensors that NxDI's module hands to the kernels go through the simulator, rank by rank, and sum to the plain answer."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from nki_kernels.backend import simulate
+from nki_kernels.kernels.sharded import last_factor
+
+from neuronmlp_plugin.models.collectives import Collectives
+from neuronmlp_plugin.models.projection import MLPShape
+from neuronmlp_plugin.serving.trainium.kernel_path import own_first, rank_major
+from tests.models.layers import MIXES, mix_specs, plain_mlp, random_modules
+from tests.serving.trainium.sharded import KERNEL, TORCH, rank_mlp
+from tests.thread_group import ThreadGroup
+
+SHAPE = MLPShape(hidden_size=20, intermediate_size=48, num_layers=1)
+
+
+ONE_AT_A_TIME = threading.Lock()  # ranks are threads, the simulator is for one
+
+
+class Simulated:
+    """A launch through the simulator, which keeps the kernels' names in order."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __call__(self, kernel, *arguments):
+        self.names.append(kernel.__name__)
+        with ONE_AT_A_TIME:
+            return self.launch(kernel, arguments)
+
+    def launch(self, kernel, arguments):
+        arrays = [a.detach().numpy() if isinstance(a, torch.Tensor) else a for a in arguments]
+        return torch.from_numpy(np.array(simulate(kernel)(*arrays)))
+
+
+@torch.no_grad()
+def run(mix, tp, x):
+    """`(outputs by rank, launches of rank 0, collectives, the plain answer)`."""
+    specs = mix_specs(mix)
+    modules = random_modules(specs, SHAPE)
+    group = ThreadGroup(tp)
+    launches = [Simulated() for _ in range(tp)]
+
+    @torch.no_grad()
+    def work(collectives: Collectives):
+        mlp = rank_mlp(specs, modules, SHAPE, collectives, decisions=KERNEL)
+        mlp.kernel_path.launch = launches[collectives.rank]
+        return mlp(x)[0]
+
+    return group.run(work), launches[0].names, group.log, plain_mlp(modules, x)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3])
+@pytest.mark.parametrize("mix", MIXES, ids="-".join)
+def test_the_kernels_give_the_plain_answer_at_every_rank(mix, tp):
+    """Ranks 13, 8 and 11: tp 2 and 3 divide none or one of them."""
+    x = torch.randn(2, 3, SHAPE.hidden_size)
+    outputs, _, _, expected = run(mix, tp, x)
+    for y in outputs:
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_launch_without_and_three_with_tensor_parallelism():
+    x = torch.randn(1, 4, SHAPE.hidden_size)
+    assert run(("compact", "uv", "compact"), 1, x)[1] == ["svd_mlp"]
+    assert run(("compact", "uv", "compact"), 2, x)[1] == ["first_factors", "second_factors", last_factor.__name__]
+    assert run(("dense", "dense", "dense"), 2, x)[1] == ["second_factors"]
+
+
+def test_the_kernels_move_what_the_torch_path_moves():
+    x = torch.randn(1, 4, SHAPE.hidden_size)
+    specs = mix_specs(("compact", "uv", "compact"))
+    modules = random_modules(specs, SHAPE)
+    group = ThreadGroup(2)
+    group.run(lambda collectives: torch.no_grad()(rank_mlp(specs, modules, SHAPE, collectives, decisions=TORCH))(x))
+    assert run(("compact", "uv", "compact"), 2, x)[2] == group.log
+
+
+def test_own_first_turns_the_ring_and_back():
+    z = torch.arange(12.0).reshape(6, 2)
+    turned = own_first(z, torch.tensor([1]), 3)
+    assert turned[:, 0].tolist() == [4.0, 6.0, 8.0, 10.0, 0.0, 2.0]
+    assert torch.equal(rank_major(turned, torch.tensor([1]), 3), z)

@@ -1,17 +1,20 @@
 """The one switch: the vendor's `nki` where it is installed, our simulator of it elsewhere.
 
-Kernels import `nl`, `nisa` and `jit` from here and nothing else of NKI. `TAKES_ACCUMULATE` says which call convention is in force: from
-0.3 on nc_matmul is told whether it starts a sum, before that the first write of a fresh PSUM tile does.
+Kernels import `nl`, `nisa` and `jit` from here and nothing else of NKI. `TAKES_ACCUMULATE` says which call convention is
+in force: from 0.3 on nc_matmul is told whether it starts a sum, before that the first write of a fresh PSUM tile does.
+
+Environment: NKI_KERNELS_BACKEND=simulator chooses our simulator, with its stricter checks, even where `nki` is installed.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
-HAS_NKI = importlib.util.find_spec("nki") is not None
+HAS_NKI = importlib.util.find_spec("nki") is not None and os.environ.get("NKI_KERNELS_BACKEND") != "simulator"
 
 if HAS_NKI:
     import nki

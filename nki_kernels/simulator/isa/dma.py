@@ -16,7 +16,6 @@ from nki_kernels.simulator.rules import require
 from nki_kernels.simulator.signatures import versioned
 from nki_kernels.simulator.tensor import Tensor
 from nki_kernels.simulator.trace import DMA, PSUM
-from nki_kernels.targets import PMAX
 
 TRANSPOSE_AXES = {2: (1, 0), 3: (2, 1, 0), 4: (3, 1, 2, 0)}
 
@@ -26,8 +25,7 @@ def _check_end(op: str, name: str, tensor: object) -> Tensor:
         raise TypeError(f"{op} {name} must be a tensor, got {type(tensor).__name__}")
     require(tensor.buffer != PSUM, f"{op} requires HBM or SBUF tensors, got {name} in psum")
     if tensor.on_chip:
-        require(tensor.ndim >= 2, "SBUF and PSUM tensors must have at least 2 dimensions (partition-dim and free-dim)")
-        require(tensor.shape[0] <= PMAX, f"{op} {name} partition dimension {tensor.shape[0]} exceeds maximum {PMAX}")
+        require(tensor.ndim >= 2, f"{op} {name} must have at least 2 dimensions (partition-dim and free-dim), got {tensor.ndim}")
     return tensor
 
 

@@ -9,7 +9,6 @@ from nki_kernels.simulator.rules import require
 from nki_kernels.simulator.tensor import Tensor, merged_dims
 from nki_kernels.simulator.dtypes import round_to
 from nki_kernels.simulator.trace import PSUM, SBUF, Instruction
-from nki_kernels.targets import PMAX
 
 ON_CHIP = (SBUF, PSUM)
 FREE_DIMS_MAX = 4
@@ -21,9 +20,8 @@ def check_operand(op: str, name: str, tensor: object, spaces: tuple[str, ...] = 
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op} {name} must be a tensor, got {type(tensor).__name__}")
     require(tensor.buffer in spaces, f"{op} {name} must be in {list(spaces)}, got {tensor.buffer}")
-    require(tensor.ndim >= 2, "SBUF and PSUM tensors must have at least 2 dimensions (partition-dim and free-dim)")
+    require(tensor.ndim >= 2, f"{op} {name} must have at least 2 dimensions (partition-dim and free-dim), got {tensor.ndim}")
     count = tensor.shape[0]
-    require(count <= PMAX, f"{op} {name} partition dimension {count} exceeds maximum {PMAX}")
     check_start_partition(op, name, tensor.access.partitions[0], count)
     dims = merged_dims(tensor.shape[1:], tensor.strides[1:])
     require(dims <= FREE_DIMS_MAX, f"{op} {name} needs {dims} free dimensions in its access pattern, at most {FREE_DIMS_MAX} are possible")

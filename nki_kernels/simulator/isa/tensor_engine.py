@@ -58,7 +58,6 @@ def _check_matmul(machine: Machine, dst: Tensor, stationary: Tensor, moving: Ten
     check_operand("nc_matmul", "stationary", stationary, (SBUF,))
     check_operand("nc_matmul", "moving", moving, (SBUF,))
     k, m, n = stationary.shape[0], stationary.size // stationary.shape[0], moving.size // moving.shape[0]
-    require(k <= PMAX, f"Matmul contraction dimension {k} exceeds pmax={PMAX}")
     require(k == moving.shape[0], f"Matmul contraction dimension mismatch: stationary[0]={k} != moving[0]={moving.shape[0]}")
     limit = target.stationary_fmax
     require(m <= limit, f"Matmul stationary free dimension {m} exceeds gemm_stationary_fmax={limit}")

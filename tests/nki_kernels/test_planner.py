@@ -1,0 +1,161 @@
+"""Plans fit by construction, say what limits them, and are what the kernel then does."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nki_kernels.cases import DTYPES, MODELS, MLPCase, random_weights
+from nki_kernels.kernels.svd_mlp import svd_mlp
+from nki_kernels.layout import DENSE, FORMS, Projection, mlp_layout
+from nki_kernels.plan import Plan
+from nki_kernels.planner import Choice, Declined, Request, block_sizes, build_plan, plan_launch, plan_mlp
+from nki_kernels.simulator import Placeholder, simulate
+from nki_kernels.simulator.memory import Machine
+from nki_kernels.simulator.trace import SBUF, Allocation
+from nki_kernels.targets import TARGETS, TRN1
+from tests.nki_kernels.harness import plan_case, run_svd_mlp
+
+BF16 = DTYPES["bf16"]
+
+
+class Peak:
+    """Listens for the most SBUF that is alive at once, and the most PSUM banks."""
+
+    def __init__(self):
+        self.live, self.sbuf_bytes, self.banks, self.psum_banks = 0, 0, 0, 0
+
+    def __call__(self, event):
+        if not isinstance(event, Allocation):
+            return
+        sign = 1 if event.live else -1
+        self.live += sign * event.bytes_per_partition * (event.space == SBUF)
+        self.banks += sign * (event.banks[1] - event.banks[0])
+        self.sbuf_bytes, self.psum_banks = max(self.sbuf_bytes, self.live), max(self.psum_banks, self.banks)
+
+
+def dry_run(plan: Plan, *listeners, target=TRN1) -> None:
+    """Walk the kernel of a plan without arithmetic."""
+    dtype = BF16 if plan.itemsize == 2 else DTYPES["fp32"]
+    x = Placeholder((plan.tokens, plan.hidden), dtype)
+    weights = Placeholder((128, plan.layout.packed_cols), dtype)
+    norm = Placeholder((128, plan.x_tiles), np.dtype(np.float32)) if plan.with_norm else None
+    residual = x if plan.with_residual else None
+    simulate(svd_mlp, target, listeners, dry=True)(x, weights, plan, norm_weight=norm, residual=residual)
+
+
+@st.composite
+def requests(draw):
+    hidden, intermediate = draw(st.integers(2, 700)), draw(st.integers(2, 1500))
+    projections = []
+    for _ in range(3):
+        form = draw(st.sampled_from(FORMS))
+        rank = None if form == "dense" else draw(st.integers(1, min(hidden, intermediate) - 1))
+        projections.append(Projection.whole(form, rank))
+    return Request(
+        mlp_layout(hidden, intermediate, *projections),
+        draw(st.integers(1, 1500)),
+        draw(st.sampled_from(list(DTYPES.values()))),
+        draw(st.sampled_from([None, 1e-5])),
+        draw(st.booleans()),
+    )
+
+
+@given(requests(), st.sampled_from(list(TARGETS.values())))
+@settings(max_examples=40, deadline=None)
+def test_a_plan_allocates_exactly_what_it_says_and_fits(request_, target):
+    plan = plan_launch(request_, target)
+    assert isinstance(plan, Plan), plan
+    peak = Peak()
+    dry_run(plan, peak, target=target)
+    assert peak.sbuf_bytes == plan.sbuf_bytes() <= target.sbuf_usable_bytes
+    assert peak.psum_banks <= target.psum_banks
+
+
+@given(requests(), st.data())
+@settings(max_examples=40, deadline=None)
+def test_any_choice_that_is_accepted_fits(request_, data):
+    choice = Choice(
+        data.draw(st.sampled_from(block_sizes(request_))),
+        data.draw(st.integers(1, 9)),
+        data.draw(st.sampled_from([512, 1000, 4096])),
+        data.draw(st.sampled_from([0, 512, 1024])),
+        data.draw(st.integers(1, 9)),
+        data.draw(st.booleans()),
+    )
+    plan = build_plan(request_, choice)
+    if isinstance(plan, Plan):
+        peak = Peak()
+        dry_run(plan, peak)
+        assert peak.sbuf_bytes == plan.sbuf_bytes() <= TRN1.sbuf_usable_bytes
+    else:
+        assert "expected at most" in plan.reason
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_any_choice_gives_the_right_answer(data):
+    request_ = dataclasses.replace(data.draw(requests()), tokens=data.draw(st.integers(1, 300)), dtype=DTYPES["fp32"])
+    layout = request_.layout
+    matrices = (layout.gate_first, layout.up_first, layout.down_first)
+    compact = (layout.gate_second.pivot_axis, layout.up_second.pivot_axis, layout.down_first.pivot_axis if layout.down_first else "")
+    forms = tuple("dense" if m is None else "compact" if axis else "uv" for m, axis in zip(matrices, compact, strict=True))
+    ranks = tuple(0 if m is None else m.cols for m in matrices)
+    norm, residual = request_.norm_eps is not None, request_.residual
+    case = MLPCase(request_.tokens, layout.hidden, layout.intermediate, forms, ranks, "fp32", norm, residual)
+    choice = Choice(data.draw(st.sampled_from(block_sizes(request_))), data.draw(st.integers(1, 4)), 512, 512, data.draw(st.integers(1, 8)))
+    plan = build_plan(request_, choice)
+    assert isinstance(plan, Plan), plan
+    found, expected = run_svd_mlp(case, plan, random_weights(case))
+    scale = np.abs(expected).max()
+    assert np.abs(found - expected).max() <= 1e-5 * scale, (case, choice)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("tokens", [1, 128, 2048, 32768])
+def test_models_get_plans_for_decode_and_for_long_prefill(model, tokens):
+    hidden, intermediate, rank = MODELS[model]
+    for form in FORMS:
+        plan = plan_mlp(hidden, intermediate, (Projection.whole(form, rank if form != "dense" else None),) * 3, tokens, BF16, 1e-5)
+        assert isinstance(plan, Plan), plan
+        assert plan.blocks() * plan.block_tokens >= tokens
+
+
+def test_a_ring_that_holds_everything_reads_the_weights_once():
+    plan = plan_mlp(576, 1536, (Projection.whole("uv", 320),) * 3, 4096, BF16)
+    assert plan.blocks() > 1 and plan.weight_cols_read() == plan.layout.stored_cols
+
+
+def test_what_does_not_fit_is_declined_with_the_reason():
+    declined = plan_mlp(16384, 53248, (DENSE,) * 3, 512, BF16)
+    assert isinstance(declined, Declined) and not declined
+    assert "SBUF of trn1: expected at most 180224 bytes per partition, found" in declined.reason and "wide" in declined.reason
+    assert "shard the layer" in declined.reason
+    assert "tokens: expected at least 1, found 0" in plan_mlp(64, 64, (DENSE,) * 3, 0, BF16).reason
+    assert "dtype: expected one of" in plan_mlp(64, 64, (DENSE,) * 3, 1, np.dtype(np.int8)).reason
+    too_many_banks = build_plan(Request(mlp_layout(64, 64, *(DENSE,) * 3), 2000, BF16), Choice(128, token_group=9))
+    assert "PSUM of trn1: expected at most 8 banks at once, found 9" in too_many_banks.reason
+
+
+def test_a_larger_chip_takes_larger_blocks():
+    arguments = (4096, 14336, (Projection.whole("uv", 2560),) * 3, 8192, BF16)
+    small, large = (plan_mlp(*arguments, target=TARGETS[name]) for name in ("trn1", "trn3"))
+    assert small.block_tokens < large.block_tokens
+
+
+def test_the_machine_keeps_the_same_count_as_the_listener():
+    plan = plan_case(MLPCase(70, 200, 392, ("uv", "compact", "dense"), (70, 133, 150)))
+    machines = []
+    peak = Peak()
+    original = Machine.__init__
+
+    def spy(self, *args, **kwargs):
+        machines.append(self)
+        original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Machine, "__init__", spy)
+        dry_run(plan, peak)
+    assert machines[0].sbuf_peak_bytes == peak.sbuf_bytes and machines[0].psum_peak_banks == peak.psum_banks

@@ -9,7 +9,7 @@ from typing import Any
 
 from neuronmlp_plugin.serving.trainium.config import block_of, low_rank_config, options_of, source_of
 from neuronmlp_plugin.serving.trainium.decisions import layer_decisions
-from neuronmlp_plugin.serving.trainium.dispatch import DECODE, FILE, PREFILL, RECORD, load_record, save_record
+from neuronmlp_plugin.serving.trainium.dispatch import DECODE, FILE, PREFILL, RECORD
 from neuronmlp_plugin.serving.trainium.metrics import publish
 from neuronmlp_plugin.serving.trainium.mlp import LowRankMLP
 from neuronmlp_plugin.serving.trainium.nxd import NxdParallel
@@ -83,7 +83,7 @@ def low_rank_application(base: Any) -> Any:
                 self.config.save(os.fspath(compiled_model_path))
             else:
                 super().compile(compiled_model_path, *args, **kwargs)
-                save_record(os.path.join(compiled_model_path, FILE))
+                RECORD.save(os.path.join(compiled_model_path, FILE))
 
         def load(self, compiled_model_path: str, *args: Any, **kwargs: Any) -> None:
             """As the base, with the dispatch record read and logged; with `on_cpu`, NxDI's own CPU mode."""
@@ -93,7 +93,7 @@ def low_rank_application(base: Any) -> Any:
                 self.to_cpu()
             else:
                 super().load(compiled_model_path, *args, **kwargs)
-                load_record(os.path.join(compiled_model_path, FILE))
+                RECORD.restore(os.path.join(compiled_model_path, FILE))
                 logger.info(RECORD.summary())
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -102,7 +102,7 @@ def low_rank_application(base: Any) -> Any:
             if block_of(self.config) is not None:
                 input_ids = args[0] if args else kwargs["input_ids"]
                 RECORD.ran(PREFILL if input_ids.shape[1] > 1 else DECODE, input_ids.numel())
-                publish(RECORD.to_json())
+                publish(RECORD.totals())
             return output
 
     return LowRankForCausalLM

@@ -10,13 +10,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from nki_kernels import source_digest
-
 from neuronmlp_plugin.checkpoint.reader import FactorFile
 from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, parse_block
 from neuronmlp_plugin.errors import UsageError
 from neuronmlp_plugin.serving.trainium.options import KEY, Options, parse_options
 from neuronmlp_plugin.serving.trainium.refusals import check_supported
+from nki_kernels import source_digest
 
 
 class StaleArtifactError(UsageError, ValueError):

@@ -6,12 +6,12 @@ import functools
 from typing import Any
 
 import torch
-from nki_kernels.backend import HAS_NKI
 
 from neuronmlp_plugin.models.projection import MLPShape, ProjectionSpec
 from neuronmlp_plugin.serving.trainium.config import block_of, options_of
 from neuronmlp_plugin.serving.trainium.dispatch import Decision, decide
 from neuronmlp_plugin.serving.trainium.kernel_path import SCHEME, declined
+from nki_kernels.backend import HAS_NKI
 
 
 def layer_decisions(config: Any) -> list[dict[str, Decision]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from neuronmlp_plugin.errors import UsageError
@@ -72,35 +72,34 @@ class DispatchRecord:
         lines = [f"{phase}: {n} layers by {decision.path} ({decision.reason})" for phase, decision, n in sorted(self.layers(), key=str)]
         return "neuronmlp: " + ("; ".join(lines) or "no layer was traced")
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON, for the compiled artifact and for other processes."""
+    def totals(self) -> dict[str, list[list[Any]]]:
+        """Counts by [phase, path, reason], as JSON for other processes: how many layers, and how many runs of one layer."""
         return {
-            "traced": [[*key, *dataclasses.astuple(decision)] for key, decision in self.traced.items()],
-            "runs": [[phase, *dataclasses.astuple(decision), count] for (phase, decision), count in self.runs.items()],
+            "layers": [[phase, *dataclasses.astuple(decision), n] for phase, decision, n in self.layers()],
+            "runs": [[phase, *dataclasses.astuple(decision), n] for (phase, decision), n in self.runs.items()],
         }
 
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Take over what an artifact was traced with, when nothing is traced in this process."""
-        for layer, phase, tokens, path, reason in saved["traced"]:
-            self.add(layer, phase, tokens, Decision(path, reason))
+    def save(self, path: str) -> None:
+        """Write what was traced beside a compiled artifact."""
+        with open(path, "w", encoding="utf-8") as handle:
+            json.dump([[*key, *dataclasses.astuple(decision)] for key, decision in self.traced.items()], handle)
+
+    def restore(self, path: str) -> None:
+        """Read it back where nothing is traced, because the artifact is loaded.
+
+        An artifact without the file was not compiled by us and says nothing of its kernels: raises UsageError.
+        """
+        try:
+            with open(path, encoding="utf-8") as handle:
+                entries = json.load(handle)
+        except FileNotFoundError as error:
+            raise UsageError(
+                f"{path}: expected the record of which kernels the artifact holds, found none; "
+                "compile the model again into an empty folder."
+            ) from error
+        for layer, phase, tokens, decided, reason in entries:
+            self.add(layer, phase, tokens, Decision(decided, reason))
 
 
 RECORD = DispatchRecord()
 FILE = "neuronmlp_dispatch.json"
-
-
-def save_record(path: str) -> None:
-    """Write what was traced beside a compiled artifact."""
-    with open(path, "w", encoding="utf-8") as handle:
-        json.dump({"traced": RECORD.to_json()["traced"]}, handle)
-
-
-def load_record(path: str) -> None:
-    """Read it back; an artifact without it was not compiled by us, and says nothing of its kernels. Raises UsageError."""
-    try:
-        with open(path, encoding="utf-8") as handle:
-            RECORD.restore(json.load(handle))
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"{path}: expected the record of which kernels the artifact holds, found none; compile the model again into an empty folder."
-        ) from error

@@ -12,13 +12,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-from nki_kernels.kernels.sharded import first_factors, last_factor, second_factors
-from nki_kernels.kernels.svd_mlp import svd_mlp
-from nki_kernels.layout import DENSE, Layout, Projection, first_stage, last_stage, mlp_layout, second_stage
-from nki_kernels.packing import pack
-from nki_kernels.plan import Plan
-from nki_kernels.planner import Declined, Request, plan_launch
-from nki_kernels.targets import PMAX
 from torch import nn
 
 from neuronmlp_plugin.errors import UsageError
@@ -26,6 +19,13 @@ from neuronmlp_plugin.models.projection import PROJECTIONS, MLPShape, Projection
 from neuronmlp_plugin.models.sharding import Weights, slots_per_rank
 from neuronmlp_plugin.serving.trainium.layout import even_pivots, lay_out, partition_dim
 from neuronmlp_plugin.serving.trainium.parallel import Parallel
+from nki_kernels.kernels.sharded import first_factors, last_factor, second_factors
+from nki_kernels.kernels.svd_mlp import svd_mlp
+from nki_kernels.layout import DENSE, Layout, Projection, first_stage, last_stage, mlp_layout, second_stage
+from nki_kernels.packing import pack
+from nki_kernels.plan import Plan
+from nki_kernels.planner import Declined, Request, plan_launch
+from nki_kernels.targets import PMAX
 
 SCHEME = "gather"
 _NUMPY_DTYPES = {torch.bfloat16: ml_dtypes.bfloat16, torch.float16: np.float16, torch.float32: np.float32}

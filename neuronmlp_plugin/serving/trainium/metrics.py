@@ -10,15 +10,12 @@ import json
 import os
 import pathlib
 import tempfile
-import time
 from collections.abc import Iterator
 from typing import Any
 
 from neuronmlp_plugin.serving.trainium.after_import import run_after_import
 
 FOLDER_VARIABLE = "NEURONMLP_METRICS_DIR"
-_SECONDS_BETWEEN_WRITES = 1.0
-_last_write = 0.0
 
 
 def prepare() -> None:
@@ -28,17 +25,14 @@ def prepare() -> None:
     run_after_import("prometheus_client", _register_collector)
 
 
-def publish(record: dict[str, Any], now: bool = False) -> None:
-    """Write `DispatchRecord.to_json()` for the API server, at most once a second unless `now`."""
-    global _last_write  # noqa: PLW0603
+def publish(record: dict[str, Any]) -> None:
+    """Write `DispatchRecord.totals()` for the API server: a few hundred bytes, microseconds beside a forward."""
     folder = os.environ.get(FOLDER_VARIABLE)
-    if folder is None or not (now or time.monotonic() - _last_write >= _SECONDS_BETWEEN_WRITES):
-        return
-    _last_write = time.monotonic()
-    path = pathlib.Path(folder) / f"{os.getpid()}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record), encoding="utf-8")
-    temporary.replace(path)
+    if folder is not None:
+        path = pathlib.Path(folder) / f"{os.getpid()}.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(record), encoding="utf-8")
+        temporary.replace(path)
 
 
 class DispatchCollector:
@@ -55,9 +49,8 @@ class DispatchCollector:
         runs = CounterMetricFamily("neuronmlp_mlp_runs", "MLP layer executions by each path", labels=labels)
         for path in sorted(pathlib.Path(os.environ.get(FOLDER_VARIABLE, "/nonexistent")).glob("*.json")):
             record = json.loads(path.read_text(encoding="utf-8"))
-            compiled = {(layer, phase, by, why) for layer, phase, _, by, why in record["traced"]}
-            for key in sorted({entry[1:] for entry in compiled}):
-                layers.add_metric(list(key), sum(entry[1:] == key for entry in compiled))
+            for phase, by, why, count in record["layers"]:
+                layers.add_metric([phase, by, why], count)
             for phase, by, why, count in record["runs"]:
                 runs.add_metric([phase, by, why], count)
         yield layers

@@ -24,7 +24,7 @@ def package_file(package: str, name: str) -> pathlib.Path:
     spec = importlib.util.find_spec(package)
     path = pathlib.Path(spec.origin).parent / name if spec and spec.origin else None
     if path is None or not path.is_file():
-        raise SystemExit(f"{name}: expected inside the package {package}, found none; run `make install` first.")
+        raise SystemExit(f"{name}: expected inside the package {package}, found none; run scripts/install first.")
     return path
 
 

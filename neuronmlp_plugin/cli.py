@@ -19,6 +19,9 @@ COMMANDS = {
     "doctor": "find out why the fast path does not run here",
 }
 
+# What a plain `pip install neuronmlp` leaves out, and the extra that brings it.
+_EXTRAS = {**dict.fromkeys(("torch", "transformers", "tokenizers", "matplotlib"), "neuronmlp[compress]"), "vllm": "neuronmlp[cpu]"}
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="neuronmlp", description=__doc__)
@@ -39,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except NeuronMLPError as error:
         print(f"neuronmlp {args.command}: {error}", file=sys.stderr)
-        return 2
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        print(f"neuronmlp {args.command}: expected the package {error.name}, found none; install {_EXTRAS[error.name]}.", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

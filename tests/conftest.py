@@ -42,7 +42,9 @@ def compress_smollm2(smollm2: pathlib.Path):
         if not target.exists():
             home.mkdir(parents=True, exist_ok=True)
             text, analysis = smollm2 / "calibration.jsonl", home / "analysis"
-            neuronmlp("compress", smollm2 / "dense", "--out", target, "--remove", removed, "--form", form, "--text", text, "--analysis", analysis)
+            neuronmlp(
+                "compress", smollm2 / "dense", "--out", target, "--remove", removed, "--form", form, "--text", text, "--analysis", analysis
+            )
         return target
 
     return make

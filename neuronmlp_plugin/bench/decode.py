@@ -95,8 +95,8 @@ def _engines(folders: dict[str, pathlib.Path], dtype: str, batch: int) -> Iterat
         pipes[name] = ours
         processes.append(process)
     try:
-        for name in pipes:
-            pipes[name].recv()  # ready
+        for pipe in pipes.values():
+            pipe.recv()  # ready
         yield {name: lambda job, pipe=pipe: _ask(pipe, job) for name, pipe in pipes.items()}  # type: ignore[misc]
     finally:
         for pipe in pipes.values():
@@ -111,7 +111,7 @@ def _ask(pipe: Connection, job: tuple[int, int]) -> float:
     return float(pipe.recv())
 
 
-def _serve(pipe: Connection, folder: str, dtype: str, batch: int) -> None:
+def _serve(pipe: Connection, folder: str, dtype: Any, batch: int) -> None:
     """Engine process: answers (batch, new tokens) with the seconds that all but the first token took."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)

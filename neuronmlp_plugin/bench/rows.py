@@ -28,7 +28,9 @@ class Row:
     value: float
     origin: str
     target: str = dataclasses.field(default_factory=lambda: f"{platform.machine()} cpu")
-    versions: str = dataclasses.field(default_factory=lambda: f"neuronmlp {_version('neuronmlp')}, vllm {_version('vllm')}, torch {_version('torch')}")
+    versions: str = dataclasses.field(
+        default_factory=lambda: f"neuronmlp {_version('neuronmlp')}, vllm {_version('vllm')}, torch {_version('torch')}"
+    )
     date: str = dataclasses.field(default_factory=lambda: datetime.date.today().isoformat())
 
 

@@ -49,7 +49,9 @@ class LayerStream:
         output = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
         output = output[0] if isinstance(output, tuple) else output
         if not bool(torch.isfinite(output.detach()).all()):
-            raise NonFiniteError(f"{self.checkpoint.folder}: expected finite activations, found NaN or Inf in the forward pass; check the weights.")
+            raise NonFiniteError(
+                f"{self.checkpoint.folder}: expected finite activations, found NaN or Inf in the forward pass; check the weights."
+            )
         return output
 
     def head(self) -> nn.Module:
@@ -71,6 +73,8 @@ class LayerStream:
 
 
 class _Output(nn.Module):
+    weight: torch.Tensor
+
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
         self.register_buffer("weight", weight)

@@ -39,7 +39,9 @@ def _document(line: str, where: str, tokenizer: Any) -> str:
         if not getattr(tokenizer, "chat_template", None):
             raise CalibrationError(f"{where}: expected a tokenizer with a chat template for `messages`, found none; use `text` lines.")
         return str(tokenizer.apply_chat_template(entry["messages"], tokenize=False))
-    raise CalibrationError(f"{where}: expected a `text` string or a `messages` list, found {sorted(entry) if isinstance(entry, dict) else entry!r}.")
+    raise CalibrationError(
+        f"{where}: expected a `text` string or a `messages` list, found {sorted(entry) if isinstance(entry, dict) else entry!r}."
+    )
 
 
 def token_windows(documents: list[str], tokenizer: Any, length: int) -> torch.Tensor:
@@ -54,7 +56,9 @@ def token_windows(documents: list[str], tokenizer: Any, length: int) -> torch.Te
     step = length - len(prefix)
     windows = [prefix + ids[start : start + step] for start in range(0, len(ids) - step + 1, step)]
     if not windows:
-        raise CalibrationError(f"text: expected at least {step} tokens for one window, found {len(ids)}; give more text or a smaller --window.")
+        raise CalibrationError(
+            f"text: expected at least {step} tokens for one window, found {len(ids)}; give more text or a smaller --window."
+        )
     return torch.tensor(windows, dtype=torch.long)
 
 

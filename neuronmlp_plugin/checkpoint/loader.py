@@ -6,7 +6,6 @@ import pathlib
 from typing import Any
 
 import torch
-from torch import nn
 
 from neuronmlp_plugin.checkpoint.reader import Checkpoint, FactorFile
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
@@ -57,7 +56,7 @@ def swap_projections(model: Any, block: FormatBlock) -> None:
                 setattr(layer.mlp, name, build_linear(name, block.layers[index][name], block.shape))
 
 
-def load_exactly(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+def load_exactly(model: Any, state: dict[str, torch.Tensor], source: str) -> None:
     """Assign every tensor to its parameter and refuse leftovers on either side; a tied head may be absent."""
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
@@ -65,7 +64,9 @@ def load_exactly(model: nn.Module, state: dict[str, torch.Tensor], source: str) 
     # Old exports store rotary tables; they are recomputed, so an extra one is harmless.
     extra = [name for name in unexpected if not name.endswith("rotary_emb.inv_freq")]
     if absent or extra:
-        raise CheckpointError(f"{source}: expected the tensors of {type(model).__name__}, found missing {absent[:3]} and unknown {extra[:3]}.")
+        raise CheckpointError(
+            f"{source}: expected the tensors of {type(model).__name__}, found missing {absent[:3]} and unknown {extra[:3]}."
+        )
     if tied:
         model.tie_weights()
 

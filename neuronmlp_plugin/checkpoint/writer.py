@@ -17,7 +17,15 @@ from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock
 from neuronmlp_plugin.errors import OutputError
 
-_COPIED = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template*")
+_COPIED = (
+    "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template*",
+)
 
 
 def shard_name(position: int, count: int) -> str:

@@ -22,19 +22,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--quiet", action="store_true", help="no plan, no progress bars")
     method = parser.add_argument_group("method")
-    method.add_argument("--form", choices=FORMS, default=_DEFAULTS["form"], help="compact (default): pivoted, no break-even rank; uv: the paper's")
-    method.add_argument("--method", choices=METHODS, default=_DEFAULTS["method"], help="two-sided (default) or a baseline: whitened (SVD-LLM), plain (SVD)")
-    method.add_argument("--allocation", choices=ALLOCATIONS, help="global (default for two-sided): ranks across all matrices; uniform: the same share")
-    method.add_argument("--rank-multiple", type=int, default=_DEFAULTS["rank_multiple"], help="ranks are multiples of this (default %(default)s; the paper: 128)")
+    method.add_argument(
+        "--form", choices=FORMS, default=_DEFAULTS["form"], help="compact (default): pivoted, no break-even rank; uv: the paper's"
+    )
+    method.add_argument(
+        "--method", choices=METHODS, default=_DEFAULTS["method"], help="two-sided (default) or a baseline: whitened (SVD-LLM), plain (SVD)"
+    )
+    method.add_argument(
+        "--allocation", choices=ALLOCATIONS, help="global (default for two-sided): ranks across all matrices; uniform: the same share"
+    )
+    method.add_argument(
+        "--rank-multiple",
+        type=int,
+        default=_DEFAULTS["rank_multiple"],
+        help="ranks are multiples of this (default %(default)s; the paper: 128)",
+    )
     method.add_argument("--dtype", choices=DTYPES, default=_DEFAULTS["dtype"], help="of the factors (default: the model's)")
     text = parser.add_argument_group("calibration")
     text.add_argument("--tokens", type=int, default=_DEFAULTS["tokens"], help="tokens for the input statistics (default %(default)s)")
-    text.add_argument("--metric-tokens", type=int, default=_DEFAULTS["metric_tokens"], help="of which the backward pass sees (default %(default)s)")
-    text.add_argument("--judge-tokens", type=int, default=_DEFAULTS["judge_tokens"], help="kept apart to report quality (default %(default)s)")
+    text.add_argument(
+        "--metric-tokens", type=int, default=_DEFAULTS["metric_tokens"], help="of which the backward pass sees (default %(default)s)"
+    )
+    text.add_argument(
+        "--judge-tokens", type=int, default=_DEFAULTS["judge_tokens"], help="kept apart to report quality (default %(default)s)"
+    )
     text.add_argument("--window", type=int, default=_DEFAULTS["window"], help="tokens per window (default %(default)s)")
     text.add_argument("--seed", type=int, default=_DEFAULTS["seed"], help="which windows are drawn where there are more than needed")
-    parser.add_argument("--analysis", type=pathlib.Path, help="keep the statistics in this folder, and use them again for another size or form")
-    parser.add_argument("--factors-only", action="store_true", help="write neuronmlp/factors.safetensors beside the dense weights instead of a folder")
+    parser.add_argument(
+        "--analysis", type=pathlib.Path, help="keep the statistics in this folder, and use them again for another size or form"
+    )
+    parser.add_argument(
+        "--factors-only", action="store_true", help="write neuronmlp/factors.safetensors beside the dense weights instead of a folder"
+    )
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -84,7 +103,10 @@ def summary_rows(report: dict[str, Any], target: pathlib.Path) -> list[tuple[str
     quality = report["quality"]
     if quality:
         rows += [
-            ("perplexity", f"{quality['candidate_perplexity']:.2f} against {quality['reference_perplexity']:.2f} dense (x {quality['perplexity_ratio']:.3f})"),
+            (
+                "perplexity",
+                "{candidate_perplexity:.2f} against {reference_perplexity:.2f} dense (x {perplexity_ratio:.3f})".format(**quality),
+            ),
             ("agreement", f"{quality['top1_agreement']:.1%} of the top tokens; KL {quality['kl_divergence']:.4f} nats a token"),
         ]
     rows += [("note", note) for note in report["notes"]]

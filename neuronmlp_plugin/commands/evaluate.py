@@ -14,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--factors", type=pathlib.Path, help="a factor file to lay over MODEL")
     parser.add_argument("--tokens", type=int, default=32768, help="how much of the text to use, spread evenly (default %(default)s)")
     parser.add_argument("--window", type=int, default=1024, help="tokens per window (default %(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="arithmetic of both models (default %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="arithmetic of both models (default %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -38,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(quality.to_json(), indent=2))
         return 0
     print(f"tokens      {quality.num_tokens:,}")
-    print(f"perplexity  {quality.candidate_perplexity:.3f} against {quality.reference_perplexity:.3f} dense (x {quality.perplexity_ratio:.4f})")
+    against = f"{quality.candidate_perplexity:.3f} against {quality.reference_perplexity:.3f} dense"
+    print(f"perplexity  {against} (x {quality.perplexity_ratio:.4f})")
     print(f"KL          {quality.kl_divergence:.4f} nats per token, KL(dense || compressed)")
     print(f"top-1       {quality.top1_agreement:.2%} the same token")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -55,7 +56,9 @@ def _hidden_states(plan: Plan, workspace: Workspace, stream: LayerStream, start:
     return stream.embed(torch.cat((plan.calibration, plan.judge)))
 
 
-def _analyse_layer(plan: Plan, workspace: Workspace, stream: LayerStream, index: int, hidden: torch.Tensor, tick: Callable[[int], None]) -> None:
+def _analyse_layer(
+    plan: Plan, workspace: Workspace, stream: LayerStream, index: int, hidden: torch.Tensor, tick: Callable[[int], None]
+) -> None:
     layer = stream.load(index)
     count = len(plan.calibration)
     samples = _sample_inputs(stream, layer, hidden[count:])
@@ -90,7 +93,7 @@ def _moment(plan: Plan, moments: LayerMoments | None, name: str) -> torch.Tensor
 def _sample_inputs(stream: LayerStream, layer: torch.nn.Module, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
     """Evenly spread rows of what gate/up and down see on the held-out windows; runs them through the layer in place."""
     seen: dict[str, list[torch.Tensor]] = {"gate_up.sample": [], "down.sample": []}
-    mlp = layer.mlp
+    mlp: Any = layer.mlp
     handles = [
         module.register_forward_pre_hook(lambda _, args, key=key: seen[key].append(args[0].reshape(-1, args[0].shape[-1])))
         for module, key in ((mlp.gate_proj, "gate_up.sample"), (mlp.down_proj, "down.sample"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 
@@ -60,13 +61,13 @@ def build_layer(plan: Plan, workspace: Workspace, index: int, specs: Layer, dtyp
     result = BuiltLayer({}, {}, {}, [], order)
     for name, spec in specs.items():
         if spec.form == "dense":
-            weight = weights[name]
-            stored = {"weight": (weight if order is None else _permuted(name, weight, order)).to(dtype)}
+            weight = weights[name] if order is None else _permuted(name, weights[name], order)
+            stored, real = {"weight": weight.to(dtype)}, spec
         else:
-            stored, spec, rounding, note = _store(name, spec, _permuted_factors(name, factors[name], order), dtype)
+            stored, real, rounding, note = _store(name, spec, _permuted_factors(name, factors[name], order), dtype)
             result.rounding[name] = rounding
             result.notes.extend([f"layer {index} {name}: {note}"] if note else [])
-        result.specs[name] = spec
+        result.specs[name] = real
         result.tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in stored.items()})
     return result
 
@@ -101,7 +102,10 @@ def _store(name: str, spec: ProjectionSpec, pair: tuple[torch.Tensor, torch.Tens
     """Tensors of one matrix in `dtype`, falling back from `compact` to `uv` at equal bytes where the pivots are not good enough."""
     first, second = pair
     if spec.form == "compact":
-        compact, rounding = _compact(name, first, second, dtype)
+        try:
+            compact, rounding = _compact(name, first, second, dtype)
+        except torch.linalg.LinAlgError:  # singular pivots: the matrix has a lower rank than it was given
+            compact, rounding = {}, math.inf
         if rounding <= ROUNDING_LIMIT:
             return compact, spec, rounding, ""
         n_in, n_out, rank = first.shape[1], second.shape[0], spec.rank or 0
@@ -127,4 +131,4 @@ def _compact(name: str, first: torch.Tensor, second: torch.Tensor, dtype: torch.
 def _change(exact: torch.Tensor, stored: torch.Tensor) -> float:
     """Relative Frobenius distance; infinite where the stored matrix is not finite."""
     distance = float((exact - stored).norm() / exact.norm())
-    return distance if distance == distance else float("inf")
+    return distance if math.isfinite(distance) else math.inf

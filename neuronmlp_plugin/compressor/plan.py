@@ -75,20 +75,25 @@ class Plan:
 
     def analysis_fingerprint(self) -> str:
         """Changes with anything that changes the statistics: the text, the dense weights, the method; not with size or form."""
-        known = {"settings": self.settings.analysis_json(), "base": base_digest(self.base)}
-        known["text"] = [windows_digest(self.calibration), windows_digest(self.judge)]
-        known["written"] = [path.stat().st_mtime_ns for path in sorted(self.base.folder.glob("*.safetensors"))]
-        return _digest(known)
+        text = [windows_digest(self.calibration), windows_digest(self.judge)]
+        written = [path.stat().st_mtime_ns for path in sorted(self.base.folder.glob("*.safetensors"))]
+        return _digest([self.settings.analysis_json(), base_digest(self.base), text, written])
 
     def rows(self) -> list[tuple[str, str]]:
         """What `--dry-run` prints."""
         s, shape = self.settings, self.shape
         return [
             ("model", f"{self.base.folder}  ({self.base.config['architectures'][0]})"),
-            ("MLPs", f"{shape.num_layers} layers, H {shape.hidden_size}, I {shape.intermediate_size}, {self.mlp_parameters / 1e6:.1f} M parameters"),
+            (
+                "layers",
+                f"{shape.num_layers}, H {shape.hidden_size}, I {shape.intermediate_size}, MLPs {self.mlp_parameters / 1e6:.1f} M parameters",
+            ),
             ("take away", f"{s.remove:.1%} of them: {s.remove * self.mlp_parameters / 1e6:.1f} M"),
             ("method", f"{s.method}, allocation {s.allocation}, form {s.form}, rank multiple {s.rank_multiple}"),
-            ("calibration", f"{self.calibration.numel():,} tokens in {len(self.calibration)} windows; backward pass on {self.metric_windows}"),
+            (
+                "calibration",
+                f"{self.calibration.numel():,} tokens in {len(self.calibration)} windows; backward pass on {self.metric_windows}",
+            ),
             ("judged on", f"{self.judge.numel():,} tokens that are not calibrated on"),
             ("memory", f"about {self.memory_bytes / 2**30:.1f} GiB"),
             ("disk", f"about {self.disk_bytes / 2**30:.1f} GiB while it runs"),
@@ -123,7 +128,7 @@ def make_plan(settings: Settings) -> Plan:
 
 
 def _check_dense(base: Checkpoint, shape: MLPShape) -> None:
-    layers = tuple({name: DENSE for name in PROJECTIONS} for _ in range(shape.num_layers))
+    layers = tuple(dict.fromkeys(PROJECTIONS, DENSE) for _ in range(shape.num_layers))
     check_names(FormatBlock(layers, shape).expected_tensors(), base.shapes(), str(base.folder))
 
 
@@ -162,7 +167,8 @@ def _check_room(plan: Plan) -> None:
     free = shutil.disk_usage(parent).free
     if free < plan.disk_bytes:
         raise OutputError(
-            f"{parent}: expected {plan.disk_bytes / 2**30:.1f} GiB of free disk, found {free / 2**30:.1f} GiB; free some or choose another --out."
+            f"{parent}: expected {plan.disk_bytes / 2**30:.1f} GiB of free disk, found {free / 2**30:.1f} GiB; "
+            "free some or choose another --out."
         )
 
 

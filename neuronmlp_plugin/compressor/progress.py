@@ -18,7 +18,14 @@ class ProgressBars:
     @contextlib.contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
         """A bar of `total` steps; yields the function that advances it."""
-        columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description:<24}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=self.console, disable=self.quiet or not self.console.is_terminal) as progress:
             task = progress.add_task(name, total=total)
             yield lambda steps: progress.advance(task, steps)

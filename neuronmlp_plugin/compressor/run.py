@@ -117,7 +117,7 @@ def _write_whole(run: Run, block: FormatBlock) -> None:
         write_rest(run.result, run.plan.base, block)
         return
     names = block.expected_tensors(only_changed=True)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for index in range(len(block.layers)):
         tensors |= {name: t for name, t in run.work.load(f"factors-{index:05d}").items() if name in names}
     write_factor_file(run.result / FACTOR_FILE.name, block, tensors)

@@ -23,7 +23,9 @@ class Workspace:
         self.path = path
         known = path / "plan.json"
         if known.is_file() and json.loads(known.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
-            raise OutputError(f"{path}: expected the unfinished run of these same settings, found another's; remove that folder to start anew.")
+            raise OutputError(
+                f"{path}: expected the unfinished run of these same settings, found another's; remove that folder to start anew."
+            )
         with told_when_disk_is_full(path):
             path.mkdir(parents=True, exist_ok=True)
         save_json(known, {"fingerprint": fingerprint})

@@ -88,7 +88,7 @@ def _greedy_among(grams: list[torch.Tensor], bound: float, steps: int) -> torch.
             break
         for gram in grams:
             column = gram[:, best] / gram[best, best].clamp_min(1e-300).sqrt()
-            gram -= torch.outer(column, column)
+            gram.sub_(torch.outer(column, column))
         chosen.append(best)
         open_[best] = False
     return torch.tensor(chosen, dtype=torch.long)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from neuronmlp_plugin.models.projection import ProjectionSpec, tensor_shapes, MLPShape
+from neuronmlp_plugin.models.projection import MLPShape, ProjectionSpec, tensor_shapes
 
 
 def _linear(size: tuple[int, int]) -> nn.Linear:

@@ -19,7 +19,7 @@ def tokenizer(folder, **kwargs):
 
 def test_windows_begin_as_the_tokenizer_begins_a_text(tmp_path):
     tok = tokenizer(tmp_path)
-    windows = token_windows(["!\"#$%", "&'("], tok, 4)
+    windows = token_windows(['!"#$%', "&'("], tok, 4)
     assert bos_prefix(tok) == [1]
     assert windows.tolist() == [[1, 3, 4, 5], [1, 6, 7, 8]]
 
@@ -27,7 +27,7 @@ def test_windows_begin_as_the_tokenizer_begins_a_text(tmp_path):
 def test_a_tokenizer_without_bos_gets_none(tmp_path):
     tok = tokenizer(tmp_path, bos=False)
     assert bos_prefix(tok) == []
-    assert token_windows(["!\"#$"], tok, 2).tolist() == [[3, 4], [5, 6]]
+    assert token_windows(['!"#$'], tok, 2).tolist() == [[3, 4], [5, 6]]
 
 
 def test_too_little_text_for_one_window_is_refused(tmp_path):

@@ -12,8 +12,8 @@ from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.checkpoint.writer import portable_config
 from neuronmlp_plugin.errors import CheckpointError, NonFiniteError, UnsupportedModelError
-from tests.tiny_models import FAMILIES, write_dense, write_mixed
 from tests.letters import write_tokenizer
+from tests.tiny_models import FAMILIES, write_dense, write_mixed
 
 SHARD = "neuronmlp-00001-of-00004.safetensors"
 
@@ -129,7 +129,7 @@ def test_non_finite_factors_are_refused(mixed, value):
 
 def test_integer_weights_are_refused(mixed):
     edit_shard(mixed, lambda t: t.update({NAME: t[NAME].to(torch.int8)}))
-    with pytest.raises(CheckpointError, match="expected bf16, fp16 or fp32, found torch.int8"):
+    with pytest.raises(CheckpointError, match=r"expected bf16, fp16 or fp32, found torch\.int8"):
         load_model(mixed)
 
 
@@ -169,7 +169,7 @@ def test_another_quantisation_is_refused(mixed):
 
 
 def test_folders_without_weights_or_config_are_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="config.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         Checkpoint(tmp_path)
     folder = write_dense(tmp_path / "dense", "llama")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")

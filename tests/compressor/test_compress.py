@@ -20,8 +20,8 @@ from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.compressor.run import compress
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import NeuronMLPError, NonFiniteError, OutputError
-from tests.tiny_models import FAMILIES, write_dense
 from tests.letters import write_text, write_tokenizer
+from tests.tiny_models import FAMILIES, write_dense
 
 QUIET = ProgressBars(Console(quiet=True), quiet=True)
 
@@ -249,6 +249,24 @@ def test_a_factored_model_is_not_compressed_again(home):
 def test_the_report_is_json_with_every_matrix(home):
     compress(make_plan(settings_for(home)), QUIET)
     report = json.loads((home / "out" / "neuronmlp_report.json").read_text())
-    assert [(row["layer"], row["projection"]) for row in report["matrices"]][:4] == [(0, "gate_proj"), (0, "up_proj"), (0, "down_proj"), (1, "gate_proj")]
+    assert [(row["layer"], row["projection"]) for row in report["matrices"]][:4] == [
+        (0, "gate_proj"),
+        (0, "up_proj"),
+        (0, "down_proj"),
+        (1, "gate_proj"),
+    ]
     losses = [point["predicted_loss"] for point in report["loss_by_size"]]
     assert losses == sorted(losses) and len(losses) >= 5
+
+
+def test_a_matrix_of_lower_rank_than_its_share_is_no_obstacle(home):
+    weights = home / "dense" / "model.safetensors"
+    tensors = load_file(weights)
+    name = "model.layers.1.mlp.gate_proj.weight"
+    left, right = torch.linalg.qr(tensors[name].T).Q[:, :20], tensors[name][:, :20]
+    tensors[name] = (right @ left.T).contiguous()
+    save_file(tensors, weights)
+    compress(make_plan(settings_for(home, method="whitened", allocation="uniform")), QUIET)
+    ids = torch.randint(3, 128, (2, 9))
+    with torch.no_grad():
+        assert bool(torch.isfinite(load_model(home / "out")(ids).logits).all())

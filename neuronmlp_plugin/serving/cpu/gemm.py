@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from vllm.platforms import current_platform
@@ -18,6 +20,6 @@ def prepacked_linear(weight: torch.Tensor) -> Linear:
     holder = nn.Module()
     holder.weight = nn.Parameter(weight, requires_grad=False)
     dispatch_cpu_unquantized_gemm(holder, remove_weight=True)
-    product = holder.cpu_linear
+    product: Any = holder.cpu_linear
     left = holder.weight  # empty where the packed copy replaced it
     return lambda x: product(x, left, None)

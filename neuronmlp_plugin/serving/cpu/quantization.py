@@ -35,7 +35,7 @@ class NeuronMLPConfig(QuantizationConfig):
         self.block = block
         self.opened: tuple[FormatBlock, FactorFile | None, Options] | None = None
 
-    def get_name(self) -> str:
+    def get_name(self) -> Any:  # vLLM's own type lists only the names that it ships
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
@@ -79,7 +79,14 @@ class NeuronMLPConfig(QuantizationConfig):
             counts = ", ".join(f"{forms.count(form)} {form}" for form in sorted(set(forms)))
             source = overlay.path if overlay else "the checkpoint"
             path = "prepacked products" if options.fast_path else "plain torch products (fast_path is off)"
-            logger.info("neuronmlp: %.1f%% of the MLP parameters removed by %s; %s; %s; tp scheme %s", 100 * block.removed_ratio, source, counts, path, options.tp_scheme)
+            logger.info(
+                "neuronmlp: %.1f%% of the MLP parameters removed by %s; %s; %s; tp scheme %s",
+                100 * block.removed_ratio,
+                source,
+                counts,
+                path,
+                options.tp_scheme,
+            )
         return self.opened
 
     def _read(self) -> tuple[FormatBlock, FactorFile | None, Options]:
@@ -88,7 +95,9 @@ class NeuronMLPConfig(QuantizationConfig):
         folder = pathlib.Path(vllm_config.model_config.model)
         if self.block is not None:
             if options.factors is not None:
-                raise CheckpointError(f"{folder}: expected a dense model under the factor file {options.factors}, found a factored one; drop `factors`.")
+                raise CheckpointError(
+                    f"{folder}: expected a dense model under the factor file {options.factors}, found a factored one; drop `factors`."
+                )
             config = read_config(folder) if folder.is_dir() else vllm_config.model_config.hf_config.to_dict()
             return parse_block(self.block, config, f"{folder}/config.json"), None, options
         overlay = FactorFile(options.factors or folder / FACTOR_FILE, read_config(folder))

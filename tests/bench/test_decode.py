@@ -1,0 +1,53 @@
+"""What a decode benchmark adds up; the timing itself is run by the slow test, which asserts no time."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import math
+
+import pytest
+
+from neuronmlp_plugin.bench.decode import Decode, bytes_per_step, measure_decode
+from neuronmlp_plugin.bench.rows import Row, append_rows
+from neuronmlp_plugin.checkpoint.reader import Checkpoint
+from tests.tiny_models import write_dense, write_mixed
+
+
+def test_a_step_reads_everything_but_a_table_it_only_looks_up(tmp_path):
+    for family, tied in (("llama", True), ("qwen2", False)):
+        folder = write_dense(tmp_path / family, family)
+        total = sum(t.numel() for _, t in Checkpoint(folder).tensors())
+        assert bytes_per_step(folder) == total - (0 if tied else 128 * 128)
+
+
+@pytest.mark.parametrize(("speedup", "ideal", "share"), [(1.1, 1.2, 0.5), (0.9, 1.2, -0.5), (1.2, 1.2, 1.0)])
+def test_share_of_the_ideal_gain(speedup, ideal, share):
+    assert Decode("m", 1, 10.0, speedup, ideal).share_of_ideal == pytest.approx(share)
+
+
+def test_no_gain_to_have_has_no_share():
+    assert math.isnan(Decode("m", 1, 10.0, 1.0, 1.0).share_of_ideal)
+
+
+def test_rows_append_under_one_header(tmp_path):
+    path = tmp_path / "rows.csv"
+    for value in (1.0, 2.0):
+        append_rows(path, [Row("case", "speedup", "ratio", value, "measured")])
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["value"] for row in rows] == ["1.0", "2.0"]
+    assert {row["origin"] for row in rows} == {"measured"} and rows[0]["date"].startswith("20")
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (see README, extra [cpu])")
+def test_models_are_timed_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    base = write_dense(tmp_path / "dense", "llama")
+    folders = {"dense": base, "mixed": write_mixed(tmp_path / "mixed", base)}
+    ticks = []
+    results = measure_decode(folders, [1, 2], new_tokens=4, rounds=2, dtype="float32", tick=ticks.append)
+    assert [(r.model, r.batch) for r in results] == [("dense", 1), ("mixed", 1), ("dense", 2), ("mixed", 2)]
+    assert sum(ticks) == 8 and results[0].speedup == 1.0 and results[1].ideal > 1.0

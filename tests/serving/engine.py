@@ -1,0 +1,59 @@
+"""Run a checkpoint in a real vLLM engine, in a process of its own, and bring back its logits."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import torch
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+PROMPTS = [[5, 17, 99, 4, 63, 12, 7, 3, 88], [101, 3, 42], [9] * 20]
+NEW_TOKENS = 4
+# One engine a process: vLLM keeps its process groups until the end. The first argument is the options of LLM(...), as JSON.
+_PROGRAM = """
+import json, sys, torch
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    options, prompts, new_tokens, vocabulary = json.loads(sys.argv[1])
+    llm = LLM(skip_tokenizer_init=True, dtype="float32", max_model_len=64, max_num_seqs=4, max_logprobs=vocabulary,
+              logprobs_mode="raw_logits", enable_prefix_caching=False, **options)
+    params = SamplingParams(max_tokens=new_tokens, temperature=0, logprobs=vocabulary, prompt_logprobs=vocabulary, detokenize=False,
+                            ignore_eos=True)
+    results = []
+    for output in llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False):
+        steps = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+        logits = [[step[token].logprob for token in range(vocabulary)] for step in steps]
+        results.append({"tokens": list(output.outputs[0].token_ids), "logits": logits})
+    print("RESULT" + json.dumps(results))
+"""
+
+
+def environment(tensor_parallel: int = 1) -> dict[str, str]:
+    """What vLLM on a small CPU needs (shared facts: vllm_cpu.md)."""
+    settings = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    if tensor_parallel > 1:
+        settings["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    else:
+        settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return {**os.environ, **settings, "PYTHONPATH": str(ROOT)}
+
+
+def run_engine(folder: pathlib.Path, *, vocabulary: int = 128, **options) -> subprocess.CompletedProcess[str]:
+    """The finished process; its stdout ends in a RESULT line if all went well."""
+    options = {"model": str(folder), "enforce_eager": True, **options}
+    arguments = json.dumps([options, PROMPTS, NEW_TOKENS, vocabulary])
+    env = environment(options.get("tensor_parallel_size", 1))
+    return subprocess.run([sys.executable, "-c", _PROGRAM, arguments], capture_output=True, text=True, env=env, timeout=600, check=False)
+
+
+def served_logits(folder: pathlib.Path, **options) -> list[tuple[list[int], torch.Tensor]]:
+    """For each prompt: all its tokens with the new ones, and the raw logits `[tokens - 1, vocabulary]` that vLLM computed."""
+    process = run_engine(folder, **options)
+    assert process.returncode == 0, process.stderr[-3000:]
+    line = next(line for line in process.stdout.splitlines() if line.startswith("RESULT"))
+    results = json.loads(line.removeprefix("RESULT"))
+    return [(prompt + r["tokens"], torch.tensor(r["logits"])) for prompt, r in zip(PROMPTS, results, strict=True)]

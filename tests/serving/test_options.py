@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+
+from neuronmlp_plugin.errors import UsageError
+from neuronmlp_plugin.serving.options import Options, parse_options
+
+
+@pytest.mark.parametrize("config", [None, {}, {"other": 1}, {"neuronmlp": {}}])
+def test_nothing_said_means_the_defaults(config):
+    assert parse_options(config) == Options(factors=None, tp_scheme="gather", fast_path=True)
+
+
+def test_everything_can_be_said():
+    given = {"factors": "a/b.safetensors", "tp_scheme": "reduce", "fast_path": False}
+    assert parse_options({"neuronmlp": given}) == Options(pathlib.Path("a/b.safetensors"), "reduce", False)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rank": 3}, r"expected an object with the keys factors, tp_scheme, fast_path, found \['rank'\]"),
+        (["gather"], "expected an object"),
+        ({"tp_scheme": "replicate"}, "expected one of gather, reduce, found 'replicate'"),
+        ({"fast_path": "no"}, "expected true or false, found 'no'"),
+    ],
+)
+def test_what_means_nothing_is_refused(given, message):
+    with pytest.raises(UsageError, match=message):
+        parse_options({"neuronmlp": given})

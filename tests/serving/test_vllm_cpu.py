@@ -1,0 +1,120 @@
+"""Real vLLM on this CPU gives the logits of the plain torch forward: every family, every form, both schemes, one rank and two."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from neuronmlp_plugin.checkpoint.loader import load_model
+from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint
+from neuronmlp_plugin.checkpoint.writer import write_factor_file
+from tests.serving.engine import NEW_TOKENS, run_engine, served_logits
+from tests.tiny_models import FAMILIES, write_dense, write_mixed
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (see README, extra [cpu])"),
+]
+TOLERANCE = 1e-3
+
+
+def check(served, model) -> None:
+    assert len(served) == 3
+    for tokens, logits in served:
+        with torch.no_grad():
+            expected = model(torch.tensor([tokens])).logits[0, :-1]
+        assert logits.shape == expected.shape
+        assert float((logits - expected).abs().max()) < TOLERANCE
+        assert tokens[-NEW_TOKENS:] == expected[-NEW_TOKENS:].argmax(-1).tolist()
+
+
+def mixed(tmp_path, family: str):
+    return write_mixed(tmp_path / "mixed", write_dense(tmp_path / "dense", family))
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_served_logits_equal_the_torch_forward(tmp_path, family, tensor_parallel):
+    folder = mixed(tmp_path, family)
+    check(served_logits(folder, tensor_parallel_size=tensor_parallel), load_model(folder))
+
+
+@pytest.mark.parametrize("options", [{"tp_scheme": "reduce"}, {"fast_path": False}], ids=str)
+def test_options_change_how_not_what(tmp_path, options):
+    folder = mixed(tmp_path, "llama")
+    served = served_logits(folder, tensor_parallel_size=2, additional_config={"neuronmlp": options})
+    check(served, load_model(folder))
+
+
+def test_compiled_graphs_give_the_same_logits(tmp_path):
+    folder = mixed(tmp_path, "qwen3")
+    check(served_logits(folder, enforce_eager=False), load_model(folder))
+
+
+@pytest.fixture
+def dense_with_factors(tmp_path):
+    """A dense folder with the factors of another beside it."""
+    base = write_dense(tmp_path / "dense", "llama")
+    block = Checkpoint(write_mixed(tmp_path / "mixed", base)).block
+    folder = Checkpoint(tmp_path / "mixed")
+    tensors = {name: folder.tensor(name) for name in block.expected_tensors(only_changed=True)}
+    (base / FACTOR_FILE).parent.mkdir()
+    write_factor_file(base / FACTOR_FILE, block, tensors)
+    return base
+
+
+def test_a_factor_file_is_switched_on_by_flags_alone(dense_with_factors):
+    base = dense_with_factors
+    check(served_logits(base), load_model(base))
+    with_factors = load_model(base, factors=base / FACTOR_FILE)
+    check(served_logits(base, quantization="neuronmlp"), with_factors)
+    moved = (base / FACTOR_FILE).rename(base.parent / "elsewhere.safetensors")
+    check(served_logits(base, quantization="neuronmlp", additional_config={"neuronmlp": {"factors": str(moved)}}), with_factors)
+    overrides = {"quantization_config": {"quant_method": "neuronmlp"}}
+    check(served_logits(base, hf_overrides=overrides, additional_config={"neuronmlp": {"factors": str(moved)}}), with_factors)
+
+
+def damage(folder, edit):
+    path = folder / "neuronmlp-00001-of-00004.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+def drop_a_factor(folder):
+    damage(folder, lambda t: t.pop("model.layers.0.mlp.up_proj.u.weight"))
+
+
+def change_the_version(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 7
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "message"),
+    [
+        (drop_a_factor, {}, "expected a tensor model.layers.0.mlp.up_proj.u.weight"),
+        (change_the_version, {}, "expected neuronmlp format_version 1, found 7"),
+        (None, {"tp_scheme": "replicate"}, "neuronmlp.tp_scheme: expected one of gather, reduce, found 'replicate'"),
+        (None, {"ranks": 3}, "expected an object with the keys factors, tp_scheme, fast_path"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_words(tmp_path, spoil, options, message):
+    folder = mixed(tmp_path, "llama")
+    if spoil is not None:
+        spoil(folder)
+    process = run_engine(folder, additional_config={"neuronmlp": options})
+    assert process.returncode != 0
+    assert message in process.stderr + process.stdout
+
+
+def test_the_log_says_what_runs(tmp_path):
+    process = run_engine(mixed(tmp_path, "mistral"))
+    assert (
+        "of the MLP parameters removed by the checkpoint; 3 compact, 3 dense, 3 uv; prepacked products" in process.stdout + process.stderr
+    )

@@ -1,0 +1,111 @@
+"""The command line as a user meets it: help that costs nothing, bad input in one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from neuronmlp_plugin.cli import COMMANDS, main
+from tests.letters import write_text, write_tokenizer
+from tests.tiny_models import write_dense
+
+TINY = ["--rank-multiple", "1", "--window", "32", "--tokens", "1024", "--metric-tokens", "256", "--judge-tokens", "128"]
+
+
+@pytest.fixture
+def home(tmp_path):
+    write_tokenizer(write_dense(tmp_path / "dense", "qwen3"))
+    write_text(tmp_path / "text.jsonl", 3000)
+    return tmp_path
+
+
+def compress(home, *more, remove="0.2") -> int:
+    size = ["--remove", remove] if remove else []
+    return main(["compress", str(home / "dense"), "--text", str(home / "text.jsonl"), *size, *TINY, *more])
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=str)
+def test_help_is_there_and_loads_nothing_heavy(command):
+    program = f"import sys\nfrom neuronmlp_plugin.cli import main\ntry: main({[*command, '--help']!r})\n"
+    program += "except SystemExit as stop: assert stop.code == 0\n"
+    program += "assert not {'torch', 'vllm', 'transformers', 'nki'} & set(sys.modules), 'heavy import'"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: neuronmlp")
+
+
+def test_dry_run_prints_the_plan_and_stops(home, capsys):
+    assert compress(home, "--out", str(home / "out"), "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "take away" in printed and "20.0%" in printed
+    assert not list(home.glob("out*"))
+
+
+def test_compress_inspect_and_evaluate(home, capsys):
+    assert compress(home, "--out", str(home / "out"), "--keep", "0.8", remove=None) == 0
+    assert "of the MLP parameters" in capsys.readouterr().out
+    assert main(["inspect", str(home / "out")]) == 0
+    assert "compact" in capsys.readouterr().out
+    assert main(["inspect", str(home / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["format_version"] == 1
+    judge = ["--dense", str(home / "dense"), "--text", str(home / "text.jsonl"), "--window", "32", "--tokens", "256"]
+    assert main(["evaluate", str(home / "out"), *judge, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_tokens"] == 8 * 31
+    assert main(["evaluate", str(home / "out"), *judge]) == 0
+    assert "KL(dense || compressed)" in capsys.readouterr().out
+
+
+def test_factors_only_goes_beside_the_model(home, capsys):
+    assert compress(home, "--factors-only", "--quiet") == 0
+    assert (home / "dense" / "neuronmlp" / "factors.safetensors").is_file()
+    assert main(["inspect", str(home / "dense")]) == 0
+    assert compress(home, "--factors-only", "--quiet") == 2
+    assert "expected a path that does not exist yet" in capsys.readouterr().err
+
+
+def refused(capsys, code: int, *words: str) -> None:
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.count("\n") == 1 and error.startswith("neuronmlp ")
+    assert all(word in error for word in words), error
+
+
+def test_an_existing_output_is_refused(home, capsys):
+    (home / "out").mkdir()
+    refused(capsys, compress(home, "--out", str(home / "out")), str(home / "out"), "does not exist yet")
+
+
+def test_no_output_is_refused(home, capsys):
+    refused(capsys, compress(home), "--out", "--factors-only")
+
+
+def test_too_little_text_is_refused(home, capsys):
+    write_text(home / "text.jsonl", 200)
+    refused(capsys, compress(home, "--out", str(home / "out")), "text.jsonl", "calibration tokens")
+
+
+def test_a_folder_that_is_no_model_is_refused(home, capsys):
+    refused(capsys, main(["inspect", str(home)]), "config.json")
+
+
+def test_a_dense_model_has_nothing_to_inspect(home, capsys):
+    refused(capsys, main(["inspect", str(home / "dense")]), "found a dense model")
+
+
+def test_bench_wants_names(home, capsys):
+    refused(capsys, main(["bench", "decode", str(home / "dense")]), "NAME=FOLDER")
+
+
+def test_a_missing_extra_is_named(home, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "neuronmlp_plugin.checkpoint.reader", raising=False)
+    refused(capsys, main(["inspect", str(home / "dense")]), "expected the package torch", "neuronmlp[compress]")
+
+
+def test_a_wrong_option_is_argparses_to_refuse(home):
+    with pytest.raises(SystemExit) as stop:
+        main(["compress", str(home / "dense"), "--remove", "0.2", "--keep", "0.8"])
+    assert stop.value.code == 2

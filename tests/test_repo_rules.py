@@ -1,0 +1,172 @@
+"""The house rules, as tests: modules import, arrows hold, budgets hold, public names are pinned, README commands exist."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGES = ("neuronmlp_plugin", "nki_kernels")
+MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+# Rooms of neuronmlp_plugin -> the rooms that they may import (docs/architecture.md). `errors` is a leaf that everyone may use.
+ARROWS = {
+    "cli": {"commands"},
+    "commands": {"compressor", "serving", "bench", "doctor", "calibration", "checkpoint", "models"},
+    "compressor": {"calibration", "checkpoint", "models", "lowrank"},
+    "calibration": {"checkpoint", "models", "lowrank"},
+    "checkpoint": {"models"},
+    "models": set(),
+    "lowrank": set(),
+    "serving": {"checkpoint", "models", "nki_kernels"},
+    "doctor": {"checkpoint", "serving"},
+    "bench": {"serving", "compressor", "checkpoint", "models", "nki_kernels"},
+}
+# Third-party packages that only these places may import.
+CONFINED = {
+    "vllm": ("neuronmlp_plugin/serving/", "neuronmlp_plugin/bench/decode.py"),
+    "neuronx_distributed_inference": ("neuronmlp_plugin/serving/trainium/",),
+    "neuronx_distributed": ("neuronmlp_plugin/serving/trainium/",),
+    "nki": ("nki_kernels/backend.py", "neuronmlp_plugin/serving/trainium/"),
+}
+
+
+def name_of(path: pathlib.Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def module_of(path: pathlib.Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def room(dotted: str) -> str | None:
+    package, _, rest = dotted.partition(".")
+    if package == "nki_kernels":
+        return "nki_kernels"
+    return rest.partition(".")[0] if package == "neuronmlp_plugin" else None
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_arrows_go_one_way(path):
+    own = room(module_of(path))
+    for imported in imports(path):
+        target = room(imported)
+        if target in (None, own, "errors", "", "__version__"):
+            continue
+        if own == "nki_kernels":
+            pytest.fail(f"{name_of(path)} imports {imported}: nki_kernels never imports neuronmlp_plugin")
+        if own == "":
+            assert target == "serving", f"the package root imports {imported}"
+        else:
+            assert target in ARROWS.get(own, set()), f"{name_of(path)} imports {imported}: no arrow {own} -> {target}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_confined_packages_stay_in_their_rooms(path):
+    for imported in imports(path):
+        allowed = CONFINED.get(imported.partition(".")[0])
+        assert allowed is None or name_of(path).startswith(allowed), f"{name_of(path)} imports {imported}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_every_module_imports(path):
+    """A module that needs vLLM or NxD Inference may stop at that, and at nothing else."""
+    try:
+        importlib.import_module(module_of(path))
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        assert missing in (*CONFINED, "torch_neuronx", "neuronxcc"), f"{name_of(path)} needs {error.name}"
+
+
+def test_importing_the_package_and_registering_is_cheap():
+    program = "import sys, neuronmlp_plugin; assert not {'torch', 'vllm', 'nki', 'numpy'} & set(sys.modules), sorted(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_public_names_are_pinned():
+    import neuronmlp_plugin
+    import nki_kernels
+
+    assert neuronmlp_plugin.__all__ == ["__version__", "register"]
+    assert nki_kernels.__all__ == ["source_digest"]
+
+
+def functions(path: pathlib.Path):
+    return [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_budgets_hold(path):
+    limit = 100 if "nki_kernels/kernels" in name_of(path) else 60
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, "a file has at most 400 lines"
+    for function in functions(path):
+        length = (function.end_lineno or 0) - function.lineno + 1
+        assert length <= limit, f"{name_of(path)}: {function.name} has {length} lines, at most {limit}"
+
+
+def test_most_functions_are_short():
+    lengths = sorted((f.end_lineno or 0) - f.lineno + 1 for path in MODULES for f in functions(path))
+    assert lengths[len(lengths) // 2] <= 12, "the median function has at most 12 lines"
+    assert lengths[len(lengths) * 9 // 10] <= 40, "nine functions in ten have at most 40 lines"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=name_of)
+def test_test_files_stay_readable(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 600
+
+
+def test_no_bare_except_and_no_pickle():
+    for path in MODULES:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"except\s*:", text), name_of(path)
+        assert not re.search(r"torch\.load\(|pickle\.load|trust_remote_code=True", text), name_of(path)
+
+
+def readme_commands() -> list[str]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    joined = "\n".join(blocks).replace("\\\n", " ")
+    return [line.partition("  #")[0].strip() for line in joined.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def test_readme_commands_exist_and_parse():
+    """Scripts and examples that the README names are there, and every `neuronmlp` line is understood by the real parser."""
+    from neuronmlp_plugin.cli import build_parser
+
+    commands = readme_commands()
+    assert len(commands) > 8
+    for line in commands:
+        words = line.split()
+        words = words[next(i for i, word in enumerate(words) if "=" not in word.partition("/")[0]) :]
+        if words[0].startswith(("scripts/", "examples/")):
+            assert (ROOT / words[0]).is_file(), line
+        if words[0].endswith("python"):
+            assert (ROOT / words[1]).is_file(), line
+        if words[0].endswith("neuronmlp"):
+            build_parser().parse_args(words[1:])
+
+
+def test_no_registry_host_or_machine_path_is_named():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in files:
+        path = ROOT / name
+        if name == "tests/test_repo_rules.py" or not path.is_file() or path.suffix in (".png", ".safetensors"):
+            continue
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        for word in ("pypi.org", "download.pytorch.org", "/opt/wheels", "/work/", "repos.neuron"):
+            assert word not in text, f"{name} names {word}"

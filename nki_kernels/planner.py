@@ -182,8 +182,8 @@ def _arenas(request: Request, choice: Choice) -> dict[str, Any]:
     layout, tokens = request.layout, choice.block_tokens
     x_cols, h_cols = tile_count(layout.hidden) * tokens, tile_count(layout.intermediate) * tokens
     h_offset = x_cols if layout.x_outlives_firsts else 0
-    # Rows may lie over h where h is dead by the time that results are staged, and must leave x alone for the next block's load.
-    output_offset = x_cols if layout.hidden and layout.down_first is not None else h_offset + h_cols
+    # Rows may lie over h where h is dead by the time that results are staged, and never over x, which they are on their way to.
+    output_offset = x_cols if layout.hidden and layout.down_first is not None else max(x_cols, h_offset + h_cols)
     out_cols, stage_cols = _output_stage(layout, choice)
     input_offset = output_offset if choice.shares_rows else output_offset + stage_cols
     first_z = (layout.z_tiles("gate") + layout.z_tiles("up")) * tokens

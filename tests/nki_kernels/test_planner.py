@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nki_kernels.cases import DTYPES, MODELS, MLPCase, random_weights
 from nki_kernels.kernels.svd_mlp import svd_mlp
-from nki_kernels.layout import DENSE, FORMS, Projection, mlp_layout
+from nki_kernels.layout import DENSE, FORMS, Projection, mlp_layout, second_stage
 from nki_kernels.plan import Plan
 from nki_kernels.planner import Choice, Declined, Request, block_sizes, build_plan, plan_launch, plan_mlp
 from nki_kernels.simulator import Placeholder, simulate
@@ -159,3 +159,22 @@ def test_the_machine_keeps_the_same_count_as_the_listener():
         patch.setattr(Machine, "__init__", spy)
         dry_run(plan, peak)
     assert machines[0].sbuf_peak_bytes == peak.sbuf_bytes and machines[0].psum_peak_banks == peak.psum_banks
+
+
+@given(requests(), st.data())
+@settings(max_examples=60, deadline=None)
+def test_regions_that_are_alive_together_do_not_overlap(request_, data):
+    """x and rows never do (rows become x, for the next block too); h and rows only where z of down stands between; x and h only if x ends."""
+    whole = request_.layout
+    gated = dataclasses.replace(whole, down_first=None, down_second=None)
+    layout = data.draw(st.sampled_from([whole, second_stage(whole), gated]))
+    plan = build_plan(dataclasses.replace(request_, layout=layout, tokens=1500), Choice(data.draw(st.sampled_from([128, 512]))), TARGETS["trn3"])
+    if not isinstance(plan, Plan):
+        return
+    x = (0, plan.x_tiles * plan.block_tokens)
+    h = (plan.h_offset, plan.h_offset + plan.h_tiles * plan.block_tokens)
+    rows = plan.output_offset
+    assert x[1] <= rows
+    assert h[1] <= rows or (plan.runs_down_first and plan.x_tiles)
+    assert x[1] <= h[0] or not layout.x_outlives_firsts
+    assert max(h[1], plan.input_offset) <= plan.wide_cols

@@ -78,7 +78,8 @@ class Layout(nl.NKIObject):
 
     def blocks(self) -> Iterator[tuple[str, Matrix, int, Block, int]]:
         """Every stored block: (name, matrix, column tile, block, first packed column) in packed order."""
-        for name, matrix, n, offset in self.tiles():
+        for name, matrix, n, first in self.tiles():
+            offset = first
             for block in matrix.blocks(n):
                 if block[2]:
                     yield name, matrix, n, block, offset

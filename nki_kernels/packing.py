@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from nki_kernels.layout import MATRICES, Layout
-from nki_kernels.tiling import Block, Matrix, tile_count
 from nki_kernels.targets import PMAX
+from nki_kernels.tiling import Block, Matrix, tile_count
 
 Array = Any  # numpy.ndarray or torch.Tensor
 # (projection, suffix in FORMAT.md) -> matrix of a layout.

@@ -85,7 +85,8 @@ def plan_launch(request: Request, target: Target = TRN1) -> Plan | Declined:
     plans = [build_plan(request, choice, target) for choice in choices(request)]
     fitting = [plan for plan in plans if isinstance(plan, Plan)]
     if not fitting:
-        return build_plan(request, Choice(min(PMAX, request.tokens), ring_cols=2048 // request.dtype.itemsize, out_cols=MOVING_COLS, shares_rows=True), target)
+        smallest = Choice(min(PMAX, request.tokens), MIN_SLOTS, SLOT_BYTES[-1] // request.dtype.itemsize, MOVING_COLS, shares_rows=True)
+        return build_plan(request, smallest, target)
     return _with_spare_ring(min(fitting, key=_cost), target)
 
 
@@ -222,8 +223,8 @@ def _refuse_oversize(plan: Plan, target: Target) -> Declined | None:
         parts = {"wide": plan.wide_cols, "narrow": plan.narrow_cols, "ring": plan.ring_slots * plan.ring_cols}
         held = ", ".join(f"{name} {cols * plan.itemsize} B" for name, cols in sorted(parts.items(), key=lambda item: -item[1]))
         return Declined(
-            f"SBUF of {target.name}: expected at most {usable} bytes per partition, found {found} for a block of {plan.block_tokens} tokens "
-            f"({held}); use fewer tokens per block or shard the layer over more cores."
+            f"SBUF of {target.name}: expected at most {usable} bytes per partition, found {found} for a block of "
+            f"{plan.block_tokens} tokens ({held}); use fewer tokens per block or shard the layer over more cores."
         )
     products = 2 if plan.runs_gated else 1
     banks = max(plan.token_group, products * tile_count(plan.block_tokens, plan.moving_tokens))

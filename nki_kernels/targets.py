@@ -44,17 +44,51 @@ class Target:
 
 
 TRN1 = Target(
-    "trn1", 2, 192 * KIB, 176 * KIB, tensor_ghz=2.8, vector_ghz=1.12, scalar_ghz=1.4, gpsimd_ghz=1.4,
-    tensor_tflops_bf16=92, tensor_tflops_fp32=23, hbm_gbps=820, cores_per_chip=2, dma_achieved_gbps=272,
-)  # fmt: skip
+    "trn1",
+    2,
+    192 * KIB,
+    176 * KIB,
+    tensor_ghz=2.8,
+    vector_ghz=1.12,
+    scalar_ghz=1.4,
+    gpsimd_ghz=1.4,
+    tensor_tflops_bf16=92,
+    tensor_tflops_fp32=23,
+    hbm_gbps=820,
+    cores_per_chip=2,
+    dma_achieved_gbps=272,
+)
 TRN2 = Target(
-    "trn2", 3, 224 * KIB, 208 * KIB - 264, tensor_ghz=2.4, vector_ghz=0.96, scalar_ghz=1.2, gpsimd_ghz=1.2,
-    tensor_tflops_bf16=79, tensor_tflops_fp32=20, hbm_gbps=2900, cores_per_chip=8, dma_achieved_gbps=368,
-)  # fmt: skip
+    "trn2",
+    3,
+    224 * KIB,
+    208 * KIB - 264,
+    tensor_ghz=2.4,
+    vector_ghz=0.96,
+    scalar_ghz=1.2,
+    gpsimd_ghz=1.2,
+    tensor_tflops_bf16=79,
+    tensor_tflops_fp32=20,
+    hbm_gbps=2900,
+    cores_per_chip=8,
+    dma_achieved_gbps=368,
+)
 TRN3 = Target(
-    "trn3", 4, 256 * KIB, 240 * KIB - 264, tensor_ghz=2.4, vector_ghz=1.2, scalar_ghz=1.2, gpsimd_ghz=1.2,
-    tensor_tflops_bf16=79, tensor_tflops_fp32=20, hbm_gbps=4900, cores_per_chip=8, dma_achieved_gbps=528,
-    moving_fmax_fp32=4096, matmul_dst_dtypes=("float32", "bfloat16"),
-)  # fmt: skip
+    "trn3",
+    4,
+    256 * KIB,
+    240 * KIB - 264,
+    tensor_ghz=2.4,
+    vector_ghz=1.2,
+    scalar_ghz=1.2,
+    gpsimd_ghz=1.2,
+    tensor_tflops_bf16=79,
+    tensor_tflops_fp32=20,
+    hbm_gbps=4900,
+    cores_per_chip=8,
+    dma_achieved_gbps=528,
+    moving_fmax_fp32=4096,
+    matmul_dst_dtypes=("float32", "bfloat16"),
+)
 
 TARGETS = {target.name: target for target in (TRN1, TRN2, TRN3)}

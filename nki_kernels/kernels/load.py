@@ -27,9 +27,7 @@ class Norm(nl.NKIObject):
         """scratch = row / sqrt(mean(row^2) + eps), tokens on the partitions; the weight is applied after the transpose."""
         tokens, hidden = row.shape
         total = self.sums[turn % 2][0:tokens, :]
-        nisa.activation(
-            dst=scratch, op=nl.square, data=row, reduce_op=nl.add, reduce_res=total, reduce_cmd=nisa.reduce_cmd.reset_reduce
-        )
+        nisa.activation(dst=scratch, op=nl.square, data=row, reduce_op=nl.add, reduce_res=total, reduce_cmd=nisa.reduce_cmd.reset_reduce)
         nisa.activation(dst=total, op=nl.rsqrt, data=total, bias=self.eps[0:tokens, :], scale=1.0 / hidden)
         nisa.tensor_scalar(dst=scratch, data=row, op0=nl.multiply, operand0=total)
 
@@ -110,6 +108,4 @@ def store_transposed(dst: Tensor, src: Tensor, first_token: int, tokens: int) ->
     features = dst.shape[0]
     for k in range(tile_count(features)):
         rows = min(PMAX, features - k * PMAX)
-        nisa.dma_copy(
-            dst=dst[k * PMAX : k * PMAX + rows, first_token : first_token + tokens], src=src[0:rows, k, 0:tokens]
-        )
+        nisa.dma_copy(dst=dst[k * PMAX : k * PMAX + rows, first_token : first_token + tokens], src=src[0:rows, k, 0:tokens])

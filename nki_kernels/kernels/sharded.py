@@ -43,7 +43,7 @@ def first_factors(x: Tensor, weights: Tensor, plan: Plan, norm_weight: Tensor = 
 
 @jit
 def second_factors(x: Tensor, z: Tensor, slots: tuple, weights: Tensor, plan: Plan, norm_weight: Tensor = None) -> Tensor:
-    """Gathered z^T `[tp (slots of gate + slots of up), T]` -> this core's summand of down's z^T `[R, T]`, or of y `[T, H]` if down is dense.
+    """Gathered z^T `[tp (slots of gate + slots of up), T]` -> this core's summand of down's z^T `[R, T]`; of y `[T, H]` if down is dense.
 
     `slots` = (slots of gate, slots of up) of one core, 0 for a dense projection. x `[T, H]` is what dense ones start from; pass None for x
     or z if no projection needs it. Plan: of `second_stage(layout)`.

@@ -24,14 +24,13 @@ class WeightStream(nl.NKIObject):
         for _i in range(slots):
             self.slots.append(nl.ndarray((packed.shape[0], slot_cols), dtype=packed.dtype, buffer=nl.sbuf, name="ring"))
             self.held.append(-1)
-        self.position = 0
-        self.chunk = 0
+        self.seek(0)
 
     def seek(self, position: int) -> None:
         """Continue at packed column `position`, a block's first."""
         self.position = position
         self.chunk = 0
-        while self.bounds[self.chunk + 1] <= position and self.chunk + 2 < len(self.bounds):
+        while self.bounds[self.chunk + 1] < position:
             self.chunk += 1
 
     def take(self, cols: int) -> Tensor:

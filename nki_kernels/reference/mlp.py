@@ -68,7 +68,12 @@ def down(h: np.ndarray, weights: Weights, residual: np.ndarray | None = None) ->
     return (y if residual is None else y + residual.astype(np.float32)).astype(h.dtype)
 
 
-def svd_mlp(x: np.ndarray, projections: Mapping[str, Weights], norm: tuple[np.ndarray, float] | None = None, residual: np.ndarray | None = None) -> np.ndarray:
+def svd_mlp(
+    x: np.ndarray,
+    projections: Mapping[str, Weights],
+    norm: tuple[np.ndarray, float] | None = None,
+    residual: np.ndarray | None = None,
+) -> np.ndarray:
     """x `[T, H]` -> y `[T, H]`; `norm` is (weight `[H]`, eps)."""
     if norm is not None:
         x = rms_norm(x, *norm)

@@ -14,9 +14,26 @@ from nki_kernels.simulator.tensor import Tensor
 from nki_kernels.targets import PMAX
 
 __all__ = [
-    "NKIObject", "affine_range", "bfloat16", "ds", "float8_e4m3", "float8_e5m2", "float16", "float32", "int8", "int16", "int32", "ndarray",
-    "sequential_range", "static_range", "tile_size", "uint8", "uint16", "uint32", "zeros",
-]  # fmt: skip
+    "NKIObject",
+    "affine_range",
+    "bfloat16",
+    "ds",
+    "float8_e4m3",
+    "float8_e5m2",
+    "float16",
+    "float32",
+    "int8",
+    "int16",
+    "int32",
+    "ndarray",
+    "sequential_range",
+    "static_range",
+    "tile_size",
+    "uint8",
+    "uint16",
+    "uint32",
+    "zeros",
+]
 
 sbuf, psum, hbm, private_hbm, shared_hbm = "sbuf", "psum", "hbm", "private_hbm", "shared_hbm"
 affine_range = static_range = sequential_range = range  # every range is unrolled, as in the vendor's compiler

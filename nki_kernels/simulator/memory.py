@@ -25,7 +25,20 @@ class Storage:
     written throughout and may not be written again.
     """
 
-    __slots__ = ("acquired", "banks", "bytes_per_partition", "data", "dtype", "dtype_name", "identity", "machine", "name", "shape", "space", "state")
+    __slots__ = (
+        "acquired",
+        "banks",
+        "bytes_per_partition",
+        "data",
+        "dtype",
+        "dtype_name",
+        "identity",
+        "machine",
+        "name",
+        "shape",
+        "space",
+        "state",
+    )
 
     def __init__(self, machine: Machine, shape: tuple[int, ...], dtype: np.dtype, space: str, name: str) -> None:
         self.machine, self.shape, self.dtype, self.space = machine, shape, dtype, space
@@ -100,9 +113,7 @@ class Machine:
     def _announce(self, storage: Storage, live: bool) -> None:
         space = HBM if storage.space.endswith(HBM) else storage.space
         for listener in self.listeners:
-            listener(
-                Allocation(self.instructions, live, storage.identity, storage.name, space, storage.bytes_per_partition, storage.banks)
-            )
+            listener(Allocation(self.instructions, live, storage.identity, storage.name, space, storage.bytes_per_partition, storage.banks))
 
     def _acquire_sbuf(self, storage: Storage) -> None:
         wanted = self.sbuf_live_bytes + storage.bytes_per_partition

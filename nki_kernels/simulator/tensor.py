@@ -83,8 +83,9 @@ class Tensor:
 
     def _check_bounds(self, first: int, last: int, dim: int, size: int) -> None:
         require(
-            0 <= first and last < size,
-            f"Out-of-bound access for tensor `{self.name}` on dimension {dim}: index range [{first}, {last}] exceed dimension size of {size}",
+            first >= 0 and last < size,
+            f"Out-of-bound access for tensor `{self.name}` on dimension {dim}: "
+            f"index range [{first}, {last}] exceed dimension size of {size}",
         )
 
     def reshape(self, shape: Sequence[int]) -> Tensor:
@@ -156,9 +157,17 @@ class Tensor:
             start, partitions, sizes, strides = self.offset, (0, 1), self.shape, self.strides
         last = start + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
         return Access(
-            storage.identity, storage.name, storage.space if self.on_chip else HBM, storage.dtype_name, item, self.shape, partitions,
-            (start * item, (last + 1) * item), contiguous_run(sizes, strides) * item, self._banks(start * item, (last + 1) * item),
-        )  # fmt: skip
+            storage.identity,
+            storage.name,
+            storage.space if self.on_chip else HBM,
+            storage.dtype_name,
+            item,
+            self.shape,
+            partitions,
+            (start * item, (last + 1) * item),
+            contiguous_run(sizes, strides) * item,
+            self._banks(start * item, (last + 1) * item),
+        )
 
     def _banks(self, first_byte: int, end_byte: int) -> tuple[int, int]:
         if self.storage.space != PSUM:
@@ -221,7 +230,7 @@ def _restride(old: Sequence[int], old_strides: Sequence[int], new: Sequence[int]
         else:
             runs.append([size, stride])
     strides: list[int] = []
-    left, step = (runs[-1] if runs else [1, 1])
+    left, step = runs[-1] if runs else [1, 1]
     at = len(runs) - 1
     for size in reversed(new):
         if size > 1 and left == 1 and at > 0:

@@ -62,7 +62,9 @@ def test_the_simple_kernels_compute_the_same_under_both_conventions(api, kernel,
 
 def test_each_convention_refuses_the_words_of_the_other():
     def told(dst, src):
-        nisa.nc_matmul(nl.ndarray((4, 4), nl.float32, nl.psum), nl.zeros((4, 4), nl.float32), nl.zeros((4, 4), nl.float32), accumulate=False)
+        nisa.nc_matmul(
+            nl.ndarray((4, 4), nl.float32, nl.psum), nl.zeros((4, 4), nl.float32), nl.zeros((4, 4), nl.float32), accumulate=False
+        )
 
     with pytest.raises(TypeError, match=r"nc_matmul of nki 0\.2 has no argument 'accumulate'"):
         simulate(told, api="0.2")(None, None)
@@ -84,9 +86,25 @@ def test_the_tables_name_every_modelled_instruction_with_dst_first():
 
 
 FORBIDDEN = (
-    ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Yield, ast.YieldFrom, ast.Try, ast.With, ast.Starred,
-    ast.Is, ast.IsNot, ast.NamedExpr, ast.Global, ast.Nonlocal, ast.AsyncFunctionDef, ast.Await, ast.Match,
-)  # fmt: skip
+    ast.Lambda,
+    ast.ListComp,
+    ast.SetComp,
+    ast.DictComp,
+    ast.GeneratorExp,
+    ast.Yield,
+    ast.YieldFrom,
+    ast.Try,
+    ast.With,
+    ast.Starred,
+    ast.Is,
+    ast.IsNot,
+    ast.NamedExpr,
+    ast.Global,
+    ast.Nonlocal,
+    ast.AsyncFunctionDef,
+    ast.Await,
+    ast.Match,
+)
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)

@@ -55,7 +55,8 @@ def test_blocks_cover_every_number_of_the_logical_matrix_once(case):
     layout, weights = layout_of(case), factors_by_name(random_weights(case))
     packed = pack(layout, weights)
     totals = {name: np.zeros((m.rows, m.cols), np.float32) for name in weights if (m := layout.matrix(name)) is not None}
-    for name, matrix, n, offset in layout.tiles():
+    for name, matrix, n, first in layout.tiles():
+        offset = first
         for k, rows, stored in matrix.blocks(n):
             width = matrix.tile_width(n)
             block = packed[:rows, offset : offset + width] if stored else np.eye(rows, width)

@@ -164,11 +164,13 @@ def test_the_machine_keeps_the_same_count_as_the_listener():
 @given(requests(), st.data())
 @settings(max_examples=60, deadline=None)
 def test_regions_that_are_alive_together_do_not_overlap(request_, data):
-    """x and rows never do (rows become x, for the next block too); h and rows only where z of down stands between; x and h only if x ends."""
+    """x and rows never do; h and rows only where z of down stands between; x and h only where x is used up first."""
     whole = request_.layout
     gated = dataclasses.replace(whole, down_first=None, down_second=None)
     layout = data.draw(st.sampled_from([whole, second_stage(whole), gated]))
-    plan = build_plan(dataclasses.replace(request_, layout=layout, tokens=1500), Choice(data.draw(st.sampled_from([128, 512]))), TARGETS["trn3"])
+    plan = build_plan(
+        dataclasses.replace(request_, layout=layout, tokens=1500), Choice(data.draw(st.sampled_from([128, 512]))), TARGETS["trn3"]
+    )
     if not isinstance(plan, Plan):
         return
     x = (0, plan.x_tiles * plan.block_tokens)

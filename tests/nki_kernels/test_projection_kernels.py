@@ -23,7 +23,9 @@ def down_only(weights: dict) -> dict:
     return factors_by_name({"down_proj": weights["down_proj"]})
 
 
-def chain(case: MLPCase, transposed_input: bool, transposed_output: bool, silu: bool = False, residual: bool = False) -> tuple[Plan, np.ndarray]:
+def chain(
+    case: MLPCase, transposed_input: bool, transposed_output: bool, silu: bool = False, residual: bool = False
+) -> tuple[Plan, np.ndarray]:
     """(plan, packed weights) of the case's down projection by itself."""
     layout = chain_layout(case.intermediate, case.hidden, case.projections[2], transposed_output)
     request = Request(layout, case.tokens, DTYPES[case.dtype], residual=residual, silu=silu, transposed_input=transposed_input)

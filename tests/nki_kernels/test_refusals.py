@@ -60,78 +60,107 @@ FP32 = np.dtype(np.float32)
 PAIRS = {
     "partitions": (lambda: sbuf(128, 4), lambda: sbuf(129, 4), "number of partitions 129 exceed architecture limitation of 128"),
     "dimensions": (
-        lambda: sbuf(128, 1), lambda: nl.ndarray((128,), dtype=BF16, buffer=nl.sbuf),
+        lambda: sbuf(128, 1),
+        lambda: nl.ndarray((128,), dtype=BF16, buffer=nl.sbuf),
         "SBUF and PSUM tensors must have at least 2 dimensions (partition-dim and free-dim)",
     ),
     "contraction agrees": (
-        lambda: mm(k=3), lambda: mm(k=3, moving=lambda: sbuf(4, 512)),
+        lambda: mm(k=3),
+        lambda: mm(k=3, moving=lambda: sbuf(4, 512)),
         "Matmul contraction dimension mismatch: stationary[0]=3 != moving[0]=4",
     ),
     "stationary width": (
-        lambda: mm(m=128), lambda: mm(stationary=lambda: sbuf(128, 256), dst=lambda: psum(128, 512, written=False)),
+        lambda: mm(m=128),
+        lambda: mm(stationary=lambda: sbuf(128, 256), dst=lambda: psum(128, 512, written=False)),
         "Matmul stationary free dimension 256 exceeds gemm_stationary_fmax=128",
     ),
     "moving width": (
-        lambda: mm(n=512), lambda: mm(dst=lambda: psum(128, 1024, written=False), n=1024),
+        lambda: mm(n=512),
+        lambda: mm(dst=lambda: psum(128, 1024, written=False), n=1024),
         "Matmul moving free dimension 1024 exceeds max 512",
     ),
     "matmul shape": (lambda: mm(m=64), lambda: mm(m=64, dst=lambda: psum(128, 512, written=False)), "nc_matmul dst must be [64, 512]"),
     "matmul dst dtype": (
-        lambda: mm(), lambda: mm(dst=lambda: psum(128, 512, dtype=BF16, written=False)),
+        mm,
+        lambda: mm(dst=lambda: psum(128, 512, dtype=BF16, written=False)),
         "nc_matmul dst dtype must be float32 on gen2, got bfloat16",
     ),
-    "matmul dst buffer": (lambda: mm(), lambda: mm(dst=lambda: sbuf(128, 512, dtype=FP32)), "dst must be in ['psum'], got sbuf"),
-    "matmul operand buffer": (lambda: mm(), lambda: mm(m=4, n=4, k=128, moving=lambda: psum(128, 4)), "moving must be in ['sbuf'], got psum"),
-    "matmul operand from hbm": (lambda: mm(), lambda: mm(moving=lambda: hbm(128, 512)), "moving must be in ['sbuf'], got shared_hbm"),
+    "matmul dst buffer": (mm, lambda: mm(dst=lambda: sbuf(128, 512, dtype=FP32)), "dst must be in ['psum'], got sbuf"),
+    "matmul operand buffer": (
+        mm,
+        lambda: mm(m=4, n=4, k=128, moving=lambda: psum(128, 4)),
+        "moving must be in ['sbuf'], got psum",
+    ),
+    "matmul operand from hbm": (mm, lambda: mm(moving=lambda: hbm(128, 512)), "moving must be in ['sbuf'], got shared_hbm"),
     "dtype pairing": (
         lambda: mm(stationary=lambda: sbuf(128, 128, dtype=FP32), moving=lambda: sbuf(128, 512, dtype=FP32)),
         lambda: mm(stationary=lambda: sbuf(128, 128, dtype=FP32)),
         "float32 must pair with float32, got stationary=float32, moving=bfloat16",
     ),
-    "integer matmul": (lambda: mm(), lambda: mm(moving=lambda: sbuf(128, 512, dtype=nl.int32)), "moving dtype must be one of"),
+    "integer matmul": (mm, lambda: mm(moving=lambda: sbuf(128, 512, dtype=nl.int32)), "moving dtype must be one of"),
     "one bank": (
         lambda: mm(n=256, dst=lambda: psum(128, 1024, written=False)[:, 256:512]),
         lambda: mm(n=512, dst=lambda: psum(128, 1024, written=False)[:, 256:768]),
         "must fit one PSUM bank of 2048 bytes per partition",
     ),
     "start partition of 33 to 64": (
-        lambda: act(sbuf(128, 4)[64:128], sbuf(128, 4)[0:64]), lambda: act(sbuf(128, 4)[32:96], sbuf(128, 4)[0:64]),
+        lambda: act(sbuf(128, 4)[64:128], sbuf(128, 4)[0:64]),
+        lambda: act(sbuf(128, 4)[32:96], sbuf(128, 4)[0:64]),
         "start partition 32 is not possible for 64 partitions, expected one of [0, 64]",
     ),
     "start partition of up to 32": (
-        lambda: act(sbuf(128, 4)[96:128], sbuf(128, 4)[32:64]), lambda: act(sbuf(128, 4)[16:48], sbuf(128, 4)[0:32]),
+        lambda: act(sbuf(128, 4)[96:128], sbuf(128, 4)[32:64]),
+        lambda: act(sbuf(128, 4)[16:48], sbuf(128, 4)[0:32]),
         "start partition 16 is not possible for 32 partitions, expected one of [0, 32, 64, 96]",
     ),
     "start partition of more than 64": (
-        lambda: act(sbuf(128, 4)[0:96], sbuf(128, 4)[0:96]), lambda: act(sbuf(128, 4)[32:128], sbuf(128, 4)[0:96]),
+        lambda: act(sbuf(128, 4)[0:96], sbuf(128, 4)[0:96]),
+        lambda: act(sbuf(128, 4)[32:128], sbuf(128, 4)[0:96]),
         "start partition 32 is not possible for 96 partitions, expected one of [0]",
     ),
     "partition stride": (lambda: sbuf(128, 8)[:, 0:8:2], lambda: sbuf(128, 8)[0:128:2], "no stride is possible on the partition dimension"),
     "out of bounds": (
-        lambda: sbuf(128, 8)[:, 4:8], lambda: sbuf(128, 8)[:, 4:9],
+        lambda: sbuf(128, 8)[:, 4:8],
+        lambda: sbuf(128, 8)[:, 4:9],
         "on dimension 1: index range [4, 8] exceed dimension size of 8",
     ),
     "negative index": (lambda: hbm(4, 4)[3], lambda: hbm(4, 4)[-1], "on dimension 0: index range [-1, -1] exceed dimension size of 4"),
-    "reshape partitions": (lambda: sbuf(4, 6).reshape((4, 2, 3)), lambda: sbuf(4, 6).reshape((8, 3)), "Partition dim size must be preserved, got 4 -> 8"),
+    "reshape partitions": (
+        lambda: sbuf(4, 6).reshape((4, 2, 3)),
+        lambda: sbuf(4, 6).reshape((8, 3)),
+        "Partition dim size must be preserved, got 4 -> 8",
+    ),
     "reshape count": (lambda: hbm(4, 6).reshape((24,)), lambda: hbm(4, 6).reshape((23,)), "reshape must keep the number of elements"),
     "reshape without a copy": (lambda: hbm(4, 6)[0:2].reshape((12,)), lambda: hbm(4, 6)[:, 0:2].reshape((8,)), "would copy"),
-    "dma partitions": (lambda: nisa.dma_copy(dst=hbm(128, 4), src=sbuf(128, 4)), lambda: nisa.dma_copy(dst=hbm(256, 4), src=nl.ndarray((256, 4), dtype=BF16, buffer=nl.sbuf)), "256 exceed"),
+    "dma partitions": (
+        lambda: nisa.dma_copy(dst=hbm(128, 4), src=sbuf(128, 4)),
+        lambda: nisa.dma_copy(dst=hbm(256, 4), src=nl.ndarray((256, 4), dtype=BF16, buffer=nl.sbuf)),
+        "256 exceed",
+    ),
     "dma elements": (
-        lambda: nisa.dma_copy(dst=hbm(64, 2), src=sbuf(128, 1)), lambda: nisa.dma_copy(dst=hbm(128, 2), src=sbuf(128, 1)),
+        lambda: nisa.dma_copy(dst=hbm(64, 2), src=sbuf(128, 1)),
+        lambda: nisa.dma_copy(dst=hbm(128, 2), src=sbuf(128, 1)),
         "dma_copy requires src and dst to have the same number of elements, got src=128, dst=256",
     ),
-    "dma from psum": (lambda: nisa.dma_copy(dst=hbm(4, 4), src=sbuf(4, 4)), lambda: nisa.dma_copy(dst=hbm(4, 4), src=psum(4, 4)), "dma_copy requires HBM or SBUF tensors"),
+    "dma from psum": (
+        lambda: nisa.dma_copy(dst=hbm(4, 4), src=sbuf(4, 4)),
+        lambda: nisa.dma_copy(dst=hbm(4, 4), src=psum(4, 4)),
+        "dma_copy requires HBM or SBUF tensors",
+    ),
     "hwdge": (
         lambda: nisa.dma_copy(dst=hbm(4, 4), src=sbuf(4, 4), dge_mode=nisa.dge_mode.swdge),
-        lambda: nisa.dma_copy(dst=hbm(4, 4), src=sbuf(4, 4), dge_mode=nisa.dge_mode.hwdge), "needs gen3 or later, got gen2",
+        lambda: nisa.dma_copy(dst=hbm(4, 4), src=sbuf(4, 4), dge_mode=nisa.dge_mode.hwdge),
+        "needs gen3 or later, got gen2",
     ),
     "dma_transpose shape": (
-        lambda: nisa.dma_transpose(dst=hbm(8, 4), src=sbuf(4, 8)), lambda: nisa.dma_transpose(dst=hbm(4, 8), src=sbuf(4, 8)),
+        lambda: nisa.dma_transpose(dst=hbm(8, 4), src=sbuf(4, 8)),
+        lambda: nisa.dma_transpose(dst=hbm(4, 8), src=sbuf(4, 8)),
         "dma_transpose dst shape must be (8, 4), got (4, 8)",
     ),
     "dma_transpose dtype": (
         lambda: nisa.dma_transpose(dst=hbm(8, 4), src=sbuf(4, 8)),
-        lambda: nisa.dma_transpose(dst=hbm(8, 4, dtype=FP32), src=sbuf(4, 8, dtype=FP32)), "needs 2-byte elements",
+        lambda: nisa.dma_transpose(dst=hbm(8, 4, dtype=FP32), src=sbuf(4, 8, dtype=FP32)),
+        "needs 2-byte elements",
     ),
     "transpose dtype on gen2": (
         lambda: nisa.nc_transpose(psum(8, 128, written=False), sbuf(128, 8)),
@@ -140,15 +169,18 @@ PAIRS = {
     ),
     "transpose size": (
         lambda: nisa.nc_transpose(psum(128, 128, written=False), sbuf(128, 128)),
-        lambda: nisa.nc_transpose(psum(128, 128, written=False), sbuf(128, 129)), "nc_transpose data must be at most [128, 128], got [128, 129]",
+        lambda: nisa.nc_transpose(psum(128, 128, written=False), sbuf(128, 129)),
+        "nc_transpose data must be at most [128, 128], got [128, 129]",
     ),
     "vector transpose size": (
         lambda: nisa.nc_transpose(sbuf(32, 32), sbuf(32, 32), engine=nisa.engine.vector),
-        lambda: nisa.nc_transpose(sbuf(64, 32), sbuf(32, 64), engine=nisa.engine.vector), "at most [32, 32], got [32, 64]",
+        lambda: nisa.nc_transpose(sbuf(64, 32), sbuf(32, 64), engine=nisa.engine.vector),
+        "at most [32, 32], got [32, 64]",
     ),
     "two psum operands": (
         lambda: nisa.tensor_tensor(sbuf(128, 4), psum(128, 4), sbuf(128, 4), nl.add),
-        lambda: nisa.tensor_tensor(sbuf(128, 4), psum(128, 4), psum(128, 4), nl.add), "data1 and data2 may not both be in psum",
+        lambda: nisa.tensor_tensor(sbuf(128, 4), psum(128, 4), psum(128, 4), nl.add),
+        "data1 and data2 may not both be in psum",
     ),
     "two psum operands, fused": (
         lambda: nisa.scalar_tensor_tensor(sbuf(128, 4), psum(128, 4), nl.multiply, 2.0, nl.add, sbuf(128, 4)),
@@ -156,36 +188,52 @@ PAIRS = {
         "data and operand1 may not both be in psum",
     ),
     "same partitions": (
-        lambda: act(sbuf(64, 8), sbuf(64, 8)), lambda: act(sbuf(128, 8), sbuf(64, 8)), "must have the same number of partitions, got data=64, dst=128",
+        lambda: act(sbuf(64, 8), sbuf(64, 8)),
+        lambda: act(sbuf(128, 8), sbuf(64, 8)),
+        "must have the same number of partitions, got data=64, dst=128",
     ),
     "same free size": (
-        lambda: act(sbuf(64, 2, 4), sbuf(64, 8)), lambda: act(sbuf(64, 8), sbuf(64, 4)), "same number of elements per partition, got data=4, dst=8",
+        lambda: act(sbuf(64, 2, 4), sbuf(64, 8)),
+        lambda: act(sbuf(64, 8), sbuf(64, 4)),
+        "same number of elements per partition, got data=4, dst=8",
     ),
     "gpsimd and psum": (
         lambda: nisa.tensor_copy(sbuf(128, 4), sbuf(128, 4), engine=nisa.engine.gpsimd),
-        lambda: nisa.tensor_copy(sbuf(128, 4), psum(128, 4), engine=nisa.engine.gpsimd), "on engine.gpsimd cannot access psum",
+        lambda: nisa.tensor_copy(sbuf(128, 4), psum(128, 4), engine=nisa.engine.gpsimd),
+        "on engine.gpsimd cannot access psum",
     ),
     "tensor_copy buffer": (
-        lambda: nisa.tensor_copy(sbuf(128, 4), sbuf(128, 4)), lambda: nisa.tensor_copy(hbm(128, 4), sbuf(128, 4)),
+        lambda: nisa.tensor_copy(sbuf(128, 4), sbuf(128, 4)),
+        lambda: nisa.tensor_copy(hbm(128, 4), sbuf(128, 4)),
         "tensor_copy dst must be in ['sbuf', 'psum'], got shared_hbm",
     ),
     "tensor_copy on ScalarE": (
-        lambda: nisa.activation(sbuf(128, 4), nl.copy, psum(128, 4)), lambda: nisa.tensor_copy(sbuf(128, 4), psum(128, 4), engine=nisa.engine.scalar),
+        lambda: nisa.activation(sbuf(128, 4), nl.copy, psum(128, 4)),
+        lambda: nisa.tensor_copy(sbuf(128, 4), psum(128, 4), engine=nisa.engine.scalar),
         "tensor_copy does not support engine.scalar on NeuronCore-v2",
     ),
     "bias is a column": (
-        lambda: act(bias=sbuf(128, 1)), lambda: act(bias=sbuf(128, 8)), "bias must have a free dimension of 1, got [128, 8]",
+        lambda: act(bias=sbuf(128, 1)),
+        lambda: act(bias=sbuf(128, 8)),
+        "bias must have a free dimension of 1, got [128, 8]",
     ),
     "bias is a tensor": (lambda: act(bias=sbuf(128, 1)), lambda: act(bias=1.0), "activation bias must be a [P, 1] tensor, got float"),
     "bias dtype": (lambda: act(bias=sbuf(128, 1)), lambda: act(bias=sbuf(128, 1, dtype=nl.int32)), "bias dtype must be one of"),
-    "scale dtype": (lambda: act(scale=sbuf(128, 1, dtype=FP32)), lambda: act(scale=sbuf(128, 1)), "scale dtype must be one of ['float32'], got bfloat16"),
+    "scale dtype": (
+        lambda: act(scale=sbuf(128, 1, dtype=FP32)),
+        lambda: act(scale=sbuf(128, 1)),
+        "scale dtype must be one of ['float32'], got bfloat16",
+    ),
     "reciprocal with bias": (
-        lambda: act(op=nl.reciprocal), lambda: act(op=nl.reciprocal, bias=sbuf(128, 1)), "activation(op=reciprocal) does not support bias on gen2",
+        lambda: act(op=nl.reciprocal),
+        lambda: act(op=nl.reciprocal, bias=sbuf(128, 1)),
+        "activation(op=reciprocal) does not support bias on gen2",
     ),
     "activation op": (lambda: act(op=nl.silu), lambda: act(op=nl.add), "activation does not support op 'add'"),
     "alu op": (
         lambda: nisa.tensor_tensor(sbuf(4, 4), sbuf(4, 4), sbuf(4, 4), nl.multiply),
-        lambda: nisa.tensor_tensor(sbuf(4, 4), sbuf(4, 4), sbuf(4, 4), nl.silu), "tensor_tensor does not support op 'silu'",
+        lambda: nisa.tensor_tensor(sbuf(4, 4), sbuf(4, 4), sbuf(4, 4), nl.silu),
+        "tensor_tensor does not support op 'silu'",
     ),
     "reduction result": (
         lambda: act(reduce_op=nl.add, reduce_res=sbuf(128, 1, dtype=FP32), reduce_cmd=nisa.reduce_cmd.reset_reduce),
@@ -193,13 +241,19 @@ PAIRS = {
         "activation reduce_res must be [128, 1], got [128, 8]",
     ),
     "reduce axis": (
-        lambda: nisa.tensor_reduce(sbuf(4, 1), nl.add, sbuf(4, 8), axis=1), lambda: nisa.tensor_reduce(sbuf(4, 8), nl.add, sbuf(4, 8), axis=0),
+        lambda: nisa.tensor_reduce(sbuf(4, 1), nl.add, sbuf(4, 8), axis=1),
+        lambda: nisa.tensor_reduce(sbuf(4, 8), nl.add, sbuf(4, 8), axis=0),
         "tensor_reduce axis must be the last free axes",
     ),
-    "memset value": (lambda: nisa.memset(sbuf(4, 4), 0.0), lambda: nisa.memset(sbuf(4, 4), 0), "memset value must match dst dtype bfloat16, got int"),
+    "memset value": (
+        lambda: nisa.memset(sbuf(4, 4), 0.0),
+        lambda: nisa.memset(sbuf(4, 4), 0),
+        "memset value must match dst dtype bfloat16, got int",
+    ),
     "free elements in sbuf": (
         lambda: act(sbuf(4, 32768, dtype=nl.int8)[:, 0:1], sbuf(4, 1)),
-        lambda: act(sbuf(4, 65537, dtype=nl.int8), sbuf(4, 65537, dtype=nl.int8)), "has 65537 elements per partition, at most 65536 are possible in sbuf",
+        lambda: act(sbuf(4, 65537, dtype=nl.int8), sbuf(4, 65537, dtype=nl.int8)),
+        "has 65537 elements per partition, at most 65536 are possible in sbuf",
     ),
     "access pattern": (
         lambda: act(sbuf(2, 16), sbuf(2, 3, 3, 3, 3)[:, 0:2, 0:2, 0:2, 0:2]),
@@ -207,11 +261,16 @@ PAIRS = {
         "needs 5 free dimensions in its access pattern, at most 4 are possible",
     ),
     "accumulate onto memset": (
-        lambda: mm(accumulate=False), lambda: mm(dst=lambda: psum(128, 512), accumulate=True),
+        lambda: mm(accumulate=False),
+        lambda: mm(dst=lambda: psum(128, 512), accumulate=True),
         "expected elements last written by nc_matmul, found elements of another instruction",
     ),
-    "accumulate onto nothing": (lambda: mm(), lambda: mm(accumulate=True), "expected elements last written by nc_matmul, found unwritten elements"),
-}  # fmt: skip
+    "accumulate onto nothing": (
+        mm,
+        lambda: mm(accumulate=True),
+        "expected elements last written by nc_matmul, found unwritten elements",
+    ),
+}
 
 
 @pytest.mark.parametrize("rule", PAIRS)
@@ -307,7 +366,12 @@ def test_sbuf_capacity_counts_what_is_alive_and_names_its_holders():
 
     run(fits)
     with pytest.raises(CapacityError, match=r"expected at most 180224 bytes per partition, found 180225 .*Held: big 180224 B"):
-        run(lambda: (nl.ndarray((1, 176 * kib), dtype=nl.int8, buffer=nl.sbuf, name="big"), nl.ndarray((1, 1), dtype=nl.int8, buffer=nl.sbuf)))
+        run(
+            lambda: (
+                nl.ndarray((1, 176 * kib), dtype=nl.int8, buffer=nl.sbuf, name="big"),
+                nl.ndarray((1, 1), dtype=nl.int8, buffer=nl.sbuf),
+            )
+        )
     run(lambda: nl.ndarray((1, 200 * kib), dtype=nl.int8, buffer=nl.sbuf), TRN2)
 
 

@@ -5,8 +5,8 @@ import pytest
 
 from nki_kernels import reference
 from nki_kernels.cases import DTYPES, MAX_ERROR, TOKENS, MLPCase, error, mlp_grid, model_grid, random_weights
-from nki_kernels.planner import Choice, Request, build_plan
 from nki_kernels.layout import mlp_layout
+from nki_kernels.planner import Choice, Request, build_plan
 from tests.nki_kernels.harness import EPS, inputs, run_svd_mlp
 
 

@@ -51,7 +51,7 @@ def dma_copy(
     unique_indices: bool = True,
     name: str | None = None,
 ) -> None:
-    """Copy between HBM and SBUF (either way, or within one), element by element in row-major order of both; a change of type goes by fp32."""
+    """Copy between or within HBM and SBUF, in row-major order of both sides; a change of element type goes by way of fp32."""
     require(dst_rmw_op is None, "dma_copy dst_rmw_op is not modelled")
     _check_end("dma_copy", "dst", dst)
     _check_end("dma_copy", "src", src)
@@ -102,6 +102,4 @@ def _run(tensor: Tensor) -> int:
 
 def _record_transfer(op: str, dst: Tensor, src: Tensor, segment: int) -> None:
     item = dst.dtype.itemsize
-    record(
-        DMA, op, dst, src, transfer_bytes=dst.size * item, descriptors=dst.size // segment, descriptor_bytes=segment * item
-    )  # fmt: skip
+    record(DMA, op, dst, src, transfer_bytes=dst.size * item, descriptors=dst.size // segment, descriptor_bytes=segment * item)

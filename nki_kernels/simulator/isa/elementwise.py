@@ -21,7 +21,7 @@ from nki_kernels.simulator.memory import WRITTEN, current
 from nki_kernels.simulator.rules import require
 from nki_kernels.simulator.signatures import versioned
 from nki_kernels.simulator.tensor import Tensor
-from nki_kernels.simulator.trace import GPSIMD, PSUM, SBUF, SCALAR, VECTOR
+from nki_kernels.simulator.trace import GPSIMD, PSUM, SCALAR, VECTOR
 
 Operand = float | Tensor
 
@@ -106,7 +106,7 @@ def _check_pair(op: str, dst: Tensor, data: Tensor) -> None:
 @versioned
 def tensor_tensor(
     dst: Tensor, data1: Tensor, data2: Tensor, op: Function, engine: engines = engines.unknown, name: str | None = None
-) -> None:  # fmt: skip
+) -> None:
     """VectorE or GpSimdE: `dst = data1 op data2` in fp32; at most one of the two sources in PSUM."""
     function = lookup(BINARY, op, "tensor_tensor")
     for label, operand in (("dst", dst), ("data1", data1), ("data2", data2)):
@@ -198,7 +198,9 @@ def memset(dst: Tensor, value: float, engine: engines = engines.unknown, name: s
     """Fill `dst` with a number of its own kind (an integer for integer types)."""
     check_operand("memset", "dst", dst)
     is_float = dst.dtype.kind not in "iu"
-    require(isinstance(value, float if is_float else int), f"memset value must match dst dtype {dst.dtype.name}, got {type(value).__name__}")
+    require(
+        isinstance(value, float if is_float else int), f"memset value must match dst dtype {dst.dtype.name}, got {type(value).__name__}"
+    )
     chosen = _pick("memset", engine, dst)
     if not current().dry:
         store(dst, np.full(dst.shape, value, np.float32))
@@ -207,8 +209,14 @@ def memset(dst: Tensor, value: float, engine: engines = engines.unknown, name: s
 
 @versioned
 def tensor_reduce(
-    dst: Tensor, op: Function, data: Tensor, axis: int | tuple[int, ...], negate: bool = False, keepdims: bool = False, name: str | None = None
-) -> None:  # fmt: skip
+    dst: Tensor,
+    op: Function,
+    data: Tensor,
+    axis: int | tuple[int, ...],
+    negate: bool = False,
+    keepdims: bool = False,
+    name: str | None = None,
+) -> None:
     """VectorE: reduce `data` along one or more trailing free axes."""
     function = lookup(REDUCE, op, "tensor_reduce")
     check_operand("tensor_reduce", "dst", dst)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from nki_kernels.simulator.dtypes import round_to
 from nki_kernels.simulator.memory import WRITTEN, current
 from nki_kernels.simulator.rules import require
 from nki_kernels.simulator.tensor import Tensor, merged_dims
-from nki_kernels.simulator.dtypes import round_to
 from nki_kernels.simulator.trace import PSUM, SBUF, Instruction
 
 ON_CHIP = (SBUF, PSUM)
@@ -35,7 +35,8 @@ def check_start_partition(op: str, name: str, start: int, count: int) -> None:
     if start == 0:
         return
     allowed = (0,) if count > 64 else (0, 64) if count > 32 else (0, 32, 64, 96)
-    require(start in allowed, f"{op} {name}: start partition {start} is not possible for {count} partitions, expected one of {list(allowed)}")
+    told = f"start partition {start} is not possible for {count} partitions"
+    require(start in allowed, f"{op} {name}: {told}, expected one of {list(allowed)}")
 
 
 def check_same_partitions(op: str, dst: Tensor, *sources: tuple[str, Tensor]) -> None:

@@ -66,8 +66,8 @@ def _check_matmul(machine: Machine, dst: Tensor, stationary: Tensor, moving: Ten
     require(dst.shape[0] == m and dst.size == m * n, f"nc_matmul dst must be [{m}, {n}], got {list(dst.shape)}")
     _check_matmul_dtypes(machine, dst, stationary, moving)
     first, end = dst.access.banks
-    crosses = end - first > 1 and target.generation < 4
-    require(not crosses, f"nc_matmul dst must fit one PSUM bank of {target.psum_bank_bytes} bytes per partition, got banks {first} to {end - 1}")
+    fits = end - first == 1 or target.generation >= 4
+    require(fits, f"nc_matmul dst must fit one PSUM bank of {target.psum_bank_bytes} bytes per partition, got banks {first} to {end - 1}")
 
 
 def _check_matmul_dtypes(machine: Machine, dst: Tensor, stationary: Tensor, moving: Tensor) -> None:
@@ -89,10 +89,10 @@ def _accumulates(dst: Tensor, accumulate: bool | None) -> bool:
     if accumulate is None and high == UNWRITTEN:
         return False
     clean = low >= BY_MATMUL and (accumulate or high == BY_MATMUL)
-    found = {UNWRITTEN: "unwritten elements", WRITTEN: "elements of another instruction", BY_MATMUL: "a sum that was read already"}
+    told = {UNWRITTEN: "unwritten elements", WRITTEN: "elements of another instruction"}.get(low, "a sum that was read already")
     require(
         clean,
-        f"nc_matmul accumulates onto '{dst.name}': expected elements last written by nc_matmul, found {found[low if low < BY_MATMUL else BY_MATMUL]}; "
+        f"nc_matmul accumulates onto '{dst.name}': expected elements last written by nc_matmul, found {told}; "
         "start a sum with accumulate=False or in a fresh tile",
     )
     return True

@@ -1,0 +1,194 @@
+"""Deliberate mistakes in correct kernels, by hand and by rule, and the machinery that puts one in place and takes it out again."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import dataclasses
+import importlib
+import inspect
+import types
+from collections.abc import Iterator
+
+PACKAGE = "nki_kernels.kernels."
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One change to the source of `module`, told in words."""
+
+    module: str
+    told: str
+    source: str = dataclasses.field(repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.module}: {self.told}"
+
+
+# (module, what the mistake is, right text, wrong text)
+BY_HAND = (
+    ("products", "dropped accumulate", "accumulate=not first", "accumulate=False"),
+    ("products", "accumulate from the start", "accumulate=not first", "accumulate=True"),
+    (
+        "products",
+        "swapped operands",
+        "nisa.nc_matmul(dst, stationary, moving, accumulate",
+        "nisa.nc_matmul(dst, moving, stationary, accumulate",
+    ),
+    (
+        "products",
+        "row tile off by one",
+        "source[0:rows, k, start : start + width], i == 0",
+        "source[0:rows, max(0, k - 1), start : start + width], i == 0",
+    ),
+    ("products", "stale token offset", "source[0:rows, k, start : start + width], i == 0", "source[0:rows, k, 0:width], i == 0"),
+    ("products", "last row tile read whole", "block = stream.take(cols)[0:rows, :] if stored", "block = stream.take(cols) if stored"),
+    ("products", "one row too few", "rows, stored = blocks[i]", "rows, stored = blocks[i]; rows = max(1, rows - 1)"),
+    ("products", "last block left out", "range(len(blocks))", "range(max(1, len(blocks) - 1))"),
+    ("products", "first test of natural sums on the wrong index", "block, k == 0", "block, j == 0"),
+    ("products", "natural token offset", "source[0:rows, k, start : start + size]", "source[0:rows, k, 0:size]"),
+    ("products", "pivots read from the wrong row tile", "k, rows, _stored = matrix.blocks(n)[0]", "k, rows, _stored = matrix.blocks(0)[0]"),
+    (
+        "products",
+        "result column tile off by one",
+        "dst=dst[0 : matrix.tile_width(n), n,",
+        "dst=dst[0 : matrix.tile_width(n), max(0, n - 1),",
+    ),
+    ("stream", "next block starts late", "self.position += cols", "self.position += cols + 1"),
+    ("stream", "a stale slot is trusted", "if self.held[slot] != self.chunk", "if self.held[slot] < 0"),
+    ("stream", "chunk read short", "self.bounds[self.chunk + 1] - start", "self.bounds[self.chunk + 1] - start - 1"),
+    (
+        "stream",
+        "chunk read from one column further",
+        "src=self.packed[:, start : start + size]",
+        "src=self.packed[:, max(0, start - 1) : max(0, start - 1) + size]",
+    ),
+    ("stream", "no rewind", "self.position = position", "self.position = max(self.position, position)"),
+    ("load", "mean without the division", "scale=1.0 / hidden", "scale=1.0"),
+    ("load", "norm without eps", "bias=self.eps[0:tokens, :], ", ""),
+    (
+        "load",
+        "norm of the previous row",
+        "self.sums[turn % 2][0:tokens, :]\n",
+        "self.sums[turn % 2][0:tokens, :]; row = row if turn == 0 else scratch\n",
+    ),
+    ("load", "norm weight of the wrong channels", "weight[0:rows, first + j : first + j + 1]", "weight[0:rows, first : first + 1]"),
+    ("load", "norm weight forgotten", "if len(norms) == 0", "if True"),
+    ("load", "raw tile instead of the normalised one", "row = rows[0:size, 2, :]\n", "pass\n"),
+    ("load", "token tile at the wrong place", "dst[:, :, start : start + size], row, norms", "dst[:, :, 0:size], row, norms"),
+    (
+        "load",
+        "block loaded from the first token",
+        "src[first_token + start : first_token + start + size, :]",
+        "src[start : start + size, :]",
+    ),
+    ("load", "ragged features dropped", "if left:", "if False:"),
+    ("load", "transposes into one place", "dst=bank[:, j, :], data=row", "dst=bank[:, 0, :], data=row"),
+    ("load", "transpose reads its neighbour", "(first + j) * PMAX : (first + j + 1) * PMAX", "first * PMAX : (first + 1) * PMAX"),
+    ("stages", "gate and up swapped", "op=nl.silu, data=gate[j]", "op=nl.silu, data=up[j]"),
+    ("stages", "no activation", "op=nl.silu, data=gate[j]", "op=nl.copy, data=gate[j]"),
+    ("stages", "sum instead of product", "data2=up[j], op=nl.multiply", "data2=up[j], op=nl.add"),
+    ("stages", "up from the z of gate", "up_source = work.up_z if", "up_source = work.gate_z if"),
+    ("stages", "h tile off by one", "dst=work.h[0:cols, n, start", "dst=work.h[0:cols, max(0, n - 1), start"),
+    (
+        "stages",
+        "residual added to nothing",
+        "if work.plan.with_residual:\n            copy_rows(stage, residual",
+        "if False:\n            copy_rows(stage, residual",
+    ),
+    (
+        "stages",
+        "residual overwritten",
+        "            if work.plan.with_residual:\n                nisa.tensor_tensor",
+        "            if False:\n                nisa.tensor_tensor",
+    ),
+    ("stages", "staged at the wrong columns", "n * matrix.tile_cols - first_col, tiles)", "0, tiles)"),
+    ("stages", "second token group not rewound", "work.stream.seek(mark)", "pass"),
+    ("stages", "groups into one row", "first + j, at : at + cols", "j, at : at + cols"),
+    (
+        "stages",
+        "rows stored at the first block",
+        "hbm[first_token + start : first_token + start + size, first_col",
+        "hbm[start : start + size, first_col",
+    ),
+    ("stages", "z of up over z of gate", "plan.gate_z_tiles * plan.block_tokens, plan.up_z_tiles", "0, plan.up_z_tiles"),
+    ("stages", "h over x", "self.tiles(self.wide, plan.h_offset, plan.h_tiles)", "self.tiles(self.wide, 0, plan.h_tiles)"),
+    ("stages", "raw rows over x", "at = self.plan.input_offset", "at = 0"),
+    ("svd_mlp", "weights not rewound for the second block", "work.stream.seek(0)", "pass"),
+    (
+        "svd_mlp",
+        "second block of x is the first",
+        "load_input(work, work.x, x, first_token, tokens)",
+        "load_input(work, work.x, x, 0, tokens)",
+    ),
+)
+MODULES = ("products", "stream", "load", "stages", "svd_mlp")
+# What no test of results can see, and why it is no mistake.
+EQUIVALENT: dict[str, str] = {}
+
+
+def source_of(module: str) -> str:
+    return inspect.getsource(importlib.import_module(PACKAGE + module))
+
+
+def by_hand() -> Iterator[Mutant]:
+    """The mistakes above; a text that is no longer in the source is an error of the list."""
+    for module, told, right, wrong in BY_HAND:
+        source = source_of(module)
+        assert right in source, f"{module}: {right!r} is not in the source any more"
+        yield Mutant(module, told, source.replace(right, wrong, 1))
+
+
+SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv}
+COMPARE = {ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.LtE: ast.Lt}
+
+
+def by_rule(module: str) -> Iterator[Mutant]:
+    """Every arithmetic and comparison operator exchanged and every integer raised by one, one at a time."""
+    tree = ast.parse(source_of(module))
+    places = [node for node in ast.walk(tree) if _mutations(node)]
+    for number, place in enumerate(places):
+        for told, change in _mutations(place):
+            copied = copy.deepcopy(tree)
+            change([node for node in ast.walk(copied) if _mutations(node)][number])
+            yield Mutant(module, f"line {place.lineno}: {told} in `{ast.unparse(place)}`", ast.unparse(copied))
+
+
+def _mutations(node: ast.AST) -> list:
+    if isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
+        return [(f"{type(node.op).__name__} -> {SWAPS[type(node.op)].__name__}", lambda n: setattr(n, "op", SWAPS[type(n.op)]()))]
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARE:
+        return [
+            (
+                f"{type(node.ops[0]).__name__} -> {COMPARE[type(node.ops[0])].__name__}",
+                lambda n: setattr(n, "ops", [COMPARE[type(n.ops[0])]()]),
+            )
+        ]
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return [("+ 1", lambda n: setattr(n, "value", n.value + 1))]
+    return []
+
+
+@contextlib.contextmanager
+def in_place(mutant: Mutant) -> Iterator[None]:
+    """Give every function of the module the mutant's code, so that whoever imported it runs the mistake too."""
+    module = importlib.import_module(PACKAGE + mutant.module)
+    namespace = dict(vars(module))
+    exec(compile(mutant.source, f"<{mutant}>", "exec"), namespace)
+    swapped = []
+    for owner, wrong_owner in [(vars(module), namespace), *_classes(module, namespace)]:
+        for name, function in list(owner.items()):
+            if isinstance(function, types.FunctionType) and function.__module__ == module.__name__:
+                swapped.append((function, function.__code__))
+                function.__code__ = wrong_owner[name].__code__
+    try:
+        yield
+    finally:
+        for function, code in swapped:
+            function.__code__ = code
+
+
+def _classes(module: types.ModuleType, namespace: dict) -> list:
+    own = [name for name, value in vars(module).items() if isinstance(value, type) and value.__module__ == module.__name__]
+    return [(vars(getattr(module, name)), vars(namespace[name])) for name in own]

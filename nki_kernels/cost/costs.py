@@ -1,0 +1,69 @@
+"""How long one instruction keeps its engine busy: the documented formulas, at the engine's own clock."""
+
+from __future__ import annotations
+
+from nki_kernels.cost.constants import DMA_PARTITIONS_PER_ENGINE, FP32_PASSES, GPSIMD_START_CYCLES, MIN_INTERVAL_CYCLES, Constants
+from nki_kernels.simulator.trace import GPSIMD, PSUM, SBUF, TENSOR, Access, Instruction
+from nki_kernels.targets import PMAX, Target
+
+ONE_PASS_ALU = ("add", "multiply", "subtract")
+HALF_PASS_REDUCE = ("add", "maximum")
+
+
+def tensor_cycles(instruction: Instruction) -> int:
+    """nc_matmul: max(min(64, N_stationary), N_moving), four times that in fp32; nc_transpose: max(P, min(64, F)). Pipelined, back to back."""
+    reads = instruction.reads
+    if instruction.op == "nc_transpose":
+        data = reads[0]
+        return max(data.shape[0], min(MIN_INTERVAL_CYCLES, data.free_elements))
+    stationary, moving = reads
+    cycles = max(min(MIN_INTERVAL_CYCLES, stationary.free_elements), moving.free_elements)
+    return cycles * (FP32_PASSES if moving.dtype == "float32" else 1)
+
+
+def _two_input_passes(instruction: Instruction, operands: tuple[Access, ...]) -> int:
+    """tensor_tensor: one pass with one operand in PSUM, or for bf16 sums and products in SBUF; otherwise two."""
+    if len({operand.space for operand in operands}) == 2:
+        return 1
+    in_sbuf = all(operand.space == SBUF for operand in operands)
+    all_bf16 = all(operand.dtype == "bfloat16" for operand in (*operands, *instruction.writes))
+    return 1 if in_sbuf and all_bf16 and instruction.function in ONE_PASS_ALU else 2
+
+
+def elementwise_cycles(instruction: Instruction) -> int:
+    """VectorE, ScalarE and GpSimdE: max(64, passes x elements per partition)."""
+    if instruction.op == "activation_read_accumulator":
+        return MIN_INTERVAL_CYCLES
+    largest = max(access.free_elements for access in (*instruction.reads, *instruction.writes))
+    elements = float(largest)
+    if instruction.op == "tensor_tensor":
+        elements *= _two_input_passes(instruction, instruction.reads)
+    elif instruction.op == "scalar_tensor_tensor":
+        elements *= 2
+    elif instruction.op == "tensor_reduce" and instruction.function in HALF_PASS_REDUCE and instruction.reads[0].dtype == "bfloat16":
+        elements /= 2
+    start = GPSIMD_START_CYCLES if instruction.engine == GPSIMD else 0
+    return start + max(MIN_INTERVAL_CYCLES, round(elements))
+
+
+def engine_cycles(instruction: Instruction) -> int:
+    """Cycles of a compute engine."""
+    return tensor_cycles(instruction) if instruction.engine == TENSOR else elementwise_cycles(instruction)
+
+
+def touches_psum(instruction: Instruction) -> bool:
+    """Whether any operand is in PSUM."""
+    return any(access.space == PSUM for access in (*instruction.reads, *instruction.writes))
+
+
+def dma_engine_ns(instruction: Instruction, target: Target, constants: Constants) -> float:
+    """Work of a transfer: ns of one DMA engine, summed over its descriptors."""
+    peak = target.dma_achieved_gbps / target.dma_engines
+    return instruction.descriptors * constants.descriptor_ns(instruction.descriptor_bytes, peak)
+
+
+def dma_engines_used(instruction: Instruction, target: Target) -> int:
+    """Engines that a transfer can use at once: one per 8 partitions, all of them between two places in HBM."""
+    on_chip = [access for access in (*instruction.reads, *instruction.writes) if access.space == SBUF]
+    partitions = on_chip[0].shape[0] if on_chip else PMAX
+    return max(1, min(target.dma_engines, partitions // DMA_PARTITIONS_PER_ENGINE))

@@ -1,0 +1,96 @@
+"""Who must wait for whom: reads after writes, writes after reads and writes, and memory that somebody else still holds."""
+
+from __future__ import annotations
+
+import heapq
+
+from nki_kernels.simulator.trace import HBM, PSUM, SBUF, Access, Allocation
+from nki_kernels.targets import Target
+
+Stamp = tuple[float, int]  # (ns, number of the instruction that it waits for; -1: the start of the launch)
+START: Stamp = (0.0, -1)
+CELL_BYTES = {SBUF: 256, PSUM: 2048}  # conflicts on chip are found to this grain; a PSUM bank is one cell
+HBM_CELLS = 2048  # per tensor
+
+
+class _Cells:
+    """The last write and the last read of every cell of a buffer."""
+
+    __slots__ = ("grain", "read", "written")
+
+    def __init__(self, size_bytes: int, grain: int, since: Stamp) -> None:
+        self.grain = grain
+        count = -(-size_bytes // grain)
+        self.written = [since] * count
+        self.read = [since] * count
+
+    def slice(self, access: Access) -> slice:
+        return slice(access.span[0] // self.grain, -(-access.span[1] // self.grain))
+
+
+class Hazards:
+    """Stamps of every live buffer. A fresh buffer may be used once the memory that it got has been let go by its last user.
+
+    SBUF is handed out by size, oldest release first, as an allocator that rotates buffers would; PSUM by the banks in the trace.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self._live: dict[int, _Cells] = {}
+        self._free_sbuf: list[tuple[float, int, int]] = [(*START, target.sbuf_usable_bytes)]
+        self._free_banks: list[Stamp] = [START] * target.psum_banks
+        self._hbm_bytes: dict[int, int] = {}
+
+    def allocation(self, event: Allocation) -> None:
+        """A buffer appears or goes."""
+        if event.space == HBM:
+            self._hbm_bytes[event.buffer] = event.bytes_per_partition
+        elif event.live:
+            since = self._take_sbuf(event.bytes_per_partition) if event.space == SBUF else max(self._free_banks[slice(*event.banks)])
+            self._live[event.buffer] = _Cells(event.bytes_per_partition, CELL_BYTES[event.space], since)
+        else:
+            cells = self._live.pop(event.buffer)
+            last = max(max(cells.written), max(cells.read))
+            if event.space == SBUF:
+                heapq.heappush(self._free_sbuf, (*last, event.bytes_per_partition))
+            for bank in range(*event.banks):
+                self._free_banks[bank] = last
+
+    def _take_sbuf(self, size: int) -> Stamp:
+        stamp = START
+        while size > 0:
+            time, number, available = heapq.heappop(self._free_sbuf)
+            stamp = max(stamp, (time, number))
+            if available > size:
+                heapq.heappush(self._free_sbuf, (time, number, available - size))
+            size -= available
+        return stamp
+
+    def before_read(self, access: Access) -> Stamp:
+        """When the operand may be read."""
+        cells = self._live.get(access.buffer)
+        return START if cells is None else max(cells.written[cells.slice(access)])
+
+    def before_write(self, access: Access) -> tuple[Stamp, Stamp]:
+        """When the operand may be written, as far as (earlier writes, earlier reads) go. Stores to HBM never wait for one another."""
+        cells = self._live.get(access.buffer)
+        if cells is None or access.space == HBM:
+            return START, START
+        where = cells.slice(access)
+        return max(cells.written[where]), max(cells.read[where])
+
+    def after(self, reads: tuple[Access, ...], writes: tuple[Access, ...], done: Stamp, visible: Stamp) -> None:
+        """An instruction has read its operands at `done`; its results can be read from `visible` on."""
+        for access in reads:
+            cells = self._live.get(access.buffer)
+            if cells is not None:
+                where = cells.slice(access)
+                cells.read[where] = [stamp if stamp > done else done for stamp in cells.read[where]]
+        for access in writes:
+            cells = self._live.get(access.buffer) or self._new_hbm(access)
+            where = cells.slice(access)
+            cells.written[where] = [visible] * (where.stop - where.start)
+
+    def _new_hbm(self, access: Access) -> _Cells:
+        size = self._hbm_bytes[access.buffer]
+        cells = self._live[access.buffer] = _Cells(size, max(256, -(-size // HBM_CELLS)), START)
+        return cells

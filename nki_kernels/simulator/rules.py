@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 
 class NkiValidationError(AssertionError):
     """The hardware or its compiler would refuse this. An AssertionError, as most of the vendor's checks are."""
@@ -16,6 +18,14 @@ class UninitializedError(NkiValidationError):
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise NkiValidationError(message) unless `condition` holds."""
+    """Raise NkiValidationError(message) unless `condition` holds.
+
+    Where it would run several times per instruction, write `if not ...: refuse(...)`: there, building the message costs more than the check.
+    """
     if not condition:
         raise NkiValidationError(message)
+
+
+def refuse(message: str) -> NoReturn:
+    """Raise NkiValidationError(message)."""
+    raise NkiValidationError(message)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nki_kernels.simulator.memory import BY_MATMUL, MATMUL_READ, UNWRITTEN, Storage
-from nki_kernels.simulator.rules import UninitializedError, require
+from nki_kernels.simulator.rules import UninitializedError, refuse, require
 from nki_kernels.simulator.trace import HBM, PSUM, SBUF, Access
 
 Key = Any  # int, slice, Ellipsis, or a tuple of them
@@ -66,27 +66,36 @@ class Tensor:
 
     def _range(self, index: int | slice, dim: int, size: int) -> tuple[int, int | None, int]:
         """First index, count (None for an integer, which drops the dimension) and step; out of bounds is refused, never clipped."""
-        on_partitions = self.on_chip and dim == 0
         if not isinstance(index, slice):
-            require(not on_partitions, f"the partition dimension of '{self.name}' must be sliced, got the index {index}")
+            if dim == 0 and self.on_chip:
+                refuse(f"the partition dimension of '{self.name}' must be sliced, got the index {index}")
             self._check_bounds(index, index, dim, size)
             return index, None, 1
         first = 0 if index.start is None else index.start
         stop = size if index.stop is None else index.stop
-        step = 1 if index.step is None else index.step
-        require(step > 0, f"slices must have a positive step, got {step} on dimension {dim} of '{self.name}'")
-        require(step == 1 or not on_partitions, f"no stride is possible on the partition dimension of '{self.name}', got step {step}")
-        count = len(range(first, stop, step))
-        require(count > 0, f"empty slice [{first}, {stop}) on dimension {dim} of '{self.name}'")
-        self._check_bounds(first, first + (count - 1) * step, dim, size)
-        return first, count, step
+        if index.step not in (None, 1):
+            return self._strided_range(slice(first, stop, index.step), dim, size)
+        if stop <= first:
+            refuse(f"empty slice [{first}, {stop}) on dimension {dim} of '{self.name}'")
+        self._check_bounds(first, stop - 1, dim, size)
+        return first, stop - first, 1
+
+    def _strided_range(self, index: slice, dim: int, size: int) -> tuple[int, int, int]:
+        """As `_range`, for a step other than 1."""
+        on_partitions = self.on_chip and dim == 0
+        require(not on_partitions, f"no stride is possible on the partition dimension of '{self.name}', got step {index.step}")
+        require(index.step > 0, f"slices must have a positive step, got {index.step} on dimension {dim} of '{self.name}'")
+        count = len(range(index.start, index.stop, index.step))
+        require(count > 0, f"empty slice [{index.start}, {index.stop}) on dimension {dim} of '{self.name}'")
+        self._check_bounds(index.start, index.start + (count - 1) * index.step, dim, size)
+        return index.start, count, index.step
 
     def _check_bounds(self, first: int, last: int, dim: int, size: int) -> None:
-        require(
-            first >= 0 and last < size,
-            f"Out-of-bound access for tensor `{self.name}` on dimension {dim}: "
-            f"index range [{first}, {last}] exceed dimension size of {size}",
-        )
+        if first < 0 or last >= size:
+            refuse(
+                f"Out-of-bound access for tensor `{self.name}` on dimension {dim}: "
+                f"index range [{first}, {last}] exceed dimension size of {size}"
+            )
 
     def reshape(self, shape: Sequence[int]) -> Tensor:
         """The same elements in the same order; refused where that would need a copy."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from nki_kernels.simulator.dtypes import round_to
 from nki_kernels.simulator.memory import WRITTEN, current
-from nki_kernels.simulator.rules import require
+from nki_kernels.simulator.rules import refuse, require
 from nki_kernels.simulator.tensor import Tensor, merged_dims
 from nki_kernels.simulator.trace import PSUM, SBUF, Instruction
 
@@ -19,14 +19,18 @@ def check_operand(op: str, name: str, tensor: object, spaces: tuple[str, ...] = 
     """An on-chip operand of a compute engine: buffer, partitions, start partition and access pattern."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op} {name} must be a tensor, got {type(tensor).__name__}")
-    require(tensor.buffer in spaces, f"{op} {name} must be in {list(spaces)}, got {tensor.buffer}")
-    require(tensor.ndim >= 2, f"{op} {name} must have at least 2 dimensions (partition-dim and free-dim), got {tensor.ndim}")
+    if tensor.buffer not in spaces:
+        refuse(f"{op} {name} must be in {list(spaces)}, got {tensor.buffer}")
+    if len(tensor.shape) < 2:
+        refuse(f"{op} {name} must have at least 2 dimensions (partition-dim and free-dim), got {tensor.ndim}")
     count = tensor.shape[0]
     check_start_partition(op, name, tensor.access.partitions[0], count)
     dims = merged_dims(tensor.shape[1:], tensor.strides[1:])
-    require(dims <= FREE_DIMS_MAX, f"{op} {name} needs {dims} free dimensions in its access pattern, at most {FREE_DIMS_MAX} are possible")
+    if dims > FREE_DIMS_MAX:
+        refuse(f"{op} {name} needs {dims} free dimensions in its access pattern, at most {FREE_DIMS_MAX} are possible")
     elements, limit = tensor.size // count, FREE_ELEMENTS_MAX[tensor.buffer]
-    require(elements <= limit, f"{op} {name} has {elements} elements per partition, at most {limit} are possible in {tensor.buffer}")
+    if elements > limit:
+        refuse(f"{op} {name} has {elements} elements per partition, at most {limit} are possible in {tensor.buffer}")
     return tensor
 
 

@@ -65,11 +65,13 @@ class DispatchRecord:
     def layers(self) -> Iterator[tuple[str, Decision, int]]:
         """(phase, decision, number of layers) of all that was traced."""
         counted = {(layer, phase, decision) for (layer, phase, _), decision in self.traced.items()}
-        yield from ((phase, decision, n) for (phase, decision), n in collections.Counter((p, d) for _, p, d in counted).items())
+        totals = collections.Counter((phase, decision) for _, phase, decision in counted)
+        for (phase, decision), n in sorted(totals.items(), key=lambda item: (item[0][0], item[0][1].path, item[0][1].reason)):
+            yield phase, decision, n
 
     def summary(self) -> str:
         """One line per phase and path."""
-        lines = [f"{phase}: {n} layers by {decision.path} ({decision.reason})" for phase, decision, n in sorted(self.layers(), key=str)]
+        lines = [f"{phase}: {n} layers by {decision.path} ({decision.reason})" for phase, decision, n in self.layers()]
         return "neuronmlp: " + ("; ".join(lines) or "no layer was traced")
 
     def totals(self) -> dict[str, list[list[Any]]]:

@@ -1,0 +1,137 @@
+"""Our part of NxDI's configs: it survives the round trip, enters the key, is absent for other models, and refuses what would be wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from neuronmlp_plugin.checkpoint.reader import Checkpoint, read_config
+from neuronmlp_plugin.checkpoint.writer import write_factor_file
+from neuronmlp_plugin.errors import UnsupportedModelError, UsageError
+from neuronmlp_plugin.serving.trainium import config as config_module
+from neuronmlp_plugin.serving.trainium.config import StaleArtifactError, block_of, low_rank_config
+from tests.serving.trainium.stand_ins import InferenceConfig
+from tests.tiny_models import MIXED_LAYERS, write_dense, write_mixed
+
+LowRank = low_rank_config(InferenceConfig)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("config")
+    dense = write_dense(root / "dense", "llama")
+    return {"dense": dense, "mixed": write_mixed(root / "mixed", dense)}
+
+
+def make(folder, base=LowRank, hf=None, **neuron):
+    values = {**read_config(folder), "_name_or_path": str(folder), **(hf or {})}
+    return base(base.get_neuron_config_cls()(**neuron), hf=values)
+
+
+def test_a_dense_model_keeps_the_key_of_the_stock_class(folders):
+    assert make(folders["dense"]).to_json_string() == make(folders["dense"], InferenceConfig).to_json_string()
+    assert block_of(make(folders["dense"])) is None
+
+
+def test_the_stock_class_would_have_dropped_our_options(folders):
+    assert make(folders["dense"], InferenceConfig, neuronmlp={}).neuron_config.unknown == ["neuronmlp"]
+    assert make(folders["mixed"], neuronmlp={}).neuron_config.unknown == []
+
+
+def test_block_and_options_survive_the_round_trip(folders):
+    config = make(folders["mixed"], tp_degree=2, neuronmlp={"tp_scheme": "reduce", "kernels": "off"})
+    again = LowRank.from_json_string(config.to_json_string())
+    assert again.to_json_string() == config.to_json_string()
+    assert block_of(again).layers == MIXED_LAYERS
+    assert again.neuronmlp["tp_scheme"] == "reduce" and again.neuronmlp["kernels"] == "off"
+
+
+def test_rank_form_scheme_kernels_and_kernel_sources_change_the_key(folders, monkeypatch):
+    keys = {make(folders["mixed"]).to_json_string(), make(folders["mixed"], neuronmlp={"tp_scheme": "reduce"}).to_json_string()}
+    keys.add(make(folders["mixed"], neuronmlp={"kernels": "off"}).to_json_string())
+    gate = dataclasses.replace(MIXED_LAYERS[0]["gate_proj"], rank=38)
+    other = dataclasses.replace(Checkpoint(folders["mixed"]).block, layers=({**MIXED_LAYERS[0], "gate_proj": gate}, *MIXED_LAYERS[1:]))
+    keys.add(make(folders["mixed"], hf={"quantization_config": other.to_json()}).to_json_string())
+    monkeypatch.setattr(config_module, "source_digest", lambda: "another kernel")
+    keys.add(make(folders["mixed"]).to_json_string())
+    assert len(keys) == 5
+
+
+def test_artifacts_of_other_kernels_are_not_loaded(folders, monkeypatch):
+    saved = make(folders["mixed"]).to_json_string()
+    monkeypatch.setattr(config_module, "source_digest", lambda: "another kernel")
+    with pytest.raises(StaleArtifactError, match="another kernel_sources; compile again"):
+        LowRank.from_json_string(saved)
+    assert issubclass(StaleArtifactError, ValueError)  # on which vllm-neuron compiles anew
+
+
+def test_a_factor_file_makes_a_dense_model_low_rank(folders, tmp_path):
+    mixed = Checkpoint(folders["mixed"])
+    names = mixed.block.expected_tensors(only_changed=True)
+    write_factor_file(tmp_path / "factors.safetensors", mixed.block, {name: mixed.tensor(name) for name in names})
+    options = {"factors": str(tmp_path / "factors.safetensors")}
+    assert block_of(make(folders["dense"], neuronmlp=options)).layers == MIXED_LAYERS
+    with pytest.raises(UsageError, match="drop the file"):
+        make(folders["mixed"], neuronmlp=options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("quantized", True),
+        ("quantized_mlp_kernel_enabled", True),
+        ("activation_quantization_type", "dynamic"),
+        ("lora_config", {"max_loras": 1}),
+        ("mlp_cp_degree", 2),
+        ("fused_rmsnorm_skip_gamma", True),
+        ("is_medusa", True),
+        ("enable_fused_speculation", True),
+        ("is_eagle_draft", True),
+    ],
+)
+def test_what_nxdi_would_get_wrong_is_refused(folders, name, value):
+    class Neuron(LowRank.get_neuron_config_cls()):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            setattr(self, name, value)
+
+    values = {**read_config(folders["mixed"]), "_name_or_path": str(folders["mixed"])}
+    with pytest.raises(UsageError, match=f"expected {name}="):
+        LowRank(Neuron(), hf=values)
+    del values["quantization_config"]
+    LowRank(Neuron(), hf=values)  # a dense model is none of our business
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 3}, "keys of tp_scheme, kernels, factors"),
+        ("gather", "expected an object"),
+        ({"tp_scheme": "replicate"}, "gather or reduce"),
+        ({"kernels": "on"}, "one of auto, off, require"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(folders, options, message):
+    with pytest.raises(UsageError, match=message):
+        make(folders["mixed"], neuronmlp=options)
+
+
+def test_options_for_a_dense_model_are_refused(folders):
+    with pytest.raises(UsageError, match="found a dense one"):
+        make(folders["dense"], neuronmlp={"kernels": "off"})
+
+
+def test_a_hub_id_of_factors_is_refused(folders):
+    with pytest.raises(UsageError, match="found a hub id"):
+        make(folders["mixed"], hf={"_name_or_path": "someone/compressed-llama"})
+
+
+def test_tp_that_does_not_divide_the_channels_is_refused(folders):
+    with pytest.raises(UsageError, match="expected a divisor"):
+        make(folders["mixed"], tp_degree=5)
+
+
+def test_an_mlp_with_bias_is_refused(folders):
+    with pytest.raises(UnsupportedModelError, match="bias"):
+        make(folders["mixed"], hf={"mlp_bias": True})

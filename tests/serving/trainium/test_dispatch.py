@@ -1,0 +1,101 @@
+"""A fallback can never pass for a kernel run: decisions, their record, and what /metrics shows."""
+
+from __future__ import annotations
+
+import pytest
+
+from neuronmlp_plugin.errors import UsageError
+from neuronmlp_plugin.serving.trainium.decisions import kernels_unavailable
+from neuronmlp_plugin.serving.trainium.dispatch import DECODE, PREFILL, Decision, DispatchRecord, decide
+from neuronmlp_plugin.serving.trainium.kernel_path import declined
+from neuronmlp_plugin.serving.trainium.metrics import FOLDER_VARIABLE, DispatchCollector, publish
+from neuronmlp_plugin.serving.trainium.options import Options
+
+KERNEL, FALLBACK = Decision("kernel", "planned"), Decision("torch", "too large")
+
+
+def test_kernels_run_where_they_are_available_and_planned():
+    assert decide(Options(), None, None, 0) == {PREFILL: KERNEL, DECODE: KERNEL}
+
+
+@pytest.mark.parametrize(("unavailable", "why"), [("no nki", "no nki"), (None, "too large")])
+def test_a_fallback_carries_its_reason(unavailable, why):
+    decisions = decide(Options(), unavailable, "too large", 0)
+    assert set(decisions.values()) == {Decision("torch", why)}
+
+
+def test_a_required_kernel_is_not_replaced():
+    with pytest.raises(UsageError, match="layer 7: expected a kernel .* found none: too large"):
+        decide(Options(kernels="require"), None, "too large", 7)
+
+
+def test_off_and_one_phase_alone():
+    assert set(decide(Options(kernels="off"), None, None, 0).values()) == {Decision("torch", "kernels: off")}
+    decisions = decide(Options(kernels="decode"), None, None, 0)
+    assert decisions == {PREFILL: Decision("torch", "kernels: decode"), DECODE: KERNEL}
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "scheme", "has_nki", "word"), [(True, "gather", True, "CPU"), (False, "reduce", True, "reduce"), (False, "gather", False, "nki")]
+)
+def test_why_no_kernel_can_run(on_cpu, scheme, has_nki, word):
+    assert word in kernels_unavailable(on_cpu, scheme, has_nki)
+
+
+def test_the_planner_declines_in_words():
+    import torch
+
+    from neuronmlp_plugin.models.projection import DENSE, MLPShape
+
+    specs = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), DENSE)
+    assert declined(specs, MLPShape(1024, 2048, 1), 1, torch.bfloat16) is None
+    assert "SBUF" in declined(specs, MLPShape(128, 1 << 17, 1), 1, torch.bfloat16)
+
+
+def traced_record() -> DispatchRecord:
+    record = DispatchRecord()
+    for layer in range(3):
+        record.add(layer, PREFILL, 128, FALLBACK if layer == 1 else KERNEL)
+        record.add(layer, PREFILL, 256, FALLBACK if layer == 1 else KERNEL)
+        record.add(layer, DECODE, 4, KERNEL)
+    return record
+
+
+def test_runs_are_counted_by_the_bucket_that_holds_them():
+    record = traced_record()
+    for tokens in (100, 128, 129):
+        record.ran(PREFILL, tokens)
+    record.ran(DECODE, 3)
+    assert record.runs == {(PREFILL, KERNEL): 6, (PREFILL, FALLBACK): 3, (DECODE, KERNEL): 3}
+
+
+def test_the_log_line_names_every_path():
+    line = traced_record().summary()
+    assert line == (
+        "neuronmlp: decode: 3 layers by kernel (planned); "
+        "prefill: 2 layers by kernel (planned); prefill: 1 layers by torch (too large)"
+    )
+
+
+def test_an_artifact_brings_its_record_and_is_refused_without(tmp_path):
+    record, again = traced_record(), DispatchRecord()
+    record.save(str(tmp_path / "record.json"))
+    again.restore(str(tmp_path / "record.json"))
+    assert again.traced == record.traced
+    with pytest.raises(UsageError, match="compile the model again"):
+        again.restore(str(tmp_path / "absent.json"))
+
+
+def test_metrics_cross_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    record = traced_record()
+    record.ran(DECODE, 4)
+    publish(record.totals())
+    layers, runs = DispatchCollector().collect()
+    assert layers.name == "neuronmlp_mlp_layers" and runs.name == "neuronmlp_mlp_runs"
+    assert {tuple(s.labels.values()): s.value for s in layers.samples} == {
+        (PREFILL, "kernel", "planned"): 2,
+        (PREFILL, "torch", "too large"): 1,
+        (DECODE, "kernel", "planned"): 3,
+    }
+    assert {tuple(s.labels.values()): s.value for s in runs.samples} == {(DECODE, "kernel", "planned"): 3}

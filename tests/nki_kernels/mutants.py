@@ -115,6 +115,21 @@ BY_HAND = (
     ("stages", "z of up over z of gate", "plan.gate_z_tiles * plan.block_tokens, plan.up_z_tiles", "0, plan.up_z_tiles"),
     ("stages", "h over x", "self.tiles(self.wide, plan.h_offset, plan.h_tiles)", "self.tiles(self.wide, 0, plan.h_tiles)"),
     ("stages", "raw rows over x", "at = self.plan.input_offset", "at = 0"),
+    ("load", "shares of two cores swapped", "at = r * stride + base", "at = (1 - r) * stride + base"),
+    ("load", "shares of two projections mixed", "base, slots, stride = share", "base, slots, stride = 0, share[1], share[2]"),
+    ("load", "gathered rows across a tile edge", "min(end - row, PMAX - partition)", "min(end - row, PMAX)"),
+    (
+        "load",
+        "every block stored at the first token",
+        "first_token : first_token + tokens], src=src[0:rows, k",
+        "0:tokens], src=src[0:rows, k",
+    ),
+    (
+        "load",
+        "every block of transposed input is the first",
+        "first_token : first_token + tokens])\n\n\ndef load_natural",
+        "0:tokens])\n\n\ndef load_natural",
+    ),
     ("svd_mlp", "weights not rewound for the second block", "work.stream.seek(0)", "pass"),
     (
         "svd_mlp",
@@ -123,7 +138,7 @@ BY_HAND = (
         "load_input(work, work.x, x, 0, tokens)",
     ),
 )
-MODULES = ("products", "stream", "load", "stages", "svd_mlp")
+MODULES = ("products", "stream", "load", "stages", "svd_mlp", "sharded")
 # What no test of results can see, and why it is no mistake.
 EQUIVALENT: dict[str, str] = {}
 

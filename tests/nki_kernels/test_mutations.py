@@ -1,17 +1,23 @@
 """Deliberate mistakes are caught, by a refusal of the simulator or by the result. `-s` shows the list and the catch rate."""
 
 import functools
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 
-from nki_kernels import backend
-from nki_kernels.cases import DTYPES, MAX_ERROR, MLPCase, error, random_weights
-from nki_kernels.layout import mlp_layout
-from nki_kernels.plan import Plan
+from nki_kernels import backend, reference
+from nki_kernels.backend import simulate
+from nki_kernels.cases import DTYPES, MAX_ERROR, MLPCase, error, random_array, random_weights
+from nki_kernels.kernels.sharded import last_factor, second_factors
+from nki_kernels.layout import last_stage, mlp_layout, second_stage
+from nki_kernels.packing import factors_by_name, pack
 from nki_kernels.planner import Choice, Request, build_plan
-from nki_kernels.simulator.trace import Instruction
+from nki_kernels.reference.mlp import silu
+from nki_kernels.simulator.trace import Event, Instruction
 from tests.nki_kernels.harness import EPS, run_svd_mlp
 from tests.nki_kernels.mutants import EQUIVALENT, MODULES, Mutant, by_hand, by_rule, in_place, source_of
+from tests.nki_kernels.test_planner import Peak
 
 pytestmark = pytest.mark.skipif(backend.HAS_NKI, reason="mutants are judged by our own simulator")
 
@@ -19,45 +25,88 @@ pytestmark = pytest.mark.skipif(backend.HAS_NKI, reason="mutants are judged by o
 # moving tiles, staged rows both short and whole, whole pivot tiles. Small, since every mutant runs them.
 SMALL = (
     (MLPCase(300, 600, 392, ("uv", "compact", "compact"), (70, 150, 290), "fp32", True, True), Choice(256, 2, 512, 512, 1)),
-    (MLPCase(5, 300, 420, ("compact", "dense", "uv"), (290, 0, 150), "fp32"), Choice(5, 9, 1024)),
+    (MLPCase(5, 300, 420, ("compact", "dense", "uv"), (290, 0, 150), "bf16"), Choice(5, 9, 1024)),
     (MLPCase(530, 600, 140, ("uv", "uv", "dense"), (70, 20, 0), "fp32", True), Choice(520, 2, 512, 0, 3)),
 )
 
 
-def plan_of(case: MLPCase, choice: Choice) -> Plan:
+TOKENS = 530
+SLOTS = (70, 90)  # of gate and up on each of two cores
+
+
+class Work:
+    """Counts what a run does: FLOPs, bytes moved, and the most SBUF alive at once."""
+
+    def __init__(self) -> None:
+        self.flops, self.moved_bytes, self.peak = 0, 0, Peak()
+
+    def __call__(self, event: Event) -> None:
+        self.peak(event)
+        if isinstance(event, Instruction):
+            self.flops += event.flops
+            self.moved_bytes += event.transfer_bytes
+
+    def totals(self) -> tuple[int, int, int]:
+        return self.flops, self.moved_bytes, self.peak.sbuf_bytes
+
+
+def run_whole(case: MLPCase, choice: Choice, work: Work) -> float:
+    """Error of svd_mlp, over what the format allows."""
     layout = mlp_layout(case.hidden, case.intermediate, *case.projections)
-    plan = build_plan(Request(layout, case.tokens, DTYPES["fp32"], EPS if case.norm else None, case.residual), choice)
-    assert isinstance(plan, Plan), plan
-    return plan
-
-
-def run_counted(case: MLPCase, choice: Choice) -> tuple[float, tuple[int, int]]:
-    """(error, (FLOPs, bytes moved)) of one run."""
-    events = []
-    found, expected = run_svd_mlp(case, plan_of(case, choice), random_weights(case), listeners=[events.append])
-    records = [event for event in events if isinstance(event, Instruction)]
-    return error(found, expected), (sum(r.flops for r in records), sum(r.transfer_bytes for r in records))
+    plan = build_plan(Request(layout, case.tokens, DTYPES[case.dtype], EPS if case.norm else None, case.residual), choice)
+    found, expected = run_svd_mlp(case, plan, random_weights(case), listeners=[work])
+    return error(found, expected) / MAX_ERROR[case.dtype]
 
 
 @functools.lru_cache
-def work_of(case: MLPCase, choice: Choice) -> tuple[int, int]:
-    """FLOPs and bytes of the kernel as it is."""
-    return run_counted(case, choice)[1]
+def pieces_of_two_cores() -> tuple:
+    """(plans, packed weights, gathered z^T, expected y) of the second and the last launch, given the z of two cores."""
+    case = MLPCase(TOKENS, 160, 300, ("uv",) * 3, (2 * SLOTS[0], 2 * SLOTS[1], 140), "fp32")
+    weights = random_weights(case)
+    z = random_array(np.random.default_rng(8), (2 * sum(SLOTS), TOKENS), DTYPES["fp32"])
+    cores = np.split(z, 2)
+    gate, up = np.concatenate([c[: SLOTS[0]] for c in cores]), np.concatenate([c[SLOTS[0] :] for c in cores])
+    h = silu(gate.T @ weights["gate_proj"]["v.weight"].T) * (up.T @ weights["up_proj"]["v.weight"].T)
+    whole, factors = mlp_layout(case.hidden, case.intermediate, *case.projections), factors_by_name(weights)
+    launches = []
+    for stage in (second_stage(whole), last_stage(whole)):
+        request = Request(stage, TOKENS, DTYPES["fp32"], transposed_input=stage.down_second is not None)
+        packed = pack(stage, {name: tensor for name, tensor in factors.items() if stage.matrix(name) is not None})
+        launches.append((build_plan(request, Choice(520, 2, 512)), packed))
+    return launches, z, reference.down(h, weights["down_proj"])
+
+
+def run_pieces(work: Work) -> float:
+    """Error of second_factors and last_factor in a row, over what fp32 allows."""
+    ((second, packed_2), (last, packed_3)), z, expected = pieces_of_two_cores()
+    zd = simulate(second_factors, listeners=[work])(None, z, SLOTS, packed_2, second)
+    return error(simulate(last_factor, listeners=[work])(zd, packed_3, last), expected) / MAX_ERROR["fp32"]
+
+
+JUDGES = (*(functools.partial(run_whole, case, choice) for case, choice in SMALL), run_pieces)
+
+
+@functools.lru_cache
+def work_of(judge: Callable[[Work], float]) -> tuple[int, int, int]:
+    """What the kernels as they are do."""
+    work = Work()
+    judge(work)
+    return work.totals()
 
 
 def catcher(mutant: Mutant) -> str | None:
     """What catches the mistake: a refusal, a wrong result, or other work than the kernel's; or None."""
-    for case, choice in SMALL:
-        work = work_of(case, choice)
+    for judge in JUDGES:
+        right, work = work_of(judge), Work()
         with in_place(mutant):
             try:
-                off, found = run_counted(case, choice)
+                off = judge(work)
             except (AssertionError, TypeError, IndexError, AttributeError, ValueError, ZeroDivisionError) as refusal:
                 return f"{type(refusal).__name__}: {str(refusal)[:90]}"
-        if not off <= MAX_ERROR["fp32"]:
-            return f"result off by {off:.1e}"
-        if found != work:
-            return f"FLOPs and bytes {found} instead of {work}"
+        if not off <= 1:
+            return f"error {off:.1e} times what the format allows"
+        if work.totals() != right:
+            return f"FLOPs, bytes and SBUF {work.totals()} instead of {right}"
     return None
 
 

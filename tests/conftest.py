@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from filelock import FileLock
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -28,7 +29,9 @@ def neuronmlp(*arguments: object) -> None:
 def smollm2() -> pathlib.Path:
     """Folder with dense/, calibration.jsonl and heldout.jsonl of the real model."""
     folder = ROOT / "build" / "smollm2"
-    subprocess.run([sys.executable, "examples/prepare_smollm2.py", str(folder)], check=True, cwd=ROOT)
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(ROOT / "build" / "smollm2.lock"):
+        subprocess.run([sys.executable, "examples/prepare_smollm2.py", str(folder)], check=True, cwd=ROOT)
     return folder
 
 
@@ -39,8 +42,10 @@ def compress_smollm2(smollm2: pathlib.Path):
 
     def make(form: str, removed: float) -> pathlib.Path:
         target = home / f"{form}-{removed}"
-        if not target.exists():
-            home.mkdir(parents=True, exist_ok=True)
+        home.mkdir(parents=True, exist_ok=True)
+        with FileLock(home / "lock"):  # other test processes want the same
+            if target.exists():
+                return target
             text, analysis = smollm2 / "calibration.jsonl", home / "analysis"
             neuronmlp(
                 "compress", smollm2 / "dense", "--out", target, "--remove", removed, "--form", form, "--text", text, "--analysis", analysis

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
+from neuronmlp_plugin.errors import UsageError
 
 PROMPT_TOKENS = 32
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -95,9 +96,9 @@ def _engines(folders: dict[str, pathlib.Path], dtype: str, batch: int) -> Iterat
         pipes[name] = ours
         processes.append(process)
     try:
-        for pipe in pipes.values():
-            pipe.recv()  # ready
-        yield {name: lambda job, pipe=pipe: _ask(pipe, job) for name, pipe in pipes.items()}  # type: ignore[misc]
+        for name in folders:
+            _answer(name, pipes[name])  # ready
+        yield {name: lambda job, name=name: _ask(name, pipes[name], job) for name in folders}  # type: ignore[misc]
     finally:
         for pipe in pipes.values():
             pipe.close()
@@ -106,9 +107,16 @@ def _engines(folders: dict[str, pathlib.Path], dtype: str, batch: int) -> Iterat
             process.kill()
 
 
-def _ask(pipe: Connection, job: tuple[int, int]) -> float:
+def _ask(name: str, pipe: Connection, job: tuple[int, int]) -> float:
     pipe.send(job)
-    return float(pipe.recv())
+    return float(_answer(name, pipe))
+
+
+def _answer(name: str, pipe: Connection) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError as error:
+        raise UsageError(f"{name}: expected an engine that answers, found that it stopped; its own message stands above.") from error
 
 
 def _serve(pipe: Connection, folder: str, dtype: Any, batch: int) -> None:

@@ -1,4 +1,4 @@
-"""One rank of the real NxD Inference in its CPU mode: `python -m tests.serving.trainium.nxdi_worker CASES.json RESULTS.pt`.
+"""One rank of the real NxD Inference in its CPU mode: `python -m tests.serving.trainium.nxdi_worker CASES.json RESULTS.pt [stock]`.
 
 The public sources of NxDI and NxD, and the stand-ins for the closed Neuron wheels, are on PYTHONPATH. Under more than one rank the
 environment is torchrun's (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
@@ -85,13 +85,14 @@ def run(case: Case) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return results
 
 
-def main(cases_path: str, results_path: str) -> None:
+def main(cases_path: str, results_path: str, classes: str = "ours") -> None:
     import neuron_stubs
 
     import neuronmlp_plugin
 
     neuron_stubs.install()
-    neuronmlp_plugin.register()
+    if classes == "ours":
+        neuronmlp_plugin.register()
     with open(cases_path, encoding="utf-8") as handle:
         results = {values["name"]: run(Case(**values)) for values in json.load(handle)}
     if int(os.environ.get("RANK", "0")) == 0:

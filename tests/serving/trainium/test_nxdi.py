@@ -15,7 +15,12 @@ import time
 import pytest
 import torch
 
+from safetensors.torch import load_file
+
 from neuronmlp_plugin.checkpoint.loader import load_model
+from neuronmlp_plugin.checkpoint.reader import Checkpoint
+from neuronmlp_plugin.serving.trainium.layout import partition_dim
+from neuronmlp_plugin.serving.trainium.state_dict import lay_out_state, read_factored
 from tests.serving.trainium.nxdi_cases import PROMPT_LENGTHS, Case, scheme_cases
 from tests.tiny_models import FAMILIES, write_dense, write_mixed
 
@@ -29,11 +34,12 @@ pytestmark = [
 ROOT = pathlib.Path(__file__).parents[3]
 
 
-def run_cases(cases: list[Case], tp: int, work: pathlib.Path) -> dict:
-    """Run all cases in one process per rank and return rank 0's results by case name."""
+def run_cases(cases: list[Case], tp: int, work: pathlib.Path, register: bool = True) -> dict:
+    """Run all cases in one process per rank and return rank 0's results by case name; `register`: with our classes in NxDI's table."""
     cases_path, results_path = work / "cases.json", work / "results.pt"
     cases_path.write_text(json.dumps([dataclasses.asdict(case) for case in cases]))
     command = [sys.executable, "-W", "ignore", "-m", "tests.serving.trainium.nxdi_worker", str(cases_path), str(results_path)]
+    command += [] if register else ["stock"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -83,3 +89,70 @@ def test_every_family_scheme_and_batch_equals_the_torch_forward(tp, folders, tmp
             assert_like_torch(results[case.name], models[case.family])
         except AssertionError as error:
             raise AssertionError(f"{case.name}: {error}") from error
+
+
+def test_a_dense_model_is_served_bit_for_bit_as_by_the_stock_class(tmp_path):
+    """With our classes installed and without: same JSON key, same logits."""
+    folder = str(write_dense(tmp_path / "dense", "qwen3"))
+    case = Case("dense", "qwen3", folder, 1, 3, None)
+    (ours,) = run_cases([case], 1, tmp_path).values()
+    (stock,) = run_cases([case], 1, tmp_path, register=False).values()
+    for (tokens, logits), (stock_tokens, stock_logits) in zip(ours, stock, strict=True):
+        assert torch.equal(tokens, stock_tokens)
+        assert torch.equal(logits, stock_logits)
+
+
+def test_nxdi_itself_may_pass_the_norm_to_the_mlp(folders, tmp_path):
+    """`mlp_kernel_enabled` makes Llama's decoder layer leave the norm to the MLP, and with `..._fuse_residual_add` the residual too."""
+    fused = {"mlp_kernel_enabled": True, "mlp_kernel_fuse_residual_add": True}
+    cases = [
+        Case("norm", "llama", folders["llama"], 1, 3, {}, {"mlp_kernel_enabled": True}),
+        Case("norm-residual", "llama", folders["llama"], 1, 3, {}, fused),
+    ]
+    model = load_model(folders["llama"])
+    for results in run_cases(cases, 1, tmp_path).values():
+        assert_like_torch(results, model)
+
+
+def test_the_stock_class_cannot_serve_a_factored_folder(folders, tmp_path):
+    """The negative control: without our classes NxDI fails on the same folder, rather than fill in random weights."""
+    case = Case("stock", "llama", folders["llama"], 1, 1, None)
+    with pytest.raises(AssertionError, match=r"Can not find model\.safetensors"):
+        run_cases([case], 1, tmp_path, register=False)
+
+
+def test_the_wrong_factors_would_be_noticed(folders, tmp_path):
+    """The comparison has teeth: the same model with other factors is far outside its bound."""
+    other = write_mixed(tmp_path / "other", pathlib.Path(folders["llama"]).parent / "llama", seed=5)
+    (results,) = run_cases([Case("llama", "llama", folders["llama"], 1, 1, {})], 1, tmp_path).values()
+    with pytest.raises(AssertionError, match="not close"):
+        assert_like_torch(results, load_model(other))
+
+
+def test_nxd_cuts_eight_ranks_as_the_layout_says(tmp_path):
+    """`ModelBuilder.shard_checkpoint` at tp 8 in one process: equal shapes, the layout's values, zeros where a rank has a slot too many."""
+    folder = write_mixed(tmp_path / "mixed", write_dense(tmp_path / "dense", "llama"))
+    command = [sys.executable, "-W", "ignore", "-m", "tests.serving.trainium.nxdi_shard_worker", str(folder), "8", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    state, block = read_factored(str(folder)), Checkpoint(folder).block
+    lay_out_state(state, block, [{"torch"}] * block.shape.num_layers, 8, "gather", "test")
+    shards = [load_file(tmp_path / "out" / f"tp{rank}_sharded_checkpoint.safetensors") for rank in range(8)]
+    names = [name for name in state if ".mlp." in name]
+    assert names and all({n for n in shard if ".mlp." in n} == set(names) for shard in shards)
+    for name in names:
+        dim = partition_dim(*name.split(".")[-3:-1], "gather")
+        assert torch.equal(torch.cat([shard[name] for shard in shards], dim), state[name])
+        assert len({shard[name].shape for shard in shards}) == 1
+    first = [shard["layers.0.mlp.torch_path.gate_proj.first.weight"] for shard in shards]  # rank 37 over 8 ranks: 5 slots each
+    assert [bool(slots[4].any()) for slots in first] == [True] * 5 + [False] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+def test_the_real_compressed_model_equals_the_torch_forward(smollm2_compressed, tmp_path):
+    """All schemes on real weights; SmolLM2 has nine heads, so one rank only."""
+    cases = [Case(s, "llama", str(smollm2_compressed), 1, 3, {"tp_scheme": s}) for s in ("gather", "reduce")]
+    model = load_model(smollm2_compressed)
+    for results in run_cases(cases, 1, tmp_path).values():
+        assert_like_torch(results, model)

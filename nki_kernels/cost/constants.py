@@ -1,13 +1,14 @@
 """Every constant of the cost model that is not a property of the target, with its source; and the sets that predictions are made with.
 
 Clocks and sizes are in `nki_kernels.targets`. Sources: [isa] "Estimated instruction cost" of the nki.isa pages, SDK 2.26.1; [perf] the NKI
-performance guide; [dma] the DMA bandwidth guide; [tutorial] the two published latencies of AWS's matmul tutorial; [paper] arXiv
-2510.25977, one core, 8192 tokens; [runtime] neuron-runtime's collectives pages.
+performance guide; [dma] the DMA bandwidth guide; [tutorial] the two published latencies of AWS's matmul tutorial; [runtime]
+neuron-runtime's collectives pages.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 MIN_INTERVAL_CYCLES = 64  # shortest initiation interval of any engine [isa]
 GPSIMD_START_CYCLES = 150  # [isa] affine_select, iota
@@ -26,30 +27,35 @@ LINK_GBPS = {"trn1": 384.0, "trn2": 1280.0, "trn3": 2560.0}  # per chip, NeuronL
 class Constants:
     """One set of DMA rates; a prediction names the set it was made with.
 
-    A descriptor of `L` contiguous bytes takes an engine min(L / short, setup + L / peak), where `peak` is the target's documented achieved rate
-    and `short` the effective rate of short rows; both meet at `long_row_bytes`, which fixes `setup`. Long rows amortise the set-up of a
-    descriptor; short ones run at a constant rate, as the two tutorial kernels show with rows of 256 and of 1024 bytes.
+    A DMA engine moves contiguous rows of up to `short_row_bytes` at `short_share` of the target's documented achieved rate, rows of
+    `long_row_bytes` and more at that rate, and rows between at a rate that rises as a power of their length. Rows below
+    OVERHEAD_BOUND_ROW_BYTES take as long as one of that length.
     """
 
     name: str
-    short_row_share: float  # short / peak
-    long_row_bytes: int  # where rows begin to be long; 0: no row ever is
+    short_share: float
+    short_row_bytes: int
+    long_row_bytes: int
     source: str
-    fitted: int  # how many of the two numbers were fitted to published latencies
+    fitted: int  # how many of the three numbers were fitted to published latencies
 
-    def descriptor_ns(self, row_bytes: int, engine_peak_gbps: float) -> float:
-        """Time of one DMA engine for one descriptor, in ns; `engine_peak_gbps` in GB/s, i.e. bytes per ns."""
+    def descriptor_ns(self, row_bytes: int, engine_gbps: float) -> float:
+        """Time of one DMA engine for one contiguous row, in ns; `engine_gbps` is the documented achieved rate, in GB/s = bytes per ns."""
         row = max(row_bytes, OVERHEAD_BOUND_ROW_BYTES)
-        short = row / (engine_peak_gbps * self.short_row_share)
-        if not self.long_row_bytes:
-            return short
-        setup = self.long_row_bytes / engine_peak_gbps * (1 / self.short_row_share - 1)
-        return min(short, setup + row / engine_peak_gbps)
+        return row / (engine_gbps * self._share(row))
+
+    def _share(self, row: int) -> float:
+        if row <= self.short_row_bytes:
+            return self.short_share
+        if row >= self.long_row_bytes:
+            return 1.0
+        return self.short_share ** (math.log(self.long_row_bytes / row) / math.log(self.long_row_bytes / self.short_row_bytes))
 
 
-DOCUMENTED = Constants("documented", 1.0, 0, "17 B/ns achieved per DMA engine on trn1, at any row length [dma]", fitted=0)
-EFFECTIVE = Constants("effective", 104 / 272, 0, "104 GB/s of the two tutorial kernels, at any row length [tutorial]", fitted=1)
+EVERY_ROW = 1 << 30  # longer than any row
+DOCUMENTED = Constants("documented", 1.0, 0, 0, "17 B/ns achieved per DMA engine on trn1 [dma], for rows of any length", fitted=0)
+EFFECTIVE = Constants("effective", 104 / 272, EVERY_ROW, EVERY_ROW, "104 GB/s of the tutorial's kernels [tutorial], for rows of any length", fitted=1)
 CALIBRATED = Constants(
-    "calibrated", 104 / 272, 1024, "104 GB/s up to rows of 1 KiB [tutorial]; beyond, towards the documented peak [dma, paper]", fitted=2
+    "calibrated", 104 / 272, 1024, 4096, "104 GB/s up to their 1 KiB rows [tutorial], the documented rate from 4 KiB, where it saturates [dma]", fitted=2
 )
 SETS = {constants.name: constants for constants in (CALIBRATED, DOCUMENTED, EFFECTIVE)}

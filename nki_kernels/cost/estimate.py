@@ -55,11 +55,6 @@ class Estimate(Additive):
         busiest = max(RESOURCES, key=self.utilisation)
         return busiest if self.utilisation(busiest) >= 0.75 else "dependencies"
 
-    @property
-    def tensor_bound_us(self) -> float:
-        """What TensorE alone would need for all its instructions."""
-        return self.busy.tensor
-
 
 def _union_ns(intervals: np.ndarray) -> float:
     """Length of the union of `[n, 2]` intervals."""
@@ -97,15 +92,18 @@ def critical_path(slots: Sequence[Slot]) -> list[tuple[int, str, float]]:
     return [step for step in reversed(found) if step[2] > 0]
 
 
-def price(kernel: Callable[..., Any], arguments: Sequence[Any], target: Target = TRN1, constants: Constants = CALIBRATED) -> Estimate:
-    """One dry run of `kernel` on placeholders, counted and scheduled. What the simulator refuses is refused here too."""
+def schedule(
+    kernel: Callable[..., Any], arguments: Sequence[Any], target: Target = TRN1, constants: Constants = CALIBRATED
+) -> tuple[Scheduler, Counters]:
+    """One dry run of `kernel` on placeholders, placed in time and counted. What the simulator refuses is refused here too."""
     counting, scheduler = Counting(), Scheduler(target, constants)
     simulate(kernel, target, (counting, scheduler), dry=True)(*arguments)
-    return summarise(scheduler, counting.result())
+    return scheduler, counting.result()
 
 
-def summarise(scheduler: Scheduler, counters: Counters) -> Estimate:
-    """The estimate of a finished schedule."""
+def price(kernel: Callable[..., Any], arguments: Sequence[Any], target: Target = TRN1, constants: Constants = CALIBRATED) -> Estimate:
+    """The estimate of one launch."""
+    scheduler, counters = schedule(kernel, arguments, target, constants)
     busy = {engine: ns / 1000 for engine, ns in scheduler.busy_ns.items()}
     latency = max((slot.end_ns for slot in scheduler.slots), default=0.0) / 1000
     return Estimate(latency, Times(**busy, dma=scheduler.pipe.busy_ns / 1000), _exposed(scheduler.slots), counters)

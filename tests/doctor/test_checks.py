@@ -1,0 +1,96 @@
+"""Every cause is found, with its fix, and a sound machine is left in peace."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+import pytest
+
+from neuronmlp_plugin import doctor
+from neuronmlp_plugin.doctor.checks import NOTE, PROBLEM, examine
+from neuronmlp_plugin.doctor.environment import Environment, numbers, observe
+from neuronmlp_plugin.doctor.stacks import STACKS, stack_of
+
+TRN1 = Environment(
+    versions={"neuronmlp": "0.1.0", "vllm": "0.13.0", "vllm-neuron": "0.4.1", "neuronx-distributed-inference": "0.8.16251", "nki": "0.2.0"},
+    modules=("neuronmlp_plugin", "neuronx_distributed_inference", "nki", "vllm", "vllm_neuron"),
+    plugins={"vllm.general_plugins": ("neuronmlp",), "vllm.platform_plugins": ("neuron",)},
+    variables={"NEURON_COMPILED_ARTIFACTS": "/nonexistent/artifacts"},
+    devices=("/dev/neuron0",),
+    instance="trn1.2xlarge",
+)
+CPU = Environment({"vllm": "0.32.0"}, ("vllm",), {"vllm.general_plugins": ("neuronmlp",)}, {"VLLM_CPU_KVCACHE_SPACE": "1"})
+
+
+def change(base: Environment, **fields) -> Environment:
+    return dataclasses.replace(base, **{n: {**getattr(base, n), **v} if isinstance(v, dict) else v for n, v in fields.items()})
+
+
+def problems(environment: Environment) -> list[str]:
+    findings = examine(environment)
+    assert all(finding.fix for finding in findings)
+    return [finding.what for finding in findings if finding.severity == PROBLEM]
+
+
+@pytest.mark.parametrize("environment", [TRN1, CPU], ids=["trn1", "cpu"])
+def test_a_sound_machine_has_no_problem(environment):
+    assert problems(environment) == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        (Environment({}, (), {}, {}), "no vLLM"),
+        (change(CPU, versions={}, plugins={"vllm.general_plugins": ()}), "no entry point"),
+        (dataclasses.replace(CPU, versions={}), "no package metadata"),
+        (change(TRN1, variables={"VLLM_PLUGINS": "neuron"}), "filters out neuronmlp"),
+        (change(TRN1, variables={"VLLM_PLUGINS": "neuronmlp"}), "filters out neuron"),
+        (change(TRN1, plugins={"vllm.platform_plugins": ("neuron", "optimum_neuron")}), "one platform plugin"),
+        (change(TRN1, devices=()), "no /dev/neuron*"),
+        (change(TRN1, versions={"vllm": "0.16.0"}), "does not belong to SDK 2.28"),
+        (change(TRN1, versions={"neuronx-distributed-inference": "0.9.17334", "nki": "0.3.0", "vllm": "0.16.0", "vllm-neuron": "0.5.0"}), "trn2 and later"),
+        (change(TRN1, versions={"neuronx-distributed-inference": "0.5.1"}), "none that we know"),
+        (change(TRN1, versions={"vllm-neuron": "0.24.0.1.1.0"}), "its own models"),
+        (change(TRN1, modules=("vllm", "vllm_neuron")), "NxD Inference is not"),
+        (
+            change(TRN1, versions={"vllm-neuron": "0.2.0"}, variables={"NEURON_ON_DEVICE_SAMPLING_DISABLED": "1"}),
+            "NEURON_ON_DEVICE_SAMPLING_DISABLED",
+        ),
+    ],
+)
+def test_each_cause_is_named(environment, words):
+    assert any(words in what for what in problems(environment)), problems(environment)
+
+
+def test_notes_about_artifacts(tmp_path):
+    without = dataclasses.replace(TRN1, variables={})
+    assert any("deletes its compiled artifacts" in finding.what for finding in examine(without))
+    (tmp_path / "neuron_config.json").write_text("{}")
+    used = change(TRN1, variables={"NEURON_COMPILED_ARTIFACTS": str(tmp_path)})
+    assert any(finding.severity == NOTE and "is ignored" in finding.what for finding in examine(used))
+
+
+def test_nki_decides_between_sdks_of_one_nxdi():
+    assert stack_of((0, 10, 18399), (0, 5, 0)).sdk == "2.31"
+    assert stack_of((0, 10, 17970), (0, 4, 0)).sdk == "2.30"
+    assert stack_of((0, 6, 10598), None).sdk == "2.26"
+    assert [stack.sdk for stack in STACKS if stack.kernels] == ["2.28"]
+
+
+def test_versions_are_read_by_their_leading_numbers():
+    assert numbers("0.8.16251+abcdef") == (0, 8, 16251)
+    assert numbers("0.32.0rc1") == (0, 32)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_command_looks_at_this_machine(as_json, capsys):
+    code = doctor.run(argparse.Namespace(json=as_json))
+    printed = capsys.readouterr().out
+    findings = examine(observe())
+    assert code == int(any(finding.severity == PROBLEM for finding in findings))
+    if as_json:
+        assert [finding["what"] for finding in json.loads(printed)["findings"]] == [finding.what for finding in findings]
+    else:
+        assert "python" in printed and all(finding.fix in printed for finding in findings)

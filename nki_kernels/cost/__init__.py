@@ -1,1 +1,1 @@
-"""What a kernel costs, without the chip: counters and a schedule that listen to a simulated run. Everything here is simulated, never measured."""
+"""What a kernel costs, without the chip: counters and a schedule that listen to a simulated run. Simulated throughout, never measured."""

@@ -54,8 +54,8 @@ class Constants:
 
 EVERY_ROW = 1 << 30  # longer than any row
 DOCUMENTED = Constants("documented", 1.0, 0, 0, "17 B/ns achieved per DMA engine on trn1 [dma], for rows of any length", fitted=0)
-EFFECTIVE = Constants("effective", 104 / 272, EVERY_ROW, EVERY_ROW, "104 GB/s of the tutorial's kernels [tutorial], for rows of any length", fitted=1)
+EFFECTIVE = Constants("effective", 104 / 272, EVERY_ROW, EVERY_ROW, "104 GB/s [tutorial], for rows of any length", fitted=1)
 CALIBRATED = Constants(
-    "calibrated", 104 / 272, 1024, 4096, "104 GB/s up to their 1 KiB rows [tutorial], the documented rate from 4 KiB, where it saturates [dma]", fitted=2
+    "calibrated", 104 / 272, 1024, 4096, "104 GB/s up to the tutorial's rows of 1 KiB, the documented rate from 4 KiB [dma]", fitted=2
 )
 SETS = {constants.name: constants for constants in (CALIBRATED, DOCUMENTED, EFFECTIVE)}

@@ -11,7 +11,7 @@ HALF_PASS_REDUCE = ("add", "maximum")
 
 
 def tensor_cycles(instruction: Instruction) -> int:
-    """nc_matmul: max(min(64, N_stationary), N_moving), four times that in fp32; nc_transpose: max(P, min(64, F)). Pipelined, back to back."""
+    """nc_matmul: max(min(64, N_stationary), N_moving), four times that in fp32; nc_transpose: max(P, min(64, F)). Back to back."""
     reads = instruction.reads
     if instruction.op == "nc_transpose":
         data = reads[0]

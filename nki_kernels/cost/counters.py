@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from nki_kernels.cost.additive import Additive
 from nki_kernels.cost.costs import engine_cycles
@@ -51,6 +52,9 @@ class Counters(Additive):
         return self.flops / max(1, self.hbm_bytes)
 
 
+SUMS = ("flops", "flops_issued", "dma_transfers", "dma_descriptors", "dma_bytes", "hbm_read_bytes", "hbm_write_bytes")
+
+
 class Counting:
     """A listener that counts; ask `result()` when the run is over.
 
@@ -59,8 +63,7 @@ class Counting:
 
     def __init__(self) -> None:
         self._engines: dict[str, list[int]] = {}
-        self._sums = dict.fromkeys(("flops", "flops_issued", "dma_transfers", "dma_descriptors", "dma_bytes"), 0)
-        self._hbm = {"hbm_read_bytes": 0, "hbm_write_bytes": 0}
+        self._sums: dict[str, Any] = dict.fromkeys(SUMS, 0)
         self._tensor_bytes: dict[int, int] = {}
         self._regions: dict[int, dict[tuple, int]] = {}
 
@@ -92,11 +95,11 @@ class Counting:
     def _touch(self, total: str, access: Access) -> None:
         if access.space == HBM:
             size = access.elements * access.itemsize
-            self._hbm[total] += size
+            self._sums[total] += size
             self._regions.setdefault(access.buffer, {})[access.span, access.shape] = size
 
     def result(self) -> Counters:
         """The totals so far."""
         unique = sum(min(sum(regions.values()), self._tensor_bytes[buffer]) for buffer, regions in self._regions.items())
-        engines = {name: EngineCount(*counts) for name, counts in self._engines.items()}
-        return Counters(**engines, **self._sums, **self._hbm, hbm_unique_bytes=unique)
+        totals: dict[str, Any] = {name: EngineCount(*counts) for name, counts in self._engines.items()}
+        return Counters(**totals, **self._sums, hbm_unique_bytes=unique)

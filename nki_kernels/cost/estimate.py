@@ -16,7 +16,7 @@ from nki_kernels.simulator import simulate
 from nki_kernels.simulator.trace import DMA, GPSIMD, SCALAR, TENSOR, VECTOR
 from nki_kernels.targets import TRN1, Target
 
-
+NO_COUNTS = Counters()
 RESOURCES = (TENSOR, SCALAR, VECTOR, GPSIMD, DMA)  # in the order in which they claim the time of a launch
 
 
@@ -43,7 +43,7 @@ class Estimate(Additive):
     simulated_us: float = 0.0
     busy: Times = Times()
     exposed: Times = Times()
-    counters: Counters = Counters()
+    counters: Counters = NO_COUNTS
 
     def utilisation(self, resource: str) -> float:
         """Share of the launch that a resource works."""

@@ -49,7 +49,7 @@ class Hazards:
             self._live[event.buffer] = _Cells(event.bytes_per_partition, CELL_BYTES[event.space], since)
         else:
             cells = self._live.pop(event.buffer)
-            last = max(max(cells.written), max(cells.read))
+            last = max(*cells.written, *cells.read)
             if event.space == SBUF:
                 heapq.heappush(self._free_sbuf, (*last, event.bytes_per_partition))
             for bank in range(*event.banks):

@@ -35,4 +35,5 @@ def trace_json(slots: Sequence[Slot], about: str) -> str:
     names = [ENGINES[track] if track < len(ENGINES) else f"dma lane {track - len(ENGINES)}" for track in tracks]
     named = [{"name": "thread_name", "ph": "M", "pid": 0, "tid": t, "args": {"name": n}} for t, n in zip(tracks, names, strict=True)]
     process = {"name": "process_name", "ph": "M", "pid": 0, "args": {"name": f"simulated: {about}"}}
-    return json.dumps({"displayTimeUnit": "ns", "otherData": {"origin": "simulated", "about": about}, "traceEvents": [process, *named, *events]})
+    other = {"origin": "simulated", "about": about}
+    return json.dumps({"displayTimeUnit": "ns", "otherData": other, "traceEvents": [process, *named, *events]})

@@ -1,9 +1,9 @@
 """When everything happens: engines and DMA queues in parallel, as far as data, buffers, PSUM banks and shared ports allow.
 
-Rules, all of them documented: every engine issues its instructions in program order; an instruction keeps its engine busy for the cycles of
-`costs` and its result can be used RESULT_LATENCY_CYCLES later; sums in PSUM follow one another without waiting; a DMA starts 1.3 us after what
-it waits for and shares 16 engines with the others; on NeuronCore-v2, VectorE and ScalarE take turns at PSUM, and VectorE and GpSimdE at SBUF.
-Not modelled: instruction fetch, activation table loads, HBM bank conflicts, the compiler's own reordering.
+Rules, all of them documented: every engine issues its instructions in program order; an instruction keeps its engine busy for the cycles
+of `costs`, and its result can be used RESULT_LATENCY_CYCLES later; sums in PSUM follow one another without waiting; a DMA starts 1.3 us
+after what it waits for and shares 16 engines with the others; on NeuronCore-v2, VectorE and ScalarE take turns at PSUM, and VectorE and
+GpSimdE at SBUF. Not modelled: instruction fetch, activation table loads, HBM bank conflicts, the compiler's own reordering.
 """
 
 from __future__ import annotations

@@ -1,0 +1,130 @@
+"""The autotuner: the tile plan that the cost model likes best, without scheduling everything.
+
+Plans that do not fit SBUF or PSUM are never built (`planner.build_plan`). The rest are ranked by arithmetic on their traffic and useful FLOPs,
+and the first few are scheduled; one whose lower bound is not below the best latency found is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from nki_kernels.cost.constants import CALIBRATED, Constants
+from nki_kernels.cost.estimate import Estimate
+from nki_kernels.cost.launches import price_plan
+from nki_kernels.layout import MATRICES, Layout
+from nki_kernels.plan import Plan
+from nki_kernels.planner import MAX_SLOTS, Choice, Declined, Request, build_plan, choices
+from nki_kernels.targets import PMAX, TRN1, Target
+
+MAX_TRIED = 4  # a schedule takes up to 2 s; a search should stay below 10 s
+OVERLAP_LOSS = 0.1  # of two plans with one bound, prefer the one with less of the other resource
+Measure = Callable[[Plan], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The winner, with the choice that makes it (`build_plan(request, choice)`), and how many plans were scheduled of how many that fit."""
+
+    choice: Choice
+    plan: Plan
+    estimate: Estimate
+    tried: int
+    fitting: int
+
+
+def useful_flops(layout: Layout, tokens: int) -> int:
+    """2 x the stored parameters of every matrix x tokens: identities and padding are no work."""
+    parameters = 0
+    for name in MATRICES:
+        matrix = layout.matrix(name)
+        if matrix is not None:
+            held = matrix.pivots * (matrix.rows if matrix.pivot_axis == "cols" else matrix.cols)
+            parameters += matrix.rows * matrix.cols - held
+    return 2 * parameters * tokens
+
+
+def tensor_bound_us(layout: Layout, tokens: int, target: Target = TRN1, itemsize: int = 2) -> float:
+    """Useful FLOPs at the full rate of the array."""
+    passes = 4 if itemsize == 4 else 1
+    return useful_flops(layout, tokens) * passes / (2 * PMAX * PMAX * target.tensor_ghz * 1000)
+
+
+def _dma_us(size_bytes: float, row_bytes: int, target: Target, constants: Constants) -> float:
+    engine = target.dma_achieved_gbps / target.dma_engines
+    return size_bytes / row_bytes * constants.descriptor_ns(row_bytes, engine) / target.dma_engines / 1000
+
+
+def dma_bound_us(plan: Plan, target: Target = TRN1, constants: Constants = CALIBRATED) -> float:
+    """The plan's weight traffic, in rows as long as its ring's slots, and each activation once, at the set's rates."""
+    size = plan.itemsize
+    weights = _dma_us(plan.weight_cols_read() * PMAX * size, plan.ring_cols * size, target, constants)
+    features = plan.hidden or plan.intermediate
+    input_row = (plan.block_tokens if plan.transposed_input else features) * size
+    inputs = _dma_us(plan.tokens * features * size, input_row, target, constants)
+    last = plan.layout.down_second
+    if last is None:
+        return weights + inputs
+    output_row = (plan.out_cols if plan.natural_output else plan.block_tokens) * size
+    return weights + inputs + _dma_us(plan.tokens * last.cols * size, output_row, target, constants)
+
+
+def _deepest(request: Request, choice: Choice, target: Target) -> tuple[Choice, Plan] | None:
+    """The choice with as many ring slots as fit, up to MAX_SLOTS: more transfers in flight."""
+    for slots in sorted({choice.ring_slots, *range(choice.ring_slots, MAX_SLOTS + 1)}, reverse=True):
+        deeper = dataclasses.replace(choice, ring_slots=slots)
+        plan = build_plan(request, deeper, target)
+        if isinstance(plan, Plan):
+            return deeper, plan
+    return None
+
+
+def fitting_plans(request: Request, target: Target = TRN1) -> Iterator[tuple[Choice, Plan]]:
+    """Every plan that fits, once."""
+    seen = set()
+    for choice in choices(request):
+        found = _deepest(request, choice, target)
+        if found is not None and found[1] not in seen:
+            seen.add(found[1])
+            yield found
+
+
+def search(
+    request: Request, target: Target = TRN1, constants: Constants = CALIBRATED, measure: Measure | None = None, max_tried: int = MAX_TRIED
+) -> Found | Declined:
+    """The best plan of those tried. `measure`, where a device is at hand, gives us for a plan and takes the place of the schedule."""
+    useful_us = tensor_bound_us(request.layout, request.tokens, target, request.dtype.itemsize)
+    ranked = []
+    for number, (choice, plan) in enumerate(fitting_plans(request, target)):
+        traffic_us = dma_bound_us(plan, target, constants)
+        ranked.append((_guess_us(plan, useful_us, traffic_us), number, max(useful_us, traffic_us), choice, plan))
+    if not ranked:
+        return _why_not(request, target)
+    best: Found | None = None
+    tried = 0
+    for _, _, bound_us, choice, plan in sorted(ranked, key=lambda item: item[:2])[:max_tried]:
+        if best is not None and bound_us >= best.estimate.simulated_us:
+            continue
+        estimate = Estimate(measure(plan)) if measure else price_plan(plan, request.dtype, target, constants, sample=2)
+        tried += 1
+        if best is None or estimate.simulated_us < best.estimate.simulated_us:
+            best = Found(choice, plan, estimate, tried, len(ranked))
+    assert best is not None
+    return dataclasses.replace(best, tried=tried)
+
+
+def _guess_us(plan: Plan, useful_us: float, traffic_us: float) -> float:
+    """Block by block the larger of work and traffic, plus a little of the smaller. A ragged last block reads as much as a full one."""
+    full, rest = divmod(plan.tokens, plan.block_tokens)
+    block_dma = traffic_us / plan.blocks()
+    total = 0.0
+    for count, tokens in ((full, plan.block_tokens), (1, rest)):
+        low, high = sorted((useful_us * tokens / plan.tokens, block_dma))
+        total += count * (high + OVERLAP_LOSS * low) if tokens else 0.0
+    return total
+
+
+def _why_not(request: Request, target: Target) -> Declined:
+    """The planner's own reason for the smallest plan."""
+    reasons = [plan for plan in (build_plan(request, choice, target) for choice in choices(request)) if isinstance(plan, Declined)]
+    return reasons[-1]

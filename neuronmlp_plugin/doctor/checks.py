@@ -28,26 +28,40 @@ def examine(environment: Environment) -> list[Finding]:
 
 def check_serving_stack(env: Environment) -> Iterator[Finding]:
     if not env.has("vllm"):
-        yield Finding(PROBLEM, "there is no vLLM to serve with", "on a CPU: pip install neuronmlp[cpu]; on Trainium: use the AWS image's own venv")
+        yield Finding(
+            PROBLEM, "there is no vLLM to serve with", "on a CPU: pip install neuronmlp[cpu]; on Trainium: use the AWS image's own venv"
+        )
     elif "vllm" not in env.versions:
         fix = "scripts/install adds the missing metadata; or run python -m vllm.entrypoints.openai.api_server"
         yield Finding(PROBLEM, "vLLM has no package metadata under the name `vllm`, which `vllm serve` asks for", fix)
     new = env.version("vllm-neuron")
     if new and new[:2] >= (0, 21):
         fix = f"use SDK {REFERENCE.sdk}.1 on trn1 (docs/trainium.md)"
-        yield Finding(PROBLEM, f"vllm-neuron {env.versions['vllm-neuron']} has its own models instead of NxD Inference, which we do not extend", fix)
+        yield Finding(
+            PROBLEM, f"vllm-neuron {env.versions['vllm-neuron']} has its own models instead of NxD Inference, which we do not extend", fix
+        )
     elif new and not env.has("neuronx_distributed_inference"):
-        yield Finding(PROBLEM, "vllm-neuron is here, NxD Inference is not", "activate the AWS image's inference venv, or install its version for your SDK")
+        yield Finding(
+            PROBLEM,
+            "vllm-neuron is here, NxD Inference is not",
+            "activate the AWS image's inference venv, or install its version for your SDK",
+        )
 
 
 def check_registration(env: Environment) -> Iterator[Finding]:
     if "neuronmlp" not in env.plugins.get("vllm.general_plugins", ()):
-        yield Finding(PROBLEM, "vLLM cannot see the plugin (no entry point `neuronmlp`)", "pip install neuronmlp into the venv that runs vLLM")
+        yield Finding(
+            PROBLEM, "vLLM cannot see the plugin (no entry point `neuronmlp`)", "pip install neuronmlp into the venv that runs vLLM"
+        )
     wanted = env.variables.get("VLLM_PLUGINS")
     needed = ["neuronmlp"] + (["neuron"] if env.has("vllm_neuron") else [])
     missing = [name for name in needed if wanted is not None and name not in wanted.split(",")]
     if missing:
-        yield Finding(PROBLEM, f"VLLM_PLUGINS={wanted} filters out {', '.join(missing)}", f"unset it, or export VLLM_PLUGINS={','.join(reversed(needed))}")
+        yield Finding(
+            PROBLEM,
+            f"VLLM_PLUGINS={wanted} filters out {', '.join(missing)}",
+            f"unset it, or export VLLM_PLUGINS={','.join(reversed(needed))}",
+        )
     platforms = env.plugins.get("vllm.platform_plugins", ())
     if len(platforms) > 1:
         yield Finding(PROBLEM, f"vLLM allows one platform plugin, found {', '.join(platforms)}", "uninstall all but vllm-neuron")
@@ -71,7 +85,11 @@ def check_versions(env: Environment) -> Iterator[Finding]:
     yield from _mismatches(env, stack)
     if not stack.kernels:
         severity = PROBLEM if env.instance.startswith(("trn1", "inf2")) else NOTE
-        yield Finding(severity, f"SDK {stack.sdk}, {stack.remark}", f"for the NKI kernels on trn1 use SDK {REFERENCE.sdk}.1; on others see docs/trainium.md")
+        yield Finding(
+            severity,
+            f"SDK {stack.sdk}, {stack.remark}",
+            f"for the NKI kernels on trn1 use SDK {REFERENCE.sdk}.1; on others see docs/trainium.md",
+        )
 
 
 def _mismatches(env: Environment, stack: Stack) -> Iterator[Finding]:

@@ -56,7 +56,7 @@ class Environment:
 def numbers(version: str) -> tuple[int, ...]:
     """Leading integers of a version string."""
     found: list[int] = []
-    for part in version.split("+")[0].split("."):
+    for part in version.split("+", maxsplit=1)[0].split("."):
         if not part.isdigit():
             break
         found.append(int(part))

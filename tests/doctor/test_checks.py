@@ -50,7 +50,10 @@ def test_a_sound_machine_has_no_problem(environment):
         (change(TRN1, plugins={"vllm.platform_plugins": ("neuron", "optimum_neuron")}), "one platform plugin"),
         (change(TRN1, devices=()), "no /dev/neuron*"),
         (change(TRN1, versions={"vllm": "0.16.0"}), "does not belong to SDK 2.28"),
-        (change(TRN1, versions={"neuronx-distributed-inference": "0.9.17334", "nki": "0.3.0", "vllm": "0.16.0", "vllm-neuron": "0.5.0"}), "trn2 and later"),
+        (
+            change(TRN1, versions={"neuronx-distributed-inference": "0.9.17334", "nki": "0.3.0", "vllm": "0.16.0", "vllm-neuron": "0.5.0"}),
+            "trn2 and later",
+        ),
         (change(TRN1, versions={"neuronx-distributed-inference": "0.5.1"}), "none that we know"),
         (change(TRN1, versions={"vllm-neuron": "0.24.0.1.1.0"}), "its own models"),
         (change(TRN1, modules=("vllm", "vllm_neuron")), "NxD Inference is not"),

@@ -7,7 +7,7 @@ import logging
 import os
 from typing import Any
 
-from neuronmlp_plugin.serving.trainium.config import block_of, low_rank_config, options_of, source_of
+from neuronmlp_plugin.serving.trainium.config import block_of, is_low_rank, low_rank_config, options_of, source_of
 from neuronmlp_plugin.serving.trainium.decisions import layer_decisions
 from neuronmlp_plugin.serving.trainium.dispatch import DECODE, FILE, PREFILL, RECORD
 from neuronmlp_plugin.serving.trainium.metrics import publish
@@ -15,94 +15,94 @@ from neuronmlp_plugin.serving.trainium.mlp import LowRankMLP
 from neuronmlp_plugin.serving.trainium.nxd import NxdParallel
 from neuronmlp_plugin.serving.trainium.state_dict import State, lay_out_state, overlay_factors, read_factored
 
-logger = logging.getLogger(__name__)
-
-
-@functools.cache
-def low_rank_model(base: Any) -> Any:
-    """A NeuronBaseModel subclass whose decoder layers get our MLP once the base has built them."""
-
-    class LowRankModel(base):
-        def init_model(self, config: Any) -> None:
-            super().init_model(config)
-            block = block_of(config)
-            if block is not None:
-                for index, (layer, decisions) in enumerate(zip(self.layers, layer_decisions(config), strict=True)):
-                    layer.mlp = LowRankMLP(
-                        block.layers[index],
-                        block.shape,
-                        NxdParallel(config),
-                        decisions,
-                        scheme=options_of(config).tp_scheme,
-                        sequence_parallel=config.neuron_config.sequence_parallel_enabled,
-                        prefill=config.neuron_config.is_prefill_stage,
-                        layer=index,
-                    )
-
-    return LowRankModel
+logger = logging.getLogger("vllm.neuronmlp")  # a child of the logger that vLLM sets up
+_Base: Any = object  # the mixins below stand before an NxDI class, whose methods `super()` finds
 
 
 @functools.cache
 def low_rank_application(base: Any) -> Any:
-    """A NeuronBaseForCausalLM subclass that reads, checks and shards factors."""
+    """The subclass of a NeuronBaseForCausalLM that also serves low-rank MLPs, with its model class."""
+    model = type(f"LowRank{base._model_cls.__name__}", (LowRankModel, base._model_cls), {})
+    return type(f"LowRank{base.__name__}", (LowRankApplication, base), {"_model_cls": model})
 
-    class LowRankForCausalLM(base):
-        _model_cls = low_rank_model(base._model_cls)
-        serves_low_rank = True
 
-        @classmethod
-        def get_config_cls(cls) -> Any:
-            return low_rank_config(super().get_config_cls())
+class LowRankModel(_Base):
+    """Before a NeuronBaseModel: decoder layers get our MLP once NxDI has built them."""
 
-        @classmethod
-        def get_state_dict(cls, model_name_or_path: str, config: Any) -> State:
-            """As the base, which cannot read a factored folder: its files are not named `model*` (FORMAT.md)."""
-            if block_of(config) is None or options_of(config).factors:
-                return super().get_state_dict(model_name_or_path, config)
-            state = cls.convert_hf_to_neuron_state_dict(read_factored(model_name_or_path), config)
-            if getattr(config, "tie_word_embeddings", False):
-                cls.update_state_dict_for_tied_weights(state)
-            return state
+    def init_model(self, config: Any) -> None:
+        super().init_model(config)
+        block = block_of(config)
+        if block is not None:
+            for index, (layer, decisions) in enumerate(zip(self.layers, layer_decisions(config), strict=True)):
+                layer.mlp = LowRankMLP(
+                    block.layers[index],
+                    block.shape,
+                    NxdParallel(config),
+                    decisions,
+                    scheme=options_of(config).tp_scheme,
+                    sequence_parallel=config.neuron_config.sequence_parallel_enabled,
+                    prefill=config.neuron_config.is_prefill_stage,
+                    layer=index,
+                )
 
-        @staticmethod
-        def convert_hf_to_neuron_state_dict(state_dict: State, config: Any) -> State:
-            state = base.convert_hf_to_neuron_state_dict(state_dict, config)
-            block, options = block_of(config), options_of(config)
-            if block is not None:
-                if options.factors:
-                    overlay_factors(state, options.factors, config.__dict__)
-                paths = [{decision.path for decision in decisions.values()} for decisions in layer_decisions(config)]
-                lay_out_state(state, block, paths, config.neuron_config.tp_degree, options.tp_scheme, source_of(config))
-            return state
 
-        def compile(self, compiled_model_path: str, *args: Any, **kwargs: Any) -> None:
-            """As the base, with the dispatch record beside the artifact; with `on_cpu` there is nothing to compile."""
-            if block_of(self.config) is None:
-                super().compile(compiled_model_path, *args, **kwargs)
-            elif self.neuron_config.on_cpu:
-                self.config.save(os.fspath(compiled_model_path))
-            else:
-                super().compile(compiled_model_path, *args, **kwargs)
-                RECORD.save(os.path.join(compiled_model_path, FILE))
+class LowRankApplication(_Base):
+    """Before a NeuronBaseForCausalLM: reads, checks and shards factors, and counts what ran."""
 
-        def load(self, compiled_model_path: str, *args: Any, **kwargs: Any) -> None:
-            """As the base, with the dispatch record read and logged; with `on_cpu`, NxDI's own CPU mode."""
-            if block_of(self.config) is None:
-                super().load(compiled_model_path, *args, **kwargs)
-            elif self.neuron_config.on_cpu:
-                self.to_cpu()
-            else:
-                super().load(compiled_model_path, *args, **kwargs)
-                RECORD.restore(os.path.join(compiled_model_path, FILE))
-                logger.info(RECORD.summary())
+    serves_low_rank = True
 
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            """As the base, counted."""
-            output = super().forward(*args, **kwargs)
-            if block_of(self.config) is not None:
-                input_ids = args[0] if args else kwargs["input_ids"]
-                RECORD.ran(PREFILL if input_ids.shape[1] > 1 else DECODE, input_ids.numel())
-                publish(RECORD.totals())
-            return output
+    @classmethod
+    def get_config_cls(cls) -> Any:
+        return low_rank_config(super().get_config_cls())
 
-    return LowRankForCausalLM
+    @classmethod
+    def get_state_dict(cls, model_name_or_path: str, config: Any) -> State:
+        """As the base, which cannot read a factored folder: its files are not named `model*` (FORMAT.md)."""
+        if not is_low_rank(config) or options_of(config).factors:
+            return super().get_state_dict(model_name_or_path, config)
+        state = cls.convert_hf_to_neuron_state_dict(read_factored(model_name_or_path), config)
+        if getattr(config, "tie_word_embeddings", False):
+            cls.update_state_dict_for_tied_weights(state)
+        return state
+
+    @classmethod
+    def convert_hf_to_neuron_state_dict(cls, state_dict: State, config: Any) -> State:
+        """As the base, then the MLP tensors into the layout of the paths that their layers take."""
+        state = super().convert_hf_to_neuron_state_dict(state_dict, config)
+        block, options = block_of(config), options_of(config)
+        if block is not None:
+            if options.factors:
+                overlay_factors(state, options.factors, config.__dict__)
+            paths = [{decision.path for decision in decisions.values()} for decisions in layer_decisions(config)]
+            lay_out_state(state, block, paths, config.neuron_config.tp_degree, options.tp_scheme, source_of(config))
+        return state
+
+    def compile(self, compiled_model_path: str, *args: Any, **kwargs: Any) -> None:
+        """As the base, with the dispatch record beside the artifact; with `on_cpu` there is nothing to compile."""
+        if not is_low_rank(self.config):
+            super().compile(compiled_model_path, *args, **kwargs)
+        elif self.neuron_config.on_cpu:
+            self.config.save(os.fspath(compiled_model_path))
+        else:
+            super().compile(compiled_model_path, *args, **kwargs)
+            RECORD.save(os.path.join(compiled_model_path, FILE))
+
+    def load(self, compiled_model_path: str, *args: Any, **kwargs: Any) -> None:
+        """As the base, with the dispatch record read and logged; with `on_cpu`, NxDI's own CPU mode."""
+        if not is_low_rank(self.config):
+            super().load(compiled_model_path, *args, **kwargs)
+        elif self.neuron_config.on_cpu:
+            self.to_cpu()
+        else:
+            super().load(compiled_model_path, *args, **kwargs)
+            RECORD.restore(os.path.join(compiled_model_path, FILE))
+            logger.info(RECORD.summary())
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base, counted."""
+        output = super().forward(*args, **kwargs)
+        if is_low_rank(self.config):
+            input_ids = args[0] if args else kwargs["input_ids"]
+            RECORD.ran(PREFILL if input_ids.shape[1] > 1 else DECODE, input_ids.numel())
+            publish(RECORD.totals())
+        return output

@@ -8,9 +8,10 @@ Neither attribute exists for a model without our block: its JSON, and so its key
 from __future__ import annotations
 
 import functools
+import pathlib
 from typing import Any
 
-from neuronmlp_plugin.checkpoint.reader import FactorFile
+from neuronmlp_plugin.checkpoint.reader import FactorFile, read_config
 from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, parse_block
 from neuronmlp_plugin.errors import UsageError
 from neuronmlp_plugin.serving.trainium.options import KEY, Options, parse_options
@@ -51,7 +52,7 @@ def low_rank_config(base: Any) -> Any:
 
         def validate_config(self) -> None:
             super().validate_config()
-            if block_of(self) is not None:
+            if is_low_rank(self):
                 check_supported(self)
 
     return LowRankConfig
@@ -62,10 +63,14 @@ def options_of(config: Any) -> Options:
     return Options(**getattr(config.neuron_config, KEY, {}))
 
 
+def is_low_rank(config: Any) -> bool:
+    """Whether the model has our block; any other is served as its base class serves it."""
+    return hasattr(config, KEY)
+
+
 def block_of(config: Any) -> FormatBlock | None:
-    """The block that was recorded for the model, or None for one that is served as its base class serves it."""
-    record = getattr(config, KEY, None)
-    return None if record is None else parse_block(record["block"], config.__dict__, source_of(config))
+    """The block that was recorded for the model, or None."""
+    return parse_block(getattr(config, KEY)["block"], config.__dict__, source_of(config)) if is_low_rank(config) else None
 
 
 def source_of(config: Any) -> str:
@@ -98,12 +103,18 @@ def _attach_record(config: Any) -> None:
 def _find_block(config: Any) -> FormatBlock | None:
     """From the checkpoint's own config, or from the factor file that the options name. Raises UsageError and CheckpointError."""
     embedded = getattr(config, "quantization_config", None)
-    own = isinstance(embedded, dict) and embedded.get("quant_method") == QUANT_METHOD
+    folder = pathlib.Path(source_of(config))
+    if embedded and (folder / "config.json").is_file():
+        # What the folder says now, which may not be what it said when the artifacts were compiled.
+        embedded = read_config(folder).get("quantization_config")
+    own = embedded if isinstance(embedded, dict) and embedded.get("quant_method") == QUANT_METHOD else None
     factors = options_of(config).factors
     if own and factors:
-        raise UsageError(f"{source_of(config)}: expected a dense model under the factor file {factors}, found a factored one; drop the file.")
+        raise UsageError(
+            f"{source_of(config)}: expected a dense model under the factor file {factors}, found a factored one; drop the file."
+        )
     if own:
-        return parse_block(embedded, config.__dict__, source_of(config))
+        return parse_block(own, config.__dict__, source_of(config))
     if factors:
         return FactorFile(factors, config.__dict__).block
     if hasattr(config.neuron_config, KEY):

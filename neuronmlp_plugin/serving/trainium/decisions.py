@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 from typing import Any
 
 import torch
@@ -13,27 +14,41 @@ from neuronmlp_plugin.serving.trainium.dispatch import Decision, decide
 from neuronmlp_plugin.serving.trainium.kernel_path import SCHEME, declined
 from nki_kernels.backend import HAS_NKI
 
+OLDEST_NKI = (0, 2)
+
 
 def layer_decisions(config: Any) -> list[dict[str, Decision]]:
     """Phase -> decision of every layer of a model with our block. Raises UsageError where kernels are required and cannot run."""
     block, neuron, options = block_of(config), config.neuron_config, options_of(config)
     assert block is not None
-    unavailable = kernels_unavailable(neuron.on_cpu, options.tp_scheme, HAS_NKI)
+    unavailable = kernels_unavailable(neuron.on_cpu, options.tp_scheme, installed_nki())
     decisions = []
     for index, specs in enumerate(block.layers):
-        why = None if unavailable or options.kernels == "off" else _declined(tuple(specs.items()), block.shape, neuron.tp_degree, neuron.torch_dtype)
+        why = (
+            None
+            if unavailable or options.kernels == "off"
+            else _declined(tuple(specs.items()), block.shape, neuron.tp_degree, neuron.torch_dtype)
+        )
         decisions.append(decide(options, unavailable, why, index))
     return decisions
 
 
-def kernels_unavailable(on_cpu: bool, scheme: str, has_nki: bool) -> str | None:
+def installed_nki() -> str | None:
+    """Version of the vendor's `nki`, or None."""
+    try:
+        return importlib.metadata.version("nki") if HAS_NKI else None
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def kernels_unavailable(on_cpu: bool, scheme: str, nki: str | None) -> str | None:
     """Why no kernel can run at all, or None."""
     if on_cpu:
         return "NxDI runs on the CPU (on_cpu)"
     if scheme != SCHEME:
         return f"the kernels implement tp_scheme {SCHEME!r}, not {scheme!r}"
-    if not has_nki:
-        return "there is no `nki` package (it comes with the Neuron SDK from 2.27 on; 2.26 has only its predecessor)"
+    if nki is None or tuple(map(int, nki.split(".")[:2])) < OLDEST_NKI:
+        return f"the kernels need nki 0.2 (Neuron SDK 2.28) or later, found {nki or 'none'}"
     return None
 
 

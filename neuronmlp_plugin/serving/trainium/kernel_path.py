@@ -68,7 +68,7 @@ def declined(specs: Specs, shape: MLPShape, tp: int, dtype: torch.dtype) -> str 
 
 
 def pack_layer(specs: Specs, weights: Mapping[str, Weights], shape: MLPShape, tp: int) -> dict[str, torch.Tensor]:
-    """Launch -> packed weights of all ranks `[tp 128, C]`, from each projection's tensors of FORMAT.md; contiguous slices are the ranks'."""
+    """Launch -> packed weights `[tp 128, C]`, whose contiguous slices are the ranks', from each projection's tensors of FORMAT.md."""
     whole = {name: lay_out(name, specs[name], weights[name], tp, SCHEME) for name in PROJECTIONS}
     dtype = next(iter(weights["down_proj"].values())).dtype
     packed: dict[str, list[torch.Tensor]] = {stage: [] for stage in stage_layouts(specs, shape, tp)}
@@ -130,14 +130,14 @@ class KernelPath(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's summand of y `[..., H]`, from x `[..., H]`."""
         rows = x.reshape(-1, x.shape[-1])
-        y = self._whole(rows) if self.rank is None else self._between_collectives(rows)
+        y = self._whole(rows) if self.rank is None else self._between_collectives(rows, self.rank.get_rank())
         return y.reshape(x.shape)
 
     def _whole(self, rows: torch.Tensor) -> torch.Tensor:
         return self.launch(svd_mlp, rows, *self._weights_and_plan("whole", rows.shape[0]))
 
-    def _between_collectives(self, rows: torch.Tensor) -> torch.Tensor:
-        tp, rank, tokens = self.parallel.size, self.rank.get_rank(), rows.shape[0]
+    def _between_collectives(self, rows: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+        tp, tokens = self.parallel.size, rows.shape[0]
         z = None
         if "first" in self.layouts:
             z = self.launch(first_factors, rows, *self._weights_and_plan("first", tokens))

@@ -6,9 +6,11 @@ folder that both know by an environment variable, set when the plugin is first r
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +23,8 @@ FOLDER_VARIABLE = "NEURONMLP_METRICS_DIR"
 def prepare() -> None:
     """Name the folder, and have a collector registered as soon as someone imports prometheus_client. Idempotent."""
     if FOLDER_VARIABLE not in os.environ:
-        os.environ[FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="neuronmlp-metrics-")
+        folder = os.environ[FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="neuronmlp-metrics-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     run_after_import("prometheus_client", _register_collector)
 
 
@@ -33,6 +36,12 @@ def publish(record: dict[str, Any]) -> None:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(record), encoding="utf-8")
         temporary.replace(path)
+
+
+def records() -> list[dict[str, Any]]:
+    """What every model process of this server last published."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    return [] if folder is None else [json.loads(path.read_text(encoding="utf-8")) for path in sorted(pathlib.Path(folder).glob("*.json"))]
 
 
 class DispatchCollector:
@@ -47,8 +56,7 @@ class DispatchCollector:
         labels = ["phase", "path", "reason"]
         layers = GaugeMetricFamily("neuronmlp_mlp_layers", "MLP layers compiled for each path", labels=labels)
         runs = CounterMetricFamily("neuronmlp_mlp_runs", "MLP layer executions by each path", labels=labels)
-        for path in sorted(pathlib.Path(os.environ.get(FOLDER_VARIABLE, "/nonexistent")).glob("*.json")):
-            record = json.loads(path.read_text(encoding="utf-8"))
+        for record in records():
             for phase, by, why, count in record["layers"]:
                 layers.add_metric([phase, by, why], count)
             for phase, by, why, count in record["runs"]:

@@ -18,7 +18,7 @@ from neuronmlp_plugin.serving.trainium.parallel import Parallel, RankModule
 
 
 class NxdParallel(Parallel):
-    """Layers and collectives of one NxDI model's tensor-parallel group; sums are made in `rpl_reduce_dtype`, as NxDI's own MLP makes them."""
+    """Layers and collectives of one NxDI model's tensor-parallel group; sums in `rpl_reduce_dtype`, as in NxDI's own MLP."""
 
     def __init__(self, config: Any) -> None:
         self.group = get_tp_group(config)
@@ -27,9 +27,7 @@ class NxdParallel(Parallel):
         self.reduce_dtype = config.neuron_config.rpl_reduce_dtype or self.dtype
 
     def column(self, n_in: int, n_out: int) -> nn.Module:
-        return ColumnParallelLinear(
-            n_in, n_out, bias=False, gather_output=False, dtype=self.dtype, tensor_model_parallel_group=self.group
-        )
+        return ColumnParallelLinear(n_in, n_out, bias=False, gather_output=False, dtype=self.dtype, tensor_model_parallel_group=self.group)
 
     def row(self, n_in: int, n_out: int) -> nn.Module:
         return RowParallelLinear(

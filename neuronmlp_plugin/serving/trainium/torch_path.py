@@ -8,6 +8,7 @@ Nothing here depends on the rank, because NxDI traces one graph for all of them 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,8 @@ from neuronmlp_plugin.serving.trainium.parallel import Parallel
 class Projection(nn.Module):
     """One projection's slice: `first` meets the input, `second` makes the output (layout.py); one is None where the matrix is dense."""
 
-    first: nn.Module | None
-    second: nn.Module | None
+    first: Any
+    second: Any
 
     def __init__(self, name: str, spec: ProjectionSpec, shape: MLPShape, parallel: Parallel, scheme: str) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
@@ -47,15 +48,33 @@ def test_block_and_options_survive_the_round_trip(folders):
     assert again.neuronmlp["tp_scheme"] == "reduce" and again.neuronmlp["kernels"] == "off"
 
 
-def test_rank_form_scheme_kernels_and_kernel_sources_change_the_key(folders, monkeypatch):
-    keys = {make(folders["mixed"]).to_json_string(), make(folders["mixed"], neuronmlp={"tp_scheme": "reduce"}).to_json_string()}
-    keys.add(make(folders["mixed"], neuronmlp={"kernels": "off"}).to_json_string())
+def other_rank(folders, tmp_path):
+    """A folder whose config says another rank of one matrix."""
     gate = dataclasses.replace(MIXED_LAYERS[0]["gate_proj"], rank=38)
-    other = dataclasses.replace(Checkpoint(folders["mixed"]).block, layers=({**MIXED_LAYERS[0], "gate_proj": gate}, *MIXED_LAYERS[1:]))
-    keys.add(make(folders["mixed"], hf={"quantization_config": other.to_json()}).to_json_string())
+    block = dataclasses.replace(Checkpoint(folders["mixed"]).block, layers=({**MIXED_LAYERS[0], "gate_proj": gate}, *MIXED_LAYERS[1:]))
+    (tmp_path / "config.json").write_text(json.dumps({**read_config(folders["mixed"]), "quantization_config": block.to_json()}))
+    return tmp_path
+
+
+def test_rank_scheme_kernels_and_kernel_sources_change_the_key(folders, tmp_path, monkeypatch):
+    def key(*args, **kwargs):
+        return json.dumps(make(*args, **kwargs).neuronmlp)
+
+    keys = {key(folders["mixed"]), key(folders["mixed"], neuronmlp={"tp_scheme": "reduce"})}
+    keys |= {key(folders["mixed"], neuronmlp={"kernels": "off"}), key(other_rank(folders, tmp_path))}
     monkeypatch.setattr(config_module, "source_digest", lambda: "another kernel")
-    keys.add(make(folders["mixed"]).to_json_string())
+    keys.add(key(folders["mixed"]))
     assert len(keys) == 5
+    assert json.loads(make(folders["mixed"]).to_json_string())["neuronmlp"] == make(folders["mixed"]).neuronmlp
+
+
+def test_artifacts_of_another_state_of_the_folder_are_not_loaded(folders, tmp_path):
+    folder = other_rank(folders, tmp_path)
+    saved = make(folder).to_json_string()
+    LowRank.from_json_string(saved)
+    (folder / "config.json").write_text((folders["mixed"] / "config.json").read_text())
+    with pytest.raises(StaleArtifactError, match="another block; compile again"):
+        LowRank.from_json_string(saved)
 
 
 def test_artifacts_of_other_kernels_are_not_loaded(folders, monkeypatch):

@@ -25,7 +25,7 @@ def test_a_fallback_carries_its_reason(unavailable, why):
 
 
 def test_a_required_kernel_is_not_replaced():
-    with pytest.raises(UsageError, match="layer 7: expected a kernel .* found none: too large"):
+    with pytest.raises(UsageError, match=r"layer 7: expected a kernel .* found none: too large"):
         decide(Options(kernels="require"), None, "too large", 7)
 
 
@@ -36,10 +36,20 @@ def test_off_and_one_phase_alone():
 
 
 @pytest.mark.parametrize(
-    ("on_cpu", "scheme", "has_nki", "word"), [(True, "gather", True, "CPU"), (False, "reduce", True, "reduce"), (False, "gather", False, "nki")]
+    ("on_cpu", "scheme", "nki", "words"),
+    [
+        (True, "gather", "0.2.0", "on_cpu"),
+        (False, "reduce", "0.2.0", "not 'reduce'"),
+        (False, "gather", None, "found none"),
+        (False, "gather", "0.1.0", "found 0.1.0"),
+    ],
 )
-def test_why_no_kernel_can_run(on_cpu, scheme, has_nki, word):
-    assert word in kernels_unavailable(on_cpu, scheme, has_nki)
+def test_why_no_kernel_can_run(on_cpu, scheme, nki, words):
+    assert words in kernels_unavailable(on_cpu, scheme, nki)
+
+
+def test_nothing_stands_against_a_kernel_on_the_reference_stack():
+    assert kernels_unavailable(False, "gather", "0.2.0") is None
 
 
 def test_the_planner_declines_in_words():
@@ -72,8 +82,7 @@ def test_runs_are_counted_by_the_bucket_that_holds_them():
 def test_the_log_line_names_every_path():
     line = traced_record().summary()
     assert line == (
-        "neuronmlp: decode: 3 layers by kernel (planned); "
-        "prefill: 2 layers by kernel (planned); prefill: 1 layers by torch (too large)"
+        "neuronmlp: decode: 3 layers by kernel (planned); prefill: 2 layers by kernel (planned); prefill: 1 layers by torch (too large)"
     )
 
 

@@ -7,12 +7,12 @@ import threading
 import numpy as np
 import pytest
 import torch
-from nki_kernels.backend import simulate
-from nki_kernels.kernels.sharded import last_factor
 
 from neuronmlp_plugin.models.collectives import Collectives
 from neuronmlp_plugin.models.projection import MLPShape
 from neuronmlp_plugin.serving.trainium.kernel_path import own_first, rank_major
+from nki_kernels.backend import simulate
+from nki_kernels.kernels.sharded import last_factor
 from tests.models.layers import MIXES, mix_specs, plain_mlp, random_modules
 from tests.serving.trainium.sharded import KERNEL, TORCH, rank_mlp
 from tests.thread_group import ThreadGroup

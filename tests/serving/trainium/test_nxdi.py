@@ -14,7 +14,6 @@ import time
 
 import pytest
 import torch
-
 from safetensors.torch import load_file
 
 from neuronmlp_plugin.checkpoint.loader import load_model

@@ -162,12 +162,19 @@ COMPARE = {ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.Gt: ast.Gt
 def by_rule(module: str) -> Iterator[Mutant]:
     """Every arithmetic and comparison operator exchanged and every integer raised by one, one at a time."""
     tree = ast.parse(source_of(module))
+    statements = {
+        id(inner): ast.unparse(outer).splitlines()[0]
+        for outer in ast.walk(tree)
+        if isinstance(outer, ast.stmt)
+        for inner in ast.walk(outer)
+    }
     places = [node for node in ast.walk(tree) if _mutations(node)]
     for number, place in enumerate(places):
         for told, change in _mutations(place):
             copied = copy.deepcopy(tree)
             change([node for node in ast.walk(copied) if _mutations(node)][number])
-            yield Mutant(module, f"line {place.lineno}: {told} in `{ast.unparse(place)}`", ast.unparse(copied))
+            where = f"`{ast.unparse(place)}` of `{statements[id(place)]}`"
+            yield Mutant(module, f"{told} in {where}", ast.unparse(copied))
 
 
 def _mutations(node: ast.AST) -> list:

@@ -103,6 +103,11 @@ PAIRS = {
         lambda: mm(n=512, dst=lambda: psum(128, 1024, written=False)[:, 256:768]),
         "must fit one PSUM bank of 2048 bytes per partition",
     ),
+    "one bank for a transpose": (
+        lambda: nisa.nc_transpose(psum(128, 600, written=False)[:, 384:512], sbuf(128, 128)),
+        lambda: nisa.nc_transpose(psum(128, 600, written=False)[:, 385:513], sbuf(128, 128)),
+        "nc_transpose dst must fit one PSUM bank of 2048 bytes per partition, got banks 0 to 1",
+    ),
     "start partition of 33 to 64": (
         lambda: act(sbuf(128, 4)[64:128], sbuf(128, 4)[0:64]),
         lambda: act(sbuf(128, 4)[32:96], sbuf(128, 4)[0:64]),

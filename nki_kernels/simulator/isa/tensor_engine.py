@@ -65,9 +65,14 @@ def _check_matmul(machine: Machine, dst: Tensor, stationary: Tensor, moving: Ten
     require(n <= limit, f"Matmul moving free dimension {n} exceeds max {limit}")
     require(dst.shape[0] == m and dst.size == m * n, f"nc_matmul dst must be [{m}, {n}], got {list(dst.shape)}")
     _check_matmul_dtypes(machine, dst, stationary, moving)
+    _check_one_bank("nc_matmul", machine, dst)
+
+
+def _check_one_bank(op: str, machine: Machine, dst: Tensor) -> None:
     first, end = dst.access.banks
-    fits = end - first == 1 or target.generation >= 4
-    require(fits, f"nc_matmul dst must fit one PSUM bank of {target.psum_bank_bytes} bytes per partition, got banks {first} to {end - 1}")
+    fits = end - first <= 1 or machine.target.generation >= 4
+    size = machine.target.psum_bank_bytes
+    require(fits, f"{op} dst must fit one PSUM bank of {size} bytes per partition, got banks {first} to {end - 1}")
 
 
 def _check_matmul_dtypes(machine: Machine, dst: Tensor, stationary: Tensor, moving: Tensor) -> None:
@@ -115,6 +120,7 @@ def nc_transpose(dst: Tensor, data: Tensor, engine: engines = engines.unknown, n
         dst.dtype == expected,
         f"nc_transpose dst dtype must be {expected.name} on gen{machine.target.generation}, got {dst.dtype.name}",
     )
+    _check_one_bank("nc_transpose", machine, dst)
     if not machine.dry:
         dst.write(as_float(data).T.astype(dst.dtype), WRITTEN)
     record(VECTOR if on_vector else TENSOR, "nc_transpose", dst, data)

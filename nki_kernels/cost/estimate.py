@@ -50,6 +50,11 @@ class Estimate(Additive):
         return float(getattr(self.busy, resource)) / self.simulated_us if self.simulated_us else 0.0
 
     @property
+    def busiest_us(self) -> float:
+        """What the busiest resource works: no schedule can be shorter."""
+        return max(getattr(self.busy, resource) for resource in RESOURCES)
+
+    @property
     def bound(self) -> str:
         """The busiest resource, or "dependencies" if none works three quarters of the time."""
         busiest = max(RESOURCES, key=self.utilisation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,12 +36,32 @@ def launch_of(plan: Plan, dtype: np.dtype) -> Launch:
     return (gated_up, (x, weights, plan, norm)) if last is None else (svd_mlp, (x, weights, plan, norm, residual))
 
 
-def price_plan(plan: Plan, dtype: np.dtype, target: Target = TRN1, constants: Constants = CALIBRATED, sample: int = 3) -> Estimate:
-    """A whole launch: `sample` token blocks are scheduled, the others are like the last of them; a ragged rest is scheduled too."""
-    blocks, rest = divmod(plan.tokens, plan.block_tokens)
+class PlanRuns:
+    """A launch by its token blocks: a few are scheduled, the others are like the last of them; a ragged rest is scheduled with them."""
 
-    def run(count: int) -> Estimate:
-        part = dataclasses.replace(plan, tokens=count * plan.block_tokens + rest)
-        return price(*launch_of(part, dtype), target, constants)
+    def __init__(self, plan: Plan, dtype: np.dtype, target: Target = TRN1, constants: Constants = CALIBRATED) -> None:
+        self.plan, self.dtype, self.target, self.constants = plan, dtype, target, constants
+        self.blocks, self.rest = divmod(plan.tokens, plan.block_tokens)
+        self._run = functools.cache(self._schedule)
 
-    return extrapolate(run, blocks, sample)
+    def _schedule(self, count: int) -> Estimate:
+        part = dataclasses.replace(self.plan, tokens=count * self.plan.block_tokens + self.rest)
+        return price(*launch_of(part, self.dtype), self.target, self.constants)
+
+    def rough_us(self) -> float:
+        """From two blocks, and no less than what the busiest resource works: good enough to rank plans."""
+        guess = extrapolate(self._run, self.blocks, 2)
+        return max(guess.simulated_us, guess.busiest_us)
+
+    def estimate(self) -> Estimate:
+        """From three blocks or, where three have not settled (less time than the busiest resource works), from as many as it takes."""
+        for sample in range(3, max(3, self.blocks) + 1):
+            found = extrapolate(self._run, self.blocks, sample)
+            if found.simulated_us >= found.busiest_us:
+                break
+        return found
+
+
+def price_plan(plan: Plan, dtype: np.dtype, target: Target = TRN1, constants: Constants = CALIBRATED) -> Estimate:
+    """The estimate of a whole launch."""
+    return PlanRuns(plan, dtype, target, constants).estimate()

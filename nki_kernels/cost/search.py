@@ -1,7 +1,7 @@
 """The autotuner: the tile plan that the cost model likes best, without scheduling everything.
 
-Plans that do not fit SBUF or PSUM are never built (`planner.build_plan`). The rest are ranked by arithmetic on their traffic and useful FLOPs,
-and the first few are scheduled; one whose lower bound is not below the best latency found is left out.
+Plans that do not fit SBUF or PSUM are never built (`planner.build_plan`). The rest are ranked by arithmetic on their traffic and useful
+FLOPs, and the first few are scheduled; one whose lower bound is not below the best latency found is left out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from nki_kernels.cost.constants import CALIBRATED, Constants
 from nki_kernels.cost.estimate import Estimate
-from nki_kernels.cost.launches import price_plan
+from nki_kernels.cost.launches import PlanRuns
 from nki_kernels.layout import MATRICES, Layout
 from nki_kernels.plan import Plan
 from nki_kernels.planner import MAX_SLOTS, Choice, Declined, Request, build_plan, choices
@@ -100,17 +100,14 @@ def search(
         ranked.append((_guess_us(plan, useful_us, traffic_us), number, max(useful_us, traffic_us), choice, plan))
     if not ranked:
         return _why_not(request, target)
-    best: Found | None = None
-    tried = 0
+    tried: list[tuple[float, Choice, PlanRuns]] = []
     for _, _, bound_us, choice, plan in sorted(ranked, key=lambda item: item[:2])[:max_tried]:
-        if best is not None and bound_us >= best.estimate.simulated_us:
+        if tried and bound_us >= min(item[0] for item in tried):
             continue
-        estimate = Estimate(measure(plan)) if measure else price_plan(plan, request.dtype, target, constants, sample=2)
-        tried += 1
-        if best is None or estimate.simulated_us < best.estimate.simulated_us:
-            best = Found(choice, plan, estimate, tried, len(ranked))
-    assert best is not None
-    return dataclasses.replace(best, tried=tried)
+        runs = PlanRuns(plan, request.dtype, target, constants)
+        tried.append((measure(plan) if measure else runs.rough_us(), choice, runs))
+    best_us, choice, runs = min(tried, key=lambda item: item[0])
+    return Found(choice, runs.plan, Estimate(best_us) if measure else runs.estimate(), len(tried), len(ranked))
 
 
 def _guess_us(plan: Plan, useful_us: float, traffic_us: float) -> float:

@@ -88,7 +88,7 @@ class Hazards:
         for access in writes:
             cells = self._live.get(access.buffer) or self._new_hbm(access)
             where = cells.slice(access)
-            cells.written[where] = [visible] * (where.stop - where.start)
+            cells.written[where] = [stamp if stamp > visible else visible for stamp in cells.written[where]]
 
     def _new_hbm(self, access: Access) -> _Cells:
         size = self._hbm_bytes[access.buffer]

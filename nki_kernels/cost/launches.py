@@ -12,8 +12,10 @@ import numpy as np
 from nki_kernels.cost.constants import CALIBRATED, Constants
 from nki_kernels.cost.estimate import Estimate, extrapolate, price
 from nki_kernels.kernels.gated_up import gated_up
+from nki_kernels.kernels.sharded import first_factors, second_factors
 from nki_kernels.kernels.svd_mlp import svd_mlp
 from nki_kernels.kernels.xuv import xuv
+from nki_kernels.layout import Layout
 from nki_kernels.plan import Plan
 from nki_kernels.simulator import Placeholder
 from nki_kernels.targets import PMAX, TRN1, Target
@@ -22,31 +24,41 @@ from nki_kernels.tiling import tile_count
 Launch = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-def launch_of(plan: Plan, dtype: np.dtype) -> Launch:
-    """The kernel that runs `plan`, and its arguments as placeholders."""
+def launch_of(plan: Plan, dtype: np.dtype, tp: int = 1) -> Launch:
+    """The kernel that runs `plan` on one of `tp` cores, and its arguments as placeholders."""
     layout = plan.layout
     features = layout.hidden or layout.intermediate
     shape = (features, plan.tokens) if plan.transposed_input else (plan.tokens, features)
     x, weights = Placeholder(shape, dtype), Placeholder((PMAX, layout.packed_cols), dtype)
+    norm = Placeholder((PMAX, tile_count(layout.hidden)), np.dtype(np.float32)) if plan.with_norm else None
     last = layout.down_second
     residual = Placeholder((plan.tokens, last.cols), dtype) if plan.with_residual and last is not None else None
-    if layout.gate_second is None:
-        return xuv, (x, weights, plan, residual)
-    norm = Placeholder((PMAX, tile_count(layout.hidden)), np.dtype(np.float32)) if plan.with_norm else None
-    return (gated_up, (x, weights, plan, norm)) if last is None else (svd_mlp, (x, weights, plan, norm, residual))
+    if layout.external_z:
+        slots = tuple(z_rows(layout, name) // tp for name in ("gate", "up"))
+        z = Placeholder((tp * sum(slots), plan.tokens), dtype)
+        return second_factors, (x if plan.x_tiles else None, z, slots, weights, plan, norm)
+    if layout.gate_second is not None:
+        return (gated_up, (x, weights, plan, norm)) if last is None else (svd_mlp, (x, weights, plan, norm, residual))
+    return (first_factors, (x, weights, plan, norm)) if last is None else (xuv, (x, weights, plan, residual))
+
+
+def z_rows(layout: Layout, projection: str) -> int:
+    """Length of the z of "gate" or "up" that the launch is given, 0 where it is given none."""
+    matrix = layout.matrix(f"{projection}_second")
+    return matrix.rows if matrix is not None and projection in layout.external_z else 0
 
 
 class PlanRuns:
     """A launch by its token blocks: a few are scheduled, the others are like the last of them; a ragged rest is scheduled with them."""
 
-    def __init__(self, plan: Plan, dtype: np.dtype, target: Target = TRN1, constants: Constants = CALIBRATED) -> None:
-        self.plan, self.dtype, self.target, self.constants = plan, dtype, target, constants
+    def __init__(self, plan: Plan, dtype: np.dtype, target: Target = TRN1, constants: Constants = CALIBRATED, tp: int = 1) -> None:
+        self.plan, self.dtype, self.target, self.constants, self.tp = plan, dtype, target, constants, tp
         self.blocks, self.rest = divmod(plan.tokens, plan.block_tokens)
         self._run = functools.cache(self._schedule)
 
     def _schedule(self, count: int) -> Estimate:
         part = dataclasses.replace(self.plan, tokens=count * self.plan.block_tokens + self.rest)
-        return price(*launch_of(part, self.dtype), self.target, self.constants)
+        return price(*launch_of(part, self.dtype, self.tp), self.target, self.constants)
 
     def rough_us(self) -> float:
         """From two blocks, and no less than what the busiest resource works: good enough to rank plans."""
@@ -62,6 +74,6 @@ class PlanRuns:
         return found
 
 
-def price_plan(plan: Plan, dtype: np.dtype, target: Target = TRN1, constants: Constants = CALIBRATED) -> Estimate:
-    """The estimate of a whole launch."""
-    return PlanRuns(plan, dtype, target, constants).estimate()
+def price_plan(plan: Plan, dtype: np.dtype, target: Target = TRN1, constants: Constants = CALIBRATED, tp: int = 1) -> Estimate:
+    """The estimate of a whole launch on one of `tp` cores."""
+    return PlanRuns(plan, dtype, target, constants, tp).estimate()

@@ -14,7 +14,7 @@ from nki_kernels.cost.constants import DMA_START_NS, RESULT_LATENCY_CYCLES, Cons
 from nki_kernels.cost.costs import dma_engine_ns, dma_engines_used, engine_cycles, touches_psum
 from nki_kernels.cost.hazards import START, Hazards, Stamp
 from nki_kernels.cost.pipe import Pipe
-from nki_kernels.simulator.trace import DMA, GPSIMD, SCALAR, TENSOR, VECTOR, Allocation, Event, Instruction
+from nki_kernels.simulator.trace import DMA, GPSIMD, SCALAR, TENSOR, VECTOR, Access, Allocation, Event, Instruction
 from nki_kernels.targets import Target
 
 PSUM_PORT, SBUF_PORT = "psum port", "sbuf port"
@@ -29,6 +29,7 @@ class Slot(NamedTuple):
     start_ns: float
     end_ns: float
     cause: int
+    partitions: tuple[int, int]  # that it writes
 
 
 class Scheduler:
@@ -61,10 +62,17 @@ class Scheduler:
             return ready
         for access in event.writes:
             written, read = self._hazards.before_write(access)
-            if written[1] >= 0 and self.slots[written[1]].engine == event.engine != DMA:
-                written = START  # an engine's own writes stay in order without waiting
+            if written[1] >= 0 and self._needs_no_wait(event, access, self.slots[written[1]]):
+                written = START
             ready = max(ready, written, read)
         return ready
+
+    @staticmethod
+    def _needs_no_wait(event: Instruction, access: Access, writer: Slot) -> bool:
+        """An engine's own writes stay in order; writes to other partitions do not conflict."""
+        own = writer.engine == event.engine != DMA
+        first, end = writer.partitions
+        return own or access.partitions[1] <= first or end <= access.partitions[0]
 
     def _ports(self, event: Instruction) -> tuple[str, ...]:
         """What a v2 engine shares while it works."""
@@ -99,5 +107,5 @@ class Scheduler:
 
     def _place(self, event: Instruction, ready: Stamp, start: float, end: float, visible: float) -> None:
         number = len(self.slots)
-        self.slots.append(Slot(event.engine, event.op, ready[0], start, end, ready[1]))
+        self.slots.append(Slot(event.engine, event.op, ready[0], start, end, ready[1], event.writes[0].partitions))
         self._hazards.after(event.reads, event.writes, (end, number), (visible, number))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from nki_kernels.cost.constants import CALIBRATED, Constants
 from nki_kernels.cost.estimate import Estimate
-from nki_kernels.cost.launches import PlanRuns
+from nki_kernels.cost.launches import PlanRuns, z_rows
 from nki_kernels.layout import MATRICES, Layout
 from nki_kernels.plan import Plan
 from nki_kernels.planner import MAX_SLOTS, Choice, Declined, Request, build_plan, choices
@@ -59,7 +59,8 @@ def dma_bound_us(plan: Plan, target: Target = TRN1, constants: Constants = CALIB
     """The plan's weight traffic, in rows as long as its ring's slots, and each activation once, at the set's rates."""
     size = plan.itemsize
     weights = _dma_us(plan.weight_cols_read() * PMAX * size, plan.ring_cols * size, target, constants)
-    features = plan.hidden or plan.intermediate
+    given = sum(z_rows(plan.layout, name) for name in ("gate", "up"))
+    features = given + (plan.hidden or (0 if given else plan.intermediate))
     input_row = (plan.block_tokens if plan.transposed_input else features) * size
     inputs = _dma_us(plan.tokens * features * size, input_row, target, constants)
     last = plan.layout.down_second
@@ -90,9 +91,9 @@ def fitting_plans(request: Request, target: Target = TRN1) -> Iterator[tuple[Cho
 
 
 def search(
-    request: Request, target: Target = TRN1, constants: Constants = CALIBRATED, measure: Measure | None = None, max_tried: int = MAX_TRIED
+    request: Request, target: Target = TRN1, constants: Constants = CALIBRATED, tp: int = 1, measure: Measure | None = None
 ) -> Found | Declined:
-    """The best plan of those tried. `measure`, where a device is at hand, gives us for a plan and takes the place of the schedule."""
+    """The best plan of those tried, for one of `tp` cores. `measure`, where a device is at hand, gives us instead of the schedule."""
     useful_us = tensor_bound_us(request.layout, request.tokens, target, request.dtype.itemsize)
     ranked = []
     for number, (choice, plan) in enumerate(fitting_plans(request, target)):
@@ -101,10 +102,10 @@ def search(
     if not ranked:
         return _why_not(request, target)
     tried: list[tuple[float, Choice, PlanRuns]] = []
-    for _, _, bound_us, choice, plan in sorted(ranked, key=lambda item: item[:2])[:max_tried]:
+    for _, _, bound_us, choice, plan in sorted(ranked, key=lambda item: item[:2])[:MAX_TRIED]:
         if tried and bound_us >= min(item[0] for item in tried):
             continue
-        runs = PlanRuns(plan, request.dtype, target, constants)
+        runs = PlanRuns(plan, request.dtype, target, constants, tp)
         tried.append((measure(plan) if measure else runs.rough_us(), choice, runs))
     best_us, choice, runs = min(tried, key=lambda item: item[0])
     return Found(choice, runs.plan, Estimate(best_us) if measure else runs.estimate(), len(tried), len(ranked))

@@ -1,4 +1,8 @@
-"""One rank of the real NxD Inference in its CPU mode: `python -m tests.serving.trainium.nxdi_worker CASES.json RESULTS.pt [stock]`.
+"""One rank of the real NxD Inference in its CPU mode.
+
+    python -m tests.serving.trainium.nxdi_worker CASES.json RESULTS.pt [ours | stock | simulated]
+
+`ours`: with our classes in NxDI's table. `stock`: without. `simulated`: with ours, and the kernels run by the simulator.
 
 The public sources of NxDI and NxD, and the stand-ins for the closed Neuron wheels, are on PYTHONPATH. Under more than one rank the
 environment is torchrun's (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
@@ -85,14 +89,28 @@ def run(case: Case) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return results
 
 
+def run_kernels_in_the_simulator() -> None:
+    """As if a device were there: layers decide for kernels, and a launch goes to the simulator."""
+    from neuronmlp_plugin.serving.trainium import decisions
+    from neuronmlp_plugin.serving.trainium.kernel_path import KernelPath
+    from tests.serving.trainium.sharded import simulated
+
+    decisions.kernels_unavailable = lambda *_: None
+    KernelPath.launch = staticmethod(simulated)
+
+
 def main(cases_path: str, results_path: str, classes: str = "ours") -> None:
     import neuron_stubs
 
     import neuronmlp_plugin
 
+    if classes == "simulated":
+        import nki_kernels.backend  # noqa: F401  (before the stand-ins make it believe in a vendor's `nki`)
     neuron_stubs.install()
-    if classes == "ours":
+    if classes != "stock":
         neuronmlp_plugin.register()
+    if classes == "simulated":
+        run_kernels_in_the_simulator()
     with open(cases_path, encoding="utf-8") as handle:
         results = {values["name"]: run(Case(**values)) for values in json.load(handle)}
     if int(os.environ.get("RANK", "0")) == 0:

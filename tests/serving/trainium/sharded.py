@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,6 +17,7 @@ from neuronmlp_plugin.serving.trainium.layout import partition_dim
 from neuronmlp_plugin.serving.trainium.mlp import LowRankMLP
 from neuronmlp_plugin.serving.trainium.parallel import Parallel
 from neuronmlp_plugin.serving.trainium.state_dict import lay_out_state
+from nki_kernels.backend import simulate
 
 
 class LocalParallel(Parallel):
@@ -61,6 +66,12 @@ class RankAsData(nn.Module):
 
 TORCH = dict.fromkeys(("prefill", "decode"), Decision("torch", "test"))
 KERNEL = dict.fromkeys(("prefill", "decode"), Decision("kernel", "test"))
+
+
+def simulated(kernel: Callable[..., Any], *arguments: Any) -> torch.Tensor:
+    """A launch of `KernelPath` through the simulator, on the very tensors that it was given."""
+    arrays = [argument.detach().numpy() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+    return torch.from_numpy(np.array(simulate(kernel)(*arrays)))
 
 
 def rank_state(

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import threading
 
-import numpy as np
 import pytest
 import torch
 
 from neuronmlp_plugin.models.collectives import Collectives
 from neuronmlp_plugin.models.projection import MLPShape
 from neuronmlp_plugin.serving.trainium.kernel_path import own_first, rank_major
-from nki_kernels.backend import simulate
 from nki_kernels.kernels.sharded import last_factor
 from tests.models.layers import MIXES, mix_specs, plain_mlp, random_modules
-from tests.serving.trainium.sharded import KERNEL, TORCH, rank_mlp
+from tests.serving.trainium.sharded import KERNEL, TORCH, rank_mlp, simulated
 from tests.thread_group import ThreadGroup
 
 SHAPE = MLPShape(hidden_size=20, intermediate_size=48, num_layers=1)
@@ -32,11 +30,7 @@ class Simulated:
     def __call__(self, kernel, *arguments):
         self.names.append(kernel.__name__)
         with ONE_AT_A_TIME:
-            return self.launch(kernel, arguments)
-
-    def launch(self, kernel, arguments):
-        arrays = [a.detach().numpy() if isinstance(a, torch.Tensor) else a for a in arguments]
-        return torch.from_numpy(np.array(simulate(kernel)(*arrays)))
+            return simulated(kernel, *arguments)
 
 
 @torch.no_grad()

@@ -33,12 +33,11 @@ pytestmark = [
 ROOT = pathlib.Path(__file__).parents[3]
 
 
-def run_cases(cases: list[Case], tp: int, work: pathlib.Path, register: bool = True) -> dict:
-    """Run all cases in one process per rank and return rank 0's results by case name; `register`: with our classes in NxDI's table."""
+def run_cases(cases: list[Case], tp: int, work: pathlib.Path, classes: str = "ours") -> dict:
+    """Run all cases in one process per rank and return rank 0's results by case name; `classes`: see nxdi_worker."""
     cases_path, results_path = work / "cases.json", work / "results.pt"
     cases_path.write_text(json.dumps([dataclasses.asdict(case) for case in cases]))
-    command = [sys.executable, "-W", "ignore", "-m", "tests.serving.trainium.nxdi_worker", str(cases_path), str(results_path)]
-    command += [] if register else ["stock"]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.serving.trainium.nxdi_worker", str(cases_path), str(results_path), classes]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -95,7 +94,7 @@ def test_a_dense_model_is_served_bit_for_bit_as_by_the_stock_class(tmp_path):
     folder = str(write_dense(tmp_path / "dense", "qwen3"))
     case = Case("dense", "qwen3", folder, 1, 3, None)
     (ours,) = run_cases([case], 1, tmp_path).values()
-    (stock,) = run_cases([case], 1, tmp_path, register=False).values()
+    (stock,) = run_cases([case], 1, tmp_path, classes="stock").values()
     for (tokens, logits), (stock_tokens, stock_logits) in zip(ours, stock, strict=True):
         assert torch.equal(tokens, stock_tokens)
         assert torch.equal(logits, stock_logits)
@@ -113,11 +112,20 @@ def test_nxdi_itself_may_pass_the_norm_to_the_mlp(folders, tmp_path):
         assert_like_torch(results, model)
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_kernels_run_inside_nxdi_in_the_simulator(tp, folders, tmp_path):
+    """NxDI's own sharding, rank and collectives around the kernels, every launch of every layer simulated."""
+    sequence_parallel = {"sequence_parallel_enabled": tp > 1}
+    cases = [Case(f, f, folders[f], tp, 2, {"kernels": "require"}, sequence_parallel) for f in ("llama", "qwen2")]
+    for name, results in run_cases(cases, tp, tmp_path, classes="simulated").items():
+        assert_like_torch(results, load_model(folders[name]))
+
+
 def test_the_stock_class_cannot_serve_a_factored_folder(folders, tmp_path):
     """The negative control: without our classes NxDI fails on the same folder, rather than fill in random weights."""
     case = Case("stock", "llama", folders["llama"], 1, 1, None)
     with pytest.raises(AssertionError, match=r"Can not find model\.safetensors"):
-        run_cases([case], 1, tmp_path, register=False)
+        run_cases([case], 1, tmp_path, classes="stock")
 
 
 def test_the_wrong_factors_would_be_noticed(folders, tmp_path):

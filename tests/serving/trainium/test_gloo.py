@@ -1,0 +1,41 @@
+"""The module over torch.distributed: two processes, gloo, against the plain MLP."""
+
+from __future__ import annotations
+
+import pathlib
+
+import torch
+import torch.multiprocessing
+
+from neuronmlp_plugin.models.collectives import ProcessGroup
+from tests.models.layers import SHAPE, mix_specs, plain_mlp, random_modules
+from tests.serving.trainium.sharded import rank_mlp
+
+MIXES = (("compact", "uv", "dense"), ("dense", "compact", "compact"), ("uv", "dense", "uv"), ("compact", "compact", "compact"))
+TP, B, S = 2, 3, 4
+
+
+def run_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=TP)
+    torch.manual_seed(1)
+    x = torch.randn(B, S, SHAPE.hidden_size)
+    worst = 0.0
+    with torch.no_grad():
+        for mix in MIXES:
+            specs = mix_specs(mix)
+            modules = random_modules(specs)
+            expected = plain_mlp(modules, x)
+            for scheme in ("gather", "reduce"):
+                whole, _ = rank_mlp(specs, modules, SHAPE, ProcessGroup(), scheme)(x)
+                sequence = rank_mlp(specs, modules, SHAPE, ProcessGroup(), scheme, sequence_parallel=True)
+                part, _ = sequence(x.chunk(TP, dim=1)[rank])
+                worst = max(worst, float((whole - expected).abs().max()), float((part - expected.chunk(TP, dim=1)[rank]).abs().max()))
+    pathlib.Path(folder, f"rank{rank}").write_text(str(worst))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_plain_answer(tmp_path):
+    torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=TP)
+    errors = [float((tmp_path / f"rank{rank}").read_text()) for rank in range(TP)]
+    assert max(errors) < 1e-5, errors

@@ -151,7 +151,7 @@ class KernelPath(nn.Module):
 
     def _weights_and_plan(self, stage: str, tokens: int) -> tuple[torch.Tensor, Plan]:
         """The packed weights of a launch and the plan for as many tokens. Raises UsageError."""
-        weights = getattr(self, stage).weight
+        weights = getattr(self, stage).weight.data
         if (stage, tokens) not in self.plans:
             plan = plan_launch(_request(stage, self.layouts[stage], tokens, weights.dtype))
             if isinstance(plan, Declined):

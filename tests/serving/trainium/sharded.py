@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 from torch import nn
@@ -70,8 +71,13 @@ KERNEL = dict.fromkeys(("prefill", "decode"), Decision("kernel", "test"))
 
 def simulated(kernel: Callable[..., Any], *arguments: Any) -> torch.Tensor:
     """A launch of `KernelPath` through the simulator, on the very tensors that it was given."""
-    arrays = [argument.detach().numpy() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
-    return torch.from_numpy(np.array(simulate(kernel)(*arrays)))
+    result = np.array(simulate(kernel)(*(_to_numpy(a) if isinstance(a, torch.Tensor) else a for a in arguments)))
+    return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16) if result.dtype == ml_dtypes.bfloat16 else torch.from_numpy(result)
+
+
+def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().contiguous()
+    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 def rank_state(

@@ -35,9 +35,9 @@ class Simulated:
 
 @torch.no_grad()
 def run(mix, tp, x):
-    """`(outputs by rank, launches of rank 0, collectives, the plain answer)`."""
+    """`(outputs by rank, launches of rank 0, collectives, the plain answer)`, in the dtype of x."""
     specs = mix_specs(mix)
-    modules = random_modules(specs, SHAPE)
+    modules = {name: module.to(x.dtype) for name, module in random_modules(specs, SHAPE).items()}
     group = ThreadGroup(tp)
     launches = [Simulated() for _ in range(tp)]
 
@@ -58,6 +58,15 @@ def test_the_kernels_give_the_plain_answer_at_every_rank(mix, tp):
     outputs, _, _, expected = run(mix, tp, x)
     for y in outputs:
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_bf16_travels_as_bf16(tp):
+    x = torch.randn(1, 5, SHAPE.hidden_size).bfloat16()
+    outputs, _, _, expected = run(("compact", "uv", "compact"), tp, x)
+    for y in outputs:
+        assert y.dtype == torch.bfloat16
+        assert float((y - expected).float().norm() / expected.float().norm()) < 0.02
 
 
 def test_one_launch_without_and_three_with_tensor_parallelism():

@@ -10,9 +10,8 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 
-from nki_kernels.backend import nl
 from nki_kernels.targets import PMAX
-from nki_kernels.tiling import MOVING_COLS, STATIONARY_COLS, Block, Matrix, tile_count
+from nki_kernels.tiling import MOVING_COLS, STATIONARY_COLS, Block, Matrix, Products, tile_count
 
 # Stages run one after another; matrices that share a stage are interleaved column tile by column tile.
 STAGES = (("gate_first",), ("up_first",), ("gate_second", "up_second"), ("down_first",), ("down_second",))
@@ -46,8 +45,18 @@ class Projection:
 DENSE = Projection.whole("dense")
 
 
+def stored_cols(matrix: Matrix, n: int) -> int:
+    """Packed columns that column tile `n` takes."""
+    return matrix.tile_width(n) * sum(stored for _, _, stored in matrix.blocks(n))
+
+
+def has_identity(matrix: Matrix) -> bool:
+    """Whether a product with it needs an identity tile on chip."""
+    return any(not stored for n in range(matrix.col_tiles()) for _, _, stored in matrix.blocks(n))
+
+
 @dataclasses.dataclass(frozen=True)
-class Layout(nl.NKIObject):
+class Layout:
     """The matrices of one launch by name (see STAGES); those that it does not use are None.
 
     `external_z` names the projections ("gate", "up") whose z the launch is given, because another launch and a collective made it.
@@ -60,6 +69,11 @@ class Layout(nl.NKIObject):
     down_first: Matrix | None = None
     down_second: Matrix | None = None
     external_z: tuple[str, ...] = ()
+
+    @property
+    def products(self) -> Products:
+        """The matrices alone, as kernels take them."""
+        return Products(self.gate_first, self.up_first, self.gate_second, self.up_second, self.down_first, self.down_second)
 
     def matrix(self, name: str) -> Matrix | None:
         found: Matrix | None = getattr(self, name)
@@ -74,7 +88,7 @@ class Layout(nl.NKIObject):
                 for name, matrix in present:
                     if matrix is not None and n < matrix.col_tiles():
                         yield name, matrix, n, offset
-                        offset += matrix.stored_cols(n)
+                        offset += stored_cols(matrix, n)
 
     def blocks(self) -> Iterator[tuple[str, Matrix, int, Block, int]]:
         """Every stored block: (name, matrix, column tile, block, first packed column) in packed order."""
@@ -117,7 +131,7 @@ class Layout(nl.NKIObject):
     @functools.cached_property
     def needs_identity(self) -> bool:
         """Whether any block of the launch is an identity that is not stored."""
-        return any(matrix.has_identity for matrix in map(self.matrix, MATRICES) if matrix is not None)
+        return any(has_identity(matrix) for matrix in map(self.matrix, MATRICES) if matrix is not None)
 
     def z_tiles(self, projection: str) -> int:
         """Row tiles of the z of "gate", "up" or "down" that the launch keeps on chip."""
@@ -129,7 +143,7 @@ class Layout(nl.NKIObject):
     @functools.cached_property
     def stored_cols(self) -> int:
         """Columns of the packed array that hold weights."""
-        return sum(matrix.stored_cols(n) for _, matrix, n, _ in self.tiles())
+        return sum(stored_cols(matrix, n) for _, matrix, n, _ in self.tiles())
 
     @property
     def packed_cols(self) -> int:

@@ -6,9 +6,12 @@ Kernels read fields and call plain methods only: before NKI 0.7 a compiler of it
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 from nki_kernels.backend import nl
 from nki_kernels.layout import Layout
+from nki_kernels.tiling import Products
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Plan(nl.NKIObject):
                 is still in its slot is not read again, so a ring that holds all chunks reads the weights once.
     """
 
-    layout: Layout
+    products: Products
+    external_z: tuple[str, ...]  # as in Layout
     tokens: int
     hidden: int  # H: width of x, 0 where no x is read
     intermediate: int  # I: width of h, 0 where there is none
@@ -57,6 +61,11 @@ class Plan(nl.NKIObject):
     with_residual: bool = False  # a residual is added behind
     silu: bool = False  # SiLU behind (xuv)
     transposed_input: bool = False  # x comes as [H, T]
+
+    @property
+    def layout(self) -> Layout:
+        """The layout that the plan was made for."""
+        return _layout_of(self.products, self.external_z)
 
     def blocks(self) -> int:
         """Token blocks of the launch."""
@@ -99,7 +108,20 @@ class Plan(nl.NKIObject):
         """Columns of the last matrix that a further token group reads again: none if the ring holds a column tile of it."""
         if not self.natural_output:
             return 0
-        matrix = self.layout.down_second
-        assert matrix is not None
+        matrix: Any = self.products.down_second
         spanned = (matrix.row_tiles() * matrix.tile_cols + self.ring_cols - 1) // self.ring_cols + 1
         return 0 if spanned <= self.ring_slots else matrix.row_tiles() * matrix.cols
+
+
+@functools.lru_cache(maxsize=64)
+def _layout_of(products: Products, external_z: tuple[str, ...]) -> Layout:
+    """One object per layout, since a layout remembers what it has counted."""
+    return Layout(
+        products.gate_first,
+        products.up_first,
+        products.gate_second,
+        products.up_second,
+        products.down_first,
+        products.down_second,
+        external_z,
+    )

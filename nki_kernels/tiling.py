@@ -1,4 +1,7 @@
-"""How one weight matrix is cut into tiles. Pure arithmetic: the same object rules the packing, the plan and the kernel."""
+"""How one weight matrix is cut into tiles. Pure arithmetic: the same object rules the packing, the plan and the kernel.
+
+Kernels take these classes as arguments, so they keep to the words that the compilers before NKI 0.7 know.
+"""
 
 from __future__ import annotations
 
@@ -77,19 +80,22 @@ class Matrix(nl.NKIObject):
             return "zero"
         return "identity" if first == at and count <= height else "full"
 
-    def stored_cols(self, n: int) -> int:
-        """Packed columns that column tile `n` takes."""
-        return self.tile_width(n) * sum(stored for _, _, stored in self.blocks(n))
 
-    @property
-    def has_identity(self) -> bool:
-        """Whether a product with it needs an identity tile on chip."""
-        return any(not stored for n in range(self.col_tiles()) for _, _, stored in self.blocks(n))
+@dataclasses.dataclass(frozen=True)
+class Products(nl.NKIObject):
+    """The matrices of one launch, by name; None for a product that it does not compute."""
+
+    gate_first: Matrix | None = None
+    up_first: Matrix | None = None
+    gate_second: Matrix | None = None
+    up_second: Matrix | None = None
+    down_first: Matrix | None = None
+    down_second: Matrix | None = None
 
 
 def pieces(size: int, step: int) -> list[tuple[int, int]]:
-    """(start, length) of consecutive pieces, the last one ragged: pieces(300, 128) = [(0, 128), (128, 128), (256, 44)].
-
-    A list, since the compilers before NKI 0.7 know no generators.
-    """
-    return [(start, min(step, size - start)) for start in range(0, size, step)]
+    """(start, length) of consecutive pieces, the last one ragged: pieces(300, 128) = [(0, 128), (128, 128), (256, 44)]."""
+    found = []
+    for i in range(tile_count(size, step)):
+        found.append((i * step, min(step, size - i * step)))
+    return found

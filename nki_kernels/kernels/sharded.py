@@ -25,9 +25,9 @@ Tensor = Any
 @jit
 def first_factors(x: Tensor, weights: Tensor, plan: Plan, norm_weight: Tensor = None) -> Tensor:
     """x `[T, H]` -> this core's z^T `[slots of gate + slots of up, T]`. Plan: of `first_stage(layout)`."""
-    layout: Any = plan.layout
-    gate_slots = layout.gate_first.cols if plan.runs_gate_first else 0
-    up_slots = layout.up_first.cols if plan.runs_up_first else 0
+    products: Any = plan.products
+    gate_slots = products.gate_first.cols if plan.runs_gate_first else 0
+    up_slots = products.up_first.cols if plan.runs_up_first else 0
     z = nl.ndarray((gate_slots + up_slots, plan.tokens), dtype=x.dtype, buffer=nl.shared_hbm)
     work = Workspace(plan, weights, norm_weight)
     for first_token, tokens in pieces(plan.tokens, plan.block_tokens):
@@ -48,8 +48,8 @@ def second_factors(x: Tensor, z: Tensor, slots: tuple, weights: Tensor, plan: Pl
     `slots` = (slots of gate, slots of up) of one core, 0 for a dense projection. x `[T, H]` is what dense ones start from; pass None for x
     or z if no projection needs it. Plan: of `second_stage(layout)`.
     """
-    layout: Any = plan.layout
-    shape = (layout.down_first.cols, plan.tokens) if plan.runs_down_first else (plan.tokens, layout.down_second.cols)
+    products: Any = plan.products
+    shape = (products.down_first.cols, plan.tokens) if plan.runs_down_first else (plan.tokens, products.down_second.cols)
     out = nl.ndarray(shape, dtype=weights.dtype, buffer=nl.shared_hbm)
     work = Workspace(plan, weights, norm_weight)
     stride = slots[0] + slots[1]

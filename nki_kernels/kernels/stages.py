@@ -83,24 +83,24 @@ def load_input(work: Workspace, dst: Tensor, src: Tensor, first_token: int, toke
 
 def first_products(work: Workspace, tokens: int) -> None:
     """z of gate and of up, from x."""
-    layout: Any = work.plan.layout
+    products: Any = work.plan.products
     widths = pieces(tokens, work.plan.moving_tokens)
     if work.plan.runs_gate_first:
-        transposed_product(work.stream, layout.gate_first, work.x, work.gate_z, widths, work.identity)
+        transposed_product(work.stream, products.gate_first, work.x, work.gate_z, widths, work.identity)
     if work.plan.runs_up_first:
-        transposed_product(work.stream, layout.up_first, work.x, work.up_z, widths, work.identity)
+        transposed_product(work.stream, products.up_first, work.x, work.up_z, widths, work.identity)
 
 
 def gated_product(work: Workspace, tokens: int) -> None:
     """h = silu(gate) * up, tile by tile of the intermediate channels; gate and up leave PSUM only as h."""
-    layout: Any = work.plan.layout
+    products: Any = work.plan.products
     widths = pieces(tokens, work.plan.moving_tokens)
     gate_source = work.gate_z if work.plan.gate_z_tiles > 0 else work.x
     up_source = work.up_z if work.plan.up_z_tiles > 0 else work.x
-    for n in range(layout.gate_second.col_tiles()):
-        cols = layout.gate_second.tile_width(n)
-        gate = column_tile(work.stream, layout.gate_second, n, gate_source, widths, work.identity)
-        up = column_tile(work.stream, layout.up_second, n, up_source, widths, work.identity)
+    for n in range(products.gate_second.col_tiles()):
+        cols = products.gate_second.tile_width(n)
+        gate = column_tile(work.stream, products.gate_second, n, gate_source, widths, work.identity)
+        up = column_tile(work.stream, products.up_second, n, up_source, widths, work.identity)
         for j in range(len(widths)):
             start, width = widths[j]
             activated = work.activated[(n * len(widths) + j) % 2][0:cols, 0:width]
@@ -111,13 +111,13 @@ def gated_product(work: Workspace, tokens: int) -> None:
 def down_first_product(work: Workspace, tokens: int) -> None:
     """z of down, from h; the pivots of a compact projection are added to the sum in PSUM, as identity blocks."""
     widths = pieces(tokens, work.plan.moving_tokens)
-    layout: Any = work.plan.layout
-    transposed_product(work.stream, layout.down_first, work.h, work.down_z, widths, work.identity)
+    products: Any = work.plan.products
+    transposed_product(work.stream, products.down_first, work.h, work.down_z, widths, work.identity)
 
 
 def natural_output(work: Workspace, source: Tensor, out: Tensor, residual: Tensor, first_token: int, tokens: int) -> None:
     """out `[T, columns]` = source W (+ residual), staged in rows of `out_cols` columns so that stores are long."""
-    matrix: Any = work.plan.layout.down_second
+    matrix: Any = work.plan.products.down_second
     tiles = pieces(tokens, PMAX)
     stage = work.output_rows(len(tiles))
     for first_col, cols in pieces(matrix.cols, work.plan.out_cols):
@@ -130,7 +130,7 @@ def natural_output(work: Workspace, source: Tensor, out: Tensor, residual: Tenso
 
 def natural_column(work: Workspace, source: Tensor, stage: Tensor, n: int, at: int, tiles: list) -> None:
     """Column tile `n` of the output into stage[:, :, at:], a group of token tiles at a time."""
-    matrix: Any = work.plan.layout.down_second
+    matrix: Any = work.plan.products.down_second
     cols = matrix.tile_width(n)
     mark = work.stream.position
     group = work.plan.token_group
@@ -159,7 +159,7 @@ def copy_rows(stage: Tensor, hbm: Tensor, first_token: int, tiles: list, first_c
 
 def transposed_output(work: Workspace, source: Tensor, out: Tensor, first_token: int, tokens: int) -> None:
     """out `[columns, T]` = (source W)^T, staged one column tile at a time in the rows area of the plan."""
-    matrix: Any = work.plan.layout.down_second
+    matrix: Any = work.plan.products.down_second
     widths = pieces(tokens, work.plan.moving_tokens)
     for n in range(matrix.col_tiles()):
         cols = matrix.tile_width(n)

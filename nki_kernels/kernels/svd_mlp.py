@@ -23,8 +23,8 @@ def svd_mlp(x: Tensor, weights: Tensor, plan: Plan, norm_weight: Tensor = None, 
     `weights`: `[128, C]` from `packing.pack(plan.layout, ...)`. `norm_weight`, if `plan.with_norm`: `[128, ceil(H / 128)]` fp32 from
     `packing.pack_norm`. `residual` `[T, H]`, if `plan.with_residual`, is added to y in fp32 before y is rounded; for a Llama layer it is x.
     """
-    layout: Any = plan.layout
-    y = nl.ndarray((plan.tokens, layout.down_second.cols), dtype=x.dtype, buffer=nl.shared_hbm)
+    products: Any = plan.products
+    y = nl.ndarray((plan.tokens, products.down_second.cols), dtype=x.dtype, buffer=nl.shared_hbm)
     work = Workspace(plan, weights, norm_weight)
     for first_token, tokens in pieces(plan.tokens, plan.block_tokens):
         work.stream.seek(0)

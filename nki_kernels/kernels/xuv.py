@@ -22,8 +22,8 @@ def xuv(x: Tensor, weights: Tensor, plan: Plan, residual: Tensor = None) -> Tens
     The layout comes from `chain_layout`: `uv`, input-pivoted `compact`, or one `dense` matrix. SiLU behind if `plan.silu`; `residual`
     `[T, N]`, if `plan.with_residual`, is added to natural output in fp32 (instead of SiLU).
     """
-    layout: Any = plan.layout
-    cols = layout.down_second.cols
+    products: Any = plan.products
+    cols = products.down_second.cols
     shape = (plan.tokens, cols) if plan.natural_output else (cols, plan.tokens)
     out = nl.ndarray(shape, dtype=x.dtype, buffer=nl.shared_hbm)
     work = Workspace(plan, weights, None)

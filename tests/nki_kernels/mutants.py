@@ -139,8 +139,25 @@ BY_HAND = (
     ),
 )
 MODULES = ("products", "stream", "load", "stages", "svd_mlp", "sharded")
-# What no test of results can see, and why it is no mistake.
-EQUIVALENT: dict[str, str] = {}
+# Changes by rule that no run can tell from the original -> why they are no mistakes.
+TURNS = "two turns are there to overlap one tile's use with the next one's making; in program order one will do"
+ALWAYS_STORED = "an identity lies behind the weights, so its place is never 0"
+NO_SLOTS = "without slots the loop over a share's rows does nothing"
+EQUIVALENT: dict[str, str] = {
+    "Lt -> LtE in `self.bounds[self.chunk + 1] < position` of `while self.bounds[self.chunk + 1] < position:`": "take() does it",
+    "+ 1 in `0` of `self.seek(0)`": "every block of tokens begins with a seek of its own",
+    "+ 1 in `1` of `self.held.append(-1)`": "any negative number is no chunk",
+    "+ 1 in `1` of `groups = pieces(whole, max(1, MOVING_COLS // size))`": "size is at most 128, so the maximum is never the 1",
+    "FloorDiv -> Mult in `MOVING_COLS // size` of `groups = pieces(whole, max(1, MOVING_COLS // size))`": "more banks at once, if free",
+    "GtE -> Gt in `plan.identity_at >= 0` of `if plan.identity_at >= 0:`": ALWAYS_STORED,
+    "+ 1 in `0` of `if plan.identity_at >= 0:`": ALWAYS_STORED,
+    "Mult -> Add in `n % 2 * tokens` of `at = self.plan.output_offset + n % 2 * tokens`": TURNS,
+    "Mod -> FloorDiv in `n % 2` of `at = self.plan.output_offset + n % 2 * tokens`": TURNS,
+    "Add -> Sub in `n * len(widths) + j` of `activated = work.activated[(n * len(widths) + j) % 2][0:cols, 0:width]`": TURNS,
+    "Mult -> Add in `n * len(widths)` of `activated = work.activated[(n * len(widths) + j) % 2][0:cols, 0:width]`": TURNS,
+    "Gt -> GtE in `plan.gate_z_tiles > 0` of `if plan.gate_z_tiles > 0:`": NO_SLOTS,
+    "Gt -> GtE in `plan.up_z_tiles > 0` of `if plan.up_z_tiles > 0:`": NO_SLOTS,
+}
 
 
 def source_of(module: str) -> str:

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 import nki_kernels.kernels
+import nki_kernels.plan
+import nki_kernels.tiling
 from nki_kernels import backend
 from nki_kernels.cases import DTYPES, MAX_ERROR, MLPCase, error, random_array
 from nki_kernels.kernels.plain_matmul import matmul_blocked, matmul_hoisted, matmul_tiled
@@ -18,6 +20,8 @@ from nki_kernels.simulator.signatures import SIGNATURES, bind
 from tests.nki_kernels.harness import run_svd_mlp
 
 KERNELS = sorted(pathlib.Path(nki_kernels.kernels.__file__).parent.glob("*.py"))
+# What kernels take as arguments, or call, without being kernels.
+SHARED = [pathlib.Path(module.__file__) for module in (nki_kernels.tiling, nki_kernels.plan)]
 pytestmark = pytest.mark.skipif(backend.HAS_NKI, reason="these tests choose the convention of our own simulator")
 
 
@@ -107,7 +111,7 @@ FORBIDDEN = (
 )
 
 
-@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", KERNELS + SHARED, ids=lambda path: path.stem)
 def test_kernels_keep_to_the_words_of_the_compilers_before_0_7(path):
     """No generators, comprehensions, lambdas, `is`, exceptions or context managers, and no keyword-only arguments."""
     tree = ast.parse(path.read_text())

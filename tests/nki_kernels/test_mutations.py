@@ -9,9 +9,9 @@ import pytest
 from nki_kernels import backend, reference
 from nki_kernels.backend import simulate
 from nki_kernels.cases import DTYPES, MAX_ERROR, MLPCase, error, random_array, random_weights
-from nki_kernels.kernels.sharded import last_factor, second_factors
+from nki_kernels.kernels.sharded import first_factors, last_factor, second_factors
 from nki_kernels.kernels.xuv import xuv
-from nki_kernels.layout import chain_layout, last_stage, mlp_layout, second_stage
+from nki_kernels.layout import chain_layout, first_stage, last_stage, mlp_layout, second_stage
 from nki_kernels.packing import factors_by_name, pack
 from nki_kernels.planner import Choice, Request, build_plan
 from nki_kernels.reference.mlp import silu
@@ -25,14 +25,16 @@ pytestmark = pytest.mark.skipif(backend.HAS_NKI, reason="mutants are judged by o
 # Room for each mistake to show: ragged token blocks and edges, several tiles of everything, a ring that wraps, two token groups, two
 # moving tiles, staged rows both short and whole, whole pivot tiles. Small, since every mutant runs them.
 SMALL = (
-    (MLPCase(300, 600, 392, ("uv", "compact", "compact"), (70, 150, 290), "fp32", True, True), Choice(256, 2, 512, 512, 1)),
+    (MLPCase(300, 700, 392, ("uv", "compact", "compact"), (70, 150, 290), "fp32", True, True), Choice(256, 2, 512, 512, 1)),
     (MLPCase(5, 300, 420, ("dense", "compact", "uv"), (0, 290, 150), "bf16"), Choice(5, 9, 1024)),
+    (MLPCase(3, 130, 140, ("uv", "dense", "compact"), (40, 0, 50), "fp32"), Choice(3, 1, 512)),
     (MLPCase(530, 600, 140, ("uv", "uv", "dense"), (70, 20, 0), "fp32", True), Choice(520, 2, 512, 0, 3)),
 )
 
 
 TOKENS = 530
-SLOTS = (70, 90)  # of gate and up on each of two cores
+# Form of gate and of up, H, rank of down, cores, and the slots of gate and up on each core.
+SHARDS = (("uv", "uv", 160, 140, 2, 70, 90), ("dense", "uv", 100, 90, 1, 0, 1), ("uv", "dense", 100, 90, 1, 1, 0))
 
 
 class Work:
@@ -60,34 +62,39 @@ def run_whole(case: MLPCase, choice: Choice, work: Work) -> float:
 
 
 @functools.lru_cache
-def pieces_of_two_cores() -> tuple:
-    """(plans, packed weights, gathered z^T, expected y) of the second and the last launch, given the z of two cores."""
-    case = MLPCase(TOKENS, 160, 300, ("uv",) * 3, (2 * SLOTS[0], 2 * SLOTS[1], 140), "fp32")
-    weights = random_weights(case)
-    z = random_array(np.random.default_rng(8), (2 * sum(SLOTS), TOKENS), DTYPES["fp32"])
-    cores = np.split(z, 2)
-    gate, up = np.concatenate([c[: SLOTS[0]] for c in cores]), np.concatenate([c[SLOTS[0] :] for c in cores])
-    h = silu(gate.T @ weights["gate_proj"]["v.weight"].T) * (up.T @ weights["up_proj"]["v.weight"].T)
-    whole, factors = mlp_layout(case.hidden, case.intermediate, *case.projections), factors_by_name(weights)
+def sharded_case(gate_form: str, up_form: str, hidden: int, rank: int, cores: int, *slots: int) -> tuple:
+    """(case, launches of the three stages as (plan, packed weights), x, gathered z^T of all cores, expected y)."""
+    case = MLPCase(TOKENS, hidden, 300, (gate_form, up_form, "uv"), (cores * slots[0], cores * slots[1], rank), "fp32")
+    whole, factors = mlp_layout(case.hidden, case.intermediate, *case.projections), factors_by_name(random_weights(case))
     launches = []
-    for stage in (second_stage(whole), last_stage(whole)):
+    for stage in (first_stage(whole), second_stage(whole), last_stage(whole)):
         request = Request(stage, TOKENS, DTYPES["fp32"], transposed_input=stage.down_second is not None)
         packed = pack(stage, {name: tensor for name, tensor in factors.items() if stage.matrix(name) is not None})
         launches.append((build_plan(request, Choice(520, 2, 512)), packed))
-    return launches, z, reference.down(h, weights["down_proj"])
+    rng = np.random.default_rng(8)
+    x = random_array(rng, (TOKENS, case.hidden), DTYPES["fp32"])
+    shares = [random_array(rng, (cores, size, TOKENS), DTYPES["fp32"]) for size in slots]
+    z = np.concatenate([share[core] for core in range(cores) for share in shares])
+    gate, up = (x if share.size == 0 else share.reshape(-1, TOKENS).T for share in shares)
+    h = silu(reference.mlp.matmul(gate, factors["gate_second"])) * reference.mlp.matmul(up, factors["up_second"])
+    return case, launches, x, z, reference.down(h, random_weights(case)["down_proj"])
 
 
-def run_pieces(work: Work) -> float:
-    """Error of second_factors and last_factor in a row, over what fp32 allows."""
-    ((second, packed_2), (last, packed_3)), z, expected = pieces_of_two_cores()
-    zd = simulate(second_factors, listeners=[work])(None, z, SLOTS, packed_2, second)
-    return error(simulate(last_factor, listeners=[work])(zd, packed_3, last), expected) / MAX_ERROR["fp32"]
+def run_pieces(shards: tuple, work: Work) -> float:
+    """Error of first_factors, and of second_factors and last_factor in a row, over what fp32 allows."""
+    case, ((first, packed_1), (second, packed_2), (last, packed_3)), x, z, expected = sharded_case(*shards)
+    own = simulate(first_factors, listeners=[work])(x, packed_1, first)
+    weights = random_weights(case)
+    firsts = [weights[name]["u.weight"] for name in ("gate_proj", "up_proj") if "u.weight" in weights[name]]
+    off = error(own.T, np.concatenate([reference.mlp.matmul(x, first) for first in firsts], axis=1))
+    zd = simulate(second_factors, listeners=[work])(x if second.hidden else None, z, shards[5:], packed_2, second)
+    return (off + error(simulate(last_factor, listeners=[work])(zd, packed_3, last), expected)) / MAX_ERROR["fp32"]
 
 
 @functools.lru_cache
 def transposed_chain() -> tuple:
-    """(plan, packed weights, x, expected) of a chain with transposed output."""
-    case = MLPCase(TOKENS, 300, 160, ("uv",) * 3, (140, 140, 140), "fp32")
+    """(plan, packed weights, x, expected) of a dense projection with transposed output: it reads h while it stages results."""
+    case = MLPCase(TOKENS, 300, 160, ("uv", "uv", "dense"), (140, 140, 0), "fp32")
     weights = random_weights(case)
     layout = chain_layout(160, 300, case.projections[2], transposed_output=True)
     x = random_array(np.random.default_rng(9), (TOKENS, 160), DTYPES["fp32"])
@@ -102,7 +109,11 @@ def run_transposed(work: Work) -> float:
     return error(simulate(xuv, listeners=[work])(x, packed, plan).T, expected) / MAX_ERROR["fp32"]
 
 
-JUDGES = (*(functools.partial(run_whole, case, choice) for case, choice in SMALL), run_pieces, run_transposed)
+JUDGES = (
+    *(functools.partial(run_whole, case, choice) for case, choice in SMALL),
+    *(functools.partial(run_pieces, shards) for shards in SHARDS),
+    run_transposed,
+)
 
 
 @functools.lru_cache

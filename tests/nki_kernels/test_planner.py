@@ -16,7 +16,7 @@ from nki_kernels.simulator import Placeholder, simulate
 from nki_kernels.simulator.memory import Machine
 from nki_kernels.simulator.trace import SBUF, Allocation
 from nki_kernels.targets import TARGETS, TRN1
-from tests.nki_kernels.harness import plan_case, run_svd_mlp
+from tests.nki_kernels.harness import EPS, plan_case, run_svd_mlp
 
 BF16 = DTYPES["bf16"]
 
@@ -58,7 +58,7 @@ def requests(draw):
         mlp_layout(hidden, intermediate, *projections),
         draw(st.integers(1, 1500)),
         draw(st.sampled_from(list(DTYPES.values()))),
-        draw(st.sampled_from([None, 1e-5])),
+        draw(st.sampled_from([None, EPS])),
         draw(st.booleans()),
     )
 

@@ -15,10 +15,12 @@ from neuronmlp_plugin.models.parallel_mlp import Down, GateUp, Linear, plain_lin
 from neuronmlp_plugin.models.projection import MLPShape, ProjectionSpec, tensor_shapes
 from neuronmlp_plugin.models.sharding import Shard, check_divisible, shard_down, shard_gate_up
 from neuronmlp_plugin.serving.cpu.collectives import tensor_parallel
+from neuronmlp_plugin.serving.cpu.fused import fused_down, fused_gate_up, usable
 from neuronmlp_plugin.serving.cpu.gemm import prepacked_linear
 from neuronmlp_plugin.serving.options import Options
 
 Specs = dict[str, ProjectionSpec]
+MakeLinear = Callable[[torch.Tensor], Linear]
 
 
 class LowRankMethod(LinearMethodBase):
@@ -96,10 +98,19 @@ class LowRankMethod(LinearMethodBase):
         missing = [f"{self.parent}.{p}.{s}" for p, got in self.arrived.items() for s in self._sizes(p) if s not in got]
         if missing:
             raise CheckpointError(f"checkpoint: expected a tensor {missing[0]} ({len(missing)} of this layer are missing), found none.")
-        self.run = self._build(prepacked_linear if self.options.fast_path else plain_linear)
+        shards = [self.shards[p] for p in self.projections]
+        if self.options.fast_path and self.collectives.size == 1 and usable(shards):
+            self.run = self._fused(shards)
+        else:
+            self.run = self._one_by_one(shards, prepacked_linear if self.options.fast_path else plain_linear)
         self.shards = {}
 
-    def _build(self, make_linear: Callable[[torch.Tensor], Linear]) -> Linear:
+    def _fused(self, shards: list[Shard]) -> Linear:
+        """One call for all products."""
+        raise NotImplementedError
+
+    def _one_by_one(self, shards: list[Shard], make_linear: MakeLinear) -> Linear:
+        """A call for each product, with the collectives of the scheme between them."""
         raise NotImplementedError
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -110,13 +121,18 @@ class LowRankMethod(LinearMethodBase):
 class LowRankGateUpMethod(LowRankMethod):
     projections = ("gate_proj", "up_proj")
 
-    def _build(self, make_linear: Callable[[torch.Tensor], Linear]) -> Linear:
-        shards = [self.shards[p] for p in self.projections]
+    def _fused(self, shards: list[Shard]) -> Linear:
+        return fused_gate_up(shards, self.shape.intermediate_size)
+
+    def _one_by_one(self, shards: list[Shard], make_linear: MakeLinear) -> Linear:
         return GateUp(shards, self.shape.intermediate_size, self.collectives, self.options.tp_scheme, make_linear)
 
 
 class LowRankDownMethod(LowRankMethod):
     projections = ("down_proj",)
 
-    def _build(self, make_linear: Callable[[torch.Tensor], Linear]) -> Linear:
-        return Down(self.shards["down_proj"], self.collectives, self.options.tp_scheme, make_linear)
+    def _fused(self, shards: list[Shard]) -> Linear:
+        return fused_down(shards[0], self.shape.intermediate_size)
+
+    def _one_by_one(self, shards: list[Shard], make_linear: MakeLinear) -> Linear:
+        return Down(shards[0], self.collectives, self.options.tp_scheme, make_linear)

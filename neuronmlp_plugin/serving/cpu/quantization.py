@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -16,6 +17,7 @@ from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, FactorFi
 from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, parse_block
 from neuronmlp_plugin.errors import CheckpointError
 from neuronmlp_plugin.models.projection import PROJECTIONS
+from neuronmlp_plugin.serving.cpu.compiled import load_products
 from neuronmlp_plugin.serving.cpu.linear_method import LowRankDownMethod, LowRankGateUpMethod
 from neuronmlp_plugin.serving.options import Options, parse_options
 
@@ -78,7 +80,7 @@ class NeuronMLPConfig(QuantizationConfig):
             forms = [spec.form for layer in block.layers for spec in layer.values()]
             counts = ", ".join(f"{forms.count(form)} {form}" for form in sorted(set(forms)))
             source = overlay.path if overlay else "the checkpoint"
-            path = "prepacked products" if options.fast_path else "plain torch products (fast_path is off)"
+            path = _path(options)
             logger.info(
                 "neuronmlp: %.1f%% of the MLP parameters removed by %s; %s; %s; tp scheme %s",
                 100 * block.removed_ratio,
@@ -105,3 +107,12 @@ class NeuronMLPConfig(QuantizationConfig):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "opened": None}
+
+
+def _path(options: Options) -> str:
+    """How the products will run, in words."""
+    if not options.fast_path:
+        return "plain torch products (fast_path is off)"
+    if get_tensor_model_parallel_world_size() > 1 or load_products() is None:
+        return "products one by one, prepacked by vLLM"
+    return "fused products"

@@ -1,0 +1,96 @@
+"""The compiled chains give what the plain products give, for every mix of forms, token count and dtype, ragged sizes included."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from neuronmlp_plugin.models.collectives import Collectives
+from neuronmlp_plugin.models.parallel_mlp import Down, GateUp
+from neuronmlp_plugin.models.projection import FORMS, PROJECTIONS, MLPShape, ProjectionSpec
+from neuronmlp_plugin.models.sharding import shard_down, shard_gate_up
+from tests.models.layers import random_modules
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (see README, extra [cpu])"),
+    pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler"),
+]
+
+
+def shards_of(forms, hidden, intermediate, rank, dtype):
+    shape = MLPShape(hidden, intermediate, 1)
+    specs = {p: ProjectionSpec(f, None if f == "dense" else rank) for p, f in zip(PROJECTIONS, forms, strict=True)}
+    weights = {p: {n: w.to(dtype) for n, w in m.state_dict().items()} for p, m in random_modules(specs, shape).items()}
+    gate_up = [shard_gate_up(specs[p], weights[p], 1, 0) for p in ("gate_proj", "up_proj")]
+    return gate_up, shard_down(specs["down_proj"], weights["down_proj"], 1, 0)
+
+
+def wide(shard):
+    """The same shard in fp64, for the reference."""
+    return type(shard)(shard.form, *(None if w is None else w.double() for w in (shard.first, shard.second)), shard.pivots, shard.slots)
+
+
+@given(
+    st.tuples(*[st.sampled_from(FORMS)] * 3),
+    st.integers(2, 70),
+    st.integers(2, 150),
+    st.integers(1, 40),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.data(),
+)
+@settings(deadline=None, max_examples=150)
+def test_chains_equal_the_plain_products(forms, hidden, intermediate, tokens, dtype, data):
+    from neuronmlp_plugin.serving.cpu.fused import fused_down, fused_gate_up
+
+    rank = data.draw(st.integers(1, min(hidden, intermediate) - 1))
+    gate_up, down = shards_of(forms, hidden, intermediate, rank, dtype)
+    x, h = torch.randn(tokens, hidden, dtype=dtype), torch.randn(tokens, intermediate, dtype=dtype)
+    tolerance = 1e-5 if dtype is torch.float32 else 8e-3
+    expected = GateUp([wide(s) for s in gate_up], intermediate, Collectives())(x.double())
+    got = fused_gate_up(gate_up, intermediate)(x)
+    assert got.dtype is dtype
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+    expected = Down(wide(down), Collectives())(h.double())
+    torch.testing.assert_close(fused_down(down, intermediate)(h).double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_packing_pads_the_last_panel_with_zeros():
+    from neuronmlp_plugin.serving.cpu.fused import pack
+
+    weight = torch.randn(21, 5)
+    panels = pack(weight)
+    assert panels.shape == (2, 5, 16)
+    assert torch.equal(panels[1, :, 2], weight[18]) and not panels[1, :, 5:].any()
+
+
+def test_without_a_compiler_there_is_no_chain_and_the_log_says_so(monkeypatch, caplog):
+    from neuronmlp_plugin.serving.cpu import compiled
+
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    monkeypatch.setattr(compiled.logger, "propagate", True)
+    compiled.load_products.cache_clear()
+    try:
+        assert compiled.load_products() is None
+        assert "no C compiler found" in caplog.text
+    finally:
+        compiled.load_products.cache_clear()
+
+
+def test_source_that_does_not_compile_is_told(monkeypatch, caplog, tmp_path):
+    from neuronmlp_plugin.serving.cpu import compiled
+
+    (tmp_path / "product.c").write_text("this is not C")
+    monkeypatch.setattr(compiled, "_SOURCE", tmp_path / "product.c")
+    monkeypatch.setattr(compiled.logger, "propagate", True)
+    compiled.load_products.cache_clear()
+    try:
+        assert compiled.load_products() is None
+        assert "could not be compiled" in caplog.text
+    finally:
+        compiled.load_products.cache_clear()

@@ -20,8 +20,8 @@ class Norm(nl.NKIObject):
         self.eps = nl.ndarray((PMAX, 1), dtype=nl.float32, buffer=nl.sbuf, name="norm_eps")
         nisa.memset(self.eps, eps)
         self.sums = []
-        for _i in range(2):
-            self.sums.append(nl.ndarray((PMAX, 1), dtype=nl.float32, buffer=nl.sbuf, name="norm_sum"))
+        for i in range(2):
+            self.sums.append(nl.ndarray((PMAX, 1), dtype=nl.float32, buffer=nl.sbuf, name=f"norm_sum{i}"))
 
     def normalise(self, row: Tensor, scratch: Tensor, turn: int) -> None:
         """scratch = row / sqrt(mean(row^2) + eps), tokens on the partitions; the weight is applied after the transpose."""
@@ -64,13 +64,13 @@ def transpose_row(dst: Tensor, row: Tensor, norms: list) -> None:
     psum_dtype = nl.float32 if nisa.get_nc_version() == nisa.nc_version.gen2 else row.dtype
     groups = pieces(whole, max(1, MOVING_COLS // size))
     for first, count in groups:
-        bank = nl.ndarray((PMAX, count, size), dtype=psum_dtype, buffer=nl.psum, name="transpose")
+        bank = nl.ndarray((PMAX, count, size), dtype=psum_dtype, buffer=nl.psum)
         for j in range(count):
             nisa.nc_transpose(dst=bank[:, j, :], data=row[:, (first + j) * PMAX : (first + j + 1) * PMAX])
         evict_transposed(dst[:, first : first + count, :], bank, norms, first)
     left = features - whole * PMAX
     if left:
-        bank = nl.ndarray((left, 1, size), dtype=psum_dtype, buffer=nl.psum, name="transpose")
+        bank = nl.ndarray((left, 1, size), dtype=psum_dtype, buffer=nl.psum)
         nisa.nc_transpose(dst=bank[:, 0, :], data=row[:, whole * PMAX : features])
         evict_transposed(dst[0:left, whole : whole + 1, :], bank, norms, whole)
 

@@ -23,7 +23,7 @@ def check_multiple(what: str, size: int, step: int) -> None:
 
 def load_tile(src: Tensor, row: int, col: int, cols: int) -> Tensor:
     """A fresh SBUF tile `[128, cols]` of src at (row, col)."""
-    tile = nl.ndarray((PMAX, cols), dtype=src.dtype, buffer=nl.sbuf, name="tile")
+    tile = nl.ndarray((PMAX, cols), dtype=src.dtype, buffer=nl.sbuf)
     nisa.dma_copy(dst=tile, src=src[row : row + PMAX, col : col + cols])
     return tile
 
@@ -31,7 +31,7 @@ def load_tile(src: Tensor, row: int, col: int, cols: int) -> Tensor:
 def store_sum(out: Tensor, row: int, col: int, total: Tensor) -> None:
     """A PSUM tile to HBM by way of SBUF."""
     rows, cols = total.shape
-    tile = nl.ndarray((rows, cols), dtype=out.dtype, buffer=nl.sbuf, name="result")
+    tile = nl.ndarray((rows, cols), dtype=out.dtype, buffer=nl.sbuf)
     nisa.tensor_copy(dst=tile, src=total)
     nisa.dma_copy(dst=out[row : row + rows, col : col + cols], src=tile)
 
@@ -50,7 +50,7 @@ def matmul_tiled(lhs_t: Tensor, rhs: Tensor) -> Tensor:
     out = nl.ndarray((m_size, rhs.shape[1]), dtype=lhs_t.dtype, buffer=nl.shared_hbm)
     for m in range(0, m_size, PMAX):
         for n in range(0, rhs.shape[1], MOVING_COLS):
-            total = nl.ndarray((PMAX, MOVING_COLS), dtype=nl.float32, buffer=nl.psum, name="sum")
+            total = nl.ndarray((PMAX, MOVING_COLS), dtype=nl.float32, buffer=nl.psum)
             for k in range(0, k_size, PMAX):
                 matmul(total, load_tile(lhs_t, k, m, PMAX), load_tile(rhs, k, n, MOVING_COLS), k == 0)
             store_sum(out, m, n, total)
@@ -68,7 +68,7 @@ def matmul_hoisted(lhs_t: Tensor, rhs: Tensor) -> Tensor:
         for k in range(0, k_size, PMAX):
             stationary.append(load_tile(lhs_t, k, m, PMAX))
         for n in range(0, rhs.shape[1], MOVING_COLS):
-            total = nl.ndarray((PMAX, MOVING_COLS), dtype=nl.float32, buffer=nl.psum, name="sum")
+            total = nl.ndarray((PMAX, MOVING_COLS), dtype=nl.float32, buffer=nl.psum)
             for k in range(0, k_size, PMAX):
                 matmul(total, stationary[k // PMAX], load_tile(rhs, k, n, MOVING_COLS), k == 0)
             store_sum(out, m, n, total)
@@ -109,7 +109,7 @@ def blocked_columns(lhs_t: Tensor, rhs: Tensor, out: Tensor, where: tuple, block
     first_row, rows, col = where
     m_tiles, n_tiles, k_tiles = block
     cols = n_tiles * MOVING_COLS
-    results = nl.ndarray((PMAX, rows // PMAX, cols), dtype=lhs_t.dtype, buffer=nl.sbuf, name="running_sums")
+    results = nl.ndarray((PMAX, rows // PMAX, cols), dtype=lhs_t.dtype, buffer=nl.sbuf)
     for k in range(0, lhs_t.shape[0], k_tiles * PMAX):
         moving = load_block(rhs, k, k_tiles, col, cols)
         for m in range(0, rows, m_tiles * PMAX):
@@ -123,7 +123,7 @@ def blocked_columns(lhs_t: Tensor, rhs: Tensor, out: Tensor, where: tuple, block
 
 def load_block(src: Tensor, row: int, row_tiles: int, col: int, cols: int) -> Tensor:
     """A fresh SBUF block `[128, row tiles, cols]` of src at (row, col)."""
-    block = nl.ndarray((PMAX, row_tiles, cols), dtype=src.dtype, buffer=nl.sbuf, name="block")
+    block = nl.ndarray((PMAX, row_tiles, cols), dtype=src.dtype, buffer=nl.sbuf)
     for i in range(row_tiles):
         nisa.dma_copy(dst=block[:, i, :], src=src[row + i * PMAX : row + (i + 1) * PMAX, col : col + cols])
     return block
@@ -132,7 +132,7 @@ def load_block(src: Tensor, row: int, row_tiles: int, col: int, cols: int) -> Te
 def add_block_products(result: Tensor, stationary: Tensor, moving: Tensor, first: bool) -> None:
     """result `[128, cols]` (+)= the product over this block of K."""
     for n in range(0, result.shape[1], MOVING_COLS):
-        total = nl.ndarray((PMAX, MOVING_COLS), dtype=nl.float32, buffer=nl.psum, name="sum")
+        total = nl.ndarray((PMAX, MOVING_COLS), dtype=nl.float32, buffer=nl.psum)
         for i in range(stationary.shape[1]):
             matmul(total, stationary[:, i, :], moving[:, i, n : n + MOVING_COLS], i == 0)
         there = result[:, n : n + MOVING_COLS]

@@ -34,7 +34,7 @@ def transposed_tile(stream: WeightStream, matrix: Matrix, n: int, source: Tensor
     blocks = matrix.blocks(n)
     sums = []
     for _start, width in widths:
-        sums.append(nl.ndarray((cols, width), dtype=nl.float32, buffer=nl.psum, name="sum"))
+        sums.append(nl.ndarray((cols, width), dtype=nl.float32, buffer=nl.psum))
     for i in range(len(blocks)):
         k, rows, stored = blocks[i]
         block = stream.take(cols)[0:rows, :] if stored else identity[0:rows, 0:cols]
@@ -75,7 +75,7 @@ def natural_tile(stream: WeightStream, matrix: Matrix, n: int, source: Tensor, t
     cols = matrix.tile_width(n)
     sums = []
     for _start, size in tiles:
-        sums.append(nl.ndarray((size, cols), dtype=nl.float32, buffer=nl.psum, name="sum"))
+        sums.append(nl.ndarray((size, cols), dtype=nl.float32, buffer=nl.psum))
     for k in range(matrix.row_tiles()):
         rows = matrix.tile_rows(k)
         block = stream.take(cols)[0:rows, :]

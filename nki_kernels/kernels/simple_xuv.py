@@ -17,14 +17,14 @@ Tensor = Any
 
 def load_tile(src: Tensor, row: tuple, col: tuple) -> Tensor:
     """A fresh SBUF tile of src; row and col are (start, size)."""
-    tile = nl.ndarray((row[1], col[1]), dtype=src.dtype, buffer=nl.sbuf, name="tile")
+    tile = nl.ndarray((row[1], col[1]), dtype=src.dtype, buffer=nl.sbuf)
     nisa.dma_copy(dst=tile, src=src[row[0] : row[0] + row[1], col[0] : col[0] + col[1]])
     return tile
 
 
 def product_tile(lhs_t: Tensor, rhs: Tensor, row: tuple, col: tuple) -> Tensor:
     """(lhsT^T rhs)[row, col] in PSUM, both operands read from HBM tile by tile."""
-    total = nl.ndarray((row[1], col[1]), dtype=nl.float32, buffer=nl.psum, name="sum")
+    total = nl.ndarray((row[1], col[1]), dtype=nl.float32, buffer=nl.psum)
     for depth in pieces(lhs_t.shape[0], PMAX):
         matmul(total, load_tile(lhs_t, depth, row), load_tile(rhs, depth, col), depth[0] == 0)
     return total
@@ -32,7 +32,7 @@ def product_tile(lhs_t: Tensor, rhs: Tensor, row: tuple, col: tuple) -> Tensor:
 
 def to_sbuf(total: Tensor, dtype: Any) -> Tensor:
     """A PSUM tile, rounded, in a fresh SBUF tile."""
-    tile = nl.ndarray(total.shape, dtype=dtype, buffer=nl.sbuf, name="rounded")
+    tile = nl.ndarray(total.shape, dtype=dtype, buffer=nl.sbuf)
     nisa.tensor_copy(dst=tile, src=total)
     return tile
 
@@ -48,7 +48,7 @@ def product(lhs_t: Tensor, rhs: Tensor, out: Tensor) -> None:
 @jit
 def unfused_xuv(x_t: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """z^T = U^T x^T goes to HBM and comes back for z V."""
-    z_t = nl.ndarray((u.shape[1], x_t.shape[1]), dtype=x_t.dtype, buffer=nl.private_hbm, name="z")
+    z_t = nl.ndarray((u.shape[1], x_t.shape[1]), dtype=x_t.dtype, buffer=nl.private_hbm)
     out = nl.ndarray((x_t.shape[1], v.shape[1]), dtype=x_t.dtype, buffer=nl.shared_hbm)
     product(u, x_t, z_t)
     product(z_t, v, out)
@@ -61,7 +61,7 @@ def naive_fused_xuv(x_t: Tensor, u: Tensor, v: Tensor) -> Tensor:
     out = nl.ndarray((x_t.shape[1], v.shape[1]), dtype=x_t.dtype, buffer=nl.shared_hbm)
     for row in pieces(out.shape[0], PMAX):
         for col in pieces(out.shape[1], MOVING_COLS):
-            total = nl.ndarray((row[1], col[1]), dtype=nl.float32, buffer=nl.psum, name="sum")
+            total = nl.ndarray((row[1], col[1]), dtype=nl.float32, buffer=nl.psum)
             for depth in pieces(u.shape[1], PMAX):
                 z_t = to_sbuf(product_tile(u, x_t, depth, row), x_t.dtype)
                 matmul(total, z_t, load_tile(v, depth, col), depth[0] == 0)

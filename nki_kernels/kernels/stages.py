@@ -32,8 +32,8 @@ class Workspace(nl.NKIObject):
             nisa.dma_copy(dst=self.identity, src=weights[:, plan.identity_at : plan.identity_at + PMAX])
         self.activated = []
         if plan.runs_gated:
-            for _i in range(2):
-                self.activated.append(nl.ndarray((PMAX, plan.moving_tokens), dtype=nl.float32, buffer=nl.sbuf, name="activated"))
+            for i in range(2):
+                self.activated.append(nl.ndarray((PMAX, plan.moving_tokens), dtype=nl.float32, buffer=nl.sbuf, name=f"activated{i}"))
         self.norms = []
         if plan.with_norm:
             self.norms.append(Norm(norm_weight, plan.norm_eps))

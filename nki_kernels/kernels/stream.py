@@ -21,8 +21,8 @@ class WeightStream(nl.NKIObject):
         self.bounds = bounds
         self.slots = []
         self.held = []
-        for _i in range(slots):
-            self.slots.append(nl.ndarray((packed.shape[0], slot_cols), dtype=packed.dtype, buffer=nl.sbuf, name="ring"))
+        for i in range(slots):
+            self.slots.append(nl.ndarray((packed.shape[0], slot_cols), dtype=packed.dtype, buffer=nl.sbuf, name=f"ring{i}"))
             self.held.append(-1)
         self.seek(0)
 

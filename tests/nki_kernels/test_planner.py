@@ -180,3 +180,20 @@ def test_regions_that_are_alive_together_do_not_overlap(request_, data):
     assert h[1] <= rows or (plan.runs_down_first and plan.x_tiles)
     assert x[1] <= h[0] or not layout.x_outlives_firsts
     assert max(h[1], plan.input_offset) <= plan.wide_cols
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_prefill_of_32768_tokens_runs_block_by_block_within_all_limits(model):
+    """Dry: every instruction of the launch is checked; weights are read once per block, activations once."""
+    hidden, intermediate, rank = MODELS[model]
+    case = MLPCase(32768, hidden, intermediate, ("uv", "compact", "uv"), (rank,) * 3, norm=True, residual=True)
+    plan = plan_case(case)
+    moved = [0]
+
+    def count(event):
+        moved[0] += getattr(event, "transfer_bytes", 0)
+
+    dry_run(plan, count)
+    norm_and_identity = 128 * plan.x_tiles * 4 + 128 * 128 * 2 * plan.layout.needs_identity
+    assert moved[0] == plan.weight_cols_read() * 128 * 2 + 3 * case.tokens * hidden * 2 + norm_and_identity

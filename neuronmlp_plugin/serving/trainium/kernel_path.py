@@ -7,11 +7,12 @@ begins with the rank's own share (`own_first`), its weights are packed for that 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from neuronmlp_plugin.errors import UsageError
@@ -53,15 +54,16 @@ def _projection(spec: ProjectionSpec, tp: int) -> Projection:
     return Projection(spec.form, tp * slots, slots, even_pivots(spec, tp, SCHEME))
 
 
-def _request(stage: str, layout: Layout, tokens: int, dtype: torch.dtype) -> Request:
-    # Between collectives activations travel as [channels, T], so the last launch finds its input transposed already.
-    return Request(layout, tokens, np.dtype(_NUMPY_DTYPES[dtype]), transposed_input=stage == "last")
+def _request(layout: Layout, tokens: int, dtype: torch.dtype, norm_eps: float | None) -> Request:
+    """Between collectives activations travel as [channels, T], so a launch that starts from down's z finds its input transposed."""
+    transposed = layout.down_first is None and layout.gate_second is None and layout.down_second is not None
+    return Request(layout, tokens, np.dtype(_NUMPY_DTYPES[dtype]), norm_eps if layout.hidden else None, transposed_input=transposed)
 
 
 def declined(specs: Specs, shape: MLPShape, tp: int, dtype: torch.dtype) -> str | None:
     """Why the planner has no plan for the layer, in a sentence, or None. What fits 128 tokens fits any number, block by block."""
-    for stage, layout in stage_layouts(specs, shape, tp).items():
-        plan = plan_launch(_request(stage, layout, PMAX, dtype))
+    for layout in stage_layouts(specs, shape, tp).values():
+        plan = plan_launch(_request(layout, PMAX, dtype, norm_eps=1e-5))
         if isinstance(plan, Declined):
             return plan.reason
     return None
@@ -112,6 +114,19 @@ def call(kernel: Callable[..., Any], *arguments: Any) -> Any:
     return kernel(*arguments)
 
 
+class Norm(NamedTuple):
+    """An RMSNorm as the kernels take it: weight `[128, ceil(H / 128)]` fp32 (nki_kernels.packing.pack_norm), and epsilon."""
+
+    weight: torch.Tensor
+    eps: float
+
+
+def pack_norm_in_graph(weight: torch.Tensor) -> torch.Tensor:
+    """`pack_norm` by torch operations alone, for a weight that is a parameter of NxDI's and packed while tracing."""
+    tiles = F.pad(weight.float(), (0, -weight.shape[0] % PMAX)).reshape(-1, PMAX)
+    return tiles.t().contiguous()
+
+
 class KernelPath(nn.Module):
     """One rank's packed weights, and the launches that read them."""
 
@@ -125,36 +140,42 @@ class KernelPath(nn.Module):
         for stage, layout in self.layouts.items():
             self.add_module(stage, parallel.column(layout.packed_cols, parallel.size * PMAX))
         self.rank = parallel.rank_module() if parallel.size > 1 else None
-        self.plans: dict[tuple[str, int], Plan] = {}
+        self.plans: dict[tuple[str, int, float | None], Plan] = {}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's summand of y `[..., H]`, from x `[..., H]`."""
+    def forward(self, x: torch.Tensor, rmsnorm: Any = None) -> torch.Tensor:
+        """This rank's summand of y `[..., H]`, from x `[..., H]`; `rmsnorm`, a module, is applied to x by the kernels themselves."""
+        norm = None if rmsnorm is None else Norm(pack_norm_in_graph(rmsnorm.weight), rmsnorm.variance_epsilon)
         rows = x.reshape(-1, x.shape[-1])
-        y = self._whole(rows) if self.rank is None else self._between_collectives(rows, self.rank.get_rank())
+        y = self._whole(rows, norm) if self.rank is None else self._between_collectives(rows, norm, self.rank.get_rank())
         return y.reshape(x.shape)
 
-    def _whole(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.launch(svd_mlp, rows, *self._weights_and_plan("whole", rows.shape[0]))
+    def _whole(self, rows: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+        return self.launch(svd_mlp, rows, *self._rest("whole", rows.shape[0], norm))
 
-    def _between_collectives(self, rows: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+    def _between_collectives(self, rows: torch.Tensor, norm: Norm | None, rank: torch.Tensor) -> torch.Tensor:
         tp, tokens = self.parallel.size, rows.shape[0]
         z = None
         if "first" in self.layouts:
-            z = self.launch(first_factors, rows, *self._weights_and_plan("first", tokens))
+            z = self.launch(first_factors, rows, *self._rest("first", tokens, norm))
             z = own_first(self.parallel.gather(z, 0), rank, tp)
         needs_x = rows if self.layouts["second"].hidden else None
-        out = self.launch(second_factors, needs_x, z, self.slots, *self._weights_and_plan("second", tokens))
+        out = self.launch(second_factors, needs_x, z, self.slots, *self._rest("second", tokens, norm))
         if "last" not in self.layouts:
             return out
         z = self.parallel.scatter_sum(rank_major(out, rank, tp), 0)
-        return self.launch(last_factor, z, *self._weights_and_plan("last", tokens))
+        return self.launch(last_factor, z, *self._rest("last", tokens, norm))
 
-    def _weights_and_plan(self, stage: str, tokens: int) -> tuple[torch.Tensor, Plan]:
-        """The packed weights of a launch and the plan for as many tokens. Raises UsageError."""
-        weights = getattr(self, stage).weight.data
-        if (stage, tokens) not in self.plans:
-            plan = plan_launch(_request(stage, self.layouts[stage], tokens, weights.dtype))
+    def _rest(self, stage: str, tokens: int, norm: Norm | None) -> tuple[Any, ...]:
+        """A launch's further arguments: packed weights, the plan for as many tokens, and the norm where it starts from x.
+
+        Raises UsageError where there is no plan.
+        """
+        layout, weights = self.layouts[stage], getattr(self, stage).weight.data
+        eps = None if norm is None else norm.eps
+        if (stage, tokens, eps) not in self.plans:
+            plan = plan_launch(_request(layout, tokens, weights.dtype, eps))
             if isinstance(plan, Declined):
                 raise UsageError(f"low-rank MLP, launch {stage!r} of {tokens} tokens: {plan.reason}")
-            self.plans[stage, tokens] = plan
-        return weights, self.plans[stage, tokens]
+            self.plans[stage, tokens, eps] = plan
+        rest = (weights, self.plans[stage, tokens, eps])
+        return rest if norm is None or not layout.hidden else (*rest, norm.weight)

@@ -56,20 +56,21 @@ class LowRankMLP(nn.Module):
         """`(y, residual)`. A given residual is added to x first and the sum returned; `adapter_ids` is unused, since LoRA is refused."""
         if residual is not None:
             x = residual = residual + x
-        if rmsnorm is not None:
-            x = rmsnorm(x)
         if self.sequence_parallel:
-            x = self.parallel.gather(x, SEQUENCE_DIM)
-        y = self._summand(x)
+            x = self.parallel.gather(x if rmsnorm is None else rmsnorm(x), SEQUENCE_DIM)
+            rmsnorm = None
+        y = self._summand(x, rmsnorm)
         y = self.parallel.scatter_sum(y, SEQUENCE_DIM) if self.sequence_parallel else self.parallel.all_reduce(y)
         return y, residual
 
-    def _summand(self, x: torch.Tensor) -> torch.Tensor:
+    def _summand(self, x: torch.Tensor, rmsnorm: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.Tensor:
         """This rank's summand of y, from the whole x `[B, S, H]`, by the path that was decided for the phase."""
         prefill = x.shape[1] > 1 if self.prefill is None else self.prefill
         phase = PREFILL if prefill else DECODE
         decision = self.decisions[phase]
         RECORD.add(self.layer, phase, x.shape[0] * x.shape[1], decision)
-        path = self.kernel_path if decision.path == "kernel" else self.torch_path
-        assert path is not None
-        return path(x)
+        if decision.path == "kernel":
+            assert self.kernel_path is not None
+            return self.kernel_path(x, rmsnorm)
+        assert self.torch_path is not None
+        return self.torch_path(x if rmsnorm is None else rmsnorm(x))

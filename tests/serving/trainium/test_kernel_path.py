@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 
 from neuronmlp_plugin.models.collectives import Collectives
 from neuronmlp_plugin.models.projection import MLPShape
-from neuronmlp_plugin.serving.trainium.kernel_path import own_first, rank_major
+from neuronmlp_plugin.serving.trainium.kernel_path import own_first, pack_norm_in_graph, rank_major
 from nki_kernels.kernels.sharded import last_factor
+from nki_kernels.packing import pack_norm
 from tests.models.layers import MIXES, mix_specs, plain_mlp, random_modules
 from tests.serving.trainium.sharded import KERNEL, TORCH, rank_mlp, simulated
 from tests.thread_group import ThreadGroup
@@ -34,7 +36,7 @@ class Simulated:
 
 
 @torch.no_grad()
-def run(mix, tp, x):
+def run(mix, tp, x, norm=None):
     """`(outputs by rank, launches of rank 0, collectives, the plain answer)`, in the dtype of x."""
     specs = mix_specs(mix)
     modules = {name: module.to(x.dtype) for name, module in random_modules(specs, SHAPE).items()}
@@ -45,7 +47,7 @@ def run(mix, tp, x):
     def work(collectives: Collectives):
         mlp = rank_mlp(specs, modules, SHAPE, collectives, decisions=KERNEL)
         mlp.kernel_path.launch = launches[collectives.rank]
-        return mlp(x)[0]
+        return mlp(x, rmsnorm=norm)[0]
 
     return group.run(work), launches[0].names, group.log, plain_mlp(modules, x)
 
@@ -67,6 +69,33 @@ def test_bf16_travels_as_bf16(tp):
     for y in outputs:
         assert y.dtype == torch.bfloat16
         assert float((y - expected).float().norm() / expected.float().norm()) < 0.02
+
+
+class RMSNorm(torch.nn.Module):
+    """NxDI's, by the names of its attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.rand(SHAPE.hidden_size) + 0.5)
+        self.variance_epsilon = 0.01
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("mix", [("compact", "uv", "compact"), ("dense", "uv", "dense"), ("dense", "dense", "uv")], ids="-".join)
+def test_a_norm_that_nxdi_hands_over_runs_in_the_kernels(mix, tp):
+    norm, x = RMSNorm(), torch.randn(2, 3, SHAPE.hidden_size)
+    outputs, _, _, _ = run(mix, tp, x, norm)
+    plain = run(mix, 1, norm(x).detach())[3]
+    for y in outputs:
+        torch.testing.assert_close(y, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_is_packed_as_the_kernels_packer_packs_it():
+    weight = torch.rand(300)
+    assert np.array_equal(pack_norm_in_graph(weight).numpy(), pack_norm(weight.numpy()))
 
 
 def test_one_launch_without_and_three_with_tensor_parallelism():

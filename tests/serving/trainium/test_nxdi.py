@@ -115,10 +115,12 @@ def test_nxdi_itself_may_pass_the_norm_to_the_mlp(folders, tmp_path):
 @pytest.mark.parametrize("tp", [1, 2])
 def test_the_kernels_run_inside_nxdi_in_the_simulator(tp, folders, tmp_path):
     """NxDI's own sharding, rank and collectives around the kernels, every launch of every layer simulated."""
-    sequence_parallel = {"sequence_parallel_enabled": tp > 1}
-    cases = [Case(f, f, folders[f], tp, 2, {"kernels": "require"}, sequence_parallel) for f in ("llama", "qwen2")]
-    for name, results in run_cases(cases, tp, tmp_path, classes="simulated").items():
-        assert_like_torch(results, load_model(folders[name]))
+    required, sequence_parallel = {"kernels": "require"}, {"sequence_parallel_enabled": tp > 1}
+    cases = [Case(family, family, folders[family], tp, 2, required, sequence_parallel) for family in ("llama", "qwen2")]
+    cases.append(Case("norm", "llama", folders["llama"], tp, 2, required, {"mlp_kernel_enabled": True}))  # RMSNorm in the kernels, too
+    results = run_cases(cases, tp, tmp_path, classes="simulated")
+    for case in cases:
+        assert_like_torch(results[case.name], load_model(case.folder))
 
 
 def test_the_stock_class_cannot_serve_a_factored_folder(folders, tmp_path):

@@ -17,7 +17,7 @@ MAX_ERROR = {"bf16": 2e-2, "fp16": 2.5e-3, "fp32": 1e-5}
 GRID_DTYPES = ("bf16", "fp32")
 TOKENS = (1, 2, 7, 64, 127, 128, 129, 512, 1000)
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-MIXES = tuple(itertools.product(FORMS, repeat=3))
+MIXES = tuple((gate, up, down) for gate in FORMS for up in FORMS for down in FORMS)
 # Model: hidden, intermediate, a rank at removed ratio 0.20 or so.
 MODELS = {
     "SmolLM2-135M": (576, 1536, 320),

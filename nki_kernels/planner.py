@@ -156,8 +156,10 @@ def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan 
         **_products(layout),
         **_arenas(request, choice),
     )
-    declined = _refuse_oversize(plan, target)
-    return plan if declined is None else declined
+    for declined in (_refuse_contradiction(plan), _refuse_oversize(plan, target)):
+        if declined is not None:
+            return declined
+    return plan
 
 
 def _products(layout: Layout) -> dict[str, Any]:
@@ -216,6 +218,17 @@ def _output_stage(layout: Layout, choice: Choice) -> tuple[int, int]:
         return 0, 2 * choice.block_tokens
     cols = min(choice.out_cols or last.cols, last.cols)
     return cols, tile_count(choice.block_tokens) * cols
+
+
+def _refuse_contradiction(plan: Plan) -> Declined | None:
+    """Options that the launch would have to ignore."""
+    if plan.with_norm and (not plan.hidden or plan.transposed_input):
+        return Declined("norm_eps: expected a launch that starts from natural x, found one that does not; normalise before it.")
+    if plan.with_residual and not plan.natural_output:
+        return Declined("residual: expected a launch with natural output, found none; add it after the launch.")
+    if plan.silu and (plan.runs_gated or plan.with_residual):
+        return Declined("silu: expected a single projection without residual, found more; only xuv activates its result.")
+    return None
 
 
 def _refuse_oversize(plan: Plan, target: Target) -> Declined | None:

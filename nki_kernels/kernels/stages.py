@@ -22,6 +22,7 @@ class Workspace(nl.NKIObject):
     """
 
     def __init__(self, plan: Plan, weights: Tensor, norm_weight: Tensor) -> None:
+        check_given("norm_weight", norm_weight, plan.with_norm)
         self.plan = plan
         self.wide = nl.ndarray((PMAX, plan.wide_cols), dtype=weights.dtype, buffer=nl.sbuf, name="wide")
         self.narrow = nl.ndarray((PMAX, plan.narrow_cols), dtype=weights.dtype, buffer=nl.sbuf, name="narrow")
@@ -71,6 +72,13 @@ class Workspace(nl.NKIObject):
         tokens = self.plan.block_tokens
         at = self.plan.output_offset + n % 2 * tokens
         return self.wide[:, at : at + tokens]
+
+
+def check_given(name: str, operand: Tensor, wanted: bool) -> None:
+    """Refuse an operand that the plan does not use, and a plan whose operand is missing."""
+    # Compilers before NKI 0.7 know no `is`.
+    given = operand != None  # noqa: E711
+    assert given == wanted, f"{name}: expected {wanted} by the plan, found {given}; plan and operands must agree"
 
 
 def load_input(work: Workspace, dst: Tensor, src: Tensor, first_token: int, tokens: int) -> None:

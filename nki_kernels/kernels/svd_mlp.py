@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from nki_kernels.backend import jit, nl
-from nki_kernels.kernels.stages import Workspace, finish, first_products, gated_product, load_input
+from nki_kernels.kernels.stages import Workspace, check_given, finish, first_products, gated_product, load_input
 from nki_kernels.plan import Plan
 from nki_kernels.tiling import pieces
 
@@ -23,6 +23,7 @@ def svd_mlp(x: Tensor, weights: Tensor, plan: Plan, norm_weight: Tensor = None, 
     `weights`: `[128, C]` from `packing.pack(plan.layout, ...)`. `norm_weight`, if `plan.with_norm`: `[128, ceil(H / 128)]` fp32 from
     `packing.pack_norm`. `residual` `[T, H]`, if `plan.with_residual`, is added to y in fp32 before y is rounded; for a Llama layer it is x.
     """
+    check_given("residual", residual, plan.with_residual)
     products: Any = plan.products
     y = nl.ndarray((plan.tokens, products.down_second.cols), dtype=x.dtype, buffer=nl.shared_hbm)
     work = Workspace(plan, weights, norm_weight)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from nki_kernels.backend import jit, nl
-from nki_kernels.kernels.stages import Workspace, finish, load_input
+from nki_kernels.kernels.stages import Workspace, check_given, finish, load_input
 from nki_kernels.plan import Plan
 from nki_kernels.tiling import pieces
 
@@ -20,8 +20,9 @@ def xuv(x: Tensor, weights: Tensor, plan: Plan, residual: Tensor = None) -> Tens
     """x `[T, K]` (`[K, T]` if `plan.transposed_input`) -> `[T, N]`, or `[N, T]` for a layout with transposed output.
 
     The layout comes from `chain_layout`: `uv`, input-pivoted `compact`, or one `dense` matrix. SiLU behind if `plan.silu`; `residual`
-    `[T, N]`, if `plan.with_residual`, is added to natural output in fp32 (instead of SiLU).
+    `[T, N]`, if `plan.with_residual`, is added to natural output in fp32.
     """
+    check_given("residual", residual, plan.with_residual)
     products: Any = plan.products
     cols = products.down_second.cols
     shape = (plan.tokens, cols) if plan.natural_output else (cols, plan.tokens)

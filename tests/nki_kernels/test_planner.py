@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nki_kernels.cases import DTYPES, MODELS, MLPCase, random_weights
 from nki_kernels.kernels.svd_mlp import svd_mlp
-from nki_kernels.layout import DENSE, FORMS, Projection, mlp_layout, second_stage
+from nki_kernels.layout import DENSE, FORMS, Projection, chain_layout, mlp_layout, second_stage
 from nki_kernels.plan import Plan
 from nki_kernels.planner import Choice, Declined, Request, block_sizes, build_plan, plan_launch, plan_mlp
 from nki_kernels.simulator import Placeholder, simulate
@@ -197,3 +197,32 @@ def test_prefill_of_32768_tokens_runs_block_by_block_within_all_limits(model):
     dry_run(plan, count)
     norm_and_identity = 128 * plan.x_tiles * 4 + 128 * 128 * 2 * plan.layout.needs_identity
     assert moved[0] == plan.weight_cols_read() * 128 * 2 + 3 * case.tokens * hidden * 2 + norm_and_identity
+
+
+CHAIN = chain_layout(200, 130, Projection.whole("uv", 40))
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (Request(CHAIN, 4, BF16, norm_eps=EPS), "norm_eps: expected a launch that starts from natural x"),
+        (Request(mlp_layout(64, 96, *(DENSE,) * 3), 4, BF16, norm_eps=EPS, transposed_input=True), "norm_eps: expected"),
+        (Request(chain_layout(200, 130, DENSE, True), 4, BF16, residual=True), "residual: expected a launch with natural output"),
+        (Request(CHAIN, 4, BF16, residual=True, silu=True), "silu: expected a single projection without residual"),
+        (Request(mlp_layout(64, 96, *(DENSE,) * 3), 4, BF16, silu=True), "silu: expected a single projection"),
+    ],
+)
+def test_options_that_a_launch_would_ignore_are_declined(request_, words):
+    assert words in plan_launch(request_).reason
+
+
+@pytest.mark.parametrize(("norm", "residual"), [(True, False), (False, True)])
+def test_operands_must_be_those_of_the_plan(norm, residual):
+    """Neither an operand that would be ignored nor one that is missing passes in silence."""
+    planned, given = (
+        MLPCase(3, 64, 96, ("dense",) * 3, (0,) * 3),
+        MLPCase(3, 64, 96, ("dense",) * 3, (0,) * 3, norm=norm, residual=residual),
+    )
+    for case, plan in ((given, plan_case(planned)), (planned, plan_case(given))):
+        with pytest.raises(AssertionError, match="plan and operands must agree"):
+            run_svd_mlp(case, plan)

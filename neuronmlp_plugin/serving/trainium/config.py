@@ -15,7 +15,7 @@ from neuronmlp_plugin.checkpoint.reader import FactorFile, read_config
 from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, parse_block
 from neuronmlp_plugin.errors import UsageError
 from neuronmlp_plugin.serving.trainium.options import KEY, Options, parse_options
-from neuronmlp_plugin.serving.trainium.refusals import check_supported
+from neuronmlp_plugin.serving.trainium.refusals import check_attention, check_supported
 from nki_kernels import source_digest
 
 
@@ -52,6 +52,7 @@ def low_rank_config(base: Any) -> Any:
 
         def validate_config(self) -> None:
             super().validate_config()
+            check_attention(self, base)
             if is_low_rank(self):
                 check_supported(self)
 

@@ -54,6 +54,11 @@ def _projection(spec: ProjectionSpec, tp: int) -> Projection:
     return Projection(spec.form, tp * slots, slots, even_pivots(spec, tp, SCHEME))
 
 
+def turned(specs: Specs) -> tuple[bool, bool]:
+    """Whether the z of gate and up, and that of down, travel own share first: only pivots ask for it."""
+    return any(specs[name].form == "compact" for name in PROJECTIONS[:2]), specs["down_proj"].form == "compact"
+
+
 def _request(layout: Layout, tokens: int, dtype: torch.dtype, norm_eps: float | None) -> Request:
     """Between collectives activations travel as [channels, T], so a launch that starts from down's z finds its input transposed."""
     transposed = layout.down_first is None and layout.gate_second is None and layout.down_second is not None
@@ -91,9 +96,10 @@ def _rank_matrices(specs: Specs, whole: Mapping[str, Weights], tp: int, rank: in
         if specs[name].form == "dense":
             (matrices[f"{short}_second"],) = parts.values()
             continue
-        z_part, dim = ("first", 0) if down else ("second", 1)
-        slots = parts[z_part].shape[dim] // tp
-        parts[z_part] = parts[z_part].roll(-rank * slots, dims=dim)
+        if turned(specs)[down]:
+            z_part, dim = ("first", 0) if down else ("second", 1)
+            slots = parts[z_part].shape[dim] // tp
+            parts[z_part] = parts[z_part].roll(-rank * slots, dims=dim)
         matrices |= {f"{short}_{part}": matrix for part, matrix in parts.items()}
     return matrices
 
@@ -136,6 +142,7 @@ class KernelPath(nn.Module):
         super().__init__()
         self.layouts = stage_layouts(specs, shape, parallel.size)
         self.slots = tuple(_projection(specs[name], parallel.size).slots for name in PROJECTIONS[:2])
+        self.turn_z, self.turn_down = turned(specs)
         self.parallel = parallel
         for stage, layout in self.layouts.items():
             self.add_module(stage, parallel.column(layout.packed_cols, parallel.size * PMAX))
@@ -157,12 +164,13 @@ class KernelPath(nn.Module):
         z = None
         if "first" in self.layouts:
             z = self.launch(first_factors, rows, *self._rest("first", tokens, norm))
-            z = own_first(self.parallel.gather(z, 0), rank, tp)
+            z = self.parallel.gather(z, 0)
+            z = own_first(z, rank, tp) if self.turn_z else z
         needs_x = rows if self.layouts["second"].hidden else None
         out = self.launch(second_factors, needs_x, z, self.slots, *self._rest("second", tokens, norm))
         if "last" not in self.layouts:
             return out
-        z = self.parallel.scatter_sum(rank_major(out, rank, tp), 0)
+        z = self.parallel.scatter_sum(rank_major(out, rank, tp) if self.turn_down else out, 0)
         return self.launch(last_factor, z, *self._rest("last", tokens, norm))
 
     def _rest(self, stage: str, tokens: int, norm: Norm | None) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
-from neuronmlp_plugin.errors import UsageError
+from neuronmlp_plugin.errors import UnsupportedModelError, UsageError
 from neuronmlp_plugin.models.families import check_supported as check_family
 from neuronmlp_plugin.models.sharding import check_divisible
 from neuronmlp_plugin.serving.trainium.options import KEY
@@ -40,4 +40,16 @@ def check_supported(config: Any) -> None:
         raise UsageError(
             f"{where}: expected a local folder of factors, found a hub id: vllm-neuron would load and save it through transformers, "
             "which drops every factor; download it first and serve the folder."
+        )
+
+
+def check_attention(config: Any, base: type) -> None:
+    """Refuse a Mistral whose sliding window another family's class would ignore (families.py). Raises UnsupportedModelError."""
+    window = getattr(config, "sliding_window", None)
+    stands_in = getattr(config, "model_type", None) == "mistral" and "Mistral" not in base.__name__
+    if stands_in and window is not None and window < config.neuron_config.seq_len:
+        raise UnsupportedModelError(
+            f"{getattr(config, '_name_or_path', 'model config')}: expected no sliding window below the sequence length "
+            f"{config.neuron_config.seq_len}, found {window}: NxD Inference before 0.9 has no Mistral and its Llama would attend to all "
+            "tokens; serve at most as many tokens as the window has."
         )

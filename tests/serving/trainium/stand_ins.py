@@ -8,7 +8,14 @@ from typing import Any
 
 class NeuronConfig:
     def __init__(self, **kwargs: Any) -> None:
-        defaults = {"tp_degree": 1, "quantized": False, "lora_config": None, "mlp_cp_degree": 1, "fused_rmsnorm_skip_gamma": False}
+        defaults = {
+            "tp_degree": 1,
+            "quantized": False,
+            "lora_config": None,
+            "mlp_cp_degree": 1,
+            "fused_rmsnorm_skip_gamma": False,
+            "seq_len": 128,
+        }
         for name, value in defaults.items():
             setattr(self, name, kwargs.pop(name, value))
         self.unknown = sorted(kwargs)

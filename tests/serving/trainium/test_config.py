@@ -154,3 +154,12 @@ def test_tp_that_does_not_divide_the_channels_is_refused(folders):
 def test_an_mlp_with_bias_is_refused(folders):
     with pytest.raises(UnsupportedModelError, match="bias"):
         make(folders["mixed"], hf={"mlp_bias": True})
+
+
+def test_a_sliding_window_that_a_stand_in_would_ignore_is_refused(folders):
+    mistral = {"model_type": "mistral", "sliding_window": 100}
+    make(folders["dense"], hf=mistral, seq_len=100)
+    with pytest.raises(UnsupportedModelError, match=r"found 100: NxD Inference before 0\.9"):
+        make(folders["dense"], hf=mistral, seq_len=128)
+    MistralConfig = type("MistralInferenceConfig", (InferenceConfig,), {})
+    make(folders["dense"], low_rank_config(MistralConfig), hf=mistral, seq_len=128)

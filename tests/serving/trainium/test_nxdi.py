@@ -165,3 +165,20 @@ def test_the_real_compressed_model_equals_the_torch_forward(smollm2_compressed, 
     model = load_model(smollm2_compressed)
     for results in run_cases(cases, 1, tmp_path).values():
         assert_like_torch(results, model)
+
+
+def test_registration_edits_nothing_but_the_four_families_and_only_once():
+    code = """
+import neuron_stubs; neuron_stubs.install()
+import sys, neuronmlp_plugin
+neuronmlp_plugin.register()
+assert "neuronx_distributed_inference" not in sys.modules
+from neuronx_distributed_inference.utils.constants import MODEL_TYPES
+first = {key: tasks["causal-lm"] for key, tasks in MODEL_TYPES.items()}
+neuronmlp_plugin.register()
+assert first == {key: tasks["causal-lm"] for key, tasks in MODEL_TYPES.items()}
+print(sorted(key for key, cls in first.items() if cls.__module__.startswith("neuronmlp_plugin") or cls.__name__.startswith("LowRank")))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == str(sorted(FAMILIES))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -63,3 +64,17 @@ def test_the_smoke_test_passes_in_cpu_mode_and_names_the_path(smollm2_compressed
     assert "verdict: PASS, 8 of 8 sequences agree" in done.stdout
     layers = json.loads((smollm2_compressed / "config.json").read_text())["num_hidden_layers"]
     assert f"decode: {layers} MLP layers by torch (NxDI runs on the CPU (on_cpu))" in done.stdout
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.smollm2
+@pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None or importlib.util.find_spec("vllm_neuron") is not None, reason="needs a CPU's vLLM"
+)
+def test_the_smoke_test_itself_works_on_a_cpus_vllm(smollm2_compressed):
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}  # noqa: F811
+    arguments = ("--dtype", "float32", "--max-model-len", "64", "--max-tokens", "8")
+    done = run_example("smoke_test.py", smollm2_compressed, environment, *arguments)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "verdict: PASS, 8 of 8 sequences agree" in done.stdout

@@ -1,9 +1,10 @@
-"""`neuronmlp bench decode`: measured here, now, against the first model named."""
+"""`neuronmlp bench`: `decode` is measured here, now, against the first model named; the other kinds are simulated."""
 
 from __future__ import annotations
 
 import argparse
 import pathlib
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +16,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decode.add_argument("--rounds", type=int, default=5, help="how often every model is timed (default %(default)s)")
     decode.add_argument("--dtype", default="float32", help="as for `vllm serve` (default %(default)s)")
     decode.add_argument("--csv", type=pathlib.Path, help="append the rows to this file")
+    decode.set_defaults(run_kind=_decode)
+    _add_simulated(kinds)
+
+
+def _add_simulated(kinds: Any) -> None:
+    """The kinds that ask the cost model of `nki_kernels`."""
+    from neuronmlp_plugin.bench import calibrate, kernels, layers, tune
+
+    described = {
+        "calibrate": (calibrate, "the cost model against every published latency (simulated)"),
+        "kernels": (kernels, "our kernels, their bounds and the published algorithms (simulated)"),
+        "layers": (layers, "time to first token and per output token of whole models (simulated)"),
+        "tune": (tune, "search tile plans for the shipped table (simulated)"),
+    }
+    for name, (module, text) in described.items():
+        parser = kinds.add_parser(name, help=text, description=module.__doc__)
+        module.add_arguments(parser)
+        parser.set_defaults(run_kind=module.run)
 
 
 def _folders(models: list[str]) -> dict[str, pathlib.Path]:
@@ -27,6 +46,11 @@ def _folders(models: list[str]) -> dict[str, pathlib.Path]:
 
 
 def run(args: argparse.Namespace) -> int:
+    status: int = args.run_kind(args)
+    return status
+
+
+def _decode(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from neuronmlp_plugin.bench.decode import measure_decode

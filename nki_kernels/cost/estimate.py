@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from nki_kernels.backend import HAS_NKI
 from nki_kernels.cost.additive import Additive
 from nki_kernels.cost.constants import CALIBRATED, Constants
 from nki_kernels.cost.counters import Counters, Counting
@@ -100,7 +101,12 @@ def critical_path(slots: Sequence[Slot]) -> list[tuple[int, str, float]]:
 def schedule(
     kernel: Callable[..., Any], arguments: Sequence[Any], target: Target = TRN1, constants: Constants = CALIBRATED
 ) -> tuple[Scheduler, Counters]:
-    """One dry run of `kernel` on placeholders, placed in time and counted. What the simulator refuses is refused here too."""
+    """One dry run of `kernel` on placeholders, placed in time and counted. What the simulator refuses is refused here too.
+
+    Raises RuntimeError where the vendor's `nki` is in force: its kernels leave no trace.
+    """
+    if HAS_NKI:
+        raise RuntimeError("cost model: expected our simulator, found the vendor's nki; set NKI_KERNELS_BACKEND=simulator.")
     counting, scheduler = Counting(), Scheduler(target, constants)
     simulate(kernel, target, (counting, scheduler), dry=True)(*arguments)
     return scheduler, counting.result()

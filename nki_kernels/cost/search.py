@@ -16,6 +16,7 @@ from nki_kernels.layout import MATRICES, Layout
 from nki_kernels.plan import Plan
 from nki_kernels.planner import MAX_SLOTS, Choice, Declined, Request, build_plan, choices
 from nki_kernels.targets import PMAX, TRN1, Target
+from nki_kernels.tiling import tile_count
 
 MAX_TRIED = 4  # a schedule takes up to 2 s; a search should stay below 10 s
 OVERLAP_LOSS = 0.1  # of two plans with one bound, prefer the one with less of the other resource
@@ -80,12 +81,18 @@ def _deepest(request: Request, choice: Choice, target: Target) -> tuple[Choice, 
     return None
 
 
+def _groups_fit(plan: Plan, target: Target) -> bool:
+    """Whether PSUM holds two token groups where there are two: the kernel lets the first go only when the second is computed."""
+    groups = tile_count(plan.block_tokens, PMAX * plan.token_group) if plan.natural_output else 1
+    return min(groups, 2) * plan.token_group <= target.psum_banks
+
+
 def fitting_plans(request: Request, target: Target = TRN1) -> Iterator[tuple[Choice, Plan]]:
     """Every plan that fits, once."""
     seen = set()
     for choice in choices(request):
         found = _deepest(request, choice, target)
-        if found is not None and found[1] not in seen:
+        if found is not None and found[1] not in seen and _groups_fit(found[1], target):
             seen.add(found[1])
             yield found
 

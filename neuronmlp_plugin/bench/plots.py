@@ -1,0 +1,72 @@
+"""Pictures of simulated results; every title says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from neuronmlp_plugin.bench.kernel_cases import Result
+from nki_kernels.cost.constants import Constants
+from nki_kernels.targets import PMAX, Target
+
+
+def _figure(title: str, target: Target, constants: Constants) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(f"{title}\nsimulated: one core of {target.name}, bf16, constants “{constants.name}”", fontsize=11)
+    axes.grid(True, which="major", alpha=0.3)
+    return figure, axes
+
+
+def roofline(path: pathlib.Path, done: Sequence[Result], target: Target, constants: Constants) -> None:
+    """Useful TFLOP/s of the fused kernels over their FLOPs per byte of HBM traffic, under the two roofs."""
+    figure, axes = _figure("Fused kernels under the roofline", target, constants)
+    peak = 2 * PMAX * PMAX * target.tensor_ghz / 1000
+    low, high = 0.5, 4000.0
+    corner = peak * 1000 / target.dma_achieved_gbps
+    axes.plot([low, corner, high], [low * target.dma_achieved_gbps / 1000, peak, peak], color="black", lw=1.5)
+    axes.annotate(f"{peak:.0f} TFLOP/s", (high, peak), ha="right", va="bottom")
+    axes.annotate(f"{target.dma_achieved_gbps:.0f} GB/s", (2, 2.4 * target.dma_achieved_gbps / 1000), rotation=38)
+    for name in dict.fromkeys(times.case for times in done):
+        mine = [times.best.estimate for times in done if times.case == name]
+        rates = [estimate.counters.flops / estimate.simulated_us / 1e6 for estimate in mine]
+        axes.plot([estimate.counters.intensity for estimate in mine], rates, "o", label=name, alpha=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="useful FLOPs per byte of HBM traffic", ylabel="useful TFLOP/s")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def latency(path: pathlib.Path, done: Sequence[Result], target: Target, constants: Constants) -> None:
+    """Latency by token count of the chain, or of the first case if there is no chain."""
+    name = "chain" if any(times.case == "chain" for times in done) else done[0].case
+    mine = sorted((times for times in done if times.case == name), key=lambda times: times.tokens)
+    figure, axes = _figure(f"Latency by tokens: {name}", target, constants)
+    axes.plot([t.tokens for t in mine], [t.simulated_us / 1000 for t in mine], "o-", color="tab:red", lw=2, label="ours, fused")
+    for other in dict.fromkeys(key for times in mine for key in times.others):
+        points = [(t.tokens, t.others[other] / 1000) for t in mine if other in t.others]
+        axes.plot(*zip(*points, strict=True), "s--", ms=4, lw=1, label=other)
+    axes.plot([t.tokens for t in mine], [t.tensor_bound_us / 1000 for t in mine], color="black", lw=1, label="TensorE bound")
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def waterfall(path: pathlib.Path, done: Sequence[Result], target: Target, constants: Constants) -> None:
+    """Where the time of every fused launch goes: each moment is given to the first engine, from the left, that works in it."""
+    figure, axes = _figure("Where the time goes", target, constants)
+    figure.set_size_inches(9, 1.5 + 0.3 * len(done))
+    labels = [f"{times.case} {times.tokens}" for times in done]
+    left = [0.0] * len(done)
+    for field in dataclasses.fields(done[0].best.estimate.exposed):
+        shares = [100 * getattr(times.best.estimate.exposed, field.name) / times.simulated_us for times in done]
+        if max(shares) > 0.05:
+            axes.barh(labels, shares, left=left, label={"tensor": "TensorE"}.get(field.name, f"{field.name}, exposed"))
+            left = [start + share for start, share in zip(left, shares, strict=True)]
+    axes.invert_yaxis()
+    axes.set(xlabel="% of the latency", xlim=(0, 100))
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.25), ncols=6, fontsize=9)
+    figure.savefig(path, dpi=120)

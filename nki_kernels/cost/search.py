@@ -87,14 +87,22 @@ def _groups_fit(plan: Plan, target: Target) -> bool:
     return min(groups, 2) * plan.token_group <= target.psum_banks
 
 
+def _behaviour(plan: Plan) -> Plan:
+    """The plan without differences that no instruction sees: groups beyond the block's token tiles, a place for rows that are not there."""
+    input_offset = 0 if plan.transposed_input else plan.input_offset
+    return dataclasses.replace(plan, token_group=min(plan.token_group, tile_count(plan.block_tokens)), input_offset=input_offset)
+
+
 def fitting_plans(request: Request, target: Target = TRN1) -> Iterator[tuple[Choice, Plan]]:
     """Every plan that fits, once."""
     seen = set()
     for choice in choices(request):
         found = _deepest(request, choice, target)
-        if found is not None and found[1] not in seen and _groups_fit(found[1], target):
-            seen.add(found[1])
-            yield found
+        if found is not None and _groups_fit(found[1], target):
+            same = _behaviour(found[1])
+            if same not in seen:
+                seen.add(same)
+                yield found
 
 
 def search(

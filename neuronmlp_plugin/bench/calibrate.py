@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import pathlib
 from typing import TYPE_CHECKING
 
+from neuronmlp_plugin.bench.arguments import add_csv
 from neuronmlp_plugin.bench.rows import Row, append_rows
 from nki_kernels.cost.constants import SETS, Constants
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--constants", choices=SETS, default="calibrated", help="set of DMA rates (default %(default)s)")
-    parser.add_argument("--csv", type=pathlib.Path, help="append the rows to this file")
+    add_csv(parser)
 
 
 def _line(judged: Judged) -> str:

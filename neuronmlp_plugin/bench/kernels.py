@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from neuronmlp_plugin.bench.arguments import add_csv, add_model_arguments, one_of
 from neuronmlp_plugin.bench.rows import Row, append_rows
 from nki_kernels.cost.constants import SETS
 from nki_kernels.targets import TARGETS
@@ -18,10 +19,9 @@ KINDS = ("chain", "prefill", "decode")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kinds", nargs="*", default=[*KINDS], choices=KINDS, metavar="KIND", help="chain, prefill, decode (default: all)")
-    parser.add_argument("--target", choices=TARGETS, default="trn1")
-    parser.add_argument("--constants", choices=SETS, default="calibrated", help="set of DMA rates (default %(default)s)")
-    parser.add_argument("--csv", type=pathlib.Path, help="append the rows to this file")
+    parser.add_argument("kinds", nargs="*", default=[*KINDS], type=one_of(KINDS), metavar="KIND", help=f"{', '.join(KINDS)} (default: all)")
+    add_model_arguments(parser)
+    add_csv(parser)
     parser.add_argument(
         "--plots", type=pathlib.Path, metavar="DIR", help="draw roofline, latency by tokens and waterfall (needs matplotlib)"
     )

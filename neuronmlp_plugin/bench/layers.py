@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import pathlib
 from typing import TYPE_CHECKING
 
+from neuronmlp_plugin.bench.arguments import add_csv, add_model_arguments, one_of
 from neuronmlp_plugin.bench.rows import Row, append_rows
 from nki_kernels.cost.constants import SETS
 from nki_kernels.cost.models import MODELS, rank_at
@@ -21,7 +21,7 @@ HEAD = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "models", nargs="*", default=[*MODELS], choices=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)} (default: all)"
+        "models", nargs="*", default=[*MODELS], type=one_of(MODELS), metavar="MODEL", help=f"of {', '.join(MODELS)} (default: all)"
     )
     parser.add_argument(
         "--remove", type=float, default=0.20, metavar="SHARE", help="share of the MLP parameters taken away (default %(default)s)"
@@ -30,9 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 8, 32], help="cores (default 1 8 32)")
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of the prefill, and of context in decode (default %(default)s)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="sequences decoded together (default 1 16)")
-    parser.add_argument("--target", choices=TARGETS, default="trn1")
-    parser.add_argument("--constants", choices=SETS, default="calibrated", help="set of DMA rates (default %(default)s)")
-    parser.add_argument("--csv", type=pathlib.Path, help="append the rows to this file")
+    add_model_arguments(parser)
+    add_csv(parser)
 
 
 def _shares(parts: Parts) -> str:

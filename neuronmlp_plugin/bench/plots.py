@@ -45,7 +45,8 @@ def latency(path: pathlib.Path, done: Sequence[Result], target: Target, constant
     name = "chain" if any(times.case == "chain" for times in done) else done[0].case
     mine = sorted((times for times in done if times.case == name), key=lambda times: times.tokens)
     figure, axes = _figure(f"Latency by tokens: {name}", target, constants)
-    axes.plot([t.tokens for t in mine], [t.simulated_us / 1000 for t in mine], "o-", color="tab:red", lw=2, label="ours, fused")
+    axes.set_prop_cycle(color=("tab:red", "tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown"))
+    axes.plot([t.tokens for t in mine], [t.simulated_us / 1000 for t in mine], "o-", lw=2, label="ours, fused")
     for other in dict.fromkeys(key for times in mine for key in times.others):
         points = [(t.tokens, t.others[other] / 1000) for t in mine if other in t.others]
         axes.plot(*zip(*points, strict=True), "s--", ms=4, lw=1, label=other)
@@ -68,5 +69,5 @@ def waterfall(path: pathlib.Path, done: Sequence[Result], target: Target, consta
             left = [start + share for start, share in zip(left, shares, strict=True)]
     axes.invert_yaxis()
     axes.set(xlabel="% of the latency", xlim=(0, 100))
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.25), ncols=6, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=6, fontsize=9)
     figure.savefig(path, dpi=120)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from neuronmlp_plugin.bench.arguments import add_model_arguments, one_of
 from nki_kernels.cost.constants import SETS
 from nki_kernels.cost.models import MODELS, rank_at
 from nki_kernels.targets import TARGETS
@@ -20,15 +21,14 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "models", nargs="*", default=[*MODELS], choices=MODELS, metavar="MODEL", help=f"of {', '.join(MODELS)} (default: all)"
+        "models", nargs="*", default=[*MODELS], type=one_of(MODELS), metavar="MODEL", help=f"of {', '.join(MODELS)} (default: all)"
     )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="table to write; one that exists is added to")
     parser.add_argument("--remove", type=float, nargs="+", default=[0.20], metavar="SHARE", help="of the MLP parameters (default 0.20)")
     parser.add_argument("--form", choices=("dense", "uv", "compact"), nargs="+", default=["dense", "uv"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128, 512, 2048, 8192], help="per launch (default: 1 ... 8192)")
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 8], help="cores (default 1 8)")
-    parser.add_argument("--target", choices=TARGETS, default="trn1")
-    parser.add_argument("--constants", choices=SETS, default="calibrated", help="set of DMA rates (default %(default)s)")
+    add_model_arguments(parser)
 
 
 def _requests(args: argparse.Namespace, model: str) -> Iterator[tuple[int, Request]]:

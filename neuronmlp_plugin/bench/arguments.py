@@ -1,0 +1,31 @@
+"""What the simulated kinds of `neuronmlp bench` ask for on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+from collections.abc import Callable, Collection
+
+from nki_kernels.cost.constants import SETS
+from nki_kernels.targets import TARGETS
+
+
+def one_of(names: Collection[str]) -> Callable[[str], str]:
+    """A `type` for list arguments: argparse holds `choices` against the default list too, as if it were one value."""
+
+    def check(value: str) -> str:
+        if value not in names:
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(names)}, found {value!r}")
+        return value
+
+    return check
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Target, set of constants."""
+    parser.add_argument("--target", choices=TARGETS, default="trn1")
+    parser.add_argument("--constants", choices=SETS, default="calibrated", help="set of DMA rates (default %(default)s)")
+
+
+def add_csv(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--csv", type=pathlib.Path, help="append the rows to this file")

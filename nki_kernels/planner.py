@@ -18,6 +18,7 @@ from nki_kernels.layout import Layout, Projection, mlp_layout
 from nki_kernels.plan import Plan
 from nki_kernels.targets import PMAX, TRN1, Target
 from nki_kernels.tiling import MOVING_COLS, tile_count
+from nki_kernels.tuned import tuned_choice
 
 SLOT_BYTES = (8 * 1024, 4 * 1024)  # per partition: twice what saturates a DMA queue, and just that
 MIN_SLOTS = 3  # one in use, one arriving, one asked for
@@ -77,11 +78,15 @@ def plan_mlp(
 
 
 def plan_launch(request: Request, target: Target = TRN1) -> Plan | Declined:
-    """The plan of least weight traffic, or why there is none."""
+    """The plan tuned for this very launch or, where there is none, the one of least weight traffic; or why there is no plan."""
     if request.dtype.name not in SUPPORTED_DTYPES:
         return Declined(f"dtype: expected one of {', '.join(SUPPORTED_DTYPES)}, found {request.dtype.name}; cast the weights.")
     if request.tokens < 1:
         return Declined(f"tokens: expected at least 1, found {request.tokens}.")
+    fields = tuned_choice(request, target.name)
+    tuned = build_plan(request, Choice(**fields), target) if fields else None
+    if isinstance(tuned, Plan):
+        return tuned
     plans = [build_plan(request, choice, target) for choice in choices(request)]
     fitting = [plan for plan in plans if isinstance(plan, Plan)]
     if not fitting:
@@ -241,7 +246,9 @@ def _refuse_oversize(plan: Plan, target: Target) -> Declined | None:
             f"{plan.block_tokens} tokens ({held}); use fewer tokens per block or shard the layer over more cores."
         )
     products = 2 if plan.runs_gated else 1
-    banks = max(plan.token_group, products * tile_count(plan.block_tokens, plan.moving_tokens))
+    # A token group's sums are let go only when the next group's are there.
+    groups = min(2, tile_count(plan.block_tokens, PMAX * plan.token_group)) if plan.natural_output else 1
+    banks = max(groups * plan.token_group, products * tile_count(plan.block_tokens, plan.moving_tokens))
     if banks > target.psum_banks:
         return Declined(f"PSUM of {target.name}: expected at most {target.psum_banks} banks at once, found {banks}; use smaller blocks.")
     return None

@@ -7,7 +7,9 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).parent
 # Packing and plans are part of it: an artifact compiled for another layout would read the weights wrongly.
-PROGRAM = ("backend.py", "layout.py", "packing.py", "plan.py", "planner.py", "targets.py", "tiling.py", "kernels/*.py")
+PROGRAM = (
+    "backend.py", "layout.py", "packing.py", "plan.py", "planner.py", "targets.py", "tiling.py", "tuned.py", "tables/*.json", "kernels/*.py",
+)  # fmt: skip
 
 
 def source_digest() -> str:

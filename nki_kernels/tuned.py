@@ -1,4 +1,4 @@
-"""Plans that the cost model found beforehand, by what they are for: `tuned/<target>.json`, made by `neuronmlp bench tune`."""
+"""Plans that the cost model found beforehand, by what they are for: `tables/<target>.json`, made by `neuronmlp bench tune`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nki_kernels.layout import MATRICES
 if TYPE_CHECKING:
     from nki_kernels.planner import Request
 
-FOLDER = pathlib.Path(__file__).parent / "tuned"
+FOLDER = pathlib.Path(__file__).parent / "tables"
 
 
 def key(request: Request) -> str:

@@ -90,12 +90,6 @@ def _deepest(request: Request, choice: Choice, target: Target) -> tuple[Choice, 
     return None
 
 
-def _groups_fit(plan: Plan, target: Target) -> bool:
-    """Whether PSUM holds two token groups where there are two: the kernel lets the first go only when the second is computed."""
-    groups = tile_count(plan.block_tokens, PMAX * plan.token_group) if plan.natural_output else 1
-    return min(groups, 2) * plan.token_group <= target.psum_banks
-
-
 def _behaviour(plan: Plan) -> Plan:
     """The plan without differences that no instruction sees: groups beyond the block's token tiles, a place for rows that are not there."""
     input_offset = 0 if plan.transposed_input else plan.input_offset
@@ -107,7 +101,7 @@ def fitting_plans(request: Request, target: Target = TRN1) -> Iterator[tuple[Cho
     seen = set()
     for choice in choices(request):
         found = _deepest(request, choice, target)
-        if found is not None and _groups_fit(found[1], target):
+        if found is not None:
             same = _behaviour(found[1])
             if same not in seen:
                 seen.add(same)

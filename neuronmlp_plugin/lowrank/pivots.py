@@ -6,12 +6,13 @@ c = rest pivots^-1 must stay small, or bf16 rounding of c swamps the result (32 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 
 # How many candidate channels are looked at closely per round, and how many of them may be taken in it.
-CANDIDATES, ROUND = 192, 48
+CANDIDATES, ROUND = 384, 64
 
 
 class _Basis:
@@ -53,8 +54,22 @@ def common_order(bases: Sequence[torch.Tensor]) -> torch.Tensor:
     different ranks the sets are nested. Steps are batched: within a round a candidate is taken only while its score beats what every
     channel outside the candidates had at the start of the round, which bounds what it has now: the result is the unbatched greedy's.
     """
-    active = [_Basis(basis) for basis in bases]
-    size = bases[0].shape[0]
+    with _one_thread():
+        return _common_order([_Basis(basis) for basis in bases], bases[0].shape[0])
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Thousands of small products: a second thread gains nothing, and on a busy machine its waiting costs ten times the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _common_order(active: list[_Basis], size: int) -> torch.Tensor:
     chosen: list[int] = []
     free = torch.ones(size, dtype=torch.bool)
     while any(b.taken < b.rank for b in active):

@@ -1,0 +1,86 @@
+"""The real model: how good it still is in the form that is served, and that vLLM serves just that. Articles that judge never calibrated."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from neuronmlp_plugin.calibration.quality import compare
+from neuronmlp_plugin.calibration.text import read_documents, spread, token_windows
+from neuronmlp_plugin.checkpoint.loader import load_model
+from neuronmlp_plugin.checkpoint.reader import Checkpoint
+from tests.conftest import ROOT
+from tests.serving.engine import PROMPTS, environment, served_logits
+
+# One worker makes the statistics and uses them; the other workers have enough to do.
+pytestmark = [pytest.mark.smollm2, pytest.mark.slow, pytest.mark.xdist_group("smollm2"), pytest.mark.timeout(3000)]
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (see README, extra [cpu])")
+# Perplexity over dense that must not be exceeded (whitened, uniform: 2.5, 3.0, 5.3).
+BOUNDS = {("compact", 0.05): 1.06, ("compact", 0.1): 1.15, ("compact", 0.2): 1.55, ("uv", 0.05): 1.10, ("uv", 0.1): 1.26, ("uv", 0.2): 1.90}
+
+
+@functools.cache
+def judging_windows(folder) -> torch.Tensor:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "dense")
+    return spread(token_windows(read_documents(folder / "heldout.jsonl", tokenizer), tokenizer, 1024), 8)
+
+
+@pytest.mark.parametrize(("form", "removed"), BOUNDS, ids=str)
+def test_quality_in_the_served_form(smollm2, compress_smollm2, form, removed):
+    folder = compress_smollm2(form, removed)
+    block = Checkpoint(folder).block
+    assert block.removed_ratio == pytest.approx(removed, abs=0.005)
+    assert {spec.form for layer in block.layers for spec in layer.values()} <= {"dense", form}
+    quality = compare(load_model(smollm2 / "dense"), load_model(folder), judging_windows(smollm2))
+    print(f"{form} {removed}: {quality}")
+    assert quality.perplexity_ratio <= BOUNDS[form, removed]
+    assert 23 < quality.reference_perplexity < 24  # the windows and the dense model are the right ones
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_vllm_serves_what_was_judged(smollm2_compressed):
+    model = load_model(smollm2_compressed)
+    for tokens, logits in served_logits(smollm2_compressed, vocabulary=model.config.vocab_size):
+        with torch.no_grad():
+            expected = model(torch.tensor([tokens])).logits[0, :-1]
+        assert float((logits - expected).abs().max()) < 1e-3
+    assert len(PROMPTS) == 3
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_offline_example_runs(smollm2_compressed):
+    command = [sys.executable, "examples/offline_batch.py", str(smollm2_compressed), "--max-tokens", "12"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("->") == 4
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_client_example_runs_against_vllm_serve(smollm2_compressed, tmp_path):
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(smollm2_compressed)]
+    options = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
+    env = {**environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with (tmp_path / "server.log").open("w") as log, subprocess.Popen([*serve, *options], stdout=log, stderr=log, env=env) as server:
+        try:
+            client = [sys.executable, "examples/openai_client.py", "--url", f"http://127.0.0.1:{port}/v1", "--wait", "300"]
+            done = subprocess.run(client, capture_output=True, text=True, cwd=ROOT, check=False, timeout=600)
+        finally:
+            server.terminate()
+    assert done.returncode == 0, done.stderr + (tmp_path / "server.log").read_text()[-3000:]
+    assert "The capital of France is Paris" in done.stdout
+    assert done.stdout.index("completion") < done.stdout.index("chat") < done.stdout.index("streaming")

@@ -28,11 +28,12 @@ def captured(request, smollm2, smollm2_compressed):
     from neuronmlp_plugin.checkpoint.loader import load_model
 
     model = load_model(smollm2_compressed, dtype=torch.bfloat16 if request.param == "bf16" else torch.float32)
-    seen = {}
+    seen: dict[int, list] = {index: [] for index in LAYERS}
     for index in LAYERS:
         layer = model.model.layers[index]
-        layer.post_attention_layernorm.register_forward_pre_hook(lambda _m, args, i=index: seen.setdefault(i, [args[0][0]]))
-        layer.mlp.register_forward_hook(lambda _m, _args, out, i=index: seen[i].append(out[0]))
+        # A hook that returns something replaces what it was shown: append returns None.
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda _module, args, i=index: seen[i].append(args[0][0]))
+        layer.mlp.register_forward_hook(lambda _module, _args, out, i=index: seen[i].append(out[0]))
     text = json.loads((smollm2 / "heldout.jsonl").read_text().splitlines()[0])["text"]
     tokens = AutoTokenizer.from_pretrained(smollm2_compressed)(text, return_tensors="pt").input_ids[:, :TOKENS]
     with torch.no_grad():

@@ -8,8 +8,17 @@ import pathlib
 ROOT = pathlib.Path(__file__).parent
 # Packing and plans are part of it: an artifact compiled for another layout would read the weights wrongly.
 PROGRAM = (
-    "backend.py", "layout.py", "packing.py", "plan.py", "planner.py", "targets.py", "tiling.py", "tuned.py", "tables/*.json", "kernels/*.py",
-)  # fmt: skip
+    "backend.py",
+    "layout.py",
+    "packing.py",
+    "plan.py",
+    "planner.py",
+    "targets.py",
+    "tiling.py",
+    "tuned.py",
+    "tables/*.json",
+    "kernels/*.py",
+)
 
 
 def source_digest() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from neuronmlp_plugin.errors import UsageError
 from nki_kernels.cost import baselines
 from nki_kernels.cost.baselines import BF16, aws_matmul, aws_twice, paper_fused
 from nki_kernels.cost.calibration import CHAIN
@@ -56,7 +57,7 @@ class Result:
 def _best(request: Request, target: Target, constants: Constants) -> Found:
     found = search(request, target, constants)
     if not isinstance(found, Found):
-        raise ValueError(found.reason)
+        raise UsageError(f"bench kernels: {found.reason}")
     return found
 
 

@@ -28,13 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trace", type=pathlib.Path, metavar="FILE", help="write the last case's timeline for Perfetto")
 
 
-def _line(times: Result) -> str:
-    counters = times.best.estimate.counters
-    shares = " ".join(f"{name} {us:.0f} ({us / times.simulated_us:.2f}x)" for name, us in times.others.items())
-    bounds = f"{times.tensor_bound_us:>10.1f}{times.traffic_bound_us:>10.1f}{times.over_bound:>8.3f}"
+def _line(result: Result) -> str:
+    counters = result.best.estimate.counters
+    shares = " ".join(f"{name} {us:.0f} ({us / result.simulated_us:.2f}x)" for name, us in result.others.items())
+    bounds = f"{result.tensor_bound_us:>10.1f}{result.traffic_bound_us:>10.1f}{result.over_bound:>8.3f}"
     traffic = f"{counters.hbm_bytes / 1e6:>10.1f}{counters.hbm_bytes / counters.hbm_unique_bytes:>7.2f}"
-    plan = f"{times.best.plan.block_tokens:>7}"
-    return f"{times.case:<14}{times.tokens:>7}{times.simulated_us:>11.1f}{bounds}{traffic}{plan}  {times.winner:<8} {shares}"
+    plan = f"{result.best.plan.block_tokens:>7}"
+    return f"{result.case:<14}{result.tokens:>7}{result.simulated_us:>11.1f}{bounds}{traffic}{plan}  {result.winner:<8} {shares}"
 
 
 HEAD = (
@@ -43,23 +43,28 @@ HEAD = (
 )
 
 
-def _rows(times: Result, target: str) -> Iterator[Row]:
-    case = f"{times.case} T={times.tokens}"
-    values = {"fused": times.simulated_us, "TensorE bound": times.tensor_bound_us, "traffic bound": times.traffic_bound_us, **times.others}
+def _rows(result: Result, target: str) -> Iterator[Row]:
+    case = f"{result.case} T={result.tokens}"
+    values = {
+        "fused": result.simulated_us,
+        "TensorE bound": result.tensor_bound_us,
+        "traffic bound": result.traffic_bound_us,
+        **result.others,
+    }
     for name, value in values.items():
         yield Row(f"kernels {case} {name}", "simulated_us", "us", value, "simulated", target)
-    yield Row(f"kernels {case} fused", "hbm_bytes", "B", times.best.estimate.counters.hbm_bytes, "simulated", target)
+    yield Row(f"kernels {case} fused", "hbm_bytes", "B", result.best.estimate.counters.hbm_bytes, "simulated", target)
 
 
-def _write_trace(path: pathlib.Path, times: Result, args: argparse.Namespace) -> None:
+def _write_trace(path: pathlib.Path, result: Result, args: argparse.Namespace) -> None:
     from nki_kernels.cost.baselines import BF16
     from nki_kernels.cost.estimate import schedule
     from nki_kernels.cost.launches import launch_of
     from nki_kernels.cost.perfetto import trace_json
 
-    kernel, arguments = launch_of(times.best.plan, BF16)
+    kernel, arguments = launch_of(result.best.plan, BF16)
     scheduler, _ = schedule(kernel, arguments, TARGETS[args.target], SETS[args.constants])
-    about = f"{times.case} T={times.tokens}, {args.target}, constants {args.constants}"
+    about = f"{result.case} T={result.tokens}, {args.target}, constants {args.constants}"
     path.write_text(trace_json(scheduler.slots, about), encoding="utf-8")
 
 
@@ -71,12 +76,12 @@ def run(args: argparse.Namespace) -> int:
     print(f"simulated, one core of {target.name}, bf16, constants {constants.name} ({constants.source})\n{HEAD}")
     done = []
     for kind in args.kinds:
-        for times in cases(kind, target, constants):
-            print(_line(times), flush=True)
-            done.append(times)
+        for result in cases(kind, target, constants):
+            print(_line(result), flush=True)
+            done.append(result)
     if args.csv:
         where = f"{target.name}, constants {constants.name}"
-        append_rows(args.csv, (row for times in done for row in _rows(times, where)))
+        append_rows(args.csv, (row for result in done for row in _rows(result, where)))
     if args.plots:
         args.plots.mkdir(parents=True, exist_ok=True)
         plots.roofline(args.plots / "roofline.png", done, target, constants)

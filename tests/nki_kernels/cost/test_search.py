@@ -89,3 +89,14 @@ def test_the_planner_takes_a_tuned_choice_and_only_where_it_fits(monkeypatch):
     entries[tuned.key(request)]["ring_slots"] = 10**6
     entries[tuned.key(request)]["block_tokens"] = 10**6
     assert isinstance(plan_launch(request), Plan)  # a stale entry is not followed over the edge
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=lambda r: f"T{r.tokens}")
+def test_traffic_is_compulsory(request_):
+    """x is read once, y written once, weights read once per token block at most, and nothing in between crosses HBM."""
+    found = search(request_)
+    features = request_.layout.hidden or request_.layout.intermediate
+    activations = request_.tokens * features * 2
+    assert found.estimate.counters.hbm_write_bytes == request_.tokens * request_.layout.down_second.cols * 2
+    assert found.estimate.counters.hbm_read_bytes <= activations + found.plan.blocks() * request_.layout.packed_cols * 128 * 2
+    assert found.estimate.counters.hbm_read_bytes >= activations + request_.layout.stored_cols * 128 * 2

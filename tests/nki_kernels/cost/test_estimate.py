@@ -111,3 +111,9 @@ def test_fp32_costs_four_passes():
         price(matmul_tiled, (array(512, 128, dtype=d), array(512, 512, dtype=d))).counters.tensor.cycles for d in (BF16, np.dtype("f4"))
     ]
     assert times[1] == 4 * times[0]
+
+
+def test_the_vendors_simulator_cannot_be_listened_to(monkeypatch):
+    monkeypatch.setattr("nki_kernels.cost.estimate.HAS_NKI", True)
+    with pytest.raises(RuntimeError, match="set NKI_KERNELS_BACKEND=simulator"):
+        price(matmul_tiled, (array(128, 128), array(128, 512)))

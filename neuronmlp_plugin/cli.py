@@ -15,7 +15,7 @@ COMMANDS = {
     "inspect": "what a checkpoint holds: forms, ranks and bytes per layer",
     "evaluate": "perplexity, KL divergence and agreement of a checkpoint against its dense model",
     "convert": "turn published *_v_proj / *_u_proj factors (SVD-LLM, NeuronMM) into a neuronmlp checkpoint",
-    "bench": "measure decode throughput of checkpoints in vLLM, side by side",
+    "bench": "decode throughput in vLLM (measured); kernels, plans and whole models on Trainium (simulated)",
     "doctor": "find out why the fast path does not run here",
 }
 

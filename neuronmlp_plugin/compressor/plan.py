@@ -84,10 +84,8 @@ class Plan:
         s, shape = self.settings, self.shape
         return [
             ("model", f"{self.base.folder}  ({self.base.config['architectures'][0]})"),
-            (
-                "layers",
-                f"{shape.num_layers}, H {shape.hidden_size}, I {shape.intermediate_size}, MLPs {self.mlp_parameters / 1e6:.1f} M parameters",
-            ),
+            ("layers", f"{shape.num_layers}, H {shape.hidden_size}, I {shape.intermediate_size}"),
+            ("MLPs", f"{self.mlp_parameters / 1e6:.1f} M parameters"),
             ("take away", f"{s.remove:.1%} of them: {s.remove * self.mlp_parameters / 1e6:.1f} M"),
             ("method", f"{s.method}, allocation {s.allocation}, form {s.form}, rank multiple {s.rank_multiple}"),
             (

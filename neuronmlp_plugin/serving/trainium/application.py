@@ -12,7 +12,6 @@ from neuronmlp_plugin.serving.trainium.decisions import layer_decisions
 from neuronmlp_plugin.serving.trainium.dispatch import DECODE, FILE, PREFILL, RECORD
 from neuronmlp_plugin.serving.trainium.metrics import publish
 from neuronmlp_plugin.serving.trainium.mlp import LowRankMLP
-from neuronmlp_plugin.serving.trainium.nxd import NxdParallel
 from neuronmlp_plugin.serving.trainium.state_dict import State, lay_out_state, overlay_factors, read_factored
 
 logger = logging.getLogger("vllm.neuronmlp")  # a child of the logger that vLLM sets up
@@ -30,6 +29,8 @@ class LowRankModel(_Base):
     """Before a NeuronBaseModel: decoder layers get our MLP once NxDI has built them."""
 
     def init_model(self, config: Any) -> None:
+        from neuronmlp_plugin.serving.trainium.nxd import NxdParallel  # needs neuronx_distributed, which nothing else here does
+
         super().init_model(config)
         block = block_of(config)
         if block is not None:
@@ -96,13 +97,20 @@ class LowRankApplication(_Base):
         else:
             super().load(compiled_model_path, *args, **kwargs)
             RECORD.restore(os.path.join(compiled_model_path, FILE))
-            logger.info(RECORD.summary())
+            _log_news()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base, counted."""
+        """As the base, counted; with `on_cpu` each phase is first known, and logged, here."""
         output = super().forward(*args, **kwargs)
         if is_low_rank(self.config):
             input_ids = args[0] if args else kwargs["input_ids"]
             RECORD.ran(PREFILL if input_ids.shape[1] > 1 else DECODE, input_ids.numel())
             publish(RECORD.totals())
+            _log_news()
         return output
+
+
+def _log_news() -> None:
+    line = RECORD.news()
+    if line is not None:
+        logger.info(line)

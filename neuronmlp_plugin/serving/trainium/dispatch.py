@@ -49,6 +49,7 @@ class DispatchRecord:
     def __init__(self) -> None:
         self.traced: dict[tuple[int, str, int], Decision] = {}
         self.runs: collections.Counter[tuple[str, Decision]] = collections.Counter()
+        self.told: set[str] | None = None
 
     def add(self, layer: int, phase: str, tokens: int, decision: Decision) -> None:
         """A layer was traced (or, on a CPU, run) for so many tokens."""
@@ -73,6 +74,14 @@ class DispatchRecord:
         """One line per phase and path."""
         lines = [f"{phase}: {n} layers by {decision.path} ({decision.reason})" for phase, decision, n in self.layers()]
         return "neuronmlp: " + ("; ".join(lines) or "no layer was traced")
+
+    def news(self) -> str | None:
+        """The summary, at the first call and whenever another phase was traced since; else None."""
+        phases = {phase for _, phase, _ in self.traced}
+        if self.told is not None and phases <= self.told:
+            return None
+        self.told = phases
+        return self.summary()
 
     def totals(self) -> dict[str, list[list[Any]]]:
         """Counts by [phase, path, reason], as JSON for other processes: how many layers, and how many runs of one layer."""

@@ -86,6 +86,17 @@ def test_the_log_line_names_every_path():
     )
 
 
+def test_news_is_told_once_and_again_for_a_phase_that_is_new():
+    record = DispatchRecord()
+    assert record.news() == "neuronmlp: no layer was traced" and record.news() is None
+    record.add(0, PREFILL, 128, KERNEL)
+    assert record.news() == record.summary() and record.news() is None
+    record.add(0, PREFILL, 256, KERNEL)
+    assert record.news() is None
+    record.add(0, DECODE, 1, FALLBACK)
+    assert record.news() == record.summary() and record.news() is None
+
+
 def test_an_artifact_brings_its_record_and_is_refused_without(tmp_path):
     record, again = traced_record(), DispatchRecord()
     record.save(str(tmp_path / "record.json"))

@@ -1,9 +1,13 @@
-"""`neuronmlp bench tune`: searches tile plans with the cost model (simulated) and writes the table that the planner looks into first."""
+"""`neuronmlp bench tune`: searches tile plans and writes the table that the planner looks into first.
+
+By the cost model (simulated) or, with --measure, by a Neuron device's clock.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import time
@@ -11,11 +15,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from neuronmlp_plugin.bench.arguments import add_model_arguments, one_of
+from neuronmlp_plugin.errors import UsageError
 from nki_kernels.cost.constants import SETS
 from nki_kernels.cost.models import MODELS, rank_at
 from nki_kernels.targets import TARGETS
 
 if TYPE_CHECKING:
+    from nki_kernels.cost.search import Found, Measure, Measured
     from nki_kernels.planner import Request
 
 
@@ -28,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--form", choices=("dense", "uv", "compact"), nargs="+", default=["dense", "uv"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128, 512, 2048, 8192], help="per launch (default: 1 ... 8192)")
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 8], help="cores (default 1 8)")
+    parser.add_argument("--measure", action="store_true", help="time plans on this machine's Neuron device (never tried on one)")
     add_model_arguments(parser)
 
 
@@ -47,33 +54,62 @@ def _requests(args: argparse.Namespace, model: str) -> Iterator[tuple[int, Reque
                     yield tp, stage_request(layout, tokens, BF16)
 
 
-def _choose(request: Request, tp: int, args: argparse.Namespace) -> tuple[str, dict[str, Any] | None]:
+def _choose(request: Request, tp: int, args: argparse.Namespace, measure: Measure | None) -> tuple[str, dict[str, Any] | None]:
     """A line for the user, and the fields of the choice if there is one."""
-    from nki_kernels.cost.search import Found, search
+    from nki_kernels.cost.search import search, search_measured
+    from nki_kernels.planner import Declined
 
     began = time.perf_counter()
-    found = search(request, TARGETS[args.target], SETS[args.constants], tp)
+    target, constants = TARGETS[args.target], SETS[args.constants]
+    found = search_measured(request, measure, target, constants) if measure else search(request, target, constants, tp)
     took = f"[{time.perf_counter() - began:.1f} s]"
-    if not isinstance(found, Found):
+    if isinstance(found, Declined):
         return f"{took} no plan: {found.reason}", None
-    line = f"{took} simulated_us {found.estimate.simulated_us:.1f}, {found.tried} of {found.fitting} plans scheduled"
-    return line, dataclasses.asdict(found.choice)
+    return f"{took} {_result(found)}", dataclasses.asdict(found.choice)
+
+
+def _result(found: Found | Measured) -> str:
+    from nki_kernels.cost.search import Found
+
+    if isinstance(found, Found):
+        return f"simulated_us {found.estimate.simulated_us:.1f}, {found.tried} of {found.fitting} plans scheduled"
+    return f"measured_us {found.measured_us:.1f}, {found.tried} of {found.fitting} plans measured"
+
+
+def _about(args: argparse.Namespace) -> str:
+    """Where a table's choices come from."""
+    if args.measure:
+        return f"measured on {args.target}; neuronmlp bench tune --measure"
+    return f"simulated on {args.target} with constants {args.constants}; neuronmlp bench tune"
+
+
+def _stored(path: pathlib.Path, about: str) -> dict[str, Any]:
+    """Choices that are there already. Raises UsageError where they come from elsewhere: one table, one origin."""
+    if not path.exists():
+        return {}
+    table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if table["about"] != about:
+        raise UsageError(f"{path}: expected a table {about!r} to add to, found one {table['about']!r}; name another file with --out.")
+    choices: dict[str, Any] = table["choices"]
+    return choices
 
 
 def run(args: argparse.Namespace) -> int:
+    from neuronmlp_plugin.bench.device import neuron_runtime, plan_us
     from nki_kernels.tuned import key
 
-    stored: dict[str, Any] = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
-    choices: dict[str, Any] = stored.get("choices", {})
+    xla = neuron_runtime() if args.measure else None
+    about = _about(args)
+    choices = _stored(args.out, about)
     for model in args.models:
         for tp, request in _requests(args, model):
             name = key(request)
             if name in choices:
                 continue
-            line, fields = _choose(request, tp, args)
+            measure = functools.partial(plan_us, xla, request.dtype, tp) if args.measure else None
+            line, fields = _choose(request, tp, args, measure)
             print(f"{model} tp={tp} {name}\n    {line}", flush=True)
             if fields is not None:
                 choices[name] = fields
-        about = f"simulated on {args.target} with constants {args.constants}; neuronmlp bench tune"
         args.out.write_text(json.dumps({"about": about, "choices": dict(sorted(choices.items()))}, indent=1) + "\n", encoding="utf-8")
     return 0

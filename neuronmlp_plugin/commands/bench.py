@@ -1,4 +1,4 @@
-"""`neuronmlp bench`: `decode` is measured here, now, against the first model named; the other kinds are simulated."""
+"""`neuronmlp bench`: `decode` is measured here, now, against the first model named; the others are simulated, all but `tune --measure`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _add_simulated(kinds: Any) -> None:
         "calibrate": (calibrate, "the cost model against every published latency (simulated)"),
         "kernels": (kernels, "our kernels, their bounds and the published algorithms (simulated)"),
         "layers": (layers, "time to first token and per output token of whole models (simulated)"),
-        "tune": (tune, "search tile plans for the shipped table (simulated)"),
+        "tune": (tune, "search tile plans for the shipped table (simulated, or measured on a device)"),
     }
     for name, (module, text) in described.items():
         parser = kinds.add_parser(name, help=text, description=module.__doc__)

@@ -7,6 +7,7 @@ FLOPs, and the first few are scheduled; one whose lower bound is not below the b
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 
 from nki_kernels.cost.constants import CALIBRATED, Constants
@@ -30,6 +31,17 @@ class Found:
     choice: Choice
     plan: Plan
     estimate: Estimate
+    tried: int
+    fitting: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """As `Found`, by a device's clock: `measured_us` of the winner, and how many plans were measured of how many that fit."""
+
+    choice: Choice
+    plan: Plan
+    measured_us: float
     tried: int
     fitting: int
 
@@ -108,25 +120,44 @@ def fitting_plans(request: Request, target: Target = TRN1) -> Iterator[tuple[Cho
                 yield found
 
 
-def search(
-    request: Request, target: Target = TRN1, constants: Constants = CALIBRATED, tp: int = 1, measure: Measure | None = None
-) -> Found | Declined:
-    """The best plan of those tried, for one of `tp` cores. `measure`, where a device is at hand, gives us instead of the schedule."""
-    useful_us = tensor_bound_us(request.layout, request.tokens, target, request.dtype.itemsize)
-    ranked = []
-    for number, (choice, plan) in enumerate(fitting_plans(request, target)):
-        traffic_us = dma_bound_us(plan, target, constants)
-        ranked.append((_guess_us(plan, useful_us, traffic_us), number, max(useful_us, traffic_us), choice, plan))
+def search(request: Request, target: Target = TRN1, constants: Constants = CALIBRATED, tp: int = 1) -> Found | Declined:
+    """The best plan of those tried, for one of `tp` cores."""
+    ranked = _ranked(request, target, constants)
     if not ranked:
         return _why_not(request, target)
-    tried: list[tuple[float, Choice, PlanRuns]] = []
-    for _, _, bound_us, choice, plan in sorted(ranked, key=lambda item: item[:2])[:MAX_TRIED]:
-        if tried and bound_us >= min(item[0] for item in tried):
-            continue
-        runs = PlanRuns(plan, request.dtype, target, constants, tp)
-        tried.append((measure(plan) if measure else runs.rough_us(), choice, runs))
-    best_us, choice, runs = min(tried, key=lambda item: item[0])
-    return Found(choice, runs.plan, Estimate(best_us) if measure else runs.estimate(), len(tried), len(ranked))
+    runs = functools.cache(lambda plan: PlanRuns(plan, request.dtype, target, constants, tp))
+    tried = _try(ranked, lambda plan: runs(plan).rough_us())
+    _, choice, plan = min(tried, key=lambda item: item[0])
+    return Found(choice, plan, runs(plan).estimate(), len(tried), len(ranked))
+
+
+def search_measured(request: Request, measure: Measure, target: Target = TRN1, constants: Constants = CALIBRATED) -> Measured | Declined:
+    """As `search`, where a device is at hand: `measure` gives us instead of the schedule. The model still says which plans to try."""
+    ranked = _ranked(request, target, constants)
+    if not ranked:
+        return _why_not(request, target)
+    tried = _try(ranked, measure)
+    measured_us, choice, plan = min(tried, key=lambda item: item[0])
+    return Measured(choice, plan, measured_us, len(tried), len(ranked))
+
+
+def _ranked(request: Request, target: Target, constants: Constants) -> list[tuple[float, Choice, Plan]]:
+    """(lower bound in us, choice, plan) of all that fit, the most promising first."""
+    useful_us = tensor_bound_us(request.layout, request.tokens, target, request.dtype.itemsize)
+    guessed = []
+    for choice, plan in fitting_plans(request, target):
+        traffic_us = dma_bound_us(plan, target, constants)
+        guessed.append((_guess_us(plan, useful_us, traffic_us), max(useful_us, traffic_us), choice, plan))
+    return [item[1:] for item in sorted(guessed, key=lambda item: item[0])]
+
+
+def _try(ranked: list[tuple[float, Choice, Plan]], time_us: Measure) -> list[tuple[float, Choice, Plan]]:
+    """(us, choice, plan) of the first MAX_TRIED, without those whose bound is not below the best so far."""
+    tried: list[tuple[float, Choice, Plan]] = []
+    for bound_us, choice, plan in ranked[:MAX_TRIED]:
+        if not tried or bound_us < min(item[0] for item in tried):
+            tried.append((time_us(plan), choice, plan))
+    return tried
 
 
 def _guess_us(plan: Plan, useful_us: float, traffic_us: float) -> float:

@@ -4,7 +4,7 @@ import pytest
 
 from nki_kernels import tuned
 from nki_kernels.cost.launches import price_plan
-from nki_kernels.cost.search import MAX_TRIED, Found, dma_bound_us, fitting_plans, search, tensor_bound_us, useful_flops
+from nki_kernels.cost.search import MAX_TRIED, Found, dma_bound_us, fitting_plans, search, search_measured, tensor_bound_us, useful_flops
 from nki_kernels.layout import DENSE, Projection, chain_layout, mlp_layout
 from nki_kernels.planner import Choice, Declined, Plan, Request, build_plan, plan_launch
 from nki_kernels.targets import TRN1
@@ -53,14 +53,15 @@ def test_a_device_may_measure_in_place_of_the_schedule():
         seen.append(plan)
         return 100.0 - len(seen)
 
-    found = search(REQUESTS[0], measure=measure)
-    assert found.estimate.simulated_us == 100.0 - len(seen) and found.plan == seen[-1]
+    found = search_measured(REQUESTS[0], measure)
+    assert found.measured_us == 100.0 - len(seen) and found.plan == seen[-1] and found.tried == len(seen) > 1
+    assert build_plan(REQUESTS[0], found.choice) == found.plan
 
 
 def test_nothing_to_find_is_said_in_the_planners_words():
     huge = Request(mlp_layout(131072, 128, DENSE, DENSE, DENSE), 128, BF16)
-    found = search(huge)
-    assert isinstance(found, Declined) and "SBUF of trn1" in found.reason
+    for found in (search(huge), search_measured(huge, lambda plan: 1.0)):
+        assert isinstance(found, Declined) and "SBUF of trn1" in found.reason
 
 
 def test_a_key_tells_apart_everything_that_a_plan_depends_on():

@@ -111,7 +111,7 @@ class XlaCore:
         """Old stacks import new kernels and return zeros without a word: those were not run, whatever they took."""
         if not (output.isfinite().all() and output.any()):
             raise UsageError(
-                f"{self.kernel.__name__}: expected finite numbers other than zero, found {output.flatten()[:3].tolist()} ...; "
+                f"bench tune --measure: expected a kernel's numbers, finite and not all zero, found {output.flatten()[:3].tolist()} ...; "
                 "run `neuronmlp doctor` to see whether the installed versions belong together."
             )
 

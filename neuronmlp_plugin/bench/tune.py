@@ -79,7 +79,9 @@ def _result(found: Found | Measured) -> str:
 def _about(args: argparse.Namespace) -> str:
     """Where a table's choices come from."""
     if args.measure:
-        return f"measured on {args.target}; neuronmlp bench tune --measure"
+        from neuronmlp_plugin.serving.trainium.decisions import installed_nki
+
+        return f"measured on {args.target} with nki {installed_nki()}; neuronmlp bench tune --measure"
     return f"simulated on {args.target} with constants {args.constants}; neuronmlp bench tune"
 
 
@@ -111,5 +113,5 @@ def run(args: argparse.Namespace) -> int:
             print(f"{model} tp={tp} {name}\n    {line}", flush=True)
             if fields is not None:
                 choices[name] = fields
-        args.out.write_text(json.dumps({"about": about, "choices": dict(sorted(choices.items()))}, indent=1) + "\n", encoding="utf-8")
+            args.out.write_text(json.dumps({"about": about, "choices": dict(sorted(choices.items()))}, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -13,6 +13,7 @@ from neuronmlp_plugin.bench import device
 from neuronmlp_plugin.bench.device import LAUNCHES, ROUNDS, WARMUP, XlaCore, measure_us
 from neuronmlp_plugin.cli import main
 from neuronmlp_plugin.errors import UsageError
+from neuronmlp_plugin.serving.trainium import decisions
 from nki_kernels.backend import HAS_NKI
 from nki_kernels.cost.launches import launch_of
 from nki_kernels.cost.tensor_parallel import shard, stage_request, stages
@@ -108,6 +109,7 @@ def timed(monkeypatch):
     """A device that takes 40 us for the first plan and a microsecond less for each one after."""
     plans = []
     monkeypatch.setattr(device, "neuron_runtime", lambda: "xla")
+    monkeypatch.setattr(decisions, "installed_nki", lambda: "0.2.0")
     monkeypatch.setattr(device, "plan_us", lambda xla, dtype, tp, plan: plans.append(plan) or 41.0 - len(plans))
     return plans
 
@@ -117,7 +119,7 @@ def test_a_measured_table_says_so_and_takes_no_simulated_choice(timed, capsys, t
     assert main([*COMMAND, "--measure", "--out", str(out)]) == 0
     printed, table = capsys.readouterr().out, json.loads(out.read_text())
     assert f"measured_us {41.0 - len(timed):.1f}, {len(timed)} of" in printed and "simulated" not in printed
-    assert table["about"] == "measured on trn1; neuronmlp bench tune --measure"
+    assert table["about"] == "measured on trn1 with nki 0.2.0; neuronmlp bench tune --measure"
     (choice,) = table["choices"].values()
     assert choice["ring_slots"] == timed[-1].ring_slots
     assert main([*COMMAND, "--out", str(out)]) == 2

@@ -25,6 +25,11 @@ def neuronmlp(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "neuronmlp_plugin.cli", *map(str, arguments)], check=True, cwd=ROOT)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the test that makes the real model's statistics: minutes on one worker, while the others do everything else."""
+    items.sort(key=lambda item: item.name != "test_quality_in_the_served_form[compact-0.2]")
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> pathlib.Path:
     """Folder with dense/, calibration.jsonl and heldout.jsonl of the real model."""

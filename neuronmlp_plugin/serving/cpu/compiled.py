@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 
+import torch
 from vllm.logger import init_logger
 
 logger = init_logger("vllm.neuronmlp")
@@ -68,9 +69,10 @@ def _build(compiler: str) -> pathlib.Path:
 
 
 def _loaded_openmp() -> list[str]:
-    """The OpenMP library that torch brought: a second one would keep a second pool of threads spinning on the same cores."""
-    mapped = re.findall(r"(/\S*/lib(?:gomp|iomp5)[^/\s]*\.so\S*)", pathlib.Path("/proc/self/maps").read_text())
-    return sorted(set(mapped))[:1]
+    """The OpenMP library that torch brought. A second one (other packages bring theirs) would keep a second pool of threads, and the two
+    pools would wait for the same cores: decoding lost all that the chains gain.
+    """
+    return sorted(map(str, (pathlib.Path(torch.__file__).parent / "lib").glob("libgomp*.so*")))[:1]
 
 
 def _processor() -> str:

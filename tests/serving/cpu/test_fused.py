@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
+import sys
 
 import hypothesis.strategies as st
 import pytest
@@ -94,3 +96,18 @@ def test_source_that_does_not_compile_is_told(monkeypatch, caplog, tmp_path):
         assert "could not be compiled" in caplog.text
     finally:
         compiled.load_products.cache_clear()
+
+
+def test_chains_share_the_thread_pool_of_torch():
+    """A second OpenMP runtime would have its own threads wait for the cores that torch's threads hold."""
+    program = """
+import re, pathlib, torch, vllm.logger
+def runtimes(): return set(re.findall(r"/\\S*lib(?:gomp|iomp)\\S*", pathlib.Path("/proc/self/maps").read_text()))
+before = runtimes()
+from neuronmlp_plugin.serving.cpu.compiled import load_products
+assert load_products() is not None
+assert runtimes() <= before | {name for name in runtimes() if "/torch/" in name}, runtimes() - before
+assert any("/torch/" in name for name in runtimes())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

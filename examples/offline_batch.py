@@ -1,6 +1,6 @@
 """Offline batch generation with vLLM: a compressed folder is used like any other model.
 
-python examples/offline_batch.py build/demo/compact-0.20
+python examples/offline_batch.py build/demo/compact-0.10
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The OpenAI client against `vllm serve DIR`: a completion, a chat, and a chat that streams.
 
-vllm serve build/demo/compact-0.20 --dtype float32 --enforce-eager &
+vllm serve build/demo/compact-0.10 --dtype float32 --enforce-eager &
 python examples/openai_client.py --url http://127.0.0.1:8000/v1 --wait 120
 """
 

@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
-from neuronmlp_plugin.checkpoint.reader import Checkpoint
+from neuronmlp_plugin.checkpoint.reader import Checkpoint, read_config
 from neuronmlp_plugin.errors import UsageError
 
-PROMPT_TOKENS = 32
+PROMPT_TOKENS, WARM_TOKENS = 32, 8
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
@@ -65,10 +65,10 @@ def measure_decode(
     sizes = {name: bytes_per_step(folder) for name, folder in folders.items()}
     names = list(folders)
     times: dict[tuple[str, int], list[float]] = {(name, batch): [] for name in names for batch in batches}
-    with _engines(folders, dtype, max(batches)) as engines:
+    with _engines(folders, dtype, max(batches), PROMPT_TOKENS + max(WARM_TOKENS, new_tokens)) as engines:
         for name in names:
             for batch in batches:  # warm up: packing, caches, first-shape costs
-                engines[name]((batch, 8))
+                engines[name]((batch, WARM_TOKENS))
         for turn in range(rounds):
             for batch in batches:
                 for name in names[turn % len(names) :] + names[: turn % len(names)]:
@@ -85,12 +85,12 @@ def measure_decode(
 
 
 @contextmanager
-def _engines(folders: dict[str, pathlib.Path], dtype: str, batch: int) -> Iterator[dict[str, Callable[[Any], float]]]:
+def _engines(folders: dict[str, pathlib.Path], dtype: str, batch: int, length: int) -> Iterator[dict[str, Callable[[Any], float]]]:
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     for name, folder in folders.items():
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, str(folder), dtype, batch), daemon=True)
+        process = context.Process(target=_serve, args=(theirs, str(folder), dtype, batch, length), daemon=True)
         process.start()
         theirs.close()
         pipes[name] = ours
@@ -119,29 +119,38 @@ def _answer(name: str, pipe: Connection) -> Any:
         raise UsageError(f"{name}: expected an engine that answers, found that it stopped; its own message stands above.") from error
 
 
-def _serve(pipe: Connection, folder: str, dtype: Any, batch: int) -> None:
+def _serve(pipe: Connection, folder: str, dtype: Any, batch: int, length: int) -> None:
     """Engine process: answers (batch, new tokens) with the seconds that all but the first token took."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from vllm import LLM
 
-    llm = LLM(folder, dtype=dtype, enforce_eager=True, max_model_len=512, max_num_seqs=max(8, batch), disable_log_stats=True)
+    llm = LLM(
+        folder,
+        skip_tokenizer_init=True,
+        dtype=dtype,
+        enforce_eager=True,
+        max_model_len=length,
+        max_num_seqs=max(8, batch),
+        disable_log_stats=True,
+    )
+    vocabulary = int(read_config(pathlib.Path(folder))["vocab_size"])
     pipe.send("ready")
     while True:
         try:
             batch, new_tokens = pipe.recv()
         except EOFError:
             return
-        pipe.send(_timed(llm, batch, new_tokens) - _timed(llm, batch, 1))
+        pipe.send(_timed(llm, vocabulary, batch, new_tokens) - _timed(llm, vocabulary, batch, 1))
 
 
-def _timed(llm: Any, batch: int, new_tokens: int) -> float:
+def _timed(llm: Any, vocabulary: int, batch: int, new_tokens: int) -> float:
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
     # Different first tokens, so that no prefix is shared or cached between sequences and calls.
-    start = time.perf_counter_ns() % 1000
-    prompts = [{"prompt_token_ids": [100 + (start + 7 * i + j) % 1000 for j in range(PROMPT_TOKENS)]} for i in range(batch)]
+    start = time.perf_counter_ns()
+    prompts = [{"prompt_token_ids": [(start + 7 * i + j) % vocabulary for j in range(PROMPT_TOKENS)]} for i in range(batch)]
     begin = time.perf_counter()
     llm.generate(prompts, params, use_tqdm=False)
     return time.perf_counter() - begin

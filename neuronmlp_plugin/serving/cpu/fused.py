@@ -76,8 +76,9 @@ _LIBRARY.impl("chain", lambda x, _handle, out_features: x.new_empty((*x.shape[:-
 
 
 def usable(shards: Sequence[Shard]) -> bool:
-    """Whether a chain can run here: weights of a dtype that it knows, and a compiled library."""
-    return all(w.dtype in DTYPES for s in shards for w in (s.first, s.second) if w is not None) and load_products() is not None
+    """Whether a chain can run here: weights in this machine's memory, of a dtype that it knows, and a compiled library."""
+    weights = [w for s in shards for w in (s.first, s.second) if w is not None]
+    return all(w.device.type == "cpu" and w.dtype in DTYPES for w in weights) and load_products() is not None
 
 
 def fused_gate_up(shards: Sequence[Shard], intermediate_size: int) -> Linear:

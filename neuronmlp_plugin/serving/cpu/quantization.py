@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.platforms import current_platform
 
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, FactorFile, read_config
 from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, parse_block
@@ -113,6 +114,8 @@ def _path(options: Options) -> str:
     """How the products will run, in words."""
     if not options.fast_path:
         return "plain torch products (fast_path is off)"
+    if not current_platform.is_cpu():
+        return "plain torch products"
     if get_tensor_model_parallel_world_size() > 1 or load_products() is None:
         return "products one by one, prepacked by vLLM"
     return "fused products"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import shutil
 import subprocess
@@ -33,9 +34,15 @@ def shards_of(forms, hidden, intermediate, rank, dtype):
     return gate_up, shard_down(specs["down_proj"], weights["down_proj"], 1, 0)
 
 
+def replace_weights(shard, change):
+    """The same shard with other weights."""
+    first, second = (None if w is None else change(w) for w in (shard.first, shard.second))
+    return dataclasses.replace(shard, first=first, second=second)
+
+
 def wide(shard):
     """The same shard in fp64, for the reference."""
-    return type(shard)(shard.form, *(None if w is None else w.double() for w in (shard.first, shard.second)), shard.pivots, shard.slots)
+    return replace_weights(shard, torch.Tensor.double)
 
 
 @given(
@@ -60,6 +67,15 @@ def test_chains_equal_the_plain_products(forms, hidden, intermediate, tokens, dt
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
     expected = Down(wide(down), Collectives())(h.double())
     torch.testing.assert_close(fused_down(down, intermediate)(h).double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_weights_that_are_elsewhere_or_of_another_dtype_take_no_chain():
+    from neuronmlp_plugin.serving.cpu.fused import usable
+
+    gate_up, _ = shards_of(("compact", "uv", "dense"), 8, 12, 3, torch.float32)
+    assert usable(gate_up)
+    assert not usable([replace_weights(s, lambda w: w.half()) for s in gate_up])
+    assert not usable([replace_weights(s, lambda w: w.to("meta")) for s in gate_up])
 
 
 def test_packing_pads_the_last_panel_with_zeros():

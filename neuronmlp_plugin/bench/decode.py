@@ -7,6 +7,7 @@ median over rounds, and ratios are taken within a round.
 from __future__ import annotations
 
 import dataclasses
+import math
 import multiprocessing
 import os
 import pathlib
@@ -48,14 +49,7 @@ def bytes_per_step(folder: pathlib.Path) -> int:
     checkpoint = Checkpoint(folder)
     tied = bool(checkpoint.config.get("tie_word_embeddings"))
     shapes = {n: s for n, s in checkpoint.shapes().items() if tied or n != "model.embed_tokens.weight"}
-    return sum(_numel(shape) for shape in shapes.values())
-
-
-def _numel(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def measure_decode(

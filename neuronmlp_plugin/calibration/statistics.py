@@ -37,7 +37,8 @@ class LayerMetrics:
 
 
 @contextlib.contextmanager
-def _hooked(handles: list[Any]) -> Iterator[None]:
+def hooked(handles: list[Any]) -> Iterator[None]:
+    """Remove the hooks at the end, however it comes."""
     try:
         yield
     finally:
@@ -58,7 +59,7 @@ def layer_moments(stream: LayerStream, layer: nn.Module, hidden: torch.Tensor, t
         mlp.gate_proj.register_forward_pre_hook(lambda _, args: gate_up.add(_flat(args[0]))),
         mlp.down_proj.register_forward_pre_hook(lambda _, args: down.add(_flat(args[0]))),
     ]
-    with _hooked(handles):
+    with hooked(handles):
         for start in range(0, hidden.shape[0], BATCH):
             batch = hidden[start : start + BATCH]
             batch.copy_(stream.run(layer, batch))
@@ -115,7 +116,7 @@ def _layer_metrics(stream: LayerStream, layer: nn.Module, hidden: torch.Tensor, 
 
         return hook
 
-    with _hooked([getattr(mlp, name).register_forward_hook(watch(name)) for name in ("gate_proj", "up_proj", "down_proj")]):
+    with hooked([getattr(mlp, name).register_forward_hook(watch(name)) for name in ("gate_proj", "up_proj", "down_proj")]):
         for start in range(0, hidden.shape[0], BATCH):
             leaf = hidden[start : start + BATCH].detach().requires_grad_()
             stream.run(layer, leaf).backward(gradient[start : start + BATCH])

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from neuronmlp_plugin.calibration.statistics import BATCH, LayerMetrics, LayerMoments, layer_moments, output_metrics
+from neuronmlp_plugin.calibration.statistics import BATCH, LayerMetrics, LayerMoments, hooked, layer_moments, output_metrics
 from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.calibration.text import spread
 from neuronmlp_plugin.compressor.plan import Plan
@@ -80,7 +80,7 @@ def metrics_of(plan: Plan, workspace: Workspace, index: int) -> dict[str, torch.
     """The output metric of each projection of a layer; empty for a method that uses none."""
     if plan.settings.method != "two-sided":
         return {}
-    return {name: stacked[index] for name, stacked in workspace.load("metrics").items()}
+    return workspace.load_row("metrics", index)
 
 
 def _moment(plan: Plan, moments: LayerMoments | None, name: str) -> torch.Tensor | None:
@@ -98,9 +98,8 @@ def _sample_inputs(stream: LayerStream, layer: torch.nn.Module, hidden: torch.Te
         module.register_forward_pre_hook(lambda _, args, key=key: seen[key].append(args[0].reshape(-1, args[0].shape[-1])))
         for module, key in ((mlp.gate_proj, "gate_up.sample"), (mlp.down_proj, "down.sample"))
     ]
-    for batch in hidden.split(BATCH) if len(hidden) else ():
-        batch.copy_(stream.run(layer, batch))
-    for handle in handles:
-        handle.remove()
+    with hooked(handles):
+        for batch in hidden.split(BATCH) if len(hidden) else ():
+            batch.copy_(stream.run(layer, batch))
     rows = {key: torch.cat(parts) for key, parts in seen.items() if parts}
     return {key: x[:: max(1, len(x) // SAMPLE_ROWS)][:SAMPLE_ROWS] for key, x in rows.items()}

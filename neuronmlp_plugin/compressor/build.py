@@ -52,10 +52,11 @@ def choose_ranks(plan: Plan, curves: list[Curve]) -> list[Layer]:
 
 def build_layer(plan: Plan, workspace: Workspace, index: int, specs: Layer, dtype: torch.dtype) -> BuiltLayer:
     """Truncate, permute the intermediate channels, pivot, and cast one layer."""
-    saved = workspace.load(layer_name(index))
-    weights = {name: plan.base.tensor(f"model.layers.{index}.mlp.{name}.weight") for name in PROJECTIONS}
-    if all(spec.form == "dense" for spec in specs.values()):
+    dense = [name for name, spec in specs.items() if spec.form == "dense"]
+    weights = {name: plan.base.tensor(f"model.layers.{index}.mlp.{name}.weight") for name in dense}
+    if len(dense) == len(specs):
         return BuiltLayer({f"{name}.weight": w for name, w in weights.items()}, specs, {}, [], None)
+    saved = workspace.load(layer_name(index))
     factors = {n: _factors(load_decomposition(saved, n), spec) for n, spec in specs.items() if spec.form != "dense"}
     order = _order(factors, specs)
     result = BuiltLayer({}, {}, {}, [], order)

@@ -28,7 +28,10 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 
 class Chain:
-    """Products that were added, run by `__call__`: x `[..., in]` -> `[..., out]`, in the dtype of the weights, summed in fp32."""
+    """Products that are added one by one, then run by what `finish` returns.
+
+    x `[..., in]` -> `[..., out]`, in the dtype of x; sums are fp32.
+    """
 
     def __init__(self, in_features: int, out_features: int, scratch_width: int) -> None:
         self.widths = (in_features, out_features, scratch_width)

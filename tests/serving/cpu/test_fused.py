@@ -87,31 +87,28 @@ def test_packing_pads_the_last_panel_with_zeros():
     assert torch.equal(panels[1, :, 2], weight[18]) and not panels[1, :, 5:].any()
 
 
-def test_without_a_compiler_there_is_no_chain_and_the_log_says_so(monkeypatch, caplog):
+@pytest.fixture
+def compiled(monkeypatch):
+    """The module that compiles, as if nothing had been compiled yet, and with its log where caplog sees it."""
     from neuronmlp_plugin.serving.cpu import compiled
 
-    monkeypatch.setattr("shutil.which", lambda _: None)
     monkeypatch.setattr(compiled.logger, "propagate", True)
     compiled.load_products.cache_clear()
-    try:
-        assert compiled.load_products() is None
-        assert "no C compiler found" in caplog.text
-    finally:
-        compiled.load_products.cache_clear()
+    yield compiled
+    compiled.load_products.cache_clear()
 
 
-def test_source_that_does_not_compile_is_told(monkeypatch, caplog, tmp_path):
-    from neuronmlp_plugin.serving.cpu import compiled
+def test_without_a_compiler_there_is_no_chain_and_the_log_says_so(compiled, monkeypatch, caplog):
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    assert compiled.load_products() is None
+    assert "no C compiler found" in caplog.text
 
+
+def test_source_that_does_not_compile_is_told(compiled, monkeypatch, caplog, tmp_path):
     (tmp_path / "product.c").write_text("this is not C")
     monkeypatch.setattr(compiled, "_SOURCE", tmp_path / "product.c")
-    monkeypatch.setattr(compiled.logger, "propagate", True)
-    compiled.load_products.cache_clear()
-    try:
-        assert compiled.load_products() is None
-        assert "could not be compiled" in caplog.text
-    finally:
-        compiled.load_products.cache_clear()
+    assert compiled.load_products() is None
+    assert "could not be compiled" in caplog.text
 
 
 def test_chains_share_the_thread_pool_of_torch():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from neuronmlp_plugin.calibration.quality import compare
+from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.calibration.text import read_documents, spread, token_windows
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
@@ -37,7 +38,7 @@ def test_quality_in_the_served_form(smollm2, compress_smollm2, form, removed):
     block = Checkpoint(folder).block
     assert block.removed_ratio == pytest.approx(removed, abs=0.005)
     assert {spec.form for layer in block.layers for spec in layer.values()} <= {"dense", form}
-    quality = compare(load_model(smollm2 / "dense"), load_model(folder), judging_windows(smollm2))
+    quality = compare(*(LayerStream(Checkpoint(each)) for each in (smollm2 / "dense", folder)), judging_windows(smollm2))
     print(f"{form} {removed}: {quality}")
     assert quality.perplexity_ratio <= BOUNDS[form, removed]
     assert 23 < quality.reference_perplexity < 24  # the windows and the dense model are the right ones

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from neuronmlp_plugin.calibration.statistics import run_in_place
+from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.errors import NonFiniteError
+
+POSITIONS = 256  # whose logits are in memory at a time: 131 MB in fp32 for 128256 tokens, and there are half a dozen such tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,27 +36,56 @@ class Quality:
 
 
 @torch.no_grad()
-def compare(reference: Any, candidate: Any, windows: torch.Tensor, tick: Callable[[int], None] = lambda _: None) -> Quality:
-    """Run both Hugging Face models over `windows [n, S]`, one window at a time, and average over all predicted tokens.
+def compare(
+    reference: LayerStream, candidate: LayerStream, windows: torch.Tensor, tick: Callable[[int], None] = lambda _: None
+) -> Quality:
+    """Average over all predicted tokens of `windows [n, S]`, with one layer of one model in memory; `tick(1)` after each of both's layers.
 
     A window with NaN or Inf logits ends the run with NonFiniteError: skipping it would make a broken model look finite.
     """
-    losses = torch.zeros(2, dtype=torch.float64)
-    kl, agreed, count = 0.0, 0, 0
-    for index, window in enumerate(windows):
-        log_p, log_q = (_log_probabilities(model, window, index) for model in (reference, candidate))
-        targets = window[1:]
-        losses += torch.stack([F.nll_loss(log, targets, reduction="sum").double() for log in (log_p, log_q)])
-        kl += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
-        agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-        count += len(targets)
+    states = [_last_hidden(stream, windows, tick) for stream in (reference, candidate)]
+    heads = [stream.head() for stream in (reference, candidate)]
+    totals = _Totals()
+    for index, (window, *pair) in enumerate(zip(windows, *states, strict=True)):
+        inputs = [hidden[:-1].split(POSITIONS) for hidden in pair]
+        for targets, *rows in zip(window[1:].split(POSITIONS), *inputs, strict=True):
+            logits = [head(x.to(stream.device)) for head, x, stream in zip(heads, rows, (reference, candidate), strict=True)]
+            totals.add(*logits, targets.to(logits[0].device), f"window {index}")
+    return totals.quality()
+
+
+def _last_hidden(stream: LayerStream, windows: torch.Tensor, tick: Callable[[int], None]) -> torch.Tensor:
+    """What the final norm sees, `[n, S, H]` on the CPU."""
+    hidden = stream.embed(windows)
+    for index in range(stream.num_layers):
+        layer = stream.load(index)
+        run_in_place(stream, layer, hidden)
+        stream.release(index)
         tick(1)
-    reference_loss, candidate_loss = (losses / count).tolist()
-    return Quality(math.exp(reference_loss), math.exp(candidate_loss), kl / count, agreed / count, count)
+    return hidden
 
 
-def _log_probabilities(model: Any, window: torch.Tensor, index: int) -> torch.Tensor:
-    logits = model(window[None]).logits[0, :-1].float()
+class _Totals:
+    """Sums over the tokens seen so far."""
+
+    def __init__(self) -> None:
+        self.losses, self.kl, self.agreed, self.count = [0.0, 0.0], 0.0, 0, 0
+
+    def add(self, reference: torch.Tensor, candidate: torch.Tensor, targets: torch.Tensor, where: str) -> None:
+        """Logits `[n, vocabulary]` of both models for the tokens `targets [n]`."""
+        log_p, log_q = (_log_probabilities(logits, f"{who} model, {where}") for who, logits in (("dense", reference), ("judged", candidate)))
+        for model, log in enumerate((log_p, log_q)):
+            self.losses[model] += float(F.nll_loss(log, targets, reduction="sum"))
+        self.kl += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
+        self.agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+        self.count += len(targets)
+
+    def quality(self) -> Quality:
+        reference, candidate = (math.exp(loss / self.count) for loss in self.losses)
+        return Quality(reference, candidate, self.kl / self.count, self.agreed / self.count, self.count)
+
+
+def _log_probabilities(logits: Any, where: str) -> torch.Tensor:
     if not bool(torch.isfinite(logits).all()):
-        raise NonFiniteError(f"{type(model).__name__}: expected finite logits, found NaN or Inf in window {index}; the model is broken.")
-    return logits.log_softmax(-1)
+        raise NonFiniteError(f"{where}: expected finite logits, found NaN or Inf; the model is broken.")
+    return logits.float().log_softmax(-1)

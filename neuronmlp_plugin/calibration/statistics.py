@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from neuronmlp_plugin.calibration.stream import LayerStream
+from neuronmlp_plugin.calibration.workers import Workers
 from neuronmlp_plugin.lowrank.moments import SecondMoment
 
 BATCH = 4  # windows per forward call: large enough for full-speed matmuls, small enough to bound memory
@@ -51,64 +52,62 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def layer_moments(stream: LayerStream, layer: nn.Module, hidden: torch.Tensor, tick: Callable[[int], None]) -> LayerMoments:
-    """Run the layer over `hidden [windows, S, H]`, replacing it in place by the layer's output; `tick(windows)` after each batch."""
+def layer_moments(
+    stream: LayerStream, layer: nn.Module, hidden: torch.Tensor, tick: Callable[[int], None], workers: Workers
+) -> LayerMoments:
+    """Run the layer over `hidden [windows, S, H]`, replacing it in place by the layer's output; `tick(windows)` after each batch.
+
+    The moments are over the windows of all workers, and lie on the CPU.
+    """
     mlp: Any = layer.mlp
-    gate_up, down = SecondMoment(mlp.gate_proj.in_features), SecondMoment(mlp.down_proj.in_features)
+    gate_up = SecondMoment(mlp.gate_proj.in_features, stream.device)
+    down = SecondMoment(mlp.down_proj.in_features, stream.device)
     handles = [
         mlp.gate_proj.register_forward_pre_hook(lambda _, args: gate_up.add(_flat(args[0]))),
         mlp.down_proj.register_forward_pre_hook(lambda _, args: down.add(_flat(args[0]))),
     ]
     with hooked(handles):
-        for start in range(0, hidden.shape[0], BATCH):
-            batch = hidden[start : start + BATCH]
-            batch.copy_(stream.run(layer, batch))
-            tick(batch.shape[0])
-    return LayerMoments(gate_up.mean(), down.mean(), gate_up.count)
+        run_in_place(stream, layer, hidden, tick)
+    for moment in (gate_up, down):
+        workers.add_up(moment)
+    tokens = gate_up.count
+    return LayerMoments(gate_up.mean().cpu(), down.mean().cpu(), tokens)
 
 
-def output_metrics(stream: LayerStream, windows: torch.Tensor, tick: Callable[[int], None]) -> list[LayerMetrics]:
-    """Token-wise second moments of dL/dy at every projection's output, L the summed next-token loss over `windows [n, S]`.
-
-    Layer by layer both ways: the forward pass keeps each layer's input, the backward pass recomputes one layer at a time.
-    """
-    inputs = [stream.embed(windows)]
+def run_in_place(stream: LayerStream, layer: nn.Module, hidden: torch.Tensor, tick: Callable[[int], None] = lambda _: None) -> None:
+    """Replace `hidden [windows, S, H]` by the layer's output, batch by batch."""
     with torch.no_grad():
-        for index in range(stream.num_layers):
-            layer = stream.load(index)
-            inputs.append(torch.cat([stream.run(layer, batch) for batch in inputs[-1].split(BATCH)]))
-            stream.release(index)
-            tick(1)
-    gradient = _loss_gradient(stream, inputs.pop(), windows)
-    metrics: list[LayerMetrics] = []
-    for index in reversed(range(stream.num_layers)):
-        layer = stream.load(index)
-        metrics.insert(0, _layer_metrics(stream, layer, inputs.pop(), gradient))
-        stream.release(index)
-        tick(2)
-    return metrics
+        for batch in hidden.split(BATCH) if len(hidden) else ():
+            batch.copy_(stream.run(layer, batch))
+            tick(len(batch))
 
 
-def _loss_gradient(stream: LayerStream, hidden: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+def loss_gradient(stream: LayerStream, hidden: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+    """dL/dhidden for the last layer's output `hidden [n, S, H]`, L the summed next-token loss over `windows [n, S]`."""
     head, gradients = stream.head(), []
     for states, ids in zip(hidden, windows, strict=True):
-        leaf = states.detach().requires_grad_()
-        F.cross_entropy(head(leaf[:-1]), ids[1:], reduction="sum").backward()
-        gradients.append(leaf.grad)
+        leaf = states.detach().to(stream.device).requires_grad_()
+        F.cross_entropy(head(leaf[:-1]), ids[1:].to(stream.device), reduction="sum").backward()
+        assert leaf.grad is not None
+        gradients.append(leaf.grad.to(hidden.device))
     return torch.stack(gradients)
 
 
-def _layer_metrics(stream: LayerStream, layer: nn.Module, hidden: torch.Tensor, gradient: torch.Tensor) -> LayerMetrics:
-    """Back-propagate `gradient` through one layer in place, and collect the metrics on the way."""
+def layer_metrics(stream: LayerStream, layer: nn.Module, hidden: torch.Tensor, gradient: torch.Tensor, workers: Workers) -> LayerMetrics:
+    """Token-wise second moments of dL/dy at the outputs of a layer's projections, over the windows of all workers.
+
+    `gradient [n, S, H]`, dL/d(output of the layer on `hidden`), is replaced in place by dL/dhidden; the layer is run anew, batch by
+    batch, so that only one batch of one layer keeps its activations.
+    """
     mlp: Any = layer.mlp
     squares = {name: torch.zeros(getattr(mlp, name).out_features, dtype=torch.float64) for name in ("gate_proj", "up_proj")}
-    full = SecondMoment(mlp.down_proj.out_features)
+    full = SecondMoment(mlp.down_proj.out_features, stream.device)
 
     def collect(name: str, gradient: torch.Tensor) -> None:  # a tensor hook that returns something would replace the gradient
         if name == "down_proj":
             full.add(_flat(gradient))
         else:
-            squares[name] += _flat(gradient).square().sum(0)
+            squares[name] += _flat(gradient).square().sum(0).cpu()
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
@@ -117,11 +116,14 @@ def _layer_metrics(stream: LayerStream, layer: nn.Module, hidden: torch.Tensor, 
         return hook
 
     with hooked([getattr(mlp, name).register_forward_hook(watch(name)) for name in ("gate_proj", "up_proj", "down_proj")]):
-        for start in range(0, hidden.shape[0], BATCH):
-            leaf = hidden[start : start + BATCH].detach().requires_grad_()
-            stream.run(layer, leaf).backward(gradient[start : start + BATCH])
+        for batch, outer in zip(hidden.split(BATCH), gradient.split(BATCH), strict=True):
+            leaf = batch.detach().to(stream.device).requires_grad_()
+            stream.run(layer, leaf).backward(outer.to(stream.device))
             assert leaf.grad is not None
-            gradient[start : start + BATCH] = leaf.grad
-    down = full.mean()
+            outer.copy_(leaf.grad)
+    squares = {name: workers.sum(square) for name, square in squares.items()}
+    workers.add_up(full)
+    tokens = full.count
+    down = full.mean().cpu()
     down += DAMPING * down.diagonal().mean() * torch.eye(down.shape[0], dtype=down.dtype)
-    return LayerMetrics(squares["gate_proj"] / full.count, squares["up_proj"] / full.count, down)
+    return LayerMetrics(squares["gate_proj"] / tokens, squares["up_proj"] / tokens, down)

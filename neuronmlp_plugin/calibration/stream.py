@@ -8,20 +8,34 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from neuronmlp_plugin.checkpoint.loader import build_skeleton
-from neuronmlp_plugin.checkpoint.reader import Checkpoint
+from neuronmlp_plugin.checkpoint.loader import build_skeleton, swap_projections
+from neuronmlp_plugin.checkpoint.reader import Checkpoint, FactorFile
 from neuronmlp_plugin.errors import NonFiniteError
+
+CPU = torch.device("cpu")
 
 
 class LayerStream:
-    """The layers of a dense checkpoint, loaded on demand in fp32 on the CPU.
+    """The layers of a dense or factored checkpoint, loaded on demand in `dtype` (fp32) on `device`.
 
-    Hidden states are `[windows, S, H]`; every window starts at position 0 and attention is causal.
+    Hidden states are `[windows, S, H]`; every window starts at position 0 and attention is causal. They stay where the caller keeps
+    them: `run` takes a batch to the device and brings nothing back. `factors` is laid over a dense checkpoint.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        factors: FactorFile | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
+    ) -> None:
+        self.checkpoint, self.factors, self.dtype, self.device = checkpoint, factors, dtype, device
         self.model = build_skeleton(checkpoint).eval().requires_grad_(False)
+        block = factors.block if factors is not None else checkpoint.block
+        if block is not None:
+            swap_projections(self.model, block)
+        self.model.model.rotary_emb.to(device)
         # Without a mask tensor sdpa takes its causal path; sliding windows are longer than any calibration window.
         self.model.config._attn_implementation = "sdpa"
 
@@ -39,12 +53,13 @@ class LayerStream:
         self.model.model.layers[index].to_empty(device="meta")
 
     def embed(self, windows: torch.Tensor) -> torch.Tensor:
-        """Token ids `[windows, S]` -> hidden states."""
-        return F.embedding(windows, self._tensor("model.embed_tokens.weight"))
+        """Token ids `[windows, S]` -> hidden states on the CPU. Looked up as stored: a whole table in fp32 would be 2 GB at 8B."""
+        return F.embedding(windows, self.checkpoint.tensor("model.embed_tokens.weight")).to(self.dtype)
 
     def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """One layer over some windows."""
-        positions = torch.arange(hidden.shape[1])[None]
+        """One layer over some windows; the output lies on the stream's device."""
+        hidden = hidden.to(self.device)
+        positions = torch.arange(hidden.shape[1], device=self.device)[None]
         rotary = self.model.model.rotary_emb(hidden, positions)
         output = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
         output = output[0] if isinstance(output, tuple) else output
@@ -64,7 +79,9 @@ class LayerStream:
         return "lm_head.weight" if "lm_head.weight" in self.checkpoint.shapes() else "model.embed_tokens.weight"
 
     def _tensor(self, name: str) -> torch.Tensor:
-        return self.checkpoint.tensor(name).float()
+        replaced = self.factors is not None and name.startswith(tuple(self.factors.prefixes))
+        source = self.factors if self.factors is not None and replaced else self.checkpoint
+        return source.tensor(name).to(self.device, self.dtype)
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
         state: dict[str, Any] = {name: self._tensor(prefix + name) for name in module.state_dict()}

@@ -19,10 +19,7 @@ def load_model(folder: str | pathlib.Path, *, dtype: torch.dtype = torch.float32
 
     `factors`: a factor file to lay over a dense folder. Raises the errors of `Checkpoint` and `FactorFile`.
     """
-    checkpoint = Checkpoint(folder)
-    overlay = FactorFile(factors, checkpoint.config) if factors is not None else None
-    if overlay is not None and checkpoint.block is not None:
-        raise CheckpointError(f"{checkpoint.folder}: expected a dense folder under a factor file, found a factored one; drop the file.")
+    checkpoint, overlay = open_folder(folder, factors)
     model = build_skeleton(checkpoint)
     block = overlay.block if overlay is not None else checkpoint.block
     if block is not None:
@@ -32,6 +29,15 @@ def load_model(folder: str | pathlib.Path, *, dtype: torch.dtype = torch.float32
         state.update({name: overlay.tensor(name).to(dtype) for name in overlay.block.expected_tensors(only_changed=True)})
     load_exactly(model, state, str(checkpoint.folder))
     return model.eval()
+
+
+def open_folder(folder: str | pathlib.Path, factors: str | pathlib.Path | None = None) -> tuple[Checkpoint, FactorFile | None]:
+    """A folder and the factor file over it, if one is named. Raises the errors of `Checkpoint` and `FactorFile`."""
+    checkpoint = Checkpoint(folder)
+    overlay = FactorFile(factors, checkpoint.config) if factors is not None else None
+    if overlay is not None and checkpoint.block is not None:
+        raise CheckpointError(f"{checkpoint.folder}: expected a dense folder under a factor file, found a factored one; drop the file.")
+    return checkpoint, overlay
 
 
 def build_skeleton(checkpoint: Checkpoint) -> Any:

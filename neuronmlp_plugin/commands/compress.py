@@ -70,17 +70,19 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from neuronmlp_plugin.calibration.workers import Workers
     from neuronmlp_plugin.compressor.plan import make_plan
     from neuronmlp_plugin.compressor.progress import ProgressBars
     from neuronmlp_plugin.compressor.run import compress
 
-    console = Console(quiet=args.quiet, highlight=False)
+    console = Console(quiet=args.quiet or not Workers().is_first, highlight=False)
     plan = make_plan(settings_of(args))
     _print_rows(console, plan.rows())
     if args.dry_run:
         return 0
     report = compress(plan, ProgressBars(console, quiet=args.quiet))
-    _print_rows(console, summary_rows(report, plan.target))
+    if report is not None:
+        _print_rows(console, summary_rows(report, plan.target))
     return 0
 
 

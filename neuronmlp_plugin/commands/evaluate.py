@@ -26,15 +26,17 @@ def run(args: argparse.Namespace) -> int:
     from transformers import AutoTokenizer
 
     from neuronmlp_plugin.calibration.quality import compare
+    from neuronmlp_plugin.calibration.stream import LayerStream
     from neuronmlp_plugin.calibration.text import read_documents, spread, token_windows
-    from neuronmlp_plugin.checkpoint.loader import load_model
+    from neuronmlp_plugin.checkpoint.loader import open_folder
     from neuronmlp_plugin.compressor.progress import ProgressBars
 
     dtype = getattr(torch, args.dtype)
-    reference, candidate = load_model(args.dense, dtype=dtype), load_model(args.model, dtype=dtype, factors=args.factors)
+    folders = (open_folder(args.dense), open_folder(args.model, args.factors))
+    reference, candidate = (LayerStream(*folder, dtype=dtype) for folder in folders)
     tokenizer = AutoTokenizer.from_pretrained(args.dense, trust_remote_code=False)
     windows = spread(token_windows(read_documents(args.text, tokenizer), tokenizer, args.window), args.tokens // args.window)
-    with ProgressBars(Console(stderr=True), quiet=args.json).stage("windows", len(windows)) as tick:
+    with ProgressBars(Console(stderr=True), quiet=args.json).stage("layers", reference.num_layers + candidate.num_layers) as tick:
         quality = compare(reference, candidate, windows, tick)
     if args.json:
         print(json.dumps(quality.to_json(), indent=2))

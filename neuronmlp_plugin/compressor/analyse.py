@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from neuronmlp_plugin.calibration.statistics import BATCH, LayerMetrics, LayerMoments, hooked, layer_moments, output_metrics
+from neuronmlp_plugin.calibration.statistics import LayerMoments, hooked, layer_moments, run_in_place
 from neuronmlp_plugin.calibration.stream import LayerStream
-from neuronmlp_plugin.calibration.text import spread
+from neuronmlp_plugin.calibration.workers import Workers
+from neuronmlp_plugin.compressor.backward import backward_pass, metrics_name
 from neuronmlp_plugin.compressor.plan import Plan
 from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.compressor.workspace import Workspace
@@ -28,59 +29,74 @@ def load_decomposition(tensors: dict[str, torch.Tensor], projection: str) -> Dec
     return Decomposition(*(tensors[f"{projection}.{part}"] for part in ("left", "right", "energy")))
 
 
-def analyse(plan: Plan, workspace: Workspace, bars: ProgressBars) -> None:
-    """Bring `layer-*.safetensors` (decompositions, sampled inputs) and `metrics` into the workspace, skipping what is there."""
-    stream = LayerStream(plan.base)
-    if plan.settings.method == "two-sided" and not workspace.has("metrics"):
-        with bars.stage("backward pass", 3 * stream.num_layers) as tick:
-            windows = spread(plan.calibration, plan.metric_windows)
-            workspace.save("metrics", _stack(output_metrics(stream, windows, tick)))
+def analyse(plan: Plan, workspace: Workspace, bars: ProgressBars, workers: Workers) -> None:
+    """Bring `layer-*` (decompositions, sampled inputs) and `metrics-*` of every layer into the workspace, skipping what is there."""
+    stream = LayerStream(plan.base, device=workers.device)
+    if plan.settings.method == "two-sided":
+        backward_pass(plan, workspace, stream, bars, workers)
     start = next((i for i in range(stream.num_layers) if not workspace.has(layer_name(i))), stream.num_layers)
     if start == stream.num_layers:
         return
-    hidden = _hidden_states(plan, workspace, stream, start)  # no rows at all for a method that uses no text
+    windows = workers.share(plan.calibration)
+    parts = [windows, plan.judge] if workers.is_first else [windows]
+    hidden = _hidden_states(workspace, stream, start, parts, workers)
     with bars.stage("statistics and factors", (stream.num_layers - start) * max(len(hidden), 1)) as tick:
         for index in range(start, stream.num_layers):
-            _analyse_layer(plan, workspace, stream, index, hidden, tick)
-    workspace.drop(f"hidden-{stream.num_layers:05d}")
+            _analyse_layer(plan, workspace, stream, index, hidden, tick, workers)
+    workspace.drop(workers.own(hidden_name(stream.num_layers)))
 
 
-def _stack(metrics: list[LayerMetrics]) -> dict[str, torch.Tensor]:
-    return {name: torch.stack([getattr(m, name) for m in metrics]) for name in PROJECTIONS}
+def _hidden_states(workspace: Workspace, stream: LayerStream, start: int, parts: list[torch.Tensor], workers: Workers) -> torch.Tensor:
+    """The input of layer `start` for all windows of `parts` (none for a method that uses no text): as left by the last finished layer."""
+    name = workers.own(hidden_name(start))
+    if workspace.has(name):
+        return workspace.load(name)["hidden"]
+    hidden = stream.embed(torch.cat(parts))
+    for index in range(start):  # only where a run goes on with another number of processes
+        layer = stream.load(index)
+        for part in hidden.split([len(part) for part in parts]):
+            run_in_place(stream, layer, part)
+        stream.release(index)
+    return hidden
 
 
-def _hidden_states(plan: Plan, workspace: Workspace, stream: LayerStream, start: int) -> torch.Tensor:
-    """The input of layer `start` for all windows, calibration first: from the last finished layer, or the embedding."""
-    if start:
-        return workspace.load(f"hidden-{start:05d}")["hidden"]
-    return stream.embed(torch.cat((plan.calibration, plan.judge)))
+def hidden_name(index: int) -> str:
+    return f"hidden-{index:05d}"
 
 
 def _analyse_layer(
-    plan: Plan, workspace: Workspace, stream: LayerStream, index: int, hidden: torch.Tensor, tick: Callable[[int], None]
+    plan: Plan, workspace: Workspace, stream: LayerStream, index: int, hidden: torch.Tensor, tick: Callable[[int], None], workers: Workers
 ) -> None:
     layer = stream.load(index)
-    count = len(plan.calibration)
+    count = len(workers.share(plan.calibration))
     samples = _sample_inputs(stream, layer, hidden[count:])
-    moments = layer_moments(stream, layer, hidden[:count], tick) if count else None
-    tensors = dict(samples)
-    metrics = metrics_of(plan, workspace, index)
+    moments = layer_moments(stream, layer, hidden[:count], tick, workers) if count else None
+    workspace.save(workers.own(hidden_name(index + 1)), {"hidden": hidden})
+    workers.wait()  # a finished layer says that every process can go on behind it
+    if workers.is_first:
+        workspace.save(layer_name(index), samples | _decompositions(plan, layer, moments, metrics_of(plan, workspace, index)))
+    stream.release(index)
+    workers.wait()  # what led here is dropped only when the layer is on disk
+    workspace.drop(workers.own(hidden_name(index)))
+    tick(len(hidden) - count)
+
+
+def _decompositions(
+    plan: Plan, layer: torch.nn.Module, moments: LayerMoments | None, metrics: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    tensors = {}
     for name in PROJECTIONS:
-        weight = getattr(layer.mlp, name).weight
+        weight = getattr(layer.mlp, name).weight.cpu()
         found = decompose(weight, _moment(plan, moments, name), metrics.get(name))
         tensors |= {f"{name}.left": found.left.float(), f"{name}.right": found.right.float(), f"{name}.energy": found.energy}
-    stream.release(index)
-    workspace.save(f"hidden-{index + 1:05d}", {"hidden": hidden})
-    workspace.save(layer_name(index), tensors)
-    workspace.drop(f"hidden-{index:05d}")
-    tick(len(hidden) - count)
+    return tensors
 
 
 def metrics_of(plan: Plan, workspace: Workspace, index: int) -> dict[str, torch.Tensor]:
     """The output metric of each projection of a layer; empty for a method that uses none."""
     if plan.settings.method != "two-sided":
         return {}
-    return workspace.load_row("metrics", index)
+    return workspace.load(metrics_name(index))
 
 
 def _moment(plan: Plan, moments: LayerMoments | None, name: str) -> torch.Tensor | None:
@@ -95,11 +111,10 @@ def _sample_inputs(stream: LayerStream, layer: torch.nn.Module, hidden: torch.Te
     seen: dict[str, list[torch.Tensor]] = {"gate_up.sample": [], "down.sample": []}
     mlp: Any = layer.mlp
     handles = [
-        module.register_forward_pre_hook(lambda _, args, key=key: seen[key].append(args[0].reshape(-1, args[0].shape[-1])))
+        module.register_forward_pre_hook(lambda _, args, key=key: seen[key].append(args[0].reshape(-1, args[0].shape[-1]).cpu()))
         for module, key in ((mlp.gate_proj, "gate_up.sample"), (mlp.down_proj, "down.sample"))
     ]
     with hooked(handles):
-        for batch in hidden.split(BATCH) if len(hidden) else ():
-            batch.copy_(stream.run(layer, batch))
+        run_in_place(stream, layer, hidden)
     rows = {key: torch.cat(parts) for key, parts in seen.items() if parts}
     return {key: x[:: max(1, len(x) // SAMPLE_ROWS)][:SAMPLE_ROWS] for key, x in rows.items()}

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from neuronmlp_plugin.calibration.quality import compare
-from neuronmlp_plugin.checkpoint.loader import load_model
+from neuronmlp_plugin.calibration.stream import LayerStream
+from neuronmlp_plugin.calibration.workers import Workers
+from neuronmlp_plugin.checkpoint.loader import open_folder
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
 from neuronmlp_plugin.checkpoint.writer import layer_prefix, save_json, write_factor_file, write_layer, write_rest
@@ -42,13 +44,21 @@ class Run:
         shutil.rmtree(self.plan.work)
 
 
-def compress(plan: Plan, bars: ProgressBars) -> dict[str, Any]:
+def compress(plan: Plan, bars: ProgressBars) -> dict[str, Any] | None:
     """Compress as planned into `plan.target`, which appears whole or not at all; returns the report.
 
-    An interrupted run goes on from its last finished layer, to an identical result.
+    An interrupted run goes on from its last finished layer, to an identical result. Of several processes (`Workers`) all take part in
+    the analysis; the first does the rest, and the others return None.
     """
-    run = Run(plan)
-    analyse(plan, run.analysis, bars)
+    workers = Workers()
+    with workers.first_ahead():
+        run = Run(plan)
+    analyse(plan, run.analysis, bars if workers.is_first else ProgressBars(bars.console, quiet=True), workers)
+    return _finish(run, bars) if workers.is_first else None
+
+
+def _finish(run: Run, bars: ProgressBars) -> dict[str, Any]:
+    plan = run.plan
     curves = read_curves(plan, run.analysis)
     records = _build_layers(run, choose_ranks(plan, curves), bars)
     block = FormatBlock(tuple(_specs(record) for record in records), plan.shape, describe(plan), _created_by())
@@ -128,8 +138,7 @@ def _judge(run: Run, bars: ProgressBars) -> dict[str, float] | None:
     judge, base = run.plan.judge, run.plan.base.folder
     if not len(judge):
         return None
-    dense = load_model(base)
     overlay = run.result / FACTOR_FILE.name if run.plan.settings.factors_only else None
-    candidate = load_model(run.result if overlay is None else base, factors=overlay)
-    with bars.stage("quality", len(judge)) as tick:
+    dense, candidate = LayerStream(run.plan.base), LayerStream(*open_folder(run.result if overlay is None else base, overlay))
+    with bars.stage("quality", 2 * dense.num_layers) as tick:
         return compare(dense, candidate, judge, tick).to_json()

@@ -40,10 +40,5 @@ class Workspace:
         with open_safetensors(self.path / f"{name}.safetensors") as handle:
             return {key: handle.get_tensor(key) for key in handle.keys()}
 
-    def load_row(self, name: str, index: int) -> dict[str, torch.Tensor]:
-        """Row `index` of every tensor, without reading the others."""
-        with open_safetensors(self.path / f"{name}.safetensors") as handle:
-            return {key: handle.get_slice(key)[index] for key in handle.keys()}
-
     def drop(self, name: str) -> None:
         (self.path / f"{name}.safetensors").unlink(missing_ok=True)

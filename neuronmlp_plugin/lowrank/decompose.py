@@ -18,6 +18,7 @@ import dataclasses
 import torch
 
 from neuronmlp_plugin.errors import NonFiniteError
+from neuronmlp_plugin.lowrank.moments import all_finite
 
 # Share of the mean diagonal that is added to C or G before a square root is inverted; relative, so that scale does not matter.
 RIDGE = 1e-5
@@ -52,7 +53,7 @@ def decompose(weight: torch.Tensor, moment: torch.Tensor | None = None, metric: 
     fp64 throughout. Raises NonFiniteError for NaN or Inf in any input.
     """
     for what, tensor in (("weight", weight), ("input moment", moment), ("output metric", metric)):
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+        if tensor is not None and not all_finite(tensor):
             raise NonFiniteError(f"{what}: expected finite values, found NaN or Inf; the model or its statistics are damaged.")
     w = weight.double()
     root, inverse_root = _metric_roots(metric, w)

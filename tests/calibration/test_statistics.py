@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from neuronmlp_plugin.calibration.statistics import DAMPING, layer_moments, output_metrics
+from neuronmlp_plugin.calibration.statistics import DAMPING, layer_metrics, layer_moments, loss_gradient, run_in_place
 from neuronmlp_plugin.calibration.stream import LayerStream
+from neuronmlp_plugin.calibration.workers import Workers
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.errors import NonFiniteError
@@ -23,6 +24,17 @@ def ids(count: int = 6, length: int = 12) -> torch.Tensor:
     return torch.randint(3, 128, (count, length), generator=torch.Generator().manual_seed(5))
 
 
+def metrics(stream: LayerStream, windows: torch.Tensor) -> list:
+    """Of all layers, in their order: forward with every input kept, and backward."""
+    inputs = [stream.embed(windows)]
+    for index in range(stream.num_layers):
+        inputs.append(inputs[-1].clone())
+        run_in_place(stream, stream.load(index), inputs[-1])
+    gradient = loss_gradient(stream, inputs.pop(), windows)
+    backward = reversed(range(stream.num_layers))
+    return [layer_metrics(stream, stream.load(i), inputs[i], gradient, Workers()) for i in backward][::-1]
+
+
 def test_moments_equal_those_of_the_whole_model(folder):
     windows, model = ids(), load_model(folder)
     seen = {}
@@ -34,7 +46,7 @@ def test_moments_equal_those_of_the_whole_model(folder):
     stream = LayerStream(Checkpoint(folder))
     hidden = stream.embed(windows)
     for index in range(stream.num_layers):
-        moments = layer_moments(stream, stream.load(index), hidden, lambda _: None)
+        moments = layer_moments(stream, stream.load(index), hidden, lambda _: None, Workers())
         for name in ("gate_up", "down"):
             rows = seen[name, index].flatten(0, 1).double()
             torch.testing.assert_close(getattr(moments, name), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
@@ -58,7 +70,7 @@ def test_metrics_equal_autograd_through_the_whole_model(folder):
             getattr(layer.mlp, name).register_forward_hook(keep(name, index))
     logits = model(windows).logits
     F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="sum").backward()
-    for index, found in enumerate(output_metrics(LayerStream(Checkpoint(folder)), windows, lambda _: None)):
+    for index, found in enumerate(metrics(LayerStream(Checkpoint(folder)), windows)):
         for name in ("gate_proj", "up_proj"):
             grad = outputs[name, index].grad.flatten(0, 1).double()
             torch.testing.assert_close(getattr(found, name), grad.square().mean(0), rtol=1e-3, atol=1e-9)
@@ -73,4 +85,4 @@ def test_activations_that_overflow_are_refused(tmp_path):
     layer = stream.load(0)
     layer.mlp.gate_proj.weight.data *= 1e30
     with pytest.raises(NonFiniteError, match="finite"):
-        layer_moments(stream, layer, stream.embed(ids()), lambda _: None)
+        layer_moments(stream, layer, stream.embed(ids()), lambda _: None, Workers())

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from neuronmlp_plugin.errors import CalibrationError, NonFiniteError
+from neuronmlp_plugin.lowrank import moments
 from neuronmlp_plugin.lowrank.moments import SecondMoment
 
 
@@ -13,8 +14,25 @@ def test_a_sum_of_batches_equals_one_big_batch():
     for batch in rows.split(13):
         streamed.add(batch)
     exact = rows.double().T @ rows.double() / 100
-    torch.testing.assert_close(streamed.mean(), exact, rtol=1e-5, atol=1e-6)
     assert streamed.count == 100
+    torch.testing.assert_close(streamed.mean(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_give_the_whole_matrix(monkeypatch):
+    monkeypatch.setattr(moments, "BLOCK", 3)
+    rows, streamed = torch.randn(50, 8), SecondMoment(8)
+    streamed.add(rows)
+    mean = streamed.mean()
+    torch.testing.assert_close(mean, rows.double().T @ rows.double() / 50, rtol=1e-5, atol=1e-6)
+    assert bool((mean == mean.T)[3:, :3].all())
+
+
+def test_the_mean_takes_the_sum_with_it():
+    streamed = SecondMoment(3)
+    streamed.add(torch.ones(2, 3))
+    streamed.mean()
+    with pytest.raises(CalibrationError, match="at least one token"):
+        streamed.mean()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

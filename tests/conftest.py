@@ -25,8 +25,11 @@ def neuronmlp(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "neuronmlp_plugin.cli", *map(str, arguments)], check=True, cwd=ROOT)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with the test that makes the real model's statistics: minutes on one worker, while the others do everything else."""
+    for item in items:
+        if item.get_closest_marker("large") and "large" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="runs only where `-m large` names it; last run: docs/scale.md"))
     items.sort(key=lambda item: item.name != "test_quality_in_the_served_form[compact-0.2]")
 
 

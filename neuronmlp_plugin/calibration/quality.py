@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,21 +35,18 @@ class Quality:
 
 
 @torch.no_grad()
-def compare(
-    reference: LayerStream, candidate: LayerStream, windows: torch.Tensor, tick: Callable[[int], None] = lambda _: None
-) -> Quality:
+def compare(reference: LayerStream, candidate: LayerStream, windows: torch.Tensor, tick: Callable[[int], None] = lambda _: None) -> Quality:
     """Average over all predicted tokens of `windows [n, S]`, with one layer of one model in memory; `tick(1)` after each of both's layers.
 
     A window with NaN or Inf logits ends the run with NonFiniteError: skipping it would make a broken model look finite.
     """
     states = [_last_hidden(stream, windows, tick) for stream in (reference, candidate)]
-    heads = [stream.head() for stream in (reference, candidate)]
+    head_p, head_q = reference.head(), candidate.head()
     totals = _Totals()
     for index, (window, *pair) in enumerate(zip(windows, *states, strict=True)):
-        inputs = [hidden[:-1].split(POSITIONS) for hidden in pair]
-        for targets, *rows in zip(window[1:].split(POSITIONS), *inputs, strict=True):
-            logits = [head(x.to(stream.device)) for head, x, stream in zip(heads, rows, (reference, candidate), strict=True)]
-            totals.add(*logits, targets.to(logits[0].device), f"window {index}")
+        targets, p, q = (x.split(POSITIONS) for x in (window[1:], *(hidden[:-1] for hidden in pair)))
+        for target, x, y in zip(targets, p, q, strict=True):
+            totals.add(head_p(x.to(reference.device)), head_q(y.to(candidate.device)), target.to(reference.device), f"window {index}")
     return totals.quality()
 
 
@@ -73,7 +69,8 @@ class _Totals:
 
     def add(self, reference: torch.Tensor, candidate: torch.Tensor, targets: torch.Tensor, where: str) -> None:
         """Logits `[n, vocabulary]` of both models for the tokens `targets [n]`."""
-        log_p, log_q = (_log_probabilities(logits, f"{who} model, {where}") for who, logits in (("dense", reference), ("judged", candidate)))
+        log_p = _log_probabilities(reference, f"dense model, {where}")
+        log_q = _log_probabilities(candidate, f"judged model, {where}")
         for model, log in enumerate((log_p, log_q)):
             self.losses[model] += float(F.nll_loss(log, targets, reduction="sum"))
         self.kl += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
@@ -85,7 +82,7 @@ class _Totals:
         return Quality(reference, candidate, self.kl / self.count, self.agreed / self.count, self.count)
 
 
-def _log_probabilities(logits: Any, where: str) -> torch.Tensor:
+def _log_probabilities(logits: torch.Tensor, where: str) -> torch.Tensor:
     if not bool(torch.isfinite(logits).all()):
         raise NonFiniteError(f"{where}: expected finite logits, found NaN or Inf; the model is broken.")
     return logits.float().log_softmax(-1)

@@ -5,6 +5,7 @@ Each has its share of the calibration windows. Sums over tokens are added up; th
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 
@@ -23,11 +24,13 @@ class Workers:
     def __init__(self) -> None:
         from accelerate import PartialState
 
-        self._state = PartialState(timeout=PATIENCE)
+        # Told explicitly: left alone it takes any accelerator there is, some without fp64, and without one it forms no group.
+        self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         self.index: int = self._state.process_index
         self.count: int = self._state.num_processes
-        chosen: torch.device = self._state.device
-        self.device = chosen if chosen.type == "cuda" else torch.device("cpu")  # other accelerators lack fp64
+        self.device: torch.device = self._state.device
+        if self.count > 1:  # gloo aborts a process that exits inside a group
+            atexit.register(self._state.destroy_process_group)
 
     @property
     def is_first(self) -> bool:

@@ -84,7 +84,7 @@ def _analyse_layer(
 def _decompositions(
     plan: Plan, layer: torch.nn.Module, moments: LayerMoments | None, metrics: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name in PROJECTIONS:
         weight = getattr(layer.mlp, name).weight.cpu()
         found = decompose(weight, _moment(plan, moments, name), metrics.get(name))

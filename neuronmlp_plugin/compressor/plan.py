@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 import shutil
 from typing import Any
@@ -14,11 +15,14 @@ import torch
 from neuronmlp_plugin.calibration.text import read_documents, token_windows, windows_digest
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, check_names
 from neuronmlp_plugin.checkpoint.schema import FormatBlock, mlp_shape
+from neuronmlp_plugin.checkpoint.writer import layer_prefix
+from neuronmlp_plugin.compressor.memory import Footprint, physical_bytes
 from neuronmlp_plugin.compressor.settings import Settings
-from neuronmlp_plugin.errors import CalibrationError, CheckpointError, OutputError
+from neuronmlp_plugin.errors import CalibrationError, CheckpointError, OutputError, UsageError
 from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, MLPShape
 
 _FP32 = 4
+_LAYOUT = 2  # of the files in the analysis folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +53,27 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """A rough peak: hidden states, one layer with its statistics and decompositions, the metrics, an output matrix."""
-        h, i = self.shape.hidden_size, self.shape.intermediate_size
-        hidden = self.calibration.numel() * h * _FP32
-        inputs = self.metric_windows * self.calibration.shape[-1] * h * _FP32 * (self.shape.num_layers + 1)
-        layer = 3 * h * i * _FP32 + 8 * (i * i + h * h) * 3 + 8 * (h + i) * h * 3
-        return max(hidden, inputs) + layer + 8 * h * h * self.shape.num_layers
+        """The peak of a process, over all stages."""
+        return max(self.footprint().stages().values())
+
+    def footprint(self) -> Footprint:
+        shapes = self.base.shapes()
+        layer = sum(math.prod(size) for name, size in shapes.items() if name.startswith(layer_prefix(0)))
+        metric_tokens = self.metric_windows * self.settings.window
+        vocabulary = shapes["model.embed_tokens.weight"][0]
+        tokens = (self.calibration.numel(), metric_tokens, self.judge.numel())
+        return Footprint(self.shape, layer, vocabulary, self.settings.window, *tokens)
 
     @property
     def disk_bytes(self) -> int:
-        """Room for the decompositions (fp32), the hidden states and the result."""
-        h, i = self.shape.hidden_size, self.shape.intermediate_size
-        decompositions = self.shape.num_layers * 3 * (h + i) * min(h, i) * _FP32
+        """Room for metrics (fp64), the backward pass or the decompositions (fp32), two layers' hidden states, and the result."""
+        h, i, layers = self.shape.hidden_size, self.shape.intermediate_size, self.shape.num_layers
+        decompositions = layers * 3 * (h + i) * min(h, i) * _FP32
+        metrics = layers * (h * h + 2 * i) * 8 if self.metric_windows else 0
+        inputs = (layers + 3) * self.metric_windows * self.settings.window * h * _FP32
+        hidden = 2 * (self.calibration.numel() + self.judge.numel()) * h * _FP32
         model = sum(path.stat().st_size for path in self.base.folder.glob("*.safetensors"))
-        return decompositions + self.calibration.numel() * h * _FP32 + model
+        return metrics + max(inputs, decompositions + hidden) + model
 
     @property
     def analysis(self) -> pathlib.Path:
@@ -77,7 +88,7 @@ class Plan:
         """Changes with anything that changes the statistics: the text, the dense weights, the method; not with size or form."""
         text = [windows_digest(self.calibration), windows_digest(self.judge)]
         written = [path.stat().st_mtime_ns for path in sorted(self.base.folder.glob("*.safetensors"))]
-        return _digest([self.settings.analysis_json(), base_digest(self.base), text, written])
+        return _digest([_LAYOUT, self.settings.analysis_json(), base_digest(self.base), text, written])
 
     def rows(self) -> list[tuple[str, str]]:
         """What `--dry-run` prints."""
@@ -159,6 +170,11 @@ def _check_enough(settings: Settings, shape: MLPShape, found: int) -> None:
 
 
 def _check_room(plan: Plan) -> None:
+    if physical_bytes() < plan.memory_bytes:
+        raise UsageError(
+            f"{plan.settings.model}: expected a machine with {plan.memory_bytes / 2**30:.1f} GiB of memory, found "
+            f"{physical_bytes() / 2**30:.1f} GiB; lower --tokens, --metric-tokens or --window, or use a larger machine."
+        )
     parent = plan.settings.out.absolute().parent
     while not parent.exists():
         parent = parent.parent

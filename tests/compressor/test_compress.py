@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint
 from neuronmlp_plugin.compressor import analyse as analyse_module
+from neuronmlp_plugin.compressor import backward as backward_module
 from neuronmlp_plugin.compressor import run as run_module
 from neuronmlp_plugin.compressor.plan import make_plan
 from neuronmlp_plugin.compressor.progress import ProgressBars
@@ -117,7 +118,10 @@ def test_a_rerun_gives_the_same_bytes(home):
 
 @pytest.mark.parametrize(("module", "function", "call"), [
     (analyse_module, "layer_moments", 2),
-    (analyse_module, "output_metrics", 1),
+    (backward_module, "run_in_place", 2),
+    (backward_module, "loss_gradient", 1),
+    (backward_module, "layer_metrics", 1),
+    (backward_module, "layer_metrics", 3),
     (run_module, "build_layer", 3),
     (run_module, "write_rest", 1),
     (run_module, "compare", 1),
@@ -151,6 +155,46 @@ def test_finished_layers_are_not_done_again(home, monkeypatch):
     monkeypatch.setattr(analyse_module, "decompose", lambda *args: (done.append(1), real(*args))[1])
     compress(make_plan(settings_for(home)), QUIET)
     assert len(done) == 9  # three layers of three, once
+
+
+def test_the_backward_pass_goes_on_where_it_stopped(home, monkeypatch):
+    """Stopped in the second layer from the top: neither the forward pass nor the top layer is done again."""
+    done, real = [], backward_module.layer_metrics
+
+    def interrupted(*args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(backward_module, "layer_metrics", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compress(make_plan(settings_for(home)), QUIET)
+    monkeypatch.setattr(backward_module, "layer_metrics", lambda *args: (done.append(1), real(*args))[1])
+    monkeypatch.setattr(backward_module, "run_in_place", lambda *_: pytest.fail("forward again"))
+    compress(make_plan(settings_for(home)), QUIET)
+    assert len(done) == 3
+
+
+def test_hidden_states_that_are_gone_are_made_again(home, monkeypatch):
+    """As where a run goes on with another number of processes: what each kept for itself has another name."""
+    compress(make_plan(settings_for(home, out=home / "whole")), QUIET)
+    real, calls = analyse_module.layer_moments, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(analyse_module, "layer_moments", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compress(make_plan(settings_for(home)), QUIET)
+    monkeypatch.undo()
+    (kept,) = (home / "out.partial" / "analysis").glob("hidden-*")
+    kept.unlink()
+    compress(make_plan(settings_for(home)), QUIET)
+    assert files(home / "out") == files(home / "whole")
 
 
 def test_an_analysis_serves_other_sizes(home, monkeypatch):

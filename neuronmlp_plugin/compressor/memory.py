@@ -1,0 +1,88 @@
+"""The memory of a run, counted before it starts: the large tensors of each stage (docs/scale.md lists them at 8B).
+
+No term has the number of layers in it; tests/compressor/test_scale.py holds the sums against what real runs take.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from neuronmlp_plugin.calibration.quality import POSITIONS
+from neuronmlp_plugin.calibration.statistics import BATCH
+from neuronmlp_plugin.lowrank.moments import BLOCK
+from neuronmlp_plugin.models.projection import MLPShape
+
+_FP32, _FP64 = 4, 8
+PROCESS_BYTES = 500 * 10**6  # Python with torch and transformers, before any tensor
+
+
+def physical_bytes() -> int:
+    """Of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """What the memory of a run depends on; counts of tokens, and of the parameters of one whole layer."""
+
+    shape: MLPShape
+    layer_parameters: int
+    vocabulary: int
+    window: int
+    calibration_tokens: int
+    metric_tokens: int
+    judge_tokens: int
+
+    def stages(self) -> dict[str, int]:
+        """Peak bytes of each stage."""
+        parts = {
+            "backward pass": max(self._loss(), self._backward()) if self.metric_tokens else 0,
+            "statistics": self._hidden(self.calibration_tokens + self.judge_tokens) + self._layer() + self._moments() + self._forward(),
+            "factors": self._hidden(self.calibration_tokens + self.judge_tokens) + self._layer() + self._moments() + self._decompose(),
+            "pivots": self._pivots(),
+            "quality": self._judge() if self.judge_tokens else 0,
+        }
+        return {name: PROCESS_BYTES + size for name, size in parts.items()}
+
+    def _hidden(self, tokens: int) -> int:
+        return tokens * self.shape.hidden_size * _FP32
+
+    def _layer(self) -> int:
+        return self.layer_parameters * _FP32
+
+    def _batch(self, tokens: int, wide: int, narrow: int) -> int:
+        """Activations of one batch: so many `[t, I]` and `[t, H]`."""
+        width = wide * self.shape.intermediate_size + narrow * self.shape.hidden_size
+        return min(tokens, BATCH * self.window) * width * _FP32
+
+    def _loss(self) -> int:
+        """Input and gradient of all windows, the output matrix, and four times the logits of one window."""
+        return 2 * self._hidden(self.metric_tokens) + self.vocabulary * (self.shape.hidden_size + 4 * self.window) * _FP32
+
+    def _backward(self) -> int:
+        metric = 2 * self.shape.hidden_size**2 * _FP64
+        return 2 * self._hidden(self.metric_tokens) + self._layer() + self._batch(self.metric_tokens, 6, 16) + metric
+
+    def _moments(self) -> int:
+        h, i = self.shape.hidden_size, self.shape.intermediate_size
+        return (h * h + i * i) * _FP64 if self.calibration_tokens else 0
+
+    def _forward(self) -> int:
+        return self._batch(self.calibration_tokens, 4, 8) + BLOCK * self.shape.intermediate_size * _FP32
+
+    def _decompose(self) -> int:
+        """Factors of two projections in fp32, four matrices of a projection's shape and six of the narrow side in fp64."""
+        h, i = self.shape.hidden_size, self.shape.intermediate_size
+        narrow = min(h, i)
+        return 2 * (h + i) * narrow * _FP32 + (4 * h * i + 6 * narrow**2) * _FP64
+
+    def _pivots(self) -> int:
+        """At full rank: factors of three projections, a basis and what is projected out of it for each, and one QR at work."""
+        h, i = self.shape.hidden_size, self.shape.intermediate_size
+        return (3 * (h + i) + 6 * i + 2 * i) * min(h, i) * _FP64
+
+    def _judge(self) -> int:
+        """Hidden states and output matrices of both models, with six times some logits; or one layer at work."""
+        heads = self.vocabulary * (2 * self.shape.hidden_size + 6 * POSITIONS) * _FP32
+        return 2 * self._hidden(self.judge_tokens) + max(heads, self._layer() + self._batch(self.judge_tokens, 4, 8))

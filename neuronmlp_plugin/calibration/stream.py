@@ -79,9 +79,9 @@ class LayerStream:
         return "lm_head.weight" if "lm_head.weight" in self.checkpoint.shapes() else "model.embed_tokens.weight"
 
     def _tensor(self, name: str) -> torch.Tensor:
-        replaced = self.factors is not None and name.startswith(tuple(self.factors.prefixes))
-        source = self.factors if self.factors is not None and replaced else self.checkpoint
-        return source.tensor(name).to(self.device, self.dtype)
+        if self.factors is not None and name.startswith(tuple(self.factors.prefixes)):
+            return self.factors.tensor(name).to(self.device, self.dtype)
+        return self.checkpoint.tensor(name).to(self.device, self.dtype)
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
         state: dict[str, Any] = {name: self._tensor(prefix + name) for name in module.state_dict()}

@@ -117,4 +117,5 @@ def _sample_inputs(stream: LayerStream, layer: torch.nn.Module, hidden: torch.Te
     with hooked(handles):
         run_in_place(stream, layer, hidden)
     rows = {key: torch.cat(parts) for key, parts in seen.items() if parts}
-    return {key: x[:: max(1, len(x) // SAMPLE_ROWS)][:SAMPLE_ROWS] for key, x in rows.items()}
+    # Copied: a view would keep all rows alive through the decompositions.
+    return {key: x[:: max(1, len(x) // SAMPLE_ROWS)][:SAMPLE_ROWS].clone() for key, x in rows.items()}

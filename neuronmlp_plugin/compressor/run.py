@@ -31,8 +31,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 class Run:
     """The folders of a run under way: `result` becomes `plan.target` in one rename; `analysis` stays where the user keeps it."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.plan, self.device = plan, device
         self.work = Workspace(plan.work, plan.fingerprint())
         self.analysis = Workspace(plan.analysis, plan.analysis_fingerprint())
         self.result = plan.work / "result"
@@ -52,8 +52,10 @@ def compress(plan: Plan, bars: ProgressBars) -> dict[str, Any] | None:
     """
     workers = Workers()
     with workers.first_ahead():
-        run = Run(plan)
+        run = Run(plan, workers.device)
+    workers.wait()
     analyse(plan, run.analysis, bars if workers.is_first else ProgressBars(bars.console, quiet=True), workers)
+    workers.wait()  # the first removes the folder that the others look into
     return _finish(run, bars) if workers.is_first else None
 
 
@@ -139,6 +141,7 @@ def _judge(run: Run, bars: ProgressBars) -> dict[str, float] | None:
     if not len(judge):
         return None
     overlay = run.result / FACTOR_FILE.name if run.plan.settings.factors_only else None
-    dense, candidate = LayerStream(run.plan.base), LayerStream(*open_folder(run.result if overlay is None else base, overlay))
+    folders = (open_folder(base), open_folder(run.result if overlay is None else base, overlay))
+    dense, candidate = (LayerStream(*folder, device=run.device) for folder in folders)
     with bars.stage("quality", 2 * dense.num_layers) as tick:
         return compare(dense, candidate, judge, tick).to_json()

@@ -12,6 +12,7 @@ from neuronmlp_plugin.errors import NeuronMLPError
 
 COMMANDS = {
     "compress": "make a low-rank checkpoint of a Hugging Face folder",
+    "refine": "move the factors of a checkpoint closer to the dense model, on text",
     "inspect": "what a checkpoint holds: forms, ranks and bytes per layer",
     "evaluate": "perplexity, KL divergence and agreement of a checkpoint against its dense model",
     "convert": "turn published *_v_proj / *_u_proj factors (SVD-LLM, NeuronMM) into a neuronmlp checkpoint",

@@ -40,7 +40,7 @@ def compare(reference: LayerStream, candidate: LayerStream, windows: torch.Tenso
 
     A window with NaN or Inf logits ends the run with NonFiniteError: skipping it would make a broken model look finite.
     """
-    states = [_last_hidden(stream, windows, tick) for stream in (reference, candidate)]
+    states = [last_hidden(stream, windows, tick) for stream in (reference, candidate)]
     head_p, head_q = reference.head(), candidate.head()
     totals = _Totals()
     for index, (window, *pair) in enumerate(zip(windows, *states, strict=True)):
@@ -50,7 +50,7 @@ def compare(reference: LayerStream, candidate: LayerStream, windows: torch.Tenso
     return totals.quality()
 
 
-def _last_hidden(stream: LayerStream, windows: torch.Tensor, tick: Callable[[int], None]) -> torch.Tensor:
+def last_hidden(stream: LayerStream, windows: torch.Tensor, tick: Callable[[int], None]) -> torch.Tensor:
     """What the final norm sees, `[n, S, H]` on the CPU."""
     hidden = stream.embed(windows)
     for index in range(stream.num_layers):

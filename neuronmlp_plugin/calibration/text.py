@@ -62,6 +62,20 @@ def token_windows(documents: list[str], tokenizer: Any, length: int) -> torch.Te
     return torch.tensor(windows, dtype=torch.long)
 
 
+def hold_out(windows: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(pool, judge)`: at most `tokens`, and an eighth, of the windows `[n, S]` are kept from the end of the text to judge on."""
+    judged = min(tokens // windows.shape[1], len(windows) // 8)
+    return windows[: len(windows) - judged], windows[len(windows) - judged :]
+
+
+def rewindow(windows: torch.Tensor, length: int, prefix: int) -> torch.Tensor:
+    """The same text `[n, S]` in windows of another length; the first `prefix` tokens of each window (BOS) open the new ones too."""
+    body = windows[:, prefix:].flatten()
+    step = length - prefix
+    body = body[: len(body) // step * step].view(-1, step)
+    return torch.cat((windows[:1, :prefix].expand(len(body), -1), body), 1)
+
+
 def spread(windows: torch.Tensor, count: int) -> torch.Tensor:
     """At most `count` of the windows (at least one), evenly spread over the text."""
     count = min(max(1, count), len(windows))

@@ -77,16 +77,16 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(quiet=args.quiet or not Workers().is_first, highlight=False)
     plan = make_plan(settings_of(args))
-    _print_rows(console, plan.rows())
+    print_rows(console, plan.rows())
     if args.dry_run:
         return 0
     report = compress(plan, ProgressBars(console, quiet=args.quiet))
     if report is not None:
-        _print_rows(console, summary_rows(report, plan.target))
+        print_rows(console, summary_rows(report, plan.target))
     return 0
 
 
-def _print_rows(console: Any, rows: list[tuple[str, str]]) -> None:
+def print_rows(console: Any, rows: list[tuple[str, str]]) -> None:
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from neuronmlp_plugin.calibration.text import read_documents, token_windows, windows_digest
+from neuronmlp_plugin.calibration.text import hold_out, read_documents, token_windows, windows_digest
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, check_names
 from neuronmlp_plugin.checkpoint.schema import FormatBlock, mlp_shape
 from neuronmlp_plugin.checkpoint.writer import layer_prefix
@@ -149,8 +149,7 @@ def _windows(settings: Settings, shape: MLPShape) -> tuple[torch.Tensor, torch.T
 
     tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
     windows = token_windows(read_documents(settings.text, tokenizer), tokenizer, settings.window)
-    judged = min(settings.judge_tokens // settings.window, len(windows) // 8)
-    pool, judge = windows[: len(windows) - judged], windows[len(windows) - judged :]
+    pool, judge = hold_out(windows, settings.judge_tokens)
     wanted = min(max(1, settings.tokens // settings.window), len(pool))
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(settings.seed))[:wanted]
     calibration = pool[order.sort().values]

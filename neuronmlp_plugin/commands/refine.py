@@ -1,0 +1,60 @@
+"""`neuronmlp refine`: options onto one frozen RefineSettings, the plan printed, then the run."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+from neuronmlp_plugin.refinement.settings import ARITHMETIC, LOSSES, STAGES, RefineSettings
+
+_DEFAULTS = {name: field.default for name, field in RefineSettings.__dataclass_fields__.items()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=pathlib.Path, help="folder that `compress` wrote")
+    parser.add_argument("--dense", type=pathlib.Path, required=True, help="the dense folder it was made from")
+    parser.add_argument("--text", type=pathlib.Path, required=True, help="the calibration text; its end judges and is not trained on")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write; must not exist yet")
+    parser.add_argument(
+        "--stages",
+        type=lambda text: tuple(text.split(",")),
+        default=_DEFAULTS["stages"],
+        help=f"of {', '.join(STAGES)}, in order: layer by layer, then the whole model (default {','.join(_DEFAULTS['stages'])})",
+    )
+    parser.add_argument("--loss", choices=LOSSES, default=_DEFAULTS["loss"], help="of distill: KL to the dense model (default) or the text")
+    parser.add_argument(
+        "--adapter-rank", type=int, default=0, help="train a LoRA of this rank on every factor and merge it (default 0: the factors)"
+    )
+    parser.add_argument("--learning-rate", type=float, default=_DEFAULTS["learning_rate"], help="of Adam (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=_DEFAULTS["tokens"], help="to train on, once each (default %(default)s)")
+    parser.add_argument("--window", type=int, default=_DEFAULTS["window"], help="tokens per training window (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=_DEFAULTS["batch"], help="windows a step (default %(default)s)")
+    parser.add_argument("--judge-tokens", type=int, default=_DEFAULTS["judge_tokens"], help="kept apart to judge (default %(default)s)")
+    parser.add_argument(
+        "--arithmetic", choices=ARITHMETIC, default=_DEFAULTS["arithmetic"], help="of the products in training (default %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the text, and of the adapters")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--quiet", action="store_true", help="no plan, no progress bars")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from neuronmlp_plugin.commands.compress import print_rows
+    from neuronmlp_plugin.compressor.progress import ProgressBars
+    from neuronmlp_plugin.refinement.run import make_plan, refine
+
+    console = Console(quiet=args.quiet, highlight=False)
+    plan = make_plan(RefineSettings(**{name: getattr(args, name) for name in RefineSettings.__dataclass_fields__}))
+    print_rows(console, plan.rows())
+    if args.dry_run:
+        return 0
+    refinement = refine(plan, ProgressBars(console, quiet=args.quiet))["refinement"]
+    rows = [(entry["stage"], _quality(entry["quality"])) for entry in refinement["tried"]]
+    print_rows(console, [*rows, ("kept", refinement["kept"]), ("written", str(args.out))])
+    return 0
+
+
+def _quality(quality: dict[str, float]) -> str:
+    return "perplexity x {perplexity_ratio:.4f}, KL {kl_divergence:.4f}, top-1 {top1_agreement:.1%}".format(**quality)

@@ -1,0 +1,79 @@
+"""Block reconstruction (shared svd.md S5; AA-SVD 2604.02119): each layer's factors learn what the dense layer put out.
+
+The compressed layer is fed what it will be fed when served (the output of the compressed layers before it), and its target is the dense
+layer's output on the dense stream, so that a layer also makes up for what those before it got wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+
+from neuronmlp_plugin.calibration.statistics import run_in_place
+from neuronmlp_plugin.calibration.stream import LayerStream
+from neuronmlp_plugin.refinement.descent import descend
+from neuronmlp_plugin.refinement.distill import arithmetic
+from neuronmlp_plugin.refinement.settings import RefineSettings
+from neuronmlp_plugin.refinement.trainable import factor_linears, trainable
+
+
+class BlockStreams:
+    """Hidden states of both models moving through the layers together, for training windows and for held-out ones."""
+
+    def __init__(self, dense: LayerStream, compressed: LayerStream, windows: torch.Tensor, held_out: torch.Tensor) -> None:
+        self.dense, self.compressed = dense, compressed
+        self.exact = [dense.embed(windows), dense.embed(held_out)]
+        self.given = [hidden.clone() for hidden in self.exact]
+
+    def refine_layer(self, index: int, settings: RefineSettings) -> tuple[dict[str, torch.Tensor], float, float]:
+        """`(factors by name inside the layer, held-out error before, after)`; where training did not help, as they were.
+
+        A layer without factors only passes the streams on.
+        """
+        self._advance(self.dense, self.dense.load(index), index, self.exact)
+        layer = self.compressed.load(index)
+        linears = factor_linears(layer)
+        before, error = {name: linear.weight.detach().clone() for name, linear in linears.items()}, self._held_out_error(layer)
+        reached = error
+        if linears:
+            self._train(layer, settings)
+            reached = self._held_out_error(layer)
+            if reached >= error:
+                reached = error
+                for name, linear in linears.items():
+                    linear.weight.data.copy_(before[name])
+        kept = {f"{name}.weight": linear.weight.detach().clone() for name, linear in linears.items()}
+        self._advance(self.compressed, layer, index, self.given)
+        return kept, error, reached
+
+    def _advance(self, stream: LayerStream, layer: nn.Module, index: int, hidden: list[torch.Tensor]) -> None:
+        for part in hidden:
+            run_in_place(stream, layer, part)
+        stream.release(index)
+
+    def _train(self, layer: nn.Module, settings: RefineSettings) -> None:
+        given, exact = (hidden[0].split(settings.batch) for hidden in (self.given, self.exact))
+
+        def step(x: torch.Tensor, y: torch.Tensor) -> float:
+            with arithmetic(settings):
+                loss = relative_error(self.compressed.run(layer, x), y)
+            loss.backward()
+            return float(loss.detach())
+
+        with trainable(layer, settings.adapter_rank) as parameters:
+            steps = (functools.partial(step, x, y) for x, y in zip(given, exact, strict=True))
+            descend(parameters, settings.learning_rate, steps, len(given))
+
+    @torch.no_grad()
+    def _held_out_error(self, layer: nn.Module) -> float:
+        pairs = zip(self.given[1], self.exact[1], strict=True)
+        errors = [float(relative_error(self.compressed.run(layer, x[None]), y[None])) for x, y in pairs]
+        return sum(errors) / len(errors)
+
+
+def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of |output - target|^2 / |target|^2, both `[n, S, H]`."""
+    difference = (output.float() - target).square().sum(-1)
+    return (difference / target.square().sum(-1).clamp_min(1e-12)).mean()

@@ -1,0 +1,179 @@
+"""Carry a refinement out: each stage turns a checkpoint into a checkpoint, and the one nearest to the dense model is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+import torch
+
+from neuronmlp_plugin.calibration.quality import Quality, compare
+from neuronmlp_plugin.calibration.stream import LayerStream
+from neuronmlp_plugin.calibration.text import bos_prefix, hold_out, read_documents, rewindow, token_windows
+from neuronmlp_plugin.checkpoint.loader import load_model
+from neuronmlp_plugin.checkpoint.reader import Checkpoint
+from neuronmlp_plugin.checkpoint.writer import layer_prefix, save_json, write_layer, write_rest
+from neuronmlp_plugin.compressor.plan import base_digest
+from neuronmlp_plugin.compressor.progress import ProgressBars
+from neuronmlp_plugin.compressor.report import REPORT_FILE
+from neuronmlp_plugin.errors import CalibrationError, CheckpointError, OutputError
+from neuronmlp_plugin.refinement.blocks import BlockStreams
+from neuronmlp_plugin.refinement.distill import distill, teacher_states
+from neuronmlp_plugin.refinement.settings import RefineSettings
+
+JUDGE_WINDOW = 1024  # tokens; longer than the training windows, as served contexts are
+
+
+@dataclasses.dataclass(frozen=True)
+class RefinePlan:
+    """A checked refinement: both folders opened, the text cut."""
+
+    settings: RefineSettings
+    source: Checkpoint
+    dense: Checkpoint
+    windows: torch.Tensor  # [n, S] to train on
+    judge: torch.Tensor  # [n, JUDGE_WINDOW], after the end of what is trained on
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What is printed before the run."""
+        s = self.settings
+        moves = f"LoRA of rank {s.adapter_rank} on every factor" if s.adapter_rank else "the factors themselves"
+        return [
+            ("refine", f"{self.source.folder}, made from {self.dense.folder}"),
+            ("stages", f"{', '.join(s.stages)}; loss {s.loss}, learning rate {s.learning_rate:g}, {s.arithmetic} products"),
+            ("trains", f"{moves} on {self.windows.numel():,} tokens, {s.batch * s.window:,} a step"),
+            ("judged on", f"{self.judge.numel():,} tokens that are not trained on; the best of before and after each stage is kept"),
+            ("output", str(s.out)),
+        ]
+
+
+def make_plan(settings: RefineSettings) -> RefinePlan:
+    """Open and check everything that a run will touch. Raises the errors of the parts, each naming its file."""
+    source, dense = Checkpoint(settings.model), Checkpoint(settings.dense)
+    if source.block is None or dense.block is not None:
+        raise CheckpointError(f"{settings.model}: expected a compressed folder, and its dense one as --dense, found them otherwise.")
+    made_from = source.block.provenance.get("base_digest", base_digest(dense))
+    if made_from != base_digest(dense):
+        raise CheckpointError(
+            f"{settings.dense}: expected the dense model that {settings.model} was made from ({made_from}), "
+            f"found another ({base_digest(dense)}); name the right folder."
+        )
+    if settings.out.exists():
+        raise OutputError(f"{settings.out}: expected a path that does not exist yet, found one; choose another --out or remove it.")
+    return RefinePlan(settings, source, dense, *_windows(settings))
+
+
+def _windows(settings: RefineSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Training windows in random order, and judging windows from the text's end."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(settings.dense, trust_remote_code=False)
+    length = max(JUDGE_WINDOW, settings.window)
+    pool, judge = hold_out(token_windows(read_documents(settings.text, tokenizer), tokenizer, length), settings.judge_tokens)
+    if not len(judge):
+        raise CalibrationError(f"{settings.text}: expected at least {8 * length:,} tokens, so that some can judge, found fewer; give more.")
+    short = rewindow(pool, settings.window, len(bos_prefix(tokenizer)))
+    order = torch.randperm(len(short), generator=torch.Generator().manual_seed(settings.seed))
+    return short[order[: max(1, settings.tokens // settings.window)]], judge
+
+
+def refine(plan: RefinePlan, bars: ProgressBars) -> dict[str, Any]:
+    """Refine into `settings.out`, which appears whole or not at all; returns the report (that of `compress`, with `refinement`)."""
+    settings = plan.settings
+    torch.manual_seed(settings.seed)
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=settings.out.parent, prefix=f"{settings.out.name}.partial-") as work:
+        best, tried = plan.source, [{"stage": "before", "quality": _judge(plan, plan.source, bars).to_json(), "losses": []}]
+        for stage in settings.stages:
+            target = pathlib.Path(work, stage)
+            target.mkdir()
+            losses = _STAGES[stage](plan, best, target, bars)
+            found = Checkpoint(target)
+            tried.append({"stage": stage, "quality": _judge(plan, found, bars).to_json(), "losses": losses})
+            if _divergence(tried[-1]) == min(map(_divergence, tried)):
+                best = found
+        if best is plan.source:
+            best = _rewritten(plan, plan.source, pathlib.Path(work, "unchanged"))
+        report = _report(plan, tried)
+        save_json(best.folder / REPORT_FILE, report)
+        best.folder.rename(settings.out)
+    return report
+
+
+def _divergence(entry: dict[str, Any]) -> float:
+    return float(entry["quality"]["kl_divergence"])
+
+
+def _judge(plan: RefinePlan, candidate: Checkpoint, bars: ProgressBars) -> Quality:
+    dense, compressed = LayerStream(plan.dense), LayerStream(candidate)
+    with bars.stage("quality", 2 * dense.num_layers) as tick:
+        return compare(dense, compressed, plan.judge, tick)
+
+
+def _refine_blocks(plan: RefinePlan, source: Checkpoint, target: pathlib.Path, bars: ProgressBars) -> list[float]:
+    """Stage `blocks`; its losses are each layer's held-out error."""
+    streams = BlockStreams(LayerStream(plan.dense), LayerStream(source), plan.windows, plan.judge)
+    errors = []
+    with bars.stage("blocks", streams.dense.num_layers) as tick:
+        for index in range(streams.dense.num_layers):
+            factors, _, error = streams.refine_layer(index, plan.settings)
+            _write_layer(target, source, index, {f"{layer_prefix(index)}{name}": tensor for name, tensor in factors.items()})
+            errors.append(error)
+            tick(1)
+    _write_rest(plan, source, target)
+    return errors
+
+
+def _distill(plan: RefinePlan, source: Checkpoint, target: pathlib.Path, bars: ProgressBars) -> list[float]:
+    """Stage `distill`; its losses are each step's, per token."""
+    teacher, dense = None, LayerStream(plan.dense)
+    if plan.settings.loss == "kl":
+        with bars.stage("dense model's outputs", dense.num_layers) as tick:
+            teacher = teacher_states(dense, plan.windows, plan.settings, tick)
+    student = load_model(source.folder)
+    with bars.stage("distill", len(plan.windows)) as tick:
+        losses = distill(student, teacher, plan.windows, plan.settings, tick)
+    state = student.state_dict()
+    for index in range(dense.num_layers):
+        prefix = f"{layer_prefix(index)}mlp."
+        _write_layer(target, source, index, {name: tensor for name, tensor in state.items() if name.startswith(prefix)})
+    _write_rest(plan, source, target)
+    return losses
+
+
+_STAGES = {"blocks": _refine_blocks, "distill": _distill}
+
+
+def _write_layer(target: pathlib.Path, source: Checkpoint, index: int, refined: dict[str, torch.Tensor]) -> None:
+    """One layer with the refined tensors in the dtype in which the source stores them; what was not refined is copied."""
+    stored = {name: source.tensor(name) for name in source.names() if name.startswith(f"{layer_prefix(index)}mlp.")}
+    write_layer(target, source, index, {name: refined.get(name, tensor).to(tensor.dtype) for name, tensor in stored.items()})
+
+
+def _write_rest(plan: RefinePlan, source: Checkpoint, target: pathlib.Path) -> None:
+    assert plan.source.block is not None
+    block = plan.source.block
+    provenance = {**block.provenance, "refinement": plan.settings.to_json()}
+    write_rest(target, source, dataclasses.replace(block, provenance=provenance))
+
+
+def _rewritten(plan: RefinePlan, source: Checkpoint, target: pathlib.Path) -> Checkpoint:
+    """The source as it is, in a folder of its own."""
+    shutil.copytree(source.folder, target)
+    return Checkpoint(target)
+
+
+def _report(plan: RefinePlan, tried: list[dict[str, Any]]) -> dict[str, Any]:
+    path = plan.source.folder / REPORT_FILE
+    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    best = min(tried, key=_divergence)
+    step_tokens = plan.settings.batch * plan.settings.window
+    return {
+        **report,
+        "quality": best["quality"],
+        "refinement": {**plan.settings.to_json(), "kept": best["stage"], "tokens_a_step": step_tokens, "tried": tried},
+    }

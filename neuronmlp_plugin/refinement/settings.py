@@ -1,0 +1,54 @@
+"""What a user may choose about a refinement, checked once."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from neuronmlp_plugin.errors import UsageError
+
+STAGES = ("blocks", "distill")
+LOSSES = ("kl", "next-token")
+ARITHMETIC = ("bfloat16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class RefineSettings:
+    """One refinement of the folder `model`, made from `dense`; everything but `out` decides the result."""
+
+    model: pathlib.Path
+    dense: pathlib.Path
+    text: pathlib.Path  # .txt or .jsonl, as for `compress`; its end judges and is never trained on
+    out: pathlib.Path
+    stages: tuple[str, ...] = ("distill",)  # in order: blocks (S5, layer by layer) | distill (the whole model)
+    loss: str = "kl"  # of distill: KL(dense || compressed) | the next token of the text (the paper's)
+    adapter_rank: int = 0  # 0 moves the factors themselves; r trains a LoRA of rank r on each factor and merges it (less memory)
+    learning_rate: float = 5e-5
+    tokens: int = 98304  # trained on, once each
+    window: int = 256  # tokens per training window: attention is dear on a CPU
+    batch: int = 8  # windows per step
+    judge_tokens: int = 8192  # from the end of the text, in windows of 1024
+    arithmetic: str = "bfloat16"  # of the matrix products; the factors and their sums stay fp32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, values, allowed in (
+            ("stages", self.stages, STAGES),
+            ("loss", (self.loss,), LOSSES),
+            ("arithmetic", (self.arithmetic,), ARITHMETIC),
+        ):
+            wrong = [value for value in values if value not in allowed]
+            if wrong or not values or len(set(values)) < len(values):
+                raise UsageError(f"--{name}: expected distinct values of {', '.join(allowed)}, found {', '.join(values) or 'none'}.")
+        for name in ("tokens", "window", "batch", "judge_tokens", "learning_rate"):
+            if getattr(self, name) <= 0:
+                raise UsageError(f"--{name.replace('_', '-')}: expected a positive number, found {getattr(self, name)}.")
+        if self.adapter_rank < 0:
+            raise UsageError(f"--adapter-rank: expected 0 or a positive number, found {self.adapter_rank}.")
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that decides the result, as JSON."""
+        values = {key: value for key, value in dataclasses.asdict(self).items() if key != "out"}
+        values["stages"] = list(self.stages)
+        return {key: str(value) if isinstance(value, pathlib.Path) else value for key, value in values.items()}

@@ -1,0 +1,133 @@
+"""Refinement on a tiny model: closer to the dense model on text it never saw, same shapes, and no harm where it cannot help."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+import torch
+from rich.console import Console
+
+from neuronmlp_plugin.checkpoint.loader import load_model
+from neuronmlp_plugin.checkpoint.reader import Checkpoint
+from neuronmlp_plugin.compressor.plan import make_plan as make_compression
+from neuronmlp_plugin.compressor.progress import ProgressBars
+from neuronmlp_plugin.compressor.run import compress
+from neuronmlp_plugin.compressor.settings import Settings
+from neuronmlp_plugin.errors import CalibrationError, CheckpointError, NeuronMLPError, OutputError, UsageError
+from neuronmlp_plugin.refinement.run import make_plan, refine
+from neuronmlp_plugin.refinement.settings import RefineSettings
+from tests.letters import write_text, write_tokenizer
+from tests.tiny_models import write_dense
+
+QUIET = ProgressBars(Console(quiet=True), quiet=True)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> pathlib.Path:
+    """dense/, compressed/ (uv) and pivoted/ (compact) of a tiny llama, and text for it."""
+    home = tmp_path_factory.mktemp("refine")
+    write_tokenizer(write_dense(home / "dense", "llama"))
+    write_text(home / "text.jsonl", 24000)
+    for name, form in (("compressed", "uv"), ("pivoted", "compact")):
+        options = {"remove": 0.3, "form": form, "rank_multiple": 1, "window": 32, "tokens": 2048, "metric_tokens": 512, "judge_tokens": 128}
+        compress(make_compression(Settings(home / "dense", home / name, home / "text.jsonl", **options)), QUIET)
+    return home
+
+
+def settings_for(home: pathlib.Path, out: pathlib.Path, model: str = "pivoted", **changes) -> RefineSettings:
+    known = {"tokens": 16384, "window": 64, "batch": 4, "judge_tokens": 2048, "learning_rate": 1e-3, "arithmetic": "float32"}
+    return RefineSettings(home / model, home / "dense", home / "text.jsonl", out, **{**known, **changes})
+
+
+@pytest.mark.parametrize("model", ["compressed", "pivoted"])
+def test_both_stages_bring_the_model_closer(home, tmp_path, model):
+    report = refine(make_plan(settings_for(home, tmp_path / "out", model, stages=("blocks", "distill"))), QUIET)
+    before, blocks, distilled = (entry["quality"]["kl_divergence"] for entry in report["refinement"]["tried"])
+    assert blocks < before and distilled < 0.9 * before
+    assert report["quality"]["kl_divergence"] == min(before, blocks, distilled)
+    assert json.loads((tmp_path / "out" / "neuronmlp_report.json").read_text()) == report
+    source, refined = Checkpoint(home / model), Checkpoint(tmp_path / "out")
+    assert refined.shapes() == source.shapes() and refined.block.layers == source.block.layers
+    changed = {name for name in source.names() if not torch.equal(source.tensor(name), refined.tensor(name))}
+    assert changed == {name for name in source.names() if name.endswith(("u.weight", "v.weight", "c.weight"))}
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+@pytest.mark.parametrize("changes", [{"loss": "next-token"}, {"adapter_rank": 4}, {"adapter_rank": 4, "loss": "next-token"}], ids=str)
+def test_other_losses_and_adapters_reach_what_they_train_for(home, tmp_path, changes):
+    report = refine(make_plan(settings_for(home, tmp_path / "out", **changes)), QUIET)
+    before, after = (entry["quality"] for entry in report["refinement"]["tried"])
+    what = "candidate_perplexity" if "loss" in changes else "kl_divergence"
+    assert after[what] < before[what]
+
+
+def test_what_does_harm_is_not_kept(home, tmp_path):
+    report = refine(make_plan(settings_for(home, tmp_path / "out", stages=("blocks", "distill"), learning_rate=3.0)), QUIET)
+    tried = report["refinement"]["tried"]
+    assert report["refinement"]["kept"] == "before"
+    assert tried[1]["quality"]["kl_divergence"] == pytest.approx(tried[0]["quality"]["kl_divergence"])  # every layer kept its factors
+    assert tried[2]["quality"]["kl_divergence"] > tried[0]["quality"]["kl_divergence"]
+    source, refined = Checkpoint(home / "pivoted"), Checkpoint(tmp_path / "out")
+    assert all(torch.equal(source.tensor(name), refined.tensor(name)) for name in source.names())
+
+
+def test_a_rerun_gives_the_same_tensors(home, tmp_path):
+    for name in ("a", "b"):
+        refine(make_plan(settings_for(home, tmp_path / name, tokens=1024, stages=("blocks", "distill"), adapter_rank=2)), QUIET)
+    a, b = Checkpoint(tmp_path / "a"), Checkpoint(tmp_path / "b")
+    assert all(torch.equal(a.tensor(name), b.tensor(name)) for name in a.names())
+
+
+def test_the_text_that_judges_is_not_trained_on(home, tmp_path):
+    plan = make_plan(settings_for(home, tmp_path / "out", tokens=10**9))
+    trained = plan.windows[:, 1:].flatten().tolist()
+    text, judged = "".join(map(chr, trained)), "".join(map(chr, plan.judge[0, 1:65].tolist()))
+    assert judged not in text and plan.windows[:, 0].unique().tolist() == [1]  # each window begins with BOS
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"stages": ("blocks", "guess")}, UsageError, "--stages"),
+        ({"loss": "mse"}, UsageError, "--loss"),
+        ({"adapter_rank": -1}, UsageError, "--adapter-rank"),
+        ({"tokens": 0}, UsageError, "--tokens"),
+        ({"model": "dense"}, CheckpointError, "expected a compressed folder"),
+        ({"judge_tokens": 100}, CalibrationError, "so that some can judge"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else None,
+)
+def test_refusals(home, tmp_path, changes, error, words):
+    with pytest.raises(error, match=words):
+        make_plan(settings_for(home, tmp_path / "out", **changes))
+
+
+def test_another_models_folder_is_refused(home, tmp_path):
+    write_tokenizer(write_dense(tmp_path / "dense", "mistral"))
+    settings = settings_for(home, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="was made from"):
+        make_plan(RefineSettings(**{**settings.__dict__, "dense": tmp_path / "dense"}))
+
+
+def test_an_existing_output_is_refused_and_a_failed_run_leaves_nothing(home, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError):
+        make_plan(settings_for(home, tmp_path / "out"))
+    (tmp_path / "out").rmdir()
+    plan = make_plan(settings_for(home, tmp_path / "out", tokens=256))
+
+    def fail(*_: object) -> None:
+        raise NeuronMLPError("no")
+
+    monkeypatch.setattr("neuronmlp_plugin.refinement.run.write_rest", fail)
+    with pytest.raises(NeuronMLPError):
+        refine(plan, QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_refined_folder_loads(home, tmp_path):
+    refine(make_plan(settings_for(home, tmp_path / "out", tokens=256)), QUIET)
+    with torch.no_grad():
+        assert bool(torch.isfinite(load_model(tmp_path / "out")(torch.tensor([[1, 5, 9]])).logits).all())

@@ -1,0 +1,51 @@
+"""What may move, and that nothing else does."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from neuronmlp_plugin.models.low_rank_linear import build_linear
+from neuronmlp_plugin.models.projection import MLPShape, ProjectionSpec
+from neuronmlp_plugin.refinement.trainable import factor_linears, trainable
+
+SHAPE = MLPShape(12, 20, 1)
+
+
+def mlp() -> nn.ModuleDict:
+    torch.manual_seed(0)
+    specs = {"gate_proj": ProjectionSpec("uv", 4), "up_proj": ProjectionSpec("dense"), "down_proj": ProjectionSpec("compact", 5)}
+    return nn.ModuleDict({name: build_linear(name, spec, SHAPE) for name, spec in specs.items()})
+
+
+def step(module: nn.ModuleDict, parameters: list[nn.Parameter]) -> None:
+    x = torch.randn(7, 12)
+    optimiser = torch.optim.SGD(parameters, lr=0.1)
+    module["down_proj"](module["gate_proj"](x) * module["up_proj"](x)).square().sum().backward()
+    optimiser.step()
+
+
+def test_factors_move_and_dense_matrices_do_not():
+    module = mlp()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert set(factor_linears(module)) == {"gate_proj.u", "gate_proj.v", "down_proj.c", "down_proj.v"}
+    with trainable(module, 0) as parameters:
+        step(module, parameters)
+    changed = {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"gate_proj.u.weight", "gate_proj.v.weight", "down_proj.c.weight", "down_proj.v.weight"}
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_adapters_begin_as_nothing_change_at_most_their_rank_and_are_merged():
+    module = mlp()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    x = torch.randn(3, 12)
+    plain = module["gate_proj"](x)
+    with trainable(module, 2) as parameters:
+        torch.testing.assert_close(module["gate_proj"](x), plain)
+        assert sum(parameter.numel() for parameter in parameters) == 2 * (12 + 4 + 4 + 20 + 15 + 5 + 5 + 12)
+        step(module, parameters)
+    assert {name: tensor.shape for name, tensor in module.state_dict().items()} == {name: t.shape for name, t in before.items()}
+    torch.testing.assert_close(module["up_proj"].weight, before["up_proj.weight"])
+    move = module["gate_proj"].v.weight - before["gate_proj.v.weight"]
+    assert 0 < int(torch.linalg.matrix_rank(move, rtol=1e-4)) <= 2

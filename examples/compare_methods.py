@@ -1,23 +1,60 @@
-"""Compress one model with several methods at equal bytes, and judge them on text that none of them saw.
+"""Compress one model with several methods, sizes and calibration seeds, and judge them all on texts that none of them saw.
 
     python examples/compare_methods.py build/smollm2/dense --calibrate build/smollm2/calibration.jsonl \\
-        --judge build/smollm2/heldout.jsonl --out build/compare --remove 0.20
+        --judge wikipedia=build/smollm2/heldout.jsonl --judge news=build/smollm2/news.jsonl --out build/compare --remove 0.20 --seeds 0
+
+Every folder and every judgement is kept in --out and not made again, so that a stopped run goes on, and several can share the work by
+seed; the table is over everything that is asked for. `MLP bytes` are those of the stored MLP tensors over those of a bf16 dense MLP.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import dataclasses
 import json
 import pathlib
+import statistics
 import subprocess
 import sys
 
+UNIFORM_UV = ("--allocation", "uniform", "--form", "uv")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What is run, on the result of which other method (None: the dense model), and what its result depends on."""
+
+    command: str
+    options: tuple[str, ...] = ()
+    parent: str | None = None
+    sized: bool = True
+    seeded: bool = True
+
+
 METHODS = {
-    "plain SVD, uniform": ["--method", "plain", "--allocation", "uniform", "--form", "uv"],
-    "whitened, uniform (SVD-LLM)": ["--method", "whitened", "--allocation", "uniform", "--form", "uv"],
-    "two-sided, global, uv": ["--form", "uv"],
-    "two-sided, global, compact": ["--form", "compact"],
+    "plain SVD": Method("compress", ("--method", "plain", *UNIFORM_UV), seeded=False),
+    "SVD-LLM (whitened, uniform)": Method("compress", ("--method", "whitened", *UNIFORM_UV)),
+    "training-free, uv": Method("compress", ("--form", "uv")),
+    "training-free": Method("compress"),
+    "refined": Method("refine", parent="training-free"),
+    "refined, int8": Method("quantize", parent="refined"),
+    "int8 dense": Method("quantize", sized=False, seeded=False),
 }
+DEFAULT = ("plain SVD", "SVD-LLM (whitened, uniform)", "training-free", "refined", "int8 dense", "refined, int8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One checkpoint of the comparison."""
+
+    method: str
+    removed: float
+    seed: int
+
+    def folder(self, out: pathlib.Path) -> pathlib.Path:
+        method, slug = METHODS[self.method], "".join(c if c.isalnum() else "-" for c in self.method).strip("-")
+        return out / slug / "-".join([f"{self.removed:.2f}"] * method.sized + [f"seed{self.seed}"] * method.seeded + ["model"])
 
 
 def neuronmlp(*arguments: object) -> str:
@@ -25,40 +62,114 @@ def neuronmlp(*arguments: object) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
+def build(cell: Cell, args: argparse.Namespace) -> pathlib.Path:
+    """The cell's folder, made with its parents if it is not there."""
+    method, target = METHODS[cell.method], cell.folder(args.out)
+    if target.exists():
+        return target
+    source = args.model if method.parent is None else build(dataclasses.replace(cell, method=method.parent), args)
+    command = [method.command, source, "--out", target, *method.options]
+    if method.command == "compress":
+        kind = method.options[1] if "--method" in method.options else "two-sided"
+        analysis = args.out / "analysis" / (f"{kind}-{cell.seed}" if method.seeded else kind)
+        command += ["--remove", cell.removed, "--seed", cell.seed, "--text", args.calibrate, "--analysis", analysis, "--quiet"]
+        command += args.compress_options.split()
+    if method.command == "refine":
+        command += ["--dense", args.model, "--text", args.calibrate, "--seed", cell.seed, "--quiet", *args.refine_options.split()]
+    print(f"{cell.method}, removed {cell.removed:.2f}, seed {cell.seed}", file=sys.stderr, flush=True)
+    neuronmlp(*command)
+    return target
+
+
+def judge(cells: list[Cell], text: pathlib.Path, name: str, args: argparse.Namespace) -> None:
+    """`judged-NAME.json` beside each cell's folder; the dense model runs once for all that are missing."""
+    missing = [folder for cell in cells if not _judged(folder := cell.folder(args.out), name).exists()]
+    if not missing:
+        return
+    options = ("--dense", args.model, "--text", text, "--tokens", args.judge_tokens, "--window", args.window, "--json")
+    found = json.loads(neuronmlp("evaluate", *missing, *options))
+    for folder, quality in zip(missing, found if len(missing) > 1 else [found], strict=True):
+        _judged(folder, name).write_text(json.dumps(quality))
+
+
+def _judged(folder: pathlib.Path, text: str) -> pathlib.Path:
+    return folder.with_name(f"{folder.name}.{text}.json")
+
+
+def rows(cells: list[Cell], texts: list[str], out: pathlib.Path) -> list[dict[str, object]]:
+    """One row a cell and text."""
+    found: list[dict[str, object]] = []
+    for cell in cells:
+        folder, method = cell.folder(out), METHODS[cell.method]
+        held = json.loads(neuronmlp("inspect", folder, "--json"))
+        for text in texts:
+            quality = json.loads(_judged(folder, text).read_text())
+            key = {"method": cell.method, "removed": cell.removed if method.sized else 0.0, "seed": cell.seed if method.seeded else ""}
+            sizes = {"removed_ratio": round(held["removed_ratio"], 5), "mlp_bytes_over_bf16": round(held["bytes_ratio"], 4)}
+            found.append({**key, "text": text, **sizes, **{name: round(value, 5) for name, value in quality.items()}})
+    return found
+
+
+def print_table(found: list[dict[str, object]]) -> None:
+    """Mean over the seeds, with the range of the perplexity ratio."""
+    print(f"{'method':<29}{'removed':>8}{'MLP bytes':>10}  {'text':<11}{'ppl/dense':>10}{'(range)':>16}{'KL':>9}{'top-1':>8}")
+    groups: dict[tuple[object, ...], list[dict[str, object]]] = {}
+    for row in found:
+        groups.setdefault((row["method"], row["removed"], row["text"]), []).append(row)
+    for (method, removed, text), group in groups.items():
+        ratio, kl, top1, size = (
+            [float(str(row[name])) for row in group]
+            for name in ("perplexity_ratio", "kl_divergence", "top1_agreement", "mlp_bytes_over_bf16")
+        )
+        spread = f"({min(ratio):.3f}-{max(ratio):.3f})"
+        means = (statistics.mean(values) for values in (ratio, kl, top1))
+        print(
+            "{:<29}{:>8.2f}{:>10.3f}  {:<11}{:>10.3f}{:>16}{:>9.4f}{:>8.1%}".format(method, removed, size[0], text, *_order(means, spread))
+        )
+
+
+def _order(means: object, spread: str) -> tuple[object, ...]:
+    ratio, kl, top1 = means  # type: ignore[misc]
+    return ratio, spread, kl, top1
+
+
+def named_text(value: str) -> tuple[str, pathlib.Path]:
+    name, _, path = value.rpartition("=")
+    return name or "held-out", pathlib.Path(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=pathlib.Path)
     parser.add_argument("--calibrate", type=pathlib.Path, required=True)
-    parser.add_argument("--judge", type=pathlib.Path, required=True)
+    parser.add_argument("--judge", type=named_text, action="append", required=True, metavar="NAME=FILE", help="may be given again")
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--remove", type=float, default=0.20)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULT)
+    parser.add_argument("--remove", type=float, nargs="+", default=[0.20])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--judge-tokens", type=int, default=16384)
-    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="more options for `neuronmlp compress`, last")
+    parser.add_argument("--window", type=int, default=1024, help="of the judging (default %(default)s)")
+    parser.add_argument("--compress-options", default="", help="more options for `neuronmlp compress`, in one string")
+    parser.add_argument("--refine-options", default="", help="more options for `neuronmlp refine`, in one string")
     args = parser.parse_args()
-    print(f"{'method':<30}{'removed':>9}{'ppl/dense':>11}{'KL':>9}{'top-1':>8}")
-    for name, options in METHODS.items():
-        target = args.out / name.replace(" ", "-").replace(",", "")
-        if not target.exists():
-            neuronmlp(
-                "compress",
-                args.model,
-                "--out",
-                target,
-                "--remove",
-                args.remove,
-                "--text",
-                args.calibrate,
-                "--quiet",
-                *options,
-                *args.options,
-            )
-        removed = json.loads(neuronmlp("inspect", target, "--json"))["removed_ratio"]
-        window = args.options[args.options.index("--window") + 1] if "--window" in args.options else 1024
-        judged = neuronmlp(
-            "evaluate", target, "--dense", args.model, "--text", args.judge, "--tokens", args.judge_tokens, "--window", window, "--json"
+    cells = list(
+        dict.fromkeys(
+            Cell(name, removed if METHODS[name].sized else 0.0, seed if METHODS[name].seeded else 0)
+            for name in args.methods
+            for removed in args.remove
+            for seed in args.seeds
         )
-        q = json.loads(judged)
-        print(f"{name:<30}{removed:>9.2%}{q['perplexity_ratio']:>11.3f}{q['kl_divergence']:>9.4f}{q['top1_agreement']:>8.1%}", flush=True)
+    )
+    for cell in cells:
+        build(cell, args)
+    for name, text in args.judge:
+        judge(cells, text, name, args)
+    found = rows(cells, [name for name, _ in args.judge], args.out)
+    with (args.out / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, found[0])
+        writer.writeheader()
+        writer.writerows(found)
+    print_table(found)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from neuronmlp_plugin.calibration.statistics import run_in_place
 from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.errors import NonFiniteError
 
-POSITIONS = 256  # whose logits are in memory at a time: 131 MB in fp32 for 128256 tokens, and there are half a dozen such tensors
+POSITIONS = 64  # whose logits are in memory at a time: 33 MB in fp32 for 128256 tokens; larger pieces cost the kernel's page faults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +34,31 @@ class Quality:
         return {**dataclasses.asdict(self), "perplexity_ratio": self.perplexity_ratio}
 
 
-@torch.no_grad()
 def compare(reference: LayerStream, candidate: LayerStream, windows: torch.Tensor, tick: Callable[[int], None] = lambda _: None) -> Quality:
-    """Average over all predicted tokens of `windows [n, S]`, with one layer of one model in memory; `tick(1)` after each of both's layers.
+    """`compare_all` for one candidate."""
+    return next(compare_all(reference, [candidate], windows, tick))
 
-    A window with NaN or Inf logits ends the run with NonFiniteError: skipping it would make a broken model look finite.
+
+@torch.no_grad()
+def compare_all(
+    reference: LayerStream, candidates: Iterable[LayerStream], windows: torch.Tensor, tick: Callable[[int], None] = lambda _: None
+) -> Iterator[Quality]:
+    """Average over all predicted tokens of `windows [n, S]`, one candidate after the other against the reference, which runs once.
+
+    One layer of one model is in memory at a time; `tick(1)` after each of any model's layers. A window with NaN or Inf logits ends the
+    run with NonFiniteError: skipping it would make a broken model look finite.
     """
-    states = [last_hidden(stream, windows, tick) for stream in (reference, candidate)]
+    exact = last_hidden(reference, windows, tick)
+    for candidate in candidates:
+        yield _compare_states(reference, exact, candidate, last_hidden(candidate, windows, tick), windows)
+
+
+def _compare_states(
+    reference: LayerStream, exact: torch.Tensor, candidate: LayerStream, reached: torch.Tensor, windows: torch.Tensor
+) -> Quality:
     head_p, head_q = reference.head(), candidate.head()
     totals = _Totals()
-    for index, (window, *pair) in enumerate(zip(windows, *states, strict=True)):
+    for index, (window, *pair) in enumerate(zip(windows, exact, reached, strict=True)):
         targets, p, q = (x.split(POSITIONS) for x in (window[1:], *(hidden[:-1] for hidden in pair)))
         for target, x, y in zip(targets, p, q, strict=True):
             totals.add(head_p(x.to(reference.device)), head_q(y.to(candidate.device)), target.to(reference.device), f"window {index}")

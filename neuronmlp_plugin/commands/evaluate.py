@@ -5,10 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from neuronmlp_plugin.calibration.quality import Quality
+    from neuronmlp_plugin.calibration.stream import LayerStream
+    from neuronmlp_plugin.checkpoint.reader import Checkpoint, FactorFile
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=pathlib.Path, help="the checkpoint to judge, or the dense folder when --factors is given")
+    parser.add_argument(
+        "model",
+        type=pathlib.Path,
+        nargs="+",
+        help="what to judge (the dense model runs once for all), or the dense folder when --factors is given",
+    )
     parser.add_argument("--dense", type=pathlib.Path, required=True, help="the dense folder it was made from")
     parser.add_argument("--text", type=pathlib.Path, required=True, help="held-out text: .txt or .jsonl")
     parser.add_argument("--factors", type=pathlib.Path, help="a factor file to lay over MODEL")
@@ -21,29 +32,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
     from rich.console import Console
     from transformers import AutoTokenizer
 
-    from neuronmlp_plugin.calibration.quality import compare
-    from neuronmlp_plugin.calibration.stream import LayerStream
+    from neuronmlp_plugin.calibration.quality import compare_all
     from neuronmlp_plugin.calibration.text import read_documents, spread, token_windows
     from neuronmlp_plugin.checkpoint.loader import open_folder
     from neuronmlp_plugin.compressor.progress import ProgressBars
+    from neuronmlp_plugin.errors import UsageError
 
-    dtype = getattr(torch, args.dtype)
-    folders = (open_folder(args.dense), open_folder(args.model, args.factors))
-    reference, candidate = (LayerStream(*folder, dtype=dtype) for folder in folders)
+    if args.factors is not None and len(args.model) > 1:
+        raise UsageError("--factors: expected one MODEL to lay the file over, found several; judge them one at a time.")
+    reference, *candidates = (_stream(args, *open_folder(*each)) for each in [(args.dense, None), *((m, args.factors) for m in args.model)])
     tokenizer = AutoTokenizer.from_pretrained(args.dense, trust_remote_code=False)
     windows = spread(token_windows(read_documents(args.text, tokenizer), tokenizer, args.window), args.tokens // args.window)
-    with ProgressBars(Console(stderr=True), quiet=args.json).stage("layers", reference.num_layers + candidate.num_layers) as tick:
-        quality = compare(reference, candidate, windows, tick)
+    with ProgressBars(Console(stderr=True), quiet=args.json).stage("layers", reference.num_layers * (1 + len(candidates))) as tick:
+        found = list(compare_all(reference, candidates, windows, tick))
     if args.json:
-        print(json.dumps(quality.to_json(), indent=2))
+        rows = [quality.to_json() for quality in found]
+        print(json.dumps(rows[0] if len(rows) == 1 else rows, indent=2))
         return 0
-    print(f"tokens      {quality.num_tokens:,}")
-    against = f"{quality.candidate_perplexity:.3f} against {quality.reference_perplexity:.3f} dense"
-    print(f"perplexity  {against} (x {quality.perplexity_ratio:.4f})")
-    print(f"KL          {quality.kl_divergence:.4f} nats per token, KL(dense || compressed)")
-    print(f"top-1       {quality.top1_agreement:.2%} the same token")
+    for folder, quality in zip(args.model, found, strict=True):
+        _print(folder, quality)
     return 0
+
+
+def _stream(args: argparse.Namespace, checkpoint: Checkpoint, factors: FactorFile | None) -> LayerStream:
+    import torch
+
+    from neuronmlp_plugin.calibration.stream import LayerStream
+
+    return LayerStream(checkpoint, factors, dtype=getattr(torch, args.dtype))
+
+
+def _print(folder: pathlib.Path, quality: Quality) -> None:
+    print(folder)
+    print(f"  tokens      {quality.num_tokens:,}")
+    against = f"{quality.candidate_perplexity:.3f} against {quality.reference_perplexity:.3f} dense"
+    print(f"  perplexity  {against} (x {quality.perplexity_ratio:.4f})")
+    print(f"  KL          {quality.kl_divergence:.4f} nats per token, KL(dense || compressed)")
+    print(f"  top-1       {quality.top1_agreement:.2%} the same token")

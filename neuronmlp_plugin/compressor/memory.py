@@ -57,8 +57,8 @@ class Footprint:
         return min(tokens, BATCH * self.window) * width * _FP32
 
     def _loss(self) -> int:
-        """Input and gradient of all windows, the output matrix, and four times the logits of one window."""
-        return 2 * self._hidden(self.metric_tokens) + self.vocabulary * (self.shape.hidden_size + 4 * self.window) * _FP32
+        """Input and gradient of all windows, the output matrix, and three times the logits of one window."""
+        return 2 * self._hidden(self.metric_tokens) + self.vocabulary * (self.shape.hidden_size + 3 * self.window) * _FP32
 
     def _backward(self) -> int:
         metric = 2 * self.shape.hidden_size**2 * _FP64

@@ -32,7 +32,7 @@ def compress(home: pathlib.Path, out: str, *program: str) -> pathlib.Path:
         return home / out
     command = [sys.executable, "-m", "torch.distributed.run", *TWO, *program, "compress", home / "dense", *options]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run([str(word) for word in command], check=True, cwd=ROOT, env=environment, timeout=300)
+    subprocess.run([str(word) for word in command], check=True, cwd=ROOT, env=environment, timeout=800)
     return home / out
 
 

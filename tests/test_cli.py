@@ -12,7 +12,7 @@ from neuronmlp_plugin.cli import COMMANDS, main
 from tests.letters import write_text, write_tokenizer
 from tests.tiny_models import write_dense
 
-TINY = ["--rank-multiple", "1", "--window", "32", "--tokens", "1024", "--metric-tokens", "256", "--judge-tokens", "128"]
+TINY = ["--rank-multiple", "1", "--window", "32", "--tokens", "1024", "--metric-tokens", "256", "--judge-tokens", "128", "--samples", "3"]
 
 
 @pytest.fixture

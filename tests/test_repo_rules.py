@@ -17,8 +17,9 @@ MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 # Rooms of neuronmlp_plugin -> the rooms that they may import (docs/architecture.md). `errors` is a leaf that everyone may use.
 ARROWS = {
     "cli": {"commands"},
-    "commands": {"compressor", "serving", "bench", "doctor", "calibration", "checkpoint", "models"},
-    "compressor": {"calibration", "checkpoint", "models", "lowrank"},
+    "commands": {"compressor", "reporting", "serving", "bench", "doctor", "calibration", "checkpoint", "models"},
+    "compressor": {"calibration", "checkpoint", "models", "lowrank", "reporting"},
+    "reporting": {"checkpoint", "models"},
     "calibration": {"checkpoint", "models", "lowrank"},
     "checkpoint": {"models"},
     "models": set(),

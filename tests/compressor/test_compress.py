@@ -46,6 +46,7 @@ def settings_for(home: pathlib.Path, **changes) -> Settings:
         "tokens": 1024,
         "metric_tokens": 256,
         "judge_tokens": 128,
+        "samples": 3,
     }
     return Settings(**{**known, **changes})
 
@@ -65,7 +66,7 @@ def test_every_family_compresses_to_its_budget(tmp_path, family, form):
     stored = sum(row["parameters"] for row in report["matrices"])
     assert stored == sum(t.numel() for n, t in checkpoint.tensors() if ".mlp." in n)
     assert report["quality"]["num_tokens"] == 4 * 31
-    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {f"neuronmlp_{n}.png" for n in ("ranks", "errors", "loss")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"neuronmlp_report.json", "neuronmlp_report.html", "README.md"}
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -125,6 +126,8 @@ def test_a_rerun_gives_the_same_bytes(home):
     (run_module, "build_layer", 3),
     (run_module, "write_rest", 1),
     (run_module, "compare", 1),
+    (run_module, "sample_texts", 1),
+    (run_module, "write_page", 1),
 ])  # fmt: skip
 def test_an_interrupted_run_resumes_to_the_same_bytes(home, monkeypatch, module, function, call):
     compress(make_plan(settings_for(home, out=home / "whole")), QUIET)

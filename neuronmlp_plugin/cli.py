@@ -21,7 +21,10 @@ COMMANDS = {
 }
 
 # What a plain `pip install neuronmlp` leaves out, and the extra that brings it.
-_EXTRAS = {**dict.fromkeys(("torch", "transformers", "tokenizers", "matplotlib", "jinja2"), "neuronmlp[compress]"), "vllm": "neuronmlp[cpu]"}
+_EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "tokenizers", "matplotlib", "jinja2"), "neuronmlp[compress]"),
+    "vllm": "neuronmlp[cpu]",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

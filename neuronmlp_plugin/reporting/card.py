@@ -75,7 +75,9 @@ def _made(report: dict[str, Any]) -> list[str]:
     settings = report["block"].get("provenance") or {}
     tokens, quality = settings.get("calibration_tokens"), report.get("quality")
     lines = ["## How it was made", ""]
-    lines.append(f"`neuronmlp compress`, method {settings.get('method')}, allocation {settings.get('allocation')}, seed {settings.get('seed')}.")
+    lines.append(
+        f"`neuronmlp compress`, method {settings.get('method')}, allocation {settings.get('allocation')}, seed {settings.get('seed')}."
+    )
     if tokens:
         lines.append(f"Calibrated on {tokens:,} tokens (digest `{settings.get('calibration_digest')}`).")
     if report.get("refinement"):

@@ -21,7 +21,7 @@ _DASHES = {"gate_proj": "-", "up_proj": (0, (4, 1.5)), "down_proj": (0, (1.2, 1.
 _DEPTH = ("#2f7fd6", "#d2552b")
 _SHARES = {1.0: "100%", 0.1: "10%", 0.01: "1%", 1e-3: "0.1%", 1e-4: "0.01%"}  # ticks of the spectra, which are cut off below
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -109,14 +109,17 @@ def loss_plot(report: dict[str, Any]) -> Plot | None:
     if not points:
         return None
     figure, axes = _axes("MLP parameters removed", "predicted loss, all matrices")
-    axes.plot([p["removed_ratio"] for p in points], [p["predicted_loss"] for p in points], "o-", color=_COLOURS["gate_proj"], label="same method")
+    axes.plot(
+        [p["removed_ratio"] for p in points], [p["predicted_loss"] for p in points], "o-", color=_COLOURS["gate_proj"], label="same method"
+    )
     here, loss = report["block"]["removed_ratio"], sum(row["predicted_loss"] for row in report["matrices"])
     axes.scatter([here], [loss], s=60, marker="D", color=MARK, zorder=3, label="this checkpoint")
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.set_ylim(bottom=0)
     _legend(figure, axes)
     last = points[-1]
-    alt = f"This checkpoint: {loss:.3g} at {here:.1%} removed. At {last['removed_ratio']:.0%} removed it would be {last['predicted_loss']:.3g}."
+    elsewhere = f"At {last['removed_ratio']:.0%} removed it would be {last['predicted_loss']:.3g}."
+    alt = f"This checkpoint: {loss:.3g} at {here:.1%} removed. {elsewhere}"
     return Plot("loss", "Predicted loss against size", figure, alt)
 
 
@@ -135,7 +138,9 @@ def _spectrum(report: dict[str, Any], spectra: dict[str, Any], name: str) -> Plo
         axes.plot(*zip(*shown, strict=True), color=colours[index], linewidth=1, label=f"layer {index}" if index in named else None)
     for row in _of(report["matrices"], name):
         if row["rank"] is not None and row["predicted_error"] > 0:
-            axes.scatter([row["rank"]], [row["predicted_error"] ** 2], s=14, color=colours[row["layer"]], edgecolor=INK, linewidth=0.6, zorder=3)
+            axes.scatter(
+                [row["rank"]], [row["predicted_error"] ** 2], s=14, color=colours[row["layer"]], edgecolor=INK, linewidth=0.6, zorder=3
+            )
     axes.set(yscale="log", ylim=(min(_SHARES), 1.3), xlim=(0, ranks[-1]))
     axes.set_yticks(list(_SHARES), _SHARES.values())
     axes.minorticks_off()
@@ -148,11 +153,15 @@ def _spectrum(report: dict[str, Any], spectra: dict[str, Any], name: str) -> Plo
 
 def history_plot(refinement: dict[str, Any]) -> Plot | None:
     """Training loss of the refinement over the tokens that it saw. None for fewer than two points."""
+    from matplotlib.ticker import EngFormatter
+
     history = refinement.get("history") or []
     if len(history) < 2:
         return None
     figure, axes = _axes("tokens", "loss")
     axes.plot([h["tokens"] for h in history], [h["loss"] for h in history], color=_COLOURS["gate_proj"], linewidth=1.5)
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.locator_params(axis="x", nbins=6)
     alt = f"From {history[0]['loss']:.4g} to {history[-1]['loss']:.4g} over {history[-1]['tokens']:,} tokens."
     return Plot("history", "Loss during refinement", figure, alt)
 
@@ -161,9 +170,12 @@ def _axes(x: str, y: str, width: float = 5.0) -> tuple[Any, Any]:
     """A figure narrow enough that its text stays readable when a phone shrinks it to its own width."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, 3.7), layout="constrained")
+        figure = Figure(
+            figsize=(width, 3.7), layout=ConstrainedLayoutEngine(rect=(0, 0, 0.96, 1))
+        )  # it leaves no room for a number under the right end
         axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y)
     axes.set_axisbelow(True)
@@ -179,7 +191,16 @@ def _line(axes: Any, name: str, points: Iterable[tuple[float, float | None]]) ->
 
 
 def _legend(figure: Any, axes: Any) -> None:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, labelcolor=INK, handlelength=1.5, columnspacing=1.2)
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        labelcolor=INK,
+        fontsize=STYLE["font.size"],
+        handlelength=1.5,
+        columnspacing=1.2,
+    )
 
 
 def _of(rows: list[Row], projection: str) -> list[Row]:

@@ -65,22 +65,31 @@ def forms(report: dict[str, Any]) -> str:
 def matrix_rows(report: dict[str, Any]) -> list[list[str]]:
     """The table of all matrices, under MATRIX_COLUMNS."""
     return [
-        [
-            f"{row['layer']}",
-            row["projection"],
-            _stored_as(report, row),
-            _DASH if row["rank"] is None else f"{row['rank']}",
-            f"{row['parameters']:,}",
-            f"{row['predicted_loss']:.3g}",
-            f"{row['predicted_error']:.4f}",
-            _DASH if row["achieved_error"] is None else f"{row['achieved_error']:.4f}",
-            f"{row['rounding']:.1e}",
-        ]
+        [str(row["layer"]), row["projection"], _stored_as(report, row), f"{row['parameters']:,}", *_errors(row)]
         for row in report["matrices"]
     ]
 
 
-MATRIX_COLUMNS = ("Layer", "Matrix", "Stored as", "Rank", "Parameters", "Predicted loss", "Predicted error", "Achieved error", "Rounding")
+def _errors(row: dict[str, Any]) -> list[str]:
+    """Rank and errors; a matrix that stayed dense has neither."""
+    shapes = {"rank": "{}", "predicted_loss": "{:.3g}", "predicted_error": "{:.4f}", "achieved_error": "{:.4f}", "rounding": "{:.1e}"}
+    return [_DASH if row["rank"] is None else _number(row[key], shape) for key, shape in shapes.items()]
+
+
+MATRIX_COLUMNS = ("Layer", "Matrix", "Stored as", "Parameters", "Rank", "Predicted loss", "Predicted error", "Achieved error", "Rounding")
+
+
+def choice(report: dict[str, Any]) -> str:
+    """How the ranks were chosen, and what the predicted loss that they are told with is."""
+    settings = _provenance(report)
+    allocation = settings.get("allocation", "unknown")
+    known = {
+        "global": "The ranks were chosen across all matrices for the least predicted loss",
+        "uniform": "Every matrix was cut by the same share, whatever its predicted loss",
+    }
+    weighted = ", weighted by how much the model's own loss minds" if settings.get("method") == "two-sided" else ""
+    chosen = known.get(str(allocation), f"The ranks were chosen by allocation {allocation}")
+    return f"{chosen}: what the cuts do to the outputs of the matrices{weighted}."
 
 
 def samples(report: dict[str, Any]) -> list[Sample]:

@@ -6,6 +6,7 @@ import json
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -147,6 +148,13 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(home, monkeypatch, module,
     assert files(home / "out") == files(home / "whole")
 
 
+def test_sample_texts_are_no_reason_to_begin_anew(home, monkeypatch):
+    monkeypatch.setattr(run_module, "sample_texts", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        compress(make_plan(settings_for(home)), QUIET)
+    assert compress(make_plan(settings_for(home, samples=0)), QUIET)["samples"] is None
+
+
 def test_finished_layers_are_not_done_again(home, monkeypatch):
     done = []
     real = analyse_module.decompose
@@ -277,6 +285,7 @@ def test_damaged_weights_are_refused_by_name(home):
         ({"text": None}, "--text: expected calibration text"),
         ({"method": "whitened"}, "expected --allocation uniform"),
         ({"window": 0}, "--window: expected a positive number"),
+        ({"samples": -1}, "--samples: expected a number of tokens, or 0"),
         ({"tokens": 256}, "expected at least 384 calibration tokens .*found 256"),
         ({"remove": 0.9}, "expected at most"),
         ({"rank_multiple": 64}, "choose a smaller multiple|expected at most"),
@@ -303,6 +312,10 @@ def test_the_report_is_json_with_every_matrix(home):
         (0, "down_proj"),
         (1, "gate_proj"),
     ]
+    for row in report["matrices"]:
+        known = report["spectra"]["layers"][row["layer"]][row["projection"]]
+        lost = np.interp(row["rank"], report["spectra"]["ranks"], known) if row["rank"] is not None else 0.0
+        assert lost == pytest.approx(row["predicted_error"] ** 2, rel=0.05), row
     losses = [point["predicted_loss"] for point in report["loss_by_size"]]
     assert losses == sorted(losses) and len(losses) >= 5
 

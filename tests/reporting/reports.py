@@ -31,7 +31,12 @@ def full_report() -> dict[str, Any]:
     """Every optional key, with an int8 matrix, a fallback, and hostile text wherever text comes from outside."""
     report = first_release_report()
     report["block"]["layers"][1]["up_proj"]["dtype"] = "int8"
-    report["block"]["provenance"] |= {"model": f"/models/{SCRIPT}", "text": IMAGE, "calibration_digest": "0123456789abcdef", "factors_only": False}
+    report["block"]["provenance"] |= {
+        "model": f"/models/{SCRIPT}",
+        "text": IMAGE,
+        "calibration_digest": "0123456789abcdef",
+        "factors_only": False,
+    }
     ranks = [round(i * FULL / 63) for i in range(64)]
     spectrum = {name: [round((1 - k / FULL) ** 2 * math.exp(-k / 200), 6) for k in ranks] for name in PROJECTIONS}
     story = "Once upon a time, a lighthouse keeper lit the lamp and "

@@ -49,7 +49,7 @@ def test_a_factor_file_is_served_beside_its_model():
 @pytest.mark.parametrize(
     ("readme", "expected"),
     [
-        ("---\nlicense: other\nlicense_name: llama3.1\nlicense_link: LICENSE\ntags: [x]\n---\n# Base", {"license": "other", "license_name": "llama3.1", "license_link": "LICENSE"}),
+        ("---\nlicense: other\nlicense_name: llama3.1\ntags: [x]\n---\n# Base", {"license": "other", "license_name": "llama3.1"}),
         ("# Base without front matter", {}),
         ("---\nlicense: [unclosed\n---\n", {}),
         ("---\n- a list\n---\n", {}),

@@ -1,4 +1,4 @@
-"""The page from the JSON: it says what the numbers say, keeps strange text as text, asks no one for anything, and old reports still work."""
+"""The page from the JSON: it says what the numbers say, keeps strange text as text, asks no one for anything; old reports still work."""
 
 from __future__ import annotations
 
@@ -91,9 +91,25 @@ def test_a_refinement_that_measured_nothing_still_shows():
 
 def test_matrices_say_how_they_are_stored():
     rows = view.matrix_rows(full_report())
-    assert rows[1][:4] == ["0", "up_proj", "dense", "–"]
+    assert rows[1] == ["0", "up_proj", "dense", "884,736", "–", "–", "–", "–", "–"]
+    assert rows[3][:5] == ["1", "gate_proj", "compact", "852,992", "544"]
+    assert len(rows[0]) == len(view.MATRIX_COLUMNS)
     assert rows[4][2] == "compact int8"
     assert view.forms(full_report()) == "69 compact, 2 dense, 1 compact int8"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "for the least predicted loss: what the cuts do to the outputs of the matrices, weighted by"),
+        ({"allocation": "uniform", "method": "whitened"}, "whatever its predicted loss: what the cuts do to the outputs of the matrices."),
+        ({"allocation": "measured"}, "chosen by allocation measured"),
+    ],
+)  # fmt: skip
+def test_the_page_says_how_the_ranks_were_really_chosen(settings, said):
+    report = first_release_report()
+    report["block"]["provenance"] |= settings
+    assert said in view.choice(report)
 
 
 def test_reports_of_the_first_release_still_make_a_page():

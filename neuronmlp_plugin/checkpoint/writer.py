@@ -63,7 +63,7 @@ def save_json(path: pathlib.Path, value: Any) -> None:
 
 
 def save_text(path: pathlib.Path, text: str) -> None:
-    """Write UTF-8 whole, as `save_tensors` does; what is no Unicode (a half of a folder name's bytes, say) becomes a question mark."""
+    """Write UTF-8 whole, as `save_tensors` does; what is no Unicode (from a folder's name, say) becomes a question mark."""
     temporary = path.with_suffix(".tmp")
     with told_when_disk_is_full(path):
         temporary.write_text(text, encoding="utf-8", errors="replace")

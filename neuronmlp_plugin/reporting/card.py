@@ -31,7 +31,7 @@ def _stated_license(readme: pathlib.Path) -> dict[str, str]:
         stated = metadata_load(readme) or {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return {key: str(stated[key]) for key in _LICENSE_KEYS if stated.get(key)}
+    return {key: stated[key] for key in _LICENSE_KEYS if isinstance(stated.get(key), str)}
 
 
 def render_card(report: dict[str, Any]) -> str:
@@ -88,10 +88,10 @@ def _made(report: dict[str, Any]) -> list[str]:
 
 
 def _serving(report: dict[str, Any]) -> list[str]:
-    """With vLLM alone: a plain `from_pretrained` of the folder is refused by design (FORMAT.md)."""
     beside = (report["block"].get("provenance") or {}).get("factors_only")
     command = "vllm serve MODEL --quantization neuronmlp   # MODEL: the dense folder that holds this one" if beside else "vllm serve DIR"
-    return ["## How to serve it", "", "```bash", "pip install 'neuronmlp[cpu]'", command, "```"]
+    needs = "With vLLM and neuronmlp installed (extra `cpu`); a plain `from_pretrained` of the folder stops with an error, by design."
+    return ["## How to serve it", "", needs, "", "```bash", command, "```"]
 
 
 def _plain(text: str) -> str:

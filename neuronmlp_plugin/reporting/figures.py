@@ -90,7 +90,7 @@ def agreement_plot(report: dict[str, Any]) -> Plot | None:
     if not measured:
         return None
     figure, axes = _axes("predicted on calibration text", "achieved on held-out text")
-    top = 1.05 * max(max(row["predicted_error"], row["achieved_error"]) for row in measured)
+    top = 1.05 * max(max(row["predicted_error"], row["achieved_error"]) for row in measured) or 1.0
     axes.plot([0, top], [0, top], color=INK, linewidth=0.8, linestyle=":")
     for name in PROJECTIONS:
         points = [(row["predicted_error"], row["achieved_error"]) for row in _of(measured, name)]
@@ -109,9 +109,8 @@ def loss_plot(report: dict[str, Any]) -> Plot | None:
     if not points:
         return None
     figure, axes = _axes("MLP parameters removed", "predicted loss, all matrices")
-    axes.plot(
-        [p["removed_ratio"] for p in points], [p["predicted_loss"] for p in points], "o-", color=_COLOURS["gate_proj"], label="same method"
-    )
+    sizes, losses = [p["removed_ratio"] for p in points], [p["predicted_loss"] for p in points]
+    axes.plot(sizes, losses, "o-", color=_COLOURS["gate_proj"], label="same method")
     here, loss = report["block"]["removed_ratio"], sum(row["predicted_loss"] for row in report["matrices"])
     axes.scatter([here], [loss], s=60, marker="D", color=MARK, zorder=3, label="this checkpoint")
     axes.xaxis.set_major_formatter("{x:.0%}")
@@ -134,13 +133,11 @@ def _spectrum(report: dict[str, Any], spectra: dict[str, Any], name: str) -> Plo
     figure, axes = _axes("rank", "share of output energy lost", width=3.7)
     colours, named = _depth_colours(len(layers)), {0, len(layers) // 2, len(layers) - 1}
     for index, layer in enumerate(layers):
-        shown = [(rank, share) for rank, share in zip(ranks, layer[name], strict=True) if share > 0]
-        axes.plot(*zip(*shown, strict=True), color=colours[index], linewidth=1, label=f"layer {index}" if index in named else None)
-    for row in _of(report["matrices"], name):
-        if row["rank"] is not None and row["predicted_error"] > 0:
-            axes.scatter(
-                [row["rank"]], [row["predicted_error"] ** 2], s=14, color=colours[row["layer"]], edgecolor=INK, linewidth=0.6, zorder=3
-            )
+        shown = [share or float("nan") for share in layer[name]]  # nothing is lost at full rank, and a logarithm has no place for it
+        axes.plot(ranks, shown, color=colours[index], linewidth=1, label=f"layer {index}" if index in named else None)
+    chosen = [row for row in _of(report["matrices"], name) if row["rank"] is not None and row["predicted_error"] > 0]
+    dots = {"color": [colours[row["layer"]] for row in chosen], "edgecolor": INK, "linewidth": 0.6, "s": 14, "zorder": 3}
+    axes.scatter([row["rank"] for row in chosen], [row["predicted_error"] ** 2 for row in chosen], **dots)
     axes.set(yscale="log", ylim=(min(_SHARES), 1.3), xlim=(0, ranks[-1]))
     axes.set_yticks(list(_SHARES), _SHARES.values())
     axes.minorticks_off()
@@ -173,9 +170,8 @@ def _axes(x: str, y: str, width: float = 5.0) -> tuple[Any, Any]:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(
-            figsize=(width, 3.7), layout=ConstrainedLayoutEngine(rect=(0, 0, 0.96, 1))
-        )  # it leaves no room for a number under the right end
+        # By itself the layout leaves no room for a number under the right end of the axis.
+        figure = Figure(figsize=(width, 3.7), layout=ConstrainedLayoutEngine(rect=(0, 0, 0.96, 1)))
         axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y)
     axes.set_axisbelow(True)

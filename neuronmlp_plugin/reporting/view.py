@@ -34,7 +34,7 @@ class Sample:
 def base_name(report: dict[str, Any]) -> str:
     """What the dense model is called: as recorded, else (older reports) its folder's name."""
     recorded = (report.get("base") or {}).get("name")
-    return str(recorded or pathlib.Path(_provenance(report).get("model", "")).name or "unknown model")
+    return str(recorded or pathlib.Path(_provenance(report).get("model") or "").name or "unknown model")
 
 
 def headline(report: dict[str, Any]) -> list[Tile]:
@@ -71,9 +71,9 @@ def matrix_rows(report: dict[str, Any]) -> list[list[str]]:
 
 
 def _errors(row: dict[str, Any]) -> list[str]:
-    """Rank and errors; a matrix that stayed dense has neither."""
+    """Rank and errors; a matrix that stayed as it was has neither."""
     shapes = {"rank": "{}", "predicted_loss": "{:.3g}", "predicted_error": "{:.4f}", "achieved_error": "{:.4f}", "rounding": "{:.1e}"}
-    return [_DASH if row["rank"] is None else _number(row[key], shape) for key, shape in shapes.items()]
+    return [_DASH if row["rank"] is None and not row[key] else _number(row[key], shape) for key, shape in shapes.items()]
 
 
 MATRIX_COLUMNS = ("Layer", "Matrix", "Stored as", "Parameters", "Rank", "Predicted loss", "Predicted error", "Achieved error", "Rounding")

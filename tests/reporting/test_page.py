@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import html.parser
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import sys
 import pytest
 
 from neuronmlp_plugin.reporting import figures, view
+from neuronmlp_plugin.reporting.folder import write_card, write_page
 from neuronmlp_plugin.reporting.page import render_page
 from tests.conftest import ROOT
 from tests.reporting.reports import IMAGE, SCRIPT, first_release_report, full_report
@@ -67,7 +69,9 @@ def test_names_inside_the_page_are_unique_and_links_lead_somewhere(page):
 def test_every_process_makes_the_same_bytes(page):
     program = "import sys; from tests.reporting.reports import full_report; from neuronmlp_plugin.reporting.page import render_page;"
     program += "sys.stdout.buffer.write(render_page(full_report()).encode())"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=ROOT, check=True, env={"PYTHONHASHSEED": "7"})
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, cwd=ROOT, check=True, env={**os.environ, "PYTHONHASHSEED": "7"}
+    )
     assert done.stdout.decode() == page
 
 
@@ -139,6 +143,20 @@ def test_no_optional_key_is_needed(key):
     report = full_report()
     del report[key]
     assert "</html>" in render_page(report)
+
+
+def test_matrices_that_lose_nothing_can_be_drawn():
+    report = full_report()
+    for row in report["matrices"]:
+        row |= {"predicted_error": 0.0, "achieved_error": 0.0, "predicted_loss": 0.0}
+    report["spectra"]["layers"] = [{name: [0.0] * 64 for name in layer} for layer in report["spectra"]["layers"]]
+    assert render_page(report).count("<svg") == 8
+
+
+def test_a_name_that_is_no_unicode_can_be_written(tmp_path):
+    report = full_report() | {"base": {"name": "model\udcff"}}
+    assert "<h1>model?</h1>" in write_page(tmp_path, report).read_text(encoding="utf-8")
+    assert "model" in write_card(tmp_path, report).read_text(encoding="utf-8")
 
 
 def test_plots_draw_the_numbers_of_the_report():

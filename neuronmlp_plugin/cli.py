@@ -15,13 +15,17 @@ COMMANDS = {
     "refine": "move the factors of a checkpoint closer to the dense model, on text",
     "inspect": "what a checkpoint holds: forms, ranks and bytes per layer",
     "evaluate": "perplexity, KL divergence and agreement of a checkpoint against its dense model",
+    "report": "make a checkpoint's HTML report again from its neuronmlp_report.json",
     "convert": "turn published *_v_proj / *_u_proj factors (SVD-LLM, NeuronMM) into a neuronmlp checkpoint",
     "bench": "decode throughput in vLLM (measured); kernels, plans and whole models on Trainium (simulated)",
     "doctor": "find out why the fast path does not run here",
 }
 
 # What a plain `pip install neuronmlp` leaves out, and the extra that brings it.
-_EXTRAS = {**dict.fromkeys(("torch", "transformers", "tokenizers", "matplotlib"), "neuronmlp[compress]"), "vllm": "neuronmlp[cpu]"}
+_EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "tokenizers", "matplotlib", "jinja2"), "neuronmlp[compress]"),
+    "vllm": "neuronmlp[cpu]",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ from neuronmlp_plugin.cli import COMMANDS, main
 from tests.letters import write_text, write_tokenizer
 from tests.tiny_models import write_dense
 
-TINY = ["--rank-multiple", "1", "--window", "32", "--tokens", "1024", "--metric-tokens", "256", "--judge-tokens", "128"]
+TINY = ["--rank-multiple", "1", "--window", "32", "--tokens", "1024", "--metric-tokens", "256", "--judge-tokens", "128", "--samples", "3"]
 
 
 @pytest.fixture
@@ -58,9 +58,37 @@ def test_compress_inspect_and_evaluate(home, capsys):
     assert "KL(dense || compressed)" in capsys.readouterr().out
 
 
+def test_report_makes_the_same_page_again(home, capsys):
+    assert compress(home, "--out", str(home / "out"), "--quiet") == 0
+    page, card = home / "out" / "neuronmlp_report.html", home / "out" / "README.md"
+    made = page.read_bytes()
+    page.unlink()
+    card.write_text("my own words")
+    assert main(["report", str(home / "out")]) == 0
+    assert page.read_bytes() == made and card.read_text() == "my own words"
+    assert main(["report", str(home / "out"), "--card"]) == 0
+    assert "neuronmlp_report.html" in card.read_text()
+    assert capsys.readouterr().out.splitlines()[-3:] == [str(page), str(page), str(card)]
+
+
+@pytest.mark.parametrize("content", [None, "not JSON", "[]", '{"block": {}}'])
+def test_a_folder_without_a_report_is_refused(home, capsys, content):
+    if content is not None:
+        (home / "neuronmlp_report.json").write_text(content)
+    refused(capsys, main(["report", str(home)]), "neuronmlp_report.json: expected", "report")
+    assert not (home / "neuronmlp_report.html").exists()
+
+
+def test_no_samples_where_none_are_wanted(home):
+    assert compress(home, "--out", str(home / "out"), "--quiet", "--samples", "0") == 0
+    assert json.loads((home / "out" / "neuronmlp_report.json").read_text())["samples"] is None
+    assert 'id="samples"' not in (home / "out" / "neuronmlp_report.html").read_text()
+
+
 def test_factors_only_goes_beside_the_model(home, capsys):
     assert compress(home, "--factors-only", "--quiet") == 0
     assert (home / "dense" / "neuronmlp" / "factors.safetensors").is_file()
+    assert "--quantization neuronmlp" in (home / "dense" / "neuronmlp" / "README.md").read_text()
     assert main(["inspect", str(home / "dense")]) == 0
     assert compress(home, "--factors-only", "--quiet") == 2
     assert "expected a path that does not exist yet" in capsys.readouterr().err

@@ -17,9 +17,10 @@ MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 # Rooms of neuronmlp_plugin -> the rooms that they may import (docs/architecture.md). `errors` is a leaf that everyone may use.
 ARROWS = {
     "cli": {"commands"},
-    "commands": {"refinement", "compressor", "serving", "bench", "doctor", "calibration", "checkpoint", "models"},
-    "refinement": {"compressor", "calibration", "checkpoint", "models"},
-    "compressor": {"calibration", "checkpoint", "models", "lowrank"},
+    "commands": {"refinement", "compressor", "reporting", "serving", "bench", "doctor", "calibration", "checkpoint", "models"},
+    "refinement": {"compressor", "reporting", "calibration", "checkpoint", "models"},
+    "compressor": {"calibration", "checkpoint", "models", "lowrank", "reporting"},
+    "reporting": {"checkpoint", "models"},
     "calibration": {"checkpoint", "models", "lowrank"},
     "checkpoint": {"models"},
     "models": set(),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -75,6 +78,24 @@ class LayerStream:
         self._fill(norm, "model.norm.")
         return nn.Sequential(norm, _Output(self._tensor(self._head_name())))
 
+    @contextlib.contextmanager
+    def on_demand(self, tick: Callable[[int], None]) -> Iterator[Any]:
+        """The whole Hugging Face model, whose layers load when they are called and go when they are done; `tick(1)` after each pass."""
+        _, output = self.head()
+        self.model.lm_head, self.model.model.embed_tokens = output, _Lookup(self)
+        with contextlib.ExitStack() as hooks:
+            for index, layer in enumerate(self.model.model.layers):
+                hooks.enter_context(layer.register_forward_pre_hook(functools.partial(self._before, index)))
+                hooks.enter_context(layer.register_forward_hook(functools.partial(self._after, index)))
+            hooks.enter_context(self.model.register_forward_hook(lambda *_: tick(1)))
+            yield self.model
+
+    def _before(self, index: int, *_: Any) -> None:
+        self.load(index)
+
+    def _after(self, index: int, *_: Any) -> None:
+        self.release(index)
+
     def _head_name(self) -> str:
         return "lm_head.weight" if "lm_head.weight" in self.checkpoint.shapes() else "model.embed_tokens.weight"
 
@@ -87,6 +108,19 @@ class LayerStream:
         state: dict[str, Any] = {name: self._tensor(prefix + name) for name in module.state_dict()}
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False)
+
+
+class _Lookup(nn.Module):
+    """An embedding that reads the rows it needs."""
+
+    def __init__(self, stream: LayerStream) -> None:
+        super().__init__()
+        self.stream = stream
+        # transformers takes a model to be where its first parameter is: without this one, nowhere (meta).
+        self.place = nn.Parameter(torch.empty(0, device=stream.device), requires_grad=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.stream.embed(tokens.cpu()).to(self.stream.device)
 
 
 class _Output(nn.Module):

@@ -59,9 +59,14 @@ def save_tensors(path: pathlib.Path, tensors: dict[str, torch.Tensor], metadata:
 
 def save_json(path: pathlib.Path, value: Any) -> None:
     """Write JSON whole, as `save_tensors` does."""
+    save_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def save_text(path: pathlib.Path, text: str) -> None:
+    """Write UTF-8 whole, as `save_tensors` does; what is no Unicode (from a folder's name, say) becomes a question mark."""
     temporary = path.with_suffix(".tmp")
     with told_when_disk_is_full(path):
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")
         temporary.replace(path)
 
 

@@ -46,6 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--judge-tokens", type=int, default=_DEFAULTS["judge_tokens"], help="kept apart to report quality (default %(default)s)"
     )
+    text.add_argument(
+        "--samples",
+        type=int,
+        default=_DEFAULTS["samples"],
+        metavar="N",
+        help="new tokens of each of the report's four sample texts, by both models (default %(default)s; 0: none, which saves minutes on a "
+        "model of billions of parameters)",
+    )
     text.add_argument("--window", type=int, default=_DEFAULTS["window"], help="tokens per window (default %(default)s)")
     text.add_argument("--seed", type=int, default=_DEFAULTS["seed"], help="which windows are drawn where there are more than needed")
     parser.add_argument(
@@ -112,4 +120,4 @@ def summary_rows(report: dict[str, Any], target: pathlib.Path) -> list[tuple[str
             ("agreement", f"{quality['top1_agreement']:.1%} of the top tokens; KL {quality['kl_divergence']:.4f} nats a token"),
         ]
     rows += [("note", note) for note in report["notes"]]
-    return [*rows, ("written", f"{target}; look at neuronmlp_ranks.png, neuronmlp_errors.png, neuronmlp_loss.png there")]
+    return [*rows, ("written", f"{target}; open neuronmlp_report.html there in a browser")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import shutil
 from typing import Any
@@ -21,9 +22,12 @@ from neuronmlp_plugin.compressor.build import BuiltLayer, Layer, build_layer, ch
 from neuronmlp_plugin.compressor.errors import matrix_errors
 from neuronmlp_plugin.compressor.plan import Plan, describe
 from neuronmlp_plugin.compressor.progress import ProgressBars
-from neuronmlp_plugin.compressor.report import REPORT_FILE, loss_by_size, write_plots
+from neuronmlp_plugin.compressor.report import loss_by_size, spectra
+from neuronmlp_plugin.compressor.samples import sample_texts
 from neuronmlp_plugin.compressor.workspace import Workspace
 from neuronmlp_plugin.models.projection import PROJECTIONS, ProjectionSpec
+from neuronmlp_plugin.reporting.card import base_facts
+from neuronmlp_plugin.reporting.folder import REPORT_FILE, write_card, write_page
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -65,15 +69,21 @@ def _finish(run: Run, bars: ProgressBars) -> dict[str, Any]:
     records = _build_layers(run, choose_ranks(plan, curves), bars)
     block = FormatBlock(tuple(_specs(record) for record in records), plan.shape, describe(plan), _created_by())
     _write_whole(run, block)
+    quality, samples = _judge(run, bars)
     report = {
         "block": block.to_json(),
         "matrices": [row for record in records for row in record["matrices"]],
         "notes": [note for record in records for note in record["notes"]],
-        "quality": _judge(run, bars),
+        "quality": quality,
         "loss_by_size": loss_by_size(curves, plan.settings),
+        "spectra": spectra(curves),
+        "samples": samples,
+        "base": base_facts(plan.base.folder),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")},
     }
     save_json(run.result / REPORT_FILE, report)
-    write_plots(report, run.result)
+    write_page(run.result, report)
+    write_card(run.result, report)
     run.finish()
     return report
 
@@ -135,13 +145,25 @@ def _write_whole(run: Run, block: FormatBlock) -> None:
     write_factor_file(run.result / FACTOR_FILE.name, block, tensors)
 
 
-def _judge(run: Run, bars: ProgressBars) -> dict[str, float] | None:
-    """Quality of what will be served against the dense model, on text that was not calibrated on."""
+def _judge(run: Run, bars: ProgressBars) -> tuple[dict[str, float] | None, dict[str, Any] | None]:
+    """Quality of what will be served against the dense model, on text that was not calibrated on, and sample texts of both."""
     judge, base = run.plan.judge, run.plan.base.folder
     if not len(judge):
-        return None
+        return None, None
     overlay = run.result / FACTOR_FILE.name if run.plan.settings.factors_only else None
     folders = (open_folder(base), open_folder(run.result if overlay is None else base, overlay))
     dense, candidate = (LayerStream(*folder, device=run.device) for folder in folders)
     with bars.stage("quality", 2 * dense.num_layers) as tick:
-        return compare(dense, candidate, judge, tick).to_json()
+        quality = compare(dense, candidate, judge, tick).to_json()
+    return quality, _samples(run, dense, candidate, bars)
+
+
+def _samples(run: Run, dense: LayerStream, candidate: LayerStream, bars: ProgressBars) -> dict[str, Any] | None:
+    from transformers import AutoTokenizer
+
+    count = run.plan.settings.samples
+    if not count:
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(run.plan.base.folder, trust_remote_code=False)
+    with bars.stage("sample texts", 2 * count) as tick:
+        return sample_texts(dense, candidate, tokenizer, count, tick)

@@ -16,7 +16,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """One compression. `model` and `text` are local paths; everything but `out` decides the bytes of the result."""
+    """One compression. `model` and `text` are local paths; everything but `out` and `analysis` decides the bytes of the result."""
 
     model: pathlib.Path
     out: pathlib.Path
@@ -31,6 +31,7 @@ class Settings:
     tokens: int = 98304  # calibration tokens for the input moments
     metric_tokens: int = 16384  # of which the backward pass sees this many
     judge_tokens: int = 8192  # taken from the end of the text, never calibrated on, to report quality
+    samples: int = 48  # new tokens of each sample text in the report; 0 makes none
     factors_only: bool = False  # write a factor file for the dense folder instead of a folder
     seed: int = 0  # which windows are drawn when the text has more than needed
     analysis: pathlib.Path | None = None  # where statistics and decompositions stay, to be used again for another size or form
@@ -49,6 +50,8 @@ class Settings:
         for name in ("rank_multiple", "window", "tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')}: expected a positive number, found {getattr(self, name)}.")
+        if self.samples < 0:
+            raise UsageError(f"--samples: expected a number of tokens, or 0 for no sample texts, found {self.samples}.")
         if self.text is None and self.method != "plain":
             raise UsageError(f"--text: expected calibration text for --method {self.method}, found none; name a .txt or .jsonl file.")
         if self.method != "two-sided" and self.allocation == "global":
@@ -58,8 +61,8 @@ class Settings:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Everything that decides the result, as JSON."""
-        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("out", "analysis")}
+        """Everything that decides the weights, as JSON: an unfinished run may go on with other `samples`."""
+        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("out", "analysis", "samples")}
         return {key: str(value) if isinstance(value, pathlib.Path) else value for key, value in values.items()}
 
     def analysis_json(self) -> dict[str, Any]:

@@ -19,11 +19,12 @@ from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.checkpoint.writer import layer_prefix, save_json, write_layer, write_rest
 from neuronmlp_plugin.compressor.plan import base_digest
 from neuronmlp_plugin.compressor.progress import ProgressBars
-from neuronmlp_plugin.compressor.report import REPORT_FILE
+from neuronmlp_plugin.compressor.samples import sample_texts
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, OutputError
 from neuronmlp_plugin.refinement.blocks import BlockStreams
 from neuronmlp_plugin.refinement.distill import distill, teacher_states
 from neuronmlp_plugin.refinement.settings import RefineSettings
+from neuronmlp_plugin.reporting.folder import REPORT_FILE, write_card, write_page
 
 JUDGE_WINDOW = 1024  # tokens; longer than the training windows, as served contexts are
 
@@ -41,11 +42,13 @@ class RefinePlan:
     def rows(self) -> list[tuple[str, str]]:
         """What is printed before the run."""
         s = self.settings
-        moves = f"LoRA of rank {s.adapter_rank} on every factor" if s.adapter_rank else "the factors themselves"
         return [
             ("refine", f"{self.source.folder}, made from {self.dense.folder}"),
-            ("stages", f"{', '.join(s.stages)}; loss {s.loss}, learning rate {s.learning_rate:g}, {s.arithmetic} products"),
-            ("trains", f"{moves} on {self.windows.numel():,} tokens, {s.batch * s.window:,} a step"),
+            ("how", s.describe()),
+            (
+                "trains on",
+                f"{self.windows.numel():,} tokens, {s.batch * s.window:,} a step, learning rate {s.learning_rate:g}, {s.arithmetic}",
+            ),
             ("judged on", f"{self.judge.numel():,} tokens that are not trained on; the best of before and after each stage is kept"),
             ("output", str(s.out)),
         ]
@@ -92,14 +95,13 @@ def refine(plan: RefinePlan, bars: ProgressBars) -> dict[str, Any]:
             target = pathlib.Path(work, stage)
             target.mkdir()
             losses = _STAGES[stage](plan, best, target, bars)
-            found = Checkpoint(target)
-            tried.append({"stage": stage, "quality": _judge(plan, found, bars).to_json(), "losses": losses})
+            tried.append({"stage": stage, "quality": _judge(plan, Checkpoint(target), bars).to_json(), "losses": losses})
             if _divergence(tried[-1]) == min(map(_divergence, tried)):
-                best = found
+                best = Checkpoint(target)
         if best is plan.source:
-            best = _rewritten(plan, plan.source, pathlib.Path(work, "unchanged"))
-        report = _report(plan, tried)
-        save_json(best.folder / REPORT_FILE, report)
+            best = _copied(plan.source, pathlib.Path(work, "unchanged"))
+        report = _report(plan, best, tried, bars)
+        _write_report(best.folder, report)
         best.folder.rename(settings.out)
     return report
 
@@ -149,7 +151,7 @@ _STAGES = {"blocks": _refine_blocks, "distill": _distill}
 
 
 def _write_layer(target: pathlib.Path, source: Checkpoint, index: int, refined: dict[str, torch.Tensor]) -> None:
-    """One layer with the refined tensors in the dtype in which the source stores them; what was not refined is copied."""
+    """One layer; refined tensors take the dtype in which the source stores them, and what was not refined is copied."""
     stored = {name: source.tensor(name) for name in source.names() if name.startswith(f"{layer_prefix(index)}mlp.")}
     write_layer(target, source, index, {name: refined.get(name, tensor).to(tensor.dtype) for name, tensor in stored.items()})
 
@@ -161,19 +163,43 @@ def _write_rest(plan: RefinePlan, source: Checkpoint, target: pathlib.Path) -> N
     write_rest(target, source, dataclasses.replace(block, provenance=provenance))
 
 
-def _rewritten(plan: RefinePlan, source: Checkpoint, target: pathlib.Path) -> Checkpoint:
+def _copied(source: Checkpoint, target: pathlib.Path) -> Checkpoint:
     """The source as it is, in a folder of its own."""
     shutil.copytree(source.folder, target)
     return Checkpoint(target)
 
 
-def _report(plan: RefinePlan, tried: list[dict[str, Any]]) -> dict[str, Any]:
-    path = plan.source.folder / REPORT_FILE
-    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    best = min(tried, key=_divergence)
-    step_tokens = plan.settings.batch * plan.settings.window
+def _report(plan: RefinePlan, best: Checkpoint, tried: list[dict[str, Any]], bars: ProgressBars) -> dict[str, Any]:
+    """The source's report with the block, the quality and the sample texts of what was kept."""
+    settings, path = plan.settings, plan.source.folder / REPORT_FILE
+    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"matrices": []}
+    kept = min(tried, key=_divergence)
+    losses = next((entry["losses"] for entry in tried if entry["stage"] == "distill"), [])
+    history = [{"step": i, "tokens": i * settings.batch * settings.window, "loss": loss} for i, loss in enumerate(losses, start=1)]
+    refinement = {"method": settings.describe(), "kept": kept["stage"], "before": tried[0]["quality"], "after": kept["quality"]}
+    assert best.block is not None
     return {
         **report,
-        "quality": best["quality"],
-        "refinement": {**plan.settings.to_json(), "kept": best["stage"], "tokens_a_step": step_tokens, "tried": tried},
+        "block": best.block.to_json(),
+        "notes": [*report.get("notes", []), "The errors of single matrices are those before the refinement."],
+        "quality": kept["quality"],
+        "samples": _samples(plan, best, report.get("samples"), bars),
+        "refinement": {**refinement, "history": history, "tried": tried},
     }
+
+
+def _samples(plan: RefinePlan, best: Checkpoint, before: dict[str, Any] | None, bars: ProgressBars) -> dict[str, Any] | None:
+    """New sample texts, as long as those that the source came with."""
+    from transformers import AutoTokenizer
+
+    if before is None:
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(plan.dense.folder, trust_remote_code=False)
+    with bars.stage("sample texts", 2 * before["new_tokens"]) as tick:
+        return sample_texts(LayerStream(plan.dense), LayerStream(best), tokenizer, before["new_tokens"], tick)
+
+
+def _write_report(folder: pathlib.Path, report: dict[str, Any]) -> None:
+    save_json(folder / REPORT_FILE, report)
+    write_page(folder, report)
+    write_card(folder, report)

@@ -47,6 +47,12 @@ class RefineSettings:
         if self.adapter_rank < 0:
             raise UsageError(f"--adapter-rank: expected 0 or a positive number, found {self.adapter_rank}.")
 
+    def describe(self) -> str:
+        """In a few words."""
+        moves = f"LoRA of rank {self.adapter_rank} on every factor" if self.adapter_rank else "the factors themselves"
+        words = {"blocks": "layer by layer against the dense layer", "distill": f"end to end, loss {self.loss}"}
+        return f"{'; then '.join(words[stage] for stage in self.stages)}; {moves}"
+
     def to_json(self) -> dict[str, Any]:
         """Everything that decides the result, as JSON."""
         values = {key: value for key, value in dataclasses.asdict(self).items() if key != "out"}

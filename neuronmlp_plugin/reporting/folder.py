@@ -1,0 +1,42 @@
+"""The files of a report: JSON in, page and card out."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+from neuronmlp_plugin.checkpoint.writer import save_text
+from neuronmlp_plugin.errors import CheckpointError
+from neuronmlp_plugin.reporting.card import render_card
+from neuronmlp_plugin.reporting.page import render_page
+
+REPORT_FILE = "neuronmlp_report.json"
+PAGE_FILE = "neuronmlp_report.html"
+CARD_FILE = "README.md"
+
+
+def read_report(folder: pathlib.Path) -> dict[str, Any]:
+    """The report that a compression left in `folder`. Raises CheckpointError where there is none."""
+    path = folder / REPORT_FILE
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: expected the report that `neuronmlp compress` writes, found: {error}.") from error
+    if not isinstance(report, dict) or not {"block", "matrices"} <= report.keys():
+        raise CheckpointError(f"{path}: expected a report with `block` and `matrices`, found another JSON file; compress again.")
+    return report
+
+
+def write_page(folder: pathlib.Path, report: dict[str, Any]) -> pathlib.Path:
+    """`neuronmlp_report.html`, whole or not at all."""
+    path = folder / PAGE_FILE
+    save_text(path, render_page(report))
+    return path
+
+
+def write_card(folder: pathlib.Path, report: dict[str, Any]) -> pathlib.Path:
+    """`README.md`, whole or not at all."""
+    path = folder / CARD_FILE
+    save_text(path, render_card(report))
+    return path

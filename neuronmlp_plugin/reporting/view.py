@@ -1,0 +1,156 @@
+"""What the page says, as strings and rows ready to be set: every number is formatted here, nothing is escaped yet."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from typing import Any
+
+from neuronmlp_plugin.reporting.differences import Parts, common_words, word_differences
+
+_DASH = "–"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """One number of the headline: what it is, the number, and what it is compared with."""
+
+    label: str
+    value: str
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One prompt with what both models made of it, in pieces that say where they differ."""
+
+    prompt: str
+    dense: Parts
+    compressed: Parts
+    verdict: str
+
+
+def base_name(report: dict[str, Any]) -> str:
+    """What the dense model is called: as recorded, else (older reports) its folder's name."""
+    recorded = (report.get("base") or {}).get("name")
+    return str(recorded or pathlib.Path(_provenance(report).get("model") or "").name or "unknown model")
+
+
+def headline(report: dict[str, Any]) -> list[Tile]:
+    """What was removed and what it cost."""
+    kept = sum(row["parameters"] for row in report["matrices"])
+    removed = report["block"]["removed_ratio"]
+    dense = kept / (1 - removed)
+    tiles = [Tile("MLP parameters removed", f"{removed:.1%}", f"{dense / 1e6:,.1f} M before, {kept / 1e6:,.1f} M stored")]
+    quality = report.get("quality")
+    if not quality:
+        return [*tiles, Tile("Quality", "not measured", "no text was kept to judge on")]
+    before = "{candidate_perplexity:.2f} against {reference_perplexity:.2f} dense".format(**quality)
+    return [
+        *tiles,
+        Tile("Perplexity over dense", f"× {quality['perplexity_ratio']:.3f}", before),
+        Tile("KL from dense", f"{quality['kl_divergence']:.4f}", "nats a token; 0 is the same model"),
+        Tile("Same top token", f"{quality['top1_agreement']:.1%}", "of the positions, as the dense model"),
+    ]
+
+
+def forms(report: dict[str, Any]) -> str:
+    """`88 compact, 2 dense`: how the matrices are stored, most common first."""
+    kinds = [_stored_as(report, row) for row in report["matrices"]]
+    counted = sorted(((kinds.count(kind), kind) for kind in set(kinds)), key=lambda pair: (-pair[0], pair[1]))
+    return ", ".join(f"{count} {kind}" for count, kind in counted)
+
+
+def matrix_rows(report: dict[str, Any]) -> list[list[str]]:
+    """The table of all matrices, under MATRIX_COLUMNS."""
+    return [
+        [str(row["layer"]), row["projection"], _stored_as(report, row), f"{row['parameters']:,}", *_errors(row)]
+        for row in report["matrices"]
+    ]
+
+
+def _errors(row: dict[str, Any]) -> list[str]:
+    """Rank and errors; a matrix that stayed as it was has neither."""
+    shapes = {"rank": "{}", "predicted_loss": "{:.3g}", "predicted_error": "{:.4f}", "achieved_error": "{:.4f}", "rounding": "{:.1e}"}
+    return [_DASH if row["rank"] is None and not row[key] else _number(row[key], shape) for key, shape in shapes.items()]
+
+
+MATRIX_COLUMNS = ("Layer", "Matrix", "Stored as", "Parameters", "Rank", "Predicted loss", "Predicted error", "Achieved error", "Rounding")
+
+
+def choice(report: dict[str, Any]) -> str:
+    """How the ranks were chosen, and what the predicted loss that they are told with is."""
+    settings = _provenance(report)
+    allocation = settings.get("allocation", "unknown")
+    known = {
+        "global": "The ranks were chosen across all matrices for the least predicted loss",
+        "uniform": "Every matrix was cut by the same share, whatever its predicted loss",
+    }
+    weighted = ", weighted by how much the model's own loss minds" if settings.get("method") == "two-sided" else ""
+    chosen = known.get(str(allocation), f"The ranks were chosen by allocation {allocation}")
+    return f"{chosen}: what the cuts do to the outputs of the matrices{weighted}."
+
+
+def samples(report: dict[str, Any]) -> list[Sample]:
+    """Prompts with both continuations; none where the run made none."""
+    return [_sample(entry) for entry in (report.get("samples") or {}).get("texts", [])]
+
+
+def _sample(entry: dict[str, str]) -> Sample:
+    dense, compressed = entry["dense"], entry["compressed"]
+    same = common_words(dense, compressed)
+    if dense == compressed:
+        verdict = "The same text."
+    elif same:
+        verdict = f"The same up to word {same}."
+    else:
+        verdict = "Different from the first word."
+    return Sample(entry["prompt"], *word_differences(dense, compressed), verdict)
+
+
+_QUALITY = (
+    ("Perplexity", "candidate_perplexity", "{:.3f}"),
+    ("Perplexity over dense", "perplexity_ratio", "× {:.3f}"),
+    ("KL from dense, nats a token", "kl_divergence", "{:.4f}"),
+    ("Same top token", "top1_agreement", "{:.1%}"),
+)
+
+
+def refinement_rows(refinement: dict[str, Any]) -> list[list[str]]:
+    """Quality before and after, a row a measure; a dash for what was not measured."""
+    before, after = (refinement.get(when) or {} for when in ("before", "after"))
+    return [[label, _number(before.get(key), shape), _number(after.get(key), shape)] for label, key, shape in _QUALITY]
+
+
+def _number(value: Any, shape: str) -> str:
+    return shape.format(value) if isinstance(value, (int, float)) else _DASH
+
+
+def provenance_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Settings, calibration, digests and versions, as recorded."""
+    rows = [("created by", str(report["block"].get("created_by", "unknown")))]
+    rows += [(_label(key), _value(value)) for key, value in _provenance(report).items()]
+    return rows + [(f"version of {name}", str(version)) for name, version in (report.get("versions") or {}).items()]
+
+
+def _label(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return _DASH
+    return f"{value:,}" if isinstance(value, int) else re.sub(r"\s+", " ", str(value))
+
+
+def _provenance(report: dict[str, Any]) -> dict[str, Any]:
+    return report["block"].get("provenance") or {}
+
+
+def _stored_as(report: dict[str, Any], row: dict[str, Any]) -> str:
+    """The form, and the dtype where the block names one (`compact int8`)."""
+    dtype = report["block"]["layers"][row["layer"]][row["projection"]].get("dtype")
+    return f"{row['form']} {dtype}" if dtype else str(row["form"])

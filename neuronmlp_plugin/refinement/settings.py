@@ -24,10 +24,10 @@ class RefineSettings:
     stages: tuple[str, ...] = ("distill",)  # in order: blocks (S5, layer by layer) | distill (the whole model)
     loss: str = "kl"  # of distill: KL(dense || compressed) | the next token of the text (the paper's)
     adapter_rank: int = 0  # 0 moves the factors themselves; r trains a LoRA of rank r on each factor and merges it (less memory)
-    learning_rate: float = 5e-5
-    tokens: int = 98304  # trained on, once each
+    learning_rate: float = 6e-5
+    tokens: int = 65536  # trained on, once each
     window: int = 256  # tokens per training window: attention is dear on a CPU
-    batch: int = 8  # windows per step
+    batch: int = 4  # windows per step: small steps, since few tokens are seen
     judge_tokens: int = 8192  # from the end of the text, in windows of 1024
     arithmetic: str = "bfloat16"  # of the matrix products; the factors and their sums stay fp32
     seed: int = 0

@@ -72,7 +72,7 @@ class LayerStream:
             )
         return output
 
-    def head(self) -> nn.Module:
+    def head(self) -> nn.Sequential:
         """Final norm and output matrix: hidden states -> logits."""
         norm = self.model.model.norm
         self._fill(norm, "model.norm.")

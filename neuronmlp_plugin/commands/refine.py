@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+from typing import Any
 
 from neuronmlp_plugin.refinement.settings import ARITHMETIC, LOSSES, STAGES, RefineSettings
 
-_DEFAULTS = {name: field.default for name, field in RefineSettings.__dataclass_fields__.items()}
+_DEFAULTS: dict[str, Any] = {name: field.default for name, field in RefineSettings.__dataclass_fields__.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,7 +27,7 @@ def teacher_states(dense: LayerStream, windows: torch.Tensor, settings: RefineSe
     """What the dense model's output matrix sees, `[n, S, H]` bf16: small enough to keep, where its logits are not."""
     with arithmetic(settings):
         hidden = last_hidden(dense, windows, tick)
-    norm = dense.head()[0]
+    norm, _ = dense.head()
     return torch.cat([norm(batch).bfloat16() for batch in hidden.split(8)])
 
 

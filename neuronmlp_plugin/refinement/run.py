@@ -90,7 +90,8 @@ def refine(plan: RefinePlan, bars: ProgressBars) -> dict[str, Any]:
     torch.manual_seed(settings.seed)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=settings.out.parent, prefix=f"{settings.out.name}.partial-") as work:
-        best, tried = plan.source, [{"stage": "before", "quality": _judge(plan, plan.source, bars).to_json(), "losses": []}]
+        best = plan.source
+        tried: list[dict[str, Any]] = [{"stage": "before", "quality": _judge(plan, best, bars).to_json(), "losses": []}]
         for stage in settings.stages:
             target = pathlib.Path(work, stage)
             target.mkdir()
@@ -174,7 +175,7 @@ def _report(plan: RefinePlan, best: Checkpoint, tried: list[dict[str, Any]], bar
     settings, path = plan.settings, plan.source.folder / REPORT_FILE
     report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"matrices": []}
     kept = min(tried, key=_divergence)
-    losses = next((entry["losses"] for entry in tried if entry["stage"] == "distill"), [])
+    losses: list[float] = next((entry["losses"] for entry in tried if entry["stage"] == "distill"), [])
     history = [{"step": i, "tokens": i * settings.batch * settings.window, "loss": loss} for i, loss in enumerate(losses, start=1)]
     refinement = {"method": settings.describe(), "kept": kept["stage"], "before": tried[0]["quality"], "after": kept["quality"]}
     assert best.block is not None

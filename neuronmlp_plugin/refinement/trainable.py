@@ -29,7 +29,7 @@ class LowRankUpdate(nn.Module):
 
 def factor_linears(module: nn.Module) -> dict[str, nn.Linear]:
     """The products of every factored projection inside `module`, by name. A pivot's identity is no tensor, and so stays one."""
-    found = {}
+    found: dict[str, nn.Linear] = {}
     for name, projection in module.named_modules():
         if isinstance(projection, FACTORED):
             found |= {f"{name}.{part}": linear for part, linear in projection.named_children() if isinstance(linear, nn.Linear)}

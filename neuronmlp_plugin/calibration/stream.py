@@ -84,6 +84,7 @@ class LayerStream:
         _, output = self.head()
         self.model.lm_head, self.model.model.embed_tokens = output, _Lookup(self)
         with contextlib.ExitStack() as hooks:
+            hooks.callback(output.to, "meta")  # another model's head comes next
             for index, layer in enumerate(self.model.model.layers):
                 hooks.enter_context(layer.register_forward_pre_hook(functools.partial(self._before, index)))
                 hooks.enter_context(layer.register_forward_hook(functools.partial(self._after, index)))

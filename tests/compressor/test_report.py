@@ -75,7 +75,7 @@ def test_samples_are_each_models_own_greedy_text(pair):
 
 
 def test_one_layer_at_a_time_is_in_memory(pair):
-    """Whenever a layer runs, no other layer has weights; and afterwards none has."""
+    """Whenever a layer runs, no other layer has weights; afterwards none has, nor has the head."""
     dense, mixed, tokenizer = pair
     both = streams(dense, mixed)
     seen = []
@@ -89,6 +89,7 @@ def test_one_layer_at_a_time_is_in_memory(pair):
     sample_texts(*both, tokenizer, 2, lambda _: None)
     assert seen == [[0], [1], [2]] * 4
     assert [loaded(stream) for stream in both] == [[], []]
+    assert all(stream.model.lm_head.weight.is_meta for stream in both)
 
 
 def test_streams_still_judge_after_their_samples(pair):

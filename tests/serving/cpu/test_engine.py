@@ -99,7 +99,7 @@ def change_the_version(folder):
     ("spoil", "options", "message"),
     [
         (drop_a_factor, {}, "expected a tensor model.layers.0.mlp.up_proj.u.weight"),
-        (change_the_version, {}, "expected neuronmlp format_version 1, found 7"),
+        (change_the_version, {}, "expected neuronmlp format_version 1 or 2, found 7"),
         (None, {"tp_scheme": "replicate"}, "neuronmlp.tp_scheme: expected one of gather, reduce, found 'replicate'"),
         (None, {"ranks": 3}, "expected an object with the keys factors, tp_scheme, fast_path"),
     ],

@@ -1,0 +1,48 @@
+"""A folder whose MLPs are int8, made from one whose MLPs are not, a layer at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import torch
+
+from neuronmlp_plugin import __version__
+from neuronmlp_plugin.checkpoint.reader import Checkpoint, dense_block
+from neuronmlp_plugin.checkpoint.schema import INT8_VERSION, FormatBlock
+from neuronmlp_plugin.checkpoint.writer import layer_prefix, whole_folder, write_layer, write_rest
+from neuronmlp_plugin.compressor.progress import ProgressBars
+from neuronmlp_plugin.errors import CheckpointError
+from neuronmlp_plugin.models.int8 import quantize
+from neuronmlp_plugin.models.projection import INT8, SCALE, ProjectionSpec, tensor_shapes
+
+
+def quantize_folder(model: pathlib.Path, out: pathlib.Path, bars: ProgressBars) -> FormatBlock:
+    """Write `out`, which appears whole or not at all, with every MLP matrix of `model` in int8 and all else as it was.
+
+    Raises OutputError where `out` exists or the disk is full, CheckpointError where `model` is int8 already, and the reader's errors.
+    """
+    base = Checkpoint(model)
+    before = base.block or dense_block(base)
+    if before.format_version == INT8_VERSION:
+        raise CheckpointError(f"{model}: expected MLPs in floating point, found int8; quantise the folder that it was made from.")
+    layers = tuple({name: dataclasses.replace(spec, dtype=INT8) for name, spec in layer.items()} for layer in before.layers)
+    provenance = {**before.provenance, "quantized_from": str(model)}
+    after = FormatBlock(layers, before.shape, provenance, f"neuronmlp {__version__}")
+    with whole_folder(out) as folder:
+        with bars.stage("int8", len(layers)) as tick:
+            for index, specs in enumerate(layers):
+                write_layer(folder, base, index, _int8_layer(base, f"{layer_prefix(index)}mlp.", specs, after))
+                tick(1)
+        write_rest(folder, base, after)
+    return after
+
+
+def _int8_layer(base: Checkpoint, prefix: str, specs: dict[str, ProjectionSpec], block: FormatBlock) -> dict[str, torch.Tensor]:
+    """Full name -> weights and scales of one layer."""
+    tensors = {}
+    for projection, spec in specs.items():
+        for suffix in tensor_shapes(projection, spec, block.shape):
+            name = f"{prefix}{projection}.{suffix}"
+            tensors[name], tensors[name + SCALE] = quantize(base.tensor(name))
+    return tensors

@@ -13,8 +13,11 @@ from neuronmlp_plugin.checkpoint.schema import INT8_VERSION, FormatBlock
 from neuronmlp_plugin.checkpoint.writer import layer_prefix, whole_folder, write_layer, write_rest
 from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.errors import CheckpointError
-from neuronmlp_plugin.models.int8 import quantize
+from neuronmlp_plugin.lowrank.rounding import grams, refit, round_under
+from neuronmlp_plugin.models.int8 import LIMIT, quantize, scales_of
 from neuronmlp_plugin.models.projection import INT8, SCALE, ProjectionSpec, tensor_shapes
+
+Rounded = tuple[torch.Tensor, torch.Tensor]  # q and its scales
 
 
 def quantize_folder(model: pathlib.Path, out: pathlib.Path, bars: ProgressBars) -> FormatBlock:
@@ -42,7 +45,26 @@ def _int8_layer(base: Checkpoint, prefix: str, specs: dict[str, ProjectionSpec],
     """Full name -> weights and scales of one layer."""
     tensors = {}
     for projection, spec in specs.items():
-        for suffix in tensor_shapes(projection, spec, block.shape):
-            name = f"{prefix}{projection}.{suffix}"
-            tensors[name], tensors[name + SCALE] = quantize(base.tensor(name))
+        names = [f"{prefix}{projection}.{suffix}" for suffix in tensor_shapes(projection, spec, block.shape)]
+        weights = [base.tensor(name) for name in names]
+        rounded = [quantize(weights[0])] if spec.form == "dense" else quantize_pair(projection, spec, weights[0], weights[1])
+        for name, (q, scale) in zip(names, rounded, strict=True):
+            tensors[name], tensors[name + SCALE] = q, scale
     return tensors
+
+
+def quantize_pair(projection: str, spec: ProjectionSpec, first: torch.Tensor, second: torch.Tensor) -> list[Rounded]:
+    """The two factors of a low-rank matrix, in the order of `tensor_shapes`, rounded for the sake of their product.
+
+    The first under what the second makes of its errors, then the second, fitted anew to what the first has become.
+    """
+    first, second = first.float(), second.float()
+    compact, down = spec.form == "compact", projection == "down_proj"
+    scale = scales_of(first)
+    weighed = grams(second.T, second.T, compact and not down)[0]  # gate and up pass z on beside c's products: [I, c^T]
+    q = round_under(first.T, scale, weighed, LIMIT).T.contiguous()
+    gram, cross = grams(first, q * scale[:, None], compact and down)
+    fitted = refit(second, cross, gram)
+    scale_fitted = scales_of(fitted)
+    q_fitted = round_under(fitted, scale_fitted[:, None], gram, LIMIT)
+    return [(q.to(torch.int8), scale), (q_fitted.to(torch.int8), scale_fitted)]

@@ -7,14 +7,15 @@ import torch
 LIMIT = 127  # -128 is left out, so that -w is stored as exactly as w
 
 
-def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[out, in]` of any floating dtype -> q int8 `[out, in]` and scale fp32 `[out]` with |weight - q scale| <= scale / 2.
+def scales_of(weight: torch.Tensor) -> torch.Tensor:
+    """`[out, in]` -> fp32 `[out]`: a channel's largest magnitude over 127, so that nothing is clipped; 0 for a channel of zeros."""
+    return weight.float().abs().amax(dim=1) / LIMIT
 
-    The scale of a channel is its largest magnitude over 127, so nothing is clipped; a channel of zeros has scale 0.
-    """
-    weight = weight.float()
-    scale = weight.abs().amax(dim=1) / LIMIT
-    steps = weight / scale.where(scale > 0, 1.0)[:, None]
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[out, in]` of any floating dtype -> q int8 `[out, in]` and scale fp32 `[out]` with |weight - q scale| <= scale / 2."""
+    scale = scales_of(weight)
+    steps = weight.float() / scale.where(scale > 0, 1.0)[:, None]
     return steps.round().clamp(-LIMIT, LIMIT).to(torch.int8), scale
 
 

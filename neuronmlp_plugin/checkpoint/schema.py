@@ -47,9 +47,13 @@ class FormatBlock:
         return 1.0 - kept / dense
 
     @property
+    def has_int8(self) -> bool:
+        return any(spec.is_int8 for layer in self.layers for spec in layer.values())
+
+    @property
     def format_version(self) -> int:
         """The lowest version that has all that the block uses."""
-        return INT8_VERSION if any(spec.is_int8 for layer in self.layers for spec in layer.values()) else FORMAT_VERSION
+        return INT8_VERSION if self.has_int8 else FORMAT_VERSION
 
     @property
     def weight_bytes(self) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from neuronmlp_plugin import __version__
 from neuronmlp_plugin.checkpoint.reader import Checkpoint, dense_block
-from neuronmlp_plugin.checkpoint.schema import INT8_VERSION, FormatBlock
+from neuronmlp_plugin.checkpoint.schema import FormatBlock
 from neuronmlp_plugin.checkpoint.writer import layer_prefix, whole_folder, write_layer, write_rest
 from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.errors import CheckpointError
@@ -27,7 +27,7 @@ def quantize_folder(model: pathlib.Path, out: pathlib.Path, bars: ProgressBars) 
     """
     base = Checkpoint(model)
     before = base.block or dense_block(base)
-    if before.format_version == INT8_VERSION:
+    if before.has_int8:
         raise CheckpointError(f"{model}: expected MLPs in floating point, found int8; quantise the folder that it was made from.")
     layers = tuple({name: dataclasses.replace(spec, dtype=INT8) for name, spec in layer.items()} for layer in before.layers)
     provenance = {**before.provenance, "quantized_from": str(model)}

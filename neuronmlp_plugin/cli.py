@@ -13,6 +13,7 @@ from neuronmlp_plugin.errors import NeuronMLPError
 COMMANDS = {
     "compress": "make a low-rank checkpoint of a Hugging Face folder",
     "refine": "move the factors of a checkpoint closer to the dense model, on text",
+    "quantize": "the MLPs of a dense or compressed folder in int8, one scale per output channel",
     "inspect": "what a checkpoint holds: forms, ranks and bytes per layer",
     "evaluate": "perplexity, KL divergence and agreement of a checkpoint against its dense model",
     "report": "make a checkpoint's HTML report again from its neuronmlp_report.json",

@@ -5,6 +5,7 @@ Weights are drawn wide (std 0.08 and more), so that logits depend on the MLPs; s
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 
@@ -14,8 +15,9 @@ from safetensors.torch import save_file
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
 from neuronmlp_plugin.checkpoint.writer import layer_prefix, write_layer, write_rest
+from neuronmlp_plugin.models.int8 import quantize
 from neuronmlp_plugin.models.low_rank_linear import build_linear
-from neuronmlp_plugin.models.projection import PROJECTIONS, MLPShape, ProjectionSpec
+from neuronmlp_plugin.models.projection import INT8, PROJECTIONS, SCALE, MLPShape, ProjectionSpec
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 SHAPE = MLPShape(hidden_size=128, intermediate_size=192, num_layers=3)
@@ -24,6 +26,11 @@ MIXED_LAYERS = (
     {"gate_proj": ProjectionSpec("compact", 37), "up_proj": ProjectionSpec("uv", 21), "down_proj": ProjectionSpec("dense")},
     {"gate_proj": ProjectionSpec("dense"), "up_proj": ProjectionSpec("compact", 32), "down_proj": ProjectionSpec("compact", 45)},
     {"gate_proj": ProjectionSpec("uv", 30), "up_proj": ProjectionSpec("dense"), "down_proj": ProjectionSpec("uv", 33)},
+)
+# The same with int8 in every form, beside floating-point matrices of the same layer.
+INT8_LAYERS = tuple(
+    {name: dataclasses.replace(spec, dtype=INT8 if (index + i) % 3 else None) for i, (name, spec) in enumerate(layer.items())}
+    for index, layer in enumerate(MIXED_LAYERS)
 )
 
 
@@ -71,13 +78,15 @@ def _wide(name: str, parameter: torch.Tensor) -> torch.Tensor:
     return torch.randn_like(parameter) * (0.3 if "mlp" in name else 0.08)
 
 
-def write_mixed(folder: pathlib.Path, base_folder: pathlib.Path, *, seed: int = 1) -> pathlib.Path:
-    """A factored folder over `base_folder` with MIXED_LAYERS; the factors are random, small enough to keep activations sane."""
+def write_mixed(
+    folder: pathlib.Path, base_folder: pathlib.Path, *, seed: int = 1, layers: tuple[dict[str, ProjectionSpec], ...] = MIXED_LAYERS
+) -> pathlib.Path:
+    """A factored folder over `base_folder` with these layers; the factors are random, small enough to keep activations sane."""
     folder.mkdir(parents=True)
     base = Checkpoint(base_folder)
-    block = FormatBlock(MIXED_LAYERS, SHAPE, {}, "neuronmlp tests")
+    block = FormatBlock(layers, SHAPE, {}, "neuronmlp tests")
     torch.manual_seed(seed)
-    for index, specs in enumerate(MIXED_LAYERS):
+    for index, specs in enumerate(layers):
         write_layer(folder, base, index, _random_factors(index, specs))
     write_rest(folder, base, block)
     return folder
@@ -87,5 +96,9 @@ def _random_factors(index: int, specs: dict[str, ProjectionSpec]) -> dict[str, t
     factors = {}
     for projection in PROJECTIONS:
         for suffix, weight in build_linear(projection, specs[projection], SHAPE).state_dict().items():
-            factors[f"{layer_prefix(index)}mlp.{projection}.{suffix}"] = torch.randn_like(weight) * 0.2
+            name, drawn = f"{layer_prefix(index)}mlp.{projection}.{suffix}", torch.randn_like(weight) * 0.2
+            if specs[projection].is_int8:
+                factors[name], factors[name + SCALE] = quantize(drawn)
+            else:
+                factors[name] = drawn
     return factors

@@ -44,19 +44,25 @@ class Decode:
         return (self.speedup - 1.0) / (self.ideal - 1.0) if self.ideal > 1.0 else float("nan")
 
 
-def bytes_per_step(folder: pathlib.Path) -> int:
-    """Parameters that one decode step reads: all but an embedding table of which it only looks up rows."""
+def bytes_per_step(folder: pathlib.Path, dtype: str) -> int:
+    """Bytes of weights that one decode step reads: all but an embedding table of which it only looks up rows.
+
+    Floating point counts in the engine's `dtype` (vLLM makes every "auto" 16 bits wide), int8 as it is, with fp32 scales.
+    """
     checkpoint = Checkpoint(folder)
-    tied = bool(checkpoint.config.get("tie_word_embeddings"))
-    shapes = {n: s for n, s in checkpoint.shapes().items() if tied or n != "model.embed_tokens.weight"}
-    return sum(math.prod(shape) for shape in shapes.values())
+    tied, width = bool(checkpoint.config.get("tie_word_embeddings")), 4 if dtype in ("float32", "float") else 2
+    read = {name: kind for name, kind in checkpoint.dtypes().items() if tied or name != "model.embed_tokens.weight"}
+    shapes = checkpoint.shapes()
+    scales = checkpoint.block.expected_scales() if checkpoint.block is not None else {}
+    weights = sum(math.prod(shapes[name]) * (1 if kind == "I8" else width) for name, kind in read.items())
+    return weights + 4 * sum(rows for (rows,) in scales.values())
 
 
 def measure_decode(
     folders: dict[str, pathlib.Path], batches: Sequence[int], *, new_tokens: int, rounds: int, dtype: str, tick: Callable[[int], None]
 ) -> list[Decode]:
     """Time every model at every batch size; the first one is what the others are compared with."""
-    sizes = {name: bytes_per_step(folder) for name, folder in folders.items()}
+    sizes = {name: bytes_per_step(folder, dtype) for name, folder in folders.items()}
     names = list(folders)
     times: dict[tuple[str, int], list[float]] = {(name, batch): [] for name in names for batch in batches}
     with _engines(folders, dtype, max(batches), PROMPT_TOKENS + max(WARM_TOKENS, new_tokens)) as engines:

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Container, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, parse_block
+from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, mlp_shape, parse_block
 from neuronmlp_plugin.errors import CheckpointError, NonFiniteError
 from neuronmlp_plugin.models.families import check_supported
+from neuronmlp_plugin.models.int8 import LIMIT, dequantize
+from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, SCALE
 
 # In a folder of its own: engines load every *.safetensors file that lies beside config.json.
 FACTOR_FILE = pathlib.Path("neuronmlp", "factors.safetensors")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+class Header(NamedTuple):
+    """What a safetensors file says about one tensor; `dtype` in its own spelling ("BF16", "I8")."""
+
+    path: pathlib.Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+Headers = dict[str, Header]
+
+
 class Checkpoint:
     """An opened model folder: its config, its block (None for a dense model) and its tensors by name.
 
-    Opening reads only headers. Raises CheckpointError, FormatVersionError or UnsupportedModelError.
+    An int8 weight is one tensor here, whose scales are not seen: it is dequantised when it is read. Opening reads only headers.
+    Raises CheckpointError, FormatVersionError or UnsupportedModelError.
     """
 
     def __init__(self, folder: str | pathlib.Path) -> None:
@@ -32,8 +46,9 @@ class Checkpoint:
         block = self.config.get("quantization_config")
         self.block = self._parse(block) if block is not None else None
         self._files = _index_tensors(_weight_files(self.folder))
+        self._scales = self.block.expected_scales() if self.block is not None else {}
         if self.block is not None:
-            check_names(self.block.expected_tensors(), self.shapes(), str(self.folder))
+            _check_headers(self.block, self._files, str(self.folder))
 
     def _parse(self, block: dict[str, Any]) -> FormatBlock:
         where = str(self.folder / "config.json")
@@ -45,19 +60,21 @@ class Checkpoint:
         return parse_block(block, self.config, where)
 
     def names(self) -> list[str]:
-        return sorted(self._files)
+        return sorted(name for name in self._files if name not in self._scales)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor."""
-        return {name: shape for name, (_, shape) in self._files.items()}
+        return {name: self._files[name].shape for name in self.names()}
+
+    def dtypes(self) -> dict[str, str]:
+        """Name -> dtype as stored, in the spelling of safetensors, of every tensor."""
+        return {name: self._files[name].dtype for name in self.names()}
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, finite and in a floating dtype."""
+        """One tensor, on the CPU, finite and in a floating dtype (fp32 where int8 is stored)."""
         if name not in self._files:
             raise CheckpointError(f"{self.folder}: expected a tensor {name}, found none; the folder is incomplete.")
-        path = self._files[name][0]
-        with open_safetensors(path) as handle:
-            return checked_tensor(handle.get_tensor(name), name, path)
+        return read_tensor(name, self._files, self._scales)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name in self.names():
@@ -76,13 +93,26 @@ class FactorFile:
         if text is None:
             raise CheckpointError(f"{self.path}: expected `{QUANT_METHOD}` metadata in the safetensors header, found none.")
         self.block = parse_block(_parse_json(text, self.path), config, str(self.path))
+        self._files = read_headers(self.path)
+        _check_headers(self.block, self._files, str(self.path), only_changed=True)
         expected = self.block.expected_tensors(only_changed=True)
-        check_names(expected, header_shapes(self.path), str(self.path))
         self.prefixes = sorted({name.partition(".mlp.")[0] + ".mlp." for name in expected})
 
     def tensor(self, name: str) -> torch.Tensor:
-        with open_safetensors(self.path) as handle:
-            return checked_tensor(handle.get_tensor(name), name, self.path)
+        """One weight, dequantised to fp32 where it is stored as int8."""
+        return read_tensor(name, self._files, self.block.expected_scales())
+
+    def stored(self, name: str) -> torch.Tensor:
+        """One tensor as it is stored, int8 weights and their scales included."""
+        return _stored(name, self._files)
+
+
+def dense_block(base: Checkpoint) -> FormatBlock:
+    """The block that a dense folder goes without: every matrix is its own. Raises CheckpointError where one is missing or misshapen."""
+    shape = mlp_shape(base.config, str(base.folder / "config.json"))
+    block = FormatBlock(tuple(dict.fromkeys(PROJECTIONS, DENSE) for _ in range(shape.num_layers)), shape)
+    check_names(block.expected_tensors(), base.shapes(), str(base.folder))
+    return block
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -114,7 +144,42 @@ def checked_tensor(tensor: torch.Tensor, name: str, path: pathlib.Path) -> torch
     return tensor
 
 
-def check_names(expected: dict[str, tuple[int, int]], found: dict[str, tuple[int, ...]], source: str) -> None:
+def check_int8(q: torch.Tensor, scale: torch.Tensor, source: str) -> None:
+    """Refuse what FORMAT.md ("int8") refuses about a weight and its scales; `source` names file and tensor."""
+    if q.dtype is not torch.int8 or scale.dtype is not torch.float32:
+        raise CheckpointError(f"{source}: expected int8 with fp32 scales (the config says so), found {q.dtype} with {scale.dtype}.")
+    if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
+        raise NonFiniteError(f"{source}: expected finite scales of at least 0, found others; the file is damaged.")
+    if int(q.min()) < -LIMIT:
+        raise CheckpointError(f"{source}: expected values from -{LIMIT} to {LIMIT}, found {int(q.min())}; quantise again.")
+
+
+def read_tensor(name: str, files: Headers, scales: Container[str]) -> torch.Tensor:
+    """A floating-point tensor, checked; one whose scales are among `scales` is dequantised to fp32."""
+    tensor = _stored(name, files)
+    if name + SCALE not in scales:
+        return checked_tensor(tensor, name, files[name].path)
+    scale = _stored(name + SCALE, files)
+    check_int8(tensor, scale, f"{files[name].path}: {name}")
+    return dequantize(tensor, scale)
+
+
+def _stored(name: str, files: Headers) -> torch.Tensor:
+    with open_safetensors(files[name].path) as handle:
+        return handle.get_tensor(name)
+
+
+def _check_headers(block: FormatBlock, files: Headers, source: str, only_changed: bool = False) -> None:
+    """Names, shapes, and int8 exactly where the block says so."""
+    scales = block.expected_scales()
+    check_names({**block.expected_tensors(only_changed), **scales}, {name: header.shape for name, header in files.items()}, source)
+    for name, header in files.items():
+        if (header.dtype == "I8") != (name + SCALE in scales):
+            expected = "int8" if name + SCALE in scales else "bf16, fp16 or fp32"
+            raise CheckpointError(f"{source}: {name}: expected {expected} (from its spec in the config), found {header.dtype}.")
+
+
+def check_names(expected: Mapping[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], source: str) -> None:
     """Every factor there, with its shape, and no MLP tensor beside them (a misnamed one would load as random weights)."""
     for name, size in expected.items():
         if name not in found:
@@ -133,19 +198,20 @@ def _parse_json(text: str, path: pathlib.Path) -> Any:
         raise CheckpointError(f"{path}: expected JSON, found: {error}.") from error
 
 
-def header_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of one file, from its header."""
+def read_headers(path: pathlib.Path) -> Headers:
+    """Every tensor of one file, by name."""
     with open_safetensors(path) as handle:
-        return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
+        slices = {name: handle.get_slice(name) for name in handle.keys()}
+        return {name: Header(path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
 
 
-def _index_tensors(files: list[pathlib.Path]) -> dict[str, tuple[pathlib.Path, tuple[int, ...]]]:
-    index: dict[str, tuple[pathlib.Path, tuple[int, ...]]] = {}
+def _index_tensors(files: list[pathlib.Path]) -> Headers:
+    index: Headers = {}
     for path in files:
-        for name, shape in header_shapes(path).items():
+        for name, header in read_headers(path).items():
             if name in index:
-                raise CheckpointError(f"{path}: expected {name} once, found it in {index[name][0].name} too; remove the stale file.")
-            index[name] = (path, shape)
+                raise CheckpointError(f"{path}: expected {name} once, found it in {index[name].path.name} too; remove the stale file.")
+            index[name] = header
     return index
 
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from neuronmlp_plugin.errors import CheckpointError, FormatVersionError
 from neuronmlp_plugin.models.projection import (
     DENSE,
     FORMS,
+    INT8,
     PROJECTIONS,
     MLPShape,
     ProjectionSpec,
     parameter_count,
+    scale_shapes,
     tensor_shapes,
+    weight_bytes,
 )
 
 FORMAT_VERSION = 1
+INT8_VERSION = 2  # of a block with int8 matrices, which readers of version 1 cannot read
 QUANT_METHOD = "neuronmlp"
 _PROJECTION_NAME = re.compile(r"^model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)$")
 
@@ -41,10 +46,29 @@ class FormatBlock:
         kept = sum(parameter_count(p, spec, self.shape) for layer in self.layers for p, spec in layer.items())
         return 1.0 - kept / dense
 
+    @property
+    def has_int8(self) -> bool:
+        return any(spec.is_int8 for layer in self.layers for spec in layer.values())
+
+    @property
+    def format_version(self) -> int:
+        """The lowest version that has all that the block uses."""
+        return INT8_VERSION if self.has_int8 else FORMAT_VERSION
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all gate, up and down matrices as served (`models.projection.weight_bytes`)."""
+        return sum(weight_bytes(p, spec, self.shape) for layer in self.layers for p, spec in layer.items())
+
+    @property
+    def bytes_ratio(self) -> float:
+        """`weight_bytes` over those of the dense model in bf16: how int8 and low rank compare."""
+        return self.weight_bytes / sum(weight_bytes(p, DENSE, self.shape) for _ in self.layers for p in PROJECTIONS)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "created_by": self.created_by,
             "removed_ratio": round(self.removed_ratio, 6),
             "layers": [{name: layer[name].to_json() for name in PROJECTIONS} for layer in self.layers],
@@ -57,15 +81,27 @@ class FormatBlock:
         return self.layers[int(match[1])][match[2]] if match else None
 
     def expected_tensors(self, only_changed: bool = False) -> dict[str, tuple[int, int]]:
-        """Full name -> shape of every MLP tensor; `only_changed` leaves out layers that are dense throughout."""
-        names = {}
+        """Full name -> shape of every MLP weight; `only_changed` leaves out layers that are the base's own throughout."""
+        return {
+            f"{name}.{suffix}": size
+            for name, projection, spec in self._projections(only_changed)
+            for suffix, size in tensor_shapes(projection, spec, self.shape).items()
+        }
+
+    def expected_scales(self) -> dict[str, tuple[int]]:
+        """Full name -> shape of the scales of every int8 weight."""
+        return {
+            f"{name}.{suffix}": size
+            for name, projection, spec in self._projections()
+            for suffix, size in scale_shapes(projection, spec, self.shape).items()
+        }
+
+    def _projections(self, only_changed: bool = False) -> Iterator[tuple[str, str, ProjectionSpec]]:
+        """Full name, projection and spec of every matrix."""
         for index, layer in enumerate(self.layers):
-            if only_changed and all(spec.form == "dense" for spec in layer.values()):
-                continue
-            for projection, spec in layer.items():
-                for suffix, size in tensor_shapes(projection, spec, self.shape).items():
-                    names[f"model.layers.{index}.mlp.{projection}.{suffix}"] = size
-        return names
+            if not only_changed or any(spec != DENSE for spec in layer.values()):
+                for projection, spec in layer.items():
+                    yield f"model.layers.{index}.mlp.{projection}", projection, spec
 
 
 def mlp_shape(config: dict[str, Any], source: str) -> MLPShape:
@@ -85,9 +121,9 @@ def parse_block(block: dict[str, Any], config: dict[str, Any], source: str) -> F
     Raises FormatVersionError for another version and CheckpointError for every contradiction.
     """
     version = block.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, INT8_VERSION):
         raise FormatVersionError(
-            f"{source}: expected neuronmlp format_version {FORMAT_VERSION}, found {version!r}; "
+            f"{source}: expected neuronmlp format_version {FORMAT_VERSION} or {INT8_VERSION}, found {version!r}; "
             "use the neuronmlp release that wrote the checkpoint, or compress again."
         )
     shape = mlp_shape(config, source)
@@ -97,6 +133,11 @@ def parse_block(block: dict[str, Any], config: dict[str, Any], source: str) -> F
         raise CheckpointError(f"{source}: expected `layers` with {shape.num_layers} entries (num_hidden_layers), found {found}.")
     parsed = tuple(_parse_layer(layer, index, shape, source) for index, layer in enumerate(layers))
     result = FormatBlock(parsed, shape, block.get("provenance") or {}, str(block.get("created_by", "unknown")))
+    if version != result.format_version:
+        raise CheckpointError(
+            f"{source}: expected format_version {result.format_version} ({INT8_VERSION} where a matrix is int8, else {FORMAT_VERSION}), "
+            f"found {version}; the block was edited or damaged."
+        )
     _check_ratio(block.get("removed_ratio"), result, source)
     return result
 
@@ -117,14 +158,16 @@ def _parse_layer(layer: Any, index: int, shape: MLPShape, source: str) -> dict[s
 
 
 def _parse_spec(entry: Any, where: str, in_out: tuple[int, int]) -> ProjectionSpec:
-    form, rank = (entry.get("form"), entry.get("rank")) if isinstance(entry, dict) else (None, None)
+    form, rank, dtype = (entry.get("form"), entry.get("rank"), entry.get("dtype")) if isinstance(entry, dict) else (None, None, None)
     if form not in FORMS:
         raise CheckpointError(f"{where}: expected a form of {', '.join(FORMS)}, found {form!r}.")
+    if dtype not in (None, INT8):
+        raise CheckpointError(f"{where}: expected dtype {INT8!r} or none, found {dtype!r}.")
     if form == "dense":
         if rank is not None:
             raise CheckpointError(f"{where}: expected no rank for a dense matrix, found {rank!r}.")
-        return DENSE
+        return ProjectionSpec(form, dtype=dtype)
     limit = min(in_out) - (form == "compact")
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= limit:
         raise CheckpointError(f"{where}: expected a rank from 1 to {limit} for {form} of {in_out[1]} x {in_out[0]}, found {rank!r}.")
-    return ProjectionSpec(form, rank)
+    return ProjectionSpec(form, rank, dtype)

@@ -48,6 +48,25 @@ def told_when_disk_is_full(path: pathlib.Path) -> Iterator[None]:
         raise OutputError(f"{path}: expected room to write, found a full disk; free some and run the same command again.") from error
 
 
+@contextlib.contextmanager
+def whole_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """An empty folder to fill, which becomes `target` where all went well, and is removed where not.
+
+    Raises OutputError where `target` exists already.
+    """
+    if target.exists():
+        raise OutputError(f"{target}: expected a path that does not exist yet, found one; choose another --out or remove it.")
+    partial = target.parent / f"{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    with told_when_disk_is_full(partial):
+        partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def save_tensors(path: pathlib.Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write one safetensors file whole: under a temporary name first, then renamed."""
     temporary = path.with_suffix(".tmp")

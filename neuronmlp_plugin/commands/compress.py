@@ -108,6 +108,7 @@ def summary_rows(report: dict[str, Any], target: pathlib.Path) -> list[tuple[str
     forms = [row["form"] for row in report["matrices"]]
     rows = [
         ("removed", f"{report['block']['removed_ratio']:.2%} of the MLP parameters"),
+        ("bytes", f"{report['weight_bytes'] / 1e6:.1f} MB in bf16, {report['bytes_ratio']:.1%} of the dense MLPs"),
         ("forms", ", ".join(f"{forms.count(form)} {form}" for form in ("dense", *FORMS) if form in forms)),
     ]
     quality = report["quality"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import shutil
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,17 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from neuronmlp_plugin.checkpoint.published import convert_published
-    from neuronmlp_plugin.errors import OutputError
+    from neuronmlp_plugin.checkpoint.writer import whole_folder
 
-    if args.out.exists():
-        raise OutputError(f"{args.out}: expected a path that does not exist yet, found one; choose another --out or remove it.")
-    partial = args.out.parent / f"{args.out.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        block = convert_published(args.model, partial)
-        partial.rename(args.out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_folder(args.out) as folder:
+        block = convert_published(args.model, folder)
     print(f"{args.out}: {block.removed_ratio:.2%} of the MLP parameters removed")
     return 0

@@ -23,7 +23,8 @@ def run(args: argparse.Namespace) -> int:
     if block is None:
         raise CheckpointError(f"{args.model}: expected a neuronmlp checkpoint or a factor file, found a dense model; compress it first.")
     if args.json:
-        print(json.dumps(block.to_json(), indent=2))
+        sizes = {"weight_bytes": block.weight_bytes, "bytes_ratio": round(block.bytes_ratio, 6)}
+        print(json.dumps({**block.to_json(), **sizes}, indent=2))
     else:
         _print_table(block)
     return 0
@@ -33,14 +34,18 @@ def _print_table(block) -> None:  # type: ignore[no-untyped-def]
     from rich.console import Console
     from rich.table import Table
 
-    from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, parameter_count
+    from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, weight_bytes
 
-    dense = sum(parameter_count(name, DENSE, block.shape) for name in PROJECTIONS)
+    dense = sum(weight_bytes(name, DENSE, block.shape) for name in PROJECTIONS)
     table = Table(title=f"{block.removed_ratio:.2%} of the MLP parameters removed ({block.created_by})")
-    for column in ("layer", *PROJECTIONS, "kept"):
+    for column in ("layer", *PROJECTIONS, "bytes"):
         table.add_column(column, justify="right")
     for index, layer in enumerate(block.layers):
-        kept = sum(parameter_count(name, spec, block.shape) for name, spec in layer.items())
-        cells = [spec.form if spec.rank is None else f"{spec.form} {spec.rank}" for spec in (layer[name] for name in PROJECTIONS)]
-        table.add_row(str(index), *cells, f"{kept / dense:.1%}")
+        stored = sum(weight_bytes(name, spec, block.shape) for name, spec in layer.items())
+        table.add_row(str(index), *(_cell(layer[name]) for name in PROJECTIONS), f"{stored / dense:.1%}")
+    table.caption = f"{block.weight_bytes / 1e6:.1f} MB with floating point in bf16: {block.bytes_ratio:.1%} of the dense MLPs"
     Console().print(table)
+
+
+def _cell(spec) -> str:  # type: ignore[no-untyped-def]
+    return " ".join(str(value) for value in spec.to_json().values())

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 
 from neuronmlp_plugin.calibration.text import hold_out, read_documents, token_windows, windows_digest
-from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, check_names
-from neuronmlp_plugin.checkpoint.schema import FormatBlock, mlp_shape
+from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, dense_block
 from neuronmlp_plugin.checkpoint.writer import layer_prefix
 from neuronmlp_plugin.compressor.memory import Footprint, physical_bytes
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, OutputError, UsageError
-from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, MLPShape
+from neuronmlp_plugin.models.projection import MLPShape
 
 _FP32 = 4
 _LAYOUT = 2  # of the files in the analysis folder
@@ -125,8 +124,7 @@ def make_plan(settings: Settings) -> Plan:
     base = Checkpoint(settings.model)
     if base.block is not None:
         raise CheckpointError(f"{settings.model}: expected a dense model, found one that is factored already; compress the original.")
-    shape = mlp_shape(base.config, str(settings.model / "config.json"))
-    _check_dense(base, shape)
+    shape = dense_block(base).shape
     calibration, judge = _windows(settings, shape)
     metric_windows = min(max(1, settings.metric_tokens // settings.window), len(calibration)) if settings.method == "two-sided" else 0
     plan = Plan(settings, base, shape, calibration, judge, metric_windows)
@@ -134,11 +132,6 @@ def make_plan(settings: Settings) -> Plan:
         raise OutputError(f"{plan.target}: expected a path that does not exist yet, found one; choose another --out or remove it.")
     _check_room(plan)
     return plan
-
-
-def _check_dense(base: Checkpoint, shape: MLPShape) -> None:
-    layers = tuple(dict.fromkeys(PROJECTIONS, DENSE) for _ in range(shape.num_layers))
-    check_names(FormatBlock(layers, shape).expected_tensors(), base.shapes(), str(base.folder))
 
 
 def _windows(settings: Settings, shape: MLPShape) -> tuple[torch.Tensor, torch.Tensor]:

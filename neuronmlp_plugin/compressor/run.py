@@ -72,6 +72,8 @@ def _finish(run: Run, bars: ProgressBars) -> dict[str, Any]:
     quality, samples = _judge(run, bars)
     report = {
         "block": block.to_json(),
+        "weight_bytes": block.weight_bytes,
+        "bytes_ratio": block.bytes_ratio,
         "matrices": [row for record in records for row in record["matrices"]],
         "notes": [note for record in records for note in record["notes"]],
         "quality": quality,

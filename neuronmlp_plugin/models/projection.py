@@ -7,17 +7,25 @@ from typing import Any
 
 FORMS = ("dense", "uv", "compact")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+INT8 = "int8"
+SCALE = "_scale"  # added to a weight's name: the name of its scales
 
 
 @dataclasses.dataclass(frozen=True)
 class ProjectionSpec:
-    """How one matrix is stored: its form, and its rank unless it is `dense`."""
+    """How one matrix is stored: its form, its rank unless it is `dense`, and INT8 as `dtype` unless its weights are floating point."""
 
     form: str
     rank: int | None = None
+    dtype: str | None = None
+
+    @property
+    def is_int8(self) -> bool:
+        return self.dtype == INT8
 
     def to_json(self) -> dict[str, Any]:
-        return {"form": self.form} if self.rank is None else {"form": self.form, "rank": self.rank}
+        given = {"form": self.form, "rank": self.rank, "dtype": self.dtype}
+        return {key: value for key, value in given.items() if value is not None}
 
 
 DENSE = ProjectionSpec("dense")
@@ -51,6 +59,23 @@ def tensor_shapes(projection: str, spec: ProjectionSpec, shape: MLPShape) -> dic
     return {"u.weight": (rank, n_in), "c.weight": (n_out - rank, rank)}
 
 
+def scale_shapes(projection: str, spec: ProjectionSpec, shape: MLPShape) -> dict[str, tuple[int]]:
+    """Suffix -> `[out]` shape of the scales beside the projection's weights; none unless it is int8."""
+    weights = tensor_shapes(projection, spec, shape) if spec.is_int8 else {}
+    return {suffix + SCALE: (size[0],) for suffix, size in weights.items()}
+
+
+def stored_shapes(projection: str, spec: ProjectionSpec, shape: MLPShape) -> dict[str, tuple[int, ...]]:
+    """Suffix -> shape of all that is stored for the projection: weights and scales."""
+    return {**tensor_shapes(projection, spec, shape), **scale_shapes(projection, spec, shape)}
+
+
 def parameter_count(projection: str, spec: ProjectionSpec, shape: MLPShape) -> int:
     """Numbers stored for the projection in its form."""
     return sum(rows * cols for rows, cols in tensor_shapes(projection, spec, shape).values())
+
+
+def weight_bytes(projection: str, spec: ProjectionSpec, shape: MLPShape) -> int:
+    """Bytes of the projection as it is served: int8 weights with their fp32 scales, floating-point weights in bf16."""
+    scales = sum(rows for (rows,) in scale_shapes(projection, spec, shape).values())
+    return parameter_count(projection, spec, shape) * (1 if spec.is_int8 else 2) + 4 * scales

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from neuronmlp_plugin.errors import UsageError
-from neuronmlp_plugin.models.projection import ProjectionSpec
+from neuronmlp_plugin.models.projection import SCALE, ProjectionSpec
 
 SCHEMES = ("gather", "reduce")
 Weights = Mapping[str, torch.Tensor]
@@ -29,6 +29,7 @@ class Shard:
 
     `first` is what meets the input and `second` what makes the output; a `dense` matrix has only `first` (gate, up) or only `second`
     (down). `pivots`: how many local channels are pivots, i.e. are themselves z (0 unless `compact`). `slots`: length of the local z.
+    `scales`: of `first` and `second`, fp32 `[out]`, where they are int8, which only `whole_shard` leaves them.
     """
 
     form: str
@@ -36,6 +37,7 @@ class Shard:
     second: torch.Tensor | None
     pivots: int = 0
     slots: int = 0
+    scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
 
 
 def slots_per_rank(count: int, tp: int) -> int:
@@ -100,3 +102,16 @@ def shard_down(spec: ProjectionSpec, weights: Weights, tp: int, rank: int, schem
         return Shard(spec.form, deal(first, tp, rank, 0), deal(v, tp, rank, 1), pivots, slots_per_rank(count, tp))
     columns = deal(first, tp, rank, 1) if spec.form == "uv" else _dealt_rest(first, count, tp, rank, 1)
     return Shard(spec.form, gathered_order(columns, tp, 0), deal_padded(v, tp, rank, 1), pivots, slots_per_rank(count, tp))
+
+
+def whole_shard(projection: str, spec: ProjectionSpec, weights: Weights) -> Shard:
+    """What a lone rank owns, which is all. An int8 weight stays int8, and its scales are expected in `weights` too."""
+    down = projection == "down_proj"
+    shard = (shard_down if down else shard_gate_up)(spec, weights, 1, 0)
+    if spec.form == "dense":
+        names = ("", "weight") if down else ("weight", "")
+    elif spec.form == "uv":
+        names = ("u.weight", "v.weight")
+    else:
+        names = ("c.weight", "v.weight") if down else ("u.weight", "c.weight")
+    return dataclasses.replace(shard, scales=(weights.get(names[0] + SCALE), weights.get(names[1] + SCALE)))

@@ -59,6 +59,8 @@ def make_plan(settings: RefineSettings) -> RefinePlan:
     source, dense = Checkpoint(settings.model), Checkpoint(settings.dense)
     if source.block is None or dense.block is not None:
         raise CheckpointError(f"{settings.model}: expected a compressed folder, and its dense one as --dense, found them otherwise.")
+    if source.block.has_int8:
+        raise CheckpointError(f"{settings.model}: expected factors in floating point, found int8; refine first, then quantise.")
     made_from = source.block.provenance.get("base_digest", base_digest(dense))
     if made_from != base_digest(dense):
         raise CheckpointError(

@@ -11,14 +11,26 @@ import pytest
 from neuronmlp_plugin.bench.decode import Decode, bytes_per_step, measure_decode
 from neuronmlp_plugin.bench.rows import Row, append_rows
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
-from tests.tiny_models import write_dense, write_mixed
+from neuronmlp_plugin.models.projection import SCALE
+from tests.tiny_models import INT8_LAYERS, write_dense, write_mixed
 
 
 def test_a_step_reads_everything_but_a_table_it_only_looks_up(tmp_path):
     for family, tied in (("llama", True), ("qwen2", False)):
         folder = write_dense(tmp_path / family, family)
         total = sum(t.numel() for _, t in Checkpoint(folder).tensors())
-        assert bytes_per_step(folder) == total - (0 if tied else 128 * 128)
+        read = total - (0 if tied else 128 * 128)
+        assert [bytes_per_step(folder, dtype) for dtype in ("float32", "bfloat16", "auto")] == [4 * read, 2 * read, 2 * read]
+
+
+def test_a_step_reads_int8_as_it_is_stored(tmp_path):
+    base = write_dense(tmp_path / "dense", "llama")
+    checkpoint = Checkpoint(write_mixed(tmp_path / "int8", base, layers=INT8_LAYERS))
+    scales = checkpoint.block.expected_scales()
+    total = sum(t.numel() for _, t in checkpoint.tensors())
+    int8 = sum(checkpoint.tensor(name.removesuffix(SCALE)).numel() for name in scales)
+    expected = 4 * (total - int8) + int8 + 4 * sum(rows for (rows,) in scales.values())
+    assert bytes_per_step(tmp_path / "int8", "float32") == expected
 
 
 @pytest.mark.parametrize(("speedup", "ideal", "share"), [(1.1, 1.2, 0.5), (0.9, 1.2, -0.5), (1.2, 1.2, 1.0)])

@@ -13,6 +13,7 @@ from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.compressor.plan import make_plan as make_compression
 from neuronmlp_plugin.compressor.progress import ProgressBars
+from neuronmlp_plugin.compressor.quantize import quantize_folder
 from neuronmlp_plugin.compressor.run import compress
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, NeuronMLPError, OutputError, UsageError
@@ -102,6 +103,12 @@ def test_the_text_that_judges_is_not_trained_on(home, tmp_path):
 def test_refusals(home, tmp_path, changes, error, words):
     with pytest.raises(error, match=words):
         make_plan(settings_for(home, tmp_path / "out", **changes))
+
+
+def test_int8_is_refused(home, tmp_path):
+    quantize_folder(home / "pivoted", tmp_path / "int8", QUIET)
+    with pytest.raises(CheckpointError, match="found int8; refine first"):
+        make_plan(settings_for(home, tmp_path / "out", model=str(tmp_path / "int8")))
 
 
 def test_another_models_folder_is_refused(home, tmp_path):

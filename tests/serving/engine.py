@@ -52,7 +52,11 @@ def run_engine(folder: pathlib.Path, *, vocabulary: int = 128, **options) -> sub
 
 def served_logits(folder: pathlib.Path, **options) -> list[tuple[list[int], torch.Tensor]]:
     """For each prompt: all its tokens with the new ones, and the raw logits `[tokens - 1, vocabulary]` that vLLM computed."""
-    process = run_engine(folder, **options)
+    return logits_of(run_engine(folder, **options))
+
+
+def logits_of(process: subprocess.CompletedProcess[str]) -> list[tuple[list[int], torch.Tensor]]:
+    """What a finished process computed; fails with its last words."""
     assert process.returncode == 0, process.stderr[-3000:]
     line = next(line for line in process.stdout.splitlines() if line.startswith("RESULT"))
     results = json.loads(line.removeprefix("RESULT"))

@@ -27,14 +27,14 @@ class Product(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("stage", "k", "n", "x_at", "x_width", "y_at", "y_width")),
-        *((name, ctypes.c_int64) for name in ("add_at", "add_width", "x_of", "y_of", "add_of")),
-        ("weight", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("add_at", "add_width", "x_of", "y_of", "add_of", "dtype")),
+        *((name, ctypes.c_void_p) for name in ("weight", "scale")),
     )
 
 
 @functools.cache
 def load_products() -> Callable[..., None] | None:
-    """`neuronmlp_products(products, count, input, output, scratch, tokens, bf16)`, or None, with the reason in the log."""
+    """`neuronmlp_products(products, count, input, output, scratch, tokens)`, or None, with the reason in the log."""
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
     if compiler is None:
         logger.warning(
@@ -49,7 +49,7 @@ def load_products() -> Callable[..., None] | None:
         )
         return None
     function.restype = None
-    function.argtypes = (ctypes.c_void_p, ctypes.c_int64, *(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_int64)
+    function.argtypes = (ctypes.c_void_p, ctypes.c_int64, *(ctypes.c_void_p,) * 3, ctypes.c_int64)
     return function
 
 

@@ -17,7 +17,15 @@ from neuronmlp_plugin.serving.cpu.compiled import Product, load_products
 
 LANES = 16
 INPUT, OUTPUT, SCRATCH, NOTHING = 0, 1, 2, -1
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.int8)  # of weights, in the order of `product.c`
+
+Weight = tuple[torch.Tensor, torch.Tensor | None]  # `[out, in]`, and its scales `[out]` where it is int8
+
+
+def weights_of(shard: Shard) -> tuple[Weight | None, Weight | None]:
+    """`first` and `second` with their scales."""
+    first = None if shard.first is None else (shard.first, shard.scales[0])
+    return first, None if shard.second is None else (shard.second, shard.scales[1])
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -36,17 +44,19 @@ class Chain:
     def __init__(self, in_features: int, out_features: int, scratch_width: int) -> None:
         self.widths = (in_features, out_features, scratch_width)
         self.products: list[Product] = []
-        self.packed: list[torch.Tensor] = []
+        self.kept: list[torch.Tensor | None] = []  # what the products point to
 
-    def add(self, stage: int, weight: torch.Tensor, x: tuple[int, int], y: tuple[int, int], addend: tuple[int, int] | None = None) -> None:
-        """Add y += x weight^T; `x`, `y` and `addend` are (buffer, first column)."""
-        packed = pack(weight)
-        n, k = weight.shape
+    def add(self, stage: int, weight: Weight, x: tuple[int, int], y: tuple[int, int], addend: tuple[int, int] | None = None) -> None:
+        """Add y = x weight^T + addend; `x`, `y` and `addend` are (buffer, first column)."""
+        matrix, scale = weight
+        packed = pack(matrix)
+        n, k = matrix.shape
         add_of, add_at = addend or (NOTHING, 0)
         add_width = self.widths[add_of] if addend else 0
         places = (x[1], self.widths[x[0]], y[1], self.widths[y[0]], add_at, add_width, x[0], y[0], add_of)
-        self.products.append(Product(stage, k, n, *places, packed.data_ptr()))
-        self.packed.append(packed)
+        pointers = (packed.data_ptr(), None if scale is None else scale.data_ptr())
+        self.products.append(Product(stage, k, n, *places, DTYPES.index(matrix.dtype), *pointers))
+        self.kept += [packed, scale]
 
     def finish(self) -> Linear:
         """The callable, once all products are in. It goes through a torch operator, so that torch.compile leaves it whole."""
@@ -66,8 +76,7 @@ class Chain:
         output = torch.empty(tokens, self.widths[1], dtype=torch.float32)
         scratch = torch.empty(tokens, self.widths[2], dtype=torch.float32)
         pointers = (rows.data_ptr(), output.data_ptr(), scratch.data_ptr())
-        bf16 = self.packed[0].dtype == torch.bfloat16
-        function(ctypes.addressof(self.array), len(self.products), *pointers, tokens, bf16)
+        function(ctypes.addressof(self.array), len(self.products), *pointers, tokens)
         return output.to(x.dtype).reshape(*x.shape[:-1], self.widths[1])
 
 
@@ -78,10 +87,9 @@ _LIBRARY.impl("chain", lambda x, handle, _out_features: _CHAINS[handle.item()].r
 _LIBRARY.impl("chain", lambda x, _handle, out_features: x.new_empty((*x.shape[:-1], out_features)), "Meta")
 
 
-def usable(shards: Sequence[Shard]) -> bool:
+def usable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a chain can run here: weights in this machine's memory, of a dtype that it knows, and a compiled library."""
-    weights = [w for s in shards for w in (s.first, s.second) if w is not None]
-    return all(w.device.type == "cpu" and w.dtype in DTYPES for w in weights) and load_products() is not None
+    return device.type == "cpu" and dtype in DTYPES and load_products() is not None
 
 
 def fused_gate_up(shards: Sequence[Shard], intermediate_size: int) -> Linear:
@@ -91,24 +99,26 @@ def fused_gate_up(shards: Sequence[Shard], intermediate_size: int) -> Linear:
     scratch = 0
     for index, shard in enumerate(shards):
         start = index * intermediate_size
-        assert shard.first is not None
-        if shard.second is None or shard.form == "compact":
+        first, second = weights_of(shard)
+        assert first is not None
+        if second is None or shard.form == "compact":
             z = (OUTPUT, start)
         else:
             z, scratch = (SCRATCH, scratch), scratch + shard.slots
-        chain.add(0, shard.first, (INPUT, 0), z)
-        if shard.second is not None:
-            chain.add(1, shard.second, z, (OUTPUT, start + shard.pivots))
+        chain.add(0, first, (INPUT, 0), z)
+        if second is not None:
+            chain.add(1, second, z, (OUTPUT, start + shard.pivots))
     return chain.finish()
 
 
 def fused_down(shard: Shard, intermediate_size: int) -> Linear:
     """h `[..., I]` -> y `[..., H]` of one rank; the pivots of a compact matrix are the addend of its first product."""
-    assert shard.second is not None
-    chain = Chain(intermediate_size, shard.second.shape[0], shard.slots)
-    if shard.first is None:
-        chain.add(0, shard.second, (INPUT, 0), (OUTPUT, 0))
+    first, second = weights_of(shard)
+    assert second is not None
+    chain = Chain(intermediate_size, second[0].shape[0], shard.slots)
+    if first is None:
+        chain.add(0, second, (INPUT, 0), (OUTPUT, 0))
         return chain.finish()
-    chain.add(0, shard.first, (INPUT, shard.pivots), (SCRATCH, 0), (INPUT, 0) if shard.form == "compact" else None)
-    chain.add(1, shard.second, (SCRATCH, 0), (OUTPUT, 0))
+    chain.add(0, first, (INPUT, shard.pivots), (SCRATCH, 0), (INPUT, 0) if shard.form == "compact" else None)
+    chain.add(1, second, (SCRATCH, 0), (OUTPUT, 0))
     return chain.finish()

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.linear import LinearMethodBase
 
-from neuronmlp_plugin.checkpoint.reader import FactorFile
+from neuronmlp_plugin.checkpoint.reader import FactorFile, check_int8
 from neuronmlp_plugin.errors import CheckpointError
+from neuronmlp_plugin.models.int8 import dequantize
 from neuronmlp_plugin.models.parallel_mlp import Down, GateUp, Linear, plain_linear
-from neuronmlp_plugin.models.projection import MLPShape, ProjectionSpec, tensor_shapes
-from neuronmlp_plugin.models.sharding import Shard, check_divisible, shard_down, shard_gate_up
+from neuronmlp_plugin.models.projection import SCALE, MLPShape, ProjectionSpec, stored_shapes
+from neuronmlp_plugin.models.sharding import Shard, check_divisible, shard_down, shard_gate_up, whole_shard
 from neuronmlp_plugin.serving.cpu.collectives import tensor_parallel
 from neuronmlp_plugin.serving.cpu.fused import fused_down, fused_gate_up, usable
 from neuronmlp_plugin.serving.cpu.gemm import prepacked_linear
@@ -56,16 +57,17 @@ class LowRankMethod(LinearMethodBase):
         suffixes = {"weight"} if self.overlay is not None else {s for p in self.projections for s in self._sizes(p)}
         for suffix in sorted(suffixes):
             owner, _, leaf = suffix.rpartition(".")
-            module = layer if not owner else nn.Module()
-            if owner:
-                layer.add_module(owner, module)
+            if owner and not hasattr(layer, owner):
+                layer.add_module(owner, nn.Module())
+            module = layer.get_submodule(owner)
             parameter = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
             parameter.weight_loader = self._loader(suffix)  # type: ignore[attr-defined]
             module.register_parameter(leaf, parameter)
-            self.device = parameter.device
+        self.device = parameter.device
+        self.fuses = self.options.fast_path and self.collectives.size == 1 and usable(self.device, self.dtype)
 
-    def _sizes(self, projection: str) -> dict[str, tuple[int, int]]:
-        return tensor_shapes(projection, self.specs[projection], self.shape)
+    def _sizes(self, projection: str) -> dict[str, tuple[int, ...]]:
+        return stored_shapes(projection, self.specs[projection], self.shape)
 
     def _loader(self, suffix: str) -> Callable[..., None]:
         def load(_parameter: nn.Parameter, tensor: torch.Tensor, shard_id: int | None = None) -> None:
@@ -85,21 +87,30 @@ class LowRankMethod(LinearMethodBase):
             self.shards[projection] = self._cut(projection, self.arrived.pop(projection))
 
     def _cut(self, projection: str, weights: dict[str, torch.Tensor]) -> Shard:
+        spec = self.specs[projection]
+        if spec.is_int8:
+            quantized = {suffix: weight for suffix, weight in weights.items() if suffix + SCALE in weights}
+            for suffix, weight in quantized.items():
+                check_int8(weight, weights[suffix + SCALE], f"{self.parent}.{projection}.{suffix}")
+            if self.fuses:
+                return whole_shard(projection, spec, {suffix: weight.to(self.device) for suffix, weight in weights.items()})
+            weights = {suffix: dequantize(weight, weights[suffix + SCALE]) for suffix, weight in quantized.items()}
         cast = {suffix: weight.to(self.device, self.dtype) for suffix, weight in weights.items()}
         cut = shard_down if projection == "down_proj" else shard_gate_up
-        return cut(self.specs[projection], cast, self.collectives.size, self.collectives.rank, self.options.tp_scheme)
+        return cut(spec, cast, self.collectives.size, self.collectives.rank, self.options.tp_scheme)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Prepack the shards. A tensor that never came is refused: vLLM itself would serve random numbers."""
         if self.overlay is not None:
             for projection in self.projections:
+                read = self.overlay.stored if self.specs[projection].is_int8 else self.overlay.tensor
                 for suffix in self._sizes(projection):
-                    self._arrive(projection, suffix, self.overlay.tensor(f"{self.parent}.{projection}.{suffix}"))
+                    self._arrive(projection, suffix, read(f"{self.parent}.{projection}.{suffix}"))
         missing = [f"{self.parent}.{p}.{s}" for p, got in self.arrived.items() for s in self._sizes(p) if s not in got]
         if missing:
             raise CheckpointError(f"checkpoint: expected a tensor {missing[0]} ({len(missing)} of this layer are missing), found none.")
         shards = [self.shards[p] for p in self.projections]
-        if self.options.fast_path and self.collectives.size == 1 and usable(shards):
+        if self.fuses:
             self.run = self._fused(shards)
         else:
             self.run = self._one_by_one(shards, prepacked_linear if self.options.fast_path else plain_linear)

@@ -17,8 +17,8 @@ from vllm.platforms import current_platform
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, FactorFile, read_config
 from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, parse_block
 from neuronmlp_plugin.errors import CheckpointError
-from neuronmlp_plugin.models.projection import PROJECTIONS
-from neuronmlp_plugin.serving.cpu.compiled import load_products
+from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS
+from neuronmlp_plugin.serving.cpu.fused import usable
 from neuronmlp_plugin.serving.cpu.linear_method import LowRankDownMethod, LowRankGateUpMethod
 from neuronmlp_plugin.serving.options import Options, parse_options
 
@@ -69,7 +69,7 @@ class NeuronMLPConfig(QuantizationConfig):
         parent, _, name = prefix.rpartition(".")
         specs = {p: block.spec(f"{parent}.{p}") for p in PROJECTIONS}
         known = {p: spec for p, spec in specs.items() if spec is not None}
-        if not known or name not in ("gate_up_proj", "down_proj") or all(spec.form == "dense" for spec in known.values()):
+        if not known or name not in ("gate_up_proj", "down_proj") or all(spec == DENSE for spec in known.values()):
             return UnquantizedLinearMethod()
         method = LowRankGateUpMethod if name == "gate_up_proj" else LowRankDownMethod
         return method(parent, known, block.shape, options, overlay)
@@ -80,8 +80,10 @@ class NeuronMLPConfig(QuantizationConfig):
             block, overlay, options = self.opened
             forms = [spec.form for layer in block.layers for spec in layer.values()]
             counts = ", ".join(f"{forms.count(form)} {form}" for form in sorted(set(forms)))
+            int8 = sum(spec.is_int8 for layer in block.layers for spec in layer.values())
+            counts += f", {int8} of them int8" if int8 else ""
             source = overlay.path if overlay else "the checkpoint"
-            path = _path(options)
+            path = _path(options, int8 > 0)
             logger.info(
                 "neuronmlp: %.1f%% of the MLP parameters removed by %s; %s; %s; tp scheme %s",
                 100 * block.removed_ratio,
@@ -110,12 +112,12 @@ class NeuronMLPConfig(QuantizationConfig):
         return {**self.__dict__, "opened": None}
 
 
-def _path(options: Options) -> str:
+def _path(options: Options, int8: bool) -> str:
     """How the products will run, in words."""
+    dtype: Any = get_current_vllm_config().model_config.dtype
+    if options.fast_path and get_tensor_model_parallel_world_size() == 1 and usable(torch.device(current_platform.device_type), dtype):
+        return "fused products, int8 weights read as they are" if int8 else "fused products"
+    expanded = f", int8 weights expanded to {dtype} at load, at its memory and speed" if int8 else ""
     if not options.fast_path:
-        return "plain torch products (fast_path is off)"
-    if not current_platform.is_cpu():
-        return "plain torch products"
-    if get_tensor_model_parallel_world_size() > 1 or load_products() is None:
-        return "products one by one, prepacked by vLLM"
-    return "fused products"
+        return f"plain torch products (fast_path is off){expanded}"
+    return ("products one by one, prepacked by vLLM" if current_platform.is_cpu() else "plain torch products") + expanded

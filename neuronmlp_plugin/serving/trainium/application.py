@@ -12,7 +12,7 @@ from neuronmlp_plugin.serving.trainium.decisions import layer_decisions
 from neuronmlp_plugin.serving.trainium.dispatch import DECODE, FILE, PREFILL, RECORD
 from neuronmlp_plugin.serving.trainium.metrics import publish
 from neuronmlp_plugin.serving.trainium.mlp import LowRankMLP
-from neuronmlp_plugin.serving.trainium.state_dict import State, lay_out_state, overlay_factors, read_factored
+from neuronmlp_plugin.serving.trainium.state_dict import State, cast_int8, lay_out_state, overlay_factors, read_factored
 
 logger = logging.getLogger("vllm.neuronmlp")  # a child of the logger that vLLM sets up
 _Base: Any = object  # the mixins below stand before an NxDI class, whose methods `super()` finds
@@ -74,6 +74,11 @@ class LowRankApplication(_Base):
         if block is not None:
             if options.factors:
                 overlay_factors(state, options.factors, config.__dict__)
+            if cast_int8(state, block, config.neuron_config.torch_dtype):
+                logger.info(
+                    "neuronmlp: int8 weights are expanded to %s at load, at its memory and speed: the kernels take no int8",
+                    config.neuron_config.torch_dtype,
+                )
             paths = [{decision.path for decision in decisions.values()} for decisions in layer_decisions(config)]
             lay_out_state(state, block, paths, config.neuron_config.tp_degree, options.tp_scheme, source_of(config))
         return state

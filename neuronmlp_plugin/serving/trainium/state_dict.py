@@ -8,7 +8,7 @@ import torch
 
 from neuronmlp_plugin.checkpoint.reader import Checkpoint, FactorFile, check_names
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
-from neuronmlp_plugin.models.projection import PROJECTIONS
+from neuronmlp_plugin.models.projection import PROJECTIONS, SCALE
 from neuronmlp_plugin.serving.trainium.kernel_path import pack_layer
 from neuronmlp_plugin.serving.trainium.layout import lay_out
 
@@ -17,7 +17,7 @@ State = dict[str, torch.Tensor]
 
 
 def read_factored(folder: str) -> State:
-    """Every tensor of a factored folder, by its name in NxDI (without `model.`)."""
+    """Every tensor of a factored folder, int8 dequantised, by its name in NxDI (without `model.`)."""
     return {name.removeprefix(_PREFIX): tensor for name, tensor in Checkpoint(folder).tensors()}
 
 
@@ -29,6 +29,13 @@ def overlay_factors(state: State, path: str, config: dict[str, Any]) -> None:
         del state[name]
     for name in factors.block.expected_tensors(only_changed=True):
         state[name.removeprefix(_PREFIX)] = factors.tensor(name)
+
+
+def cast_int8(state: State, block: FormatBlock, dtype: torch.dtype) -> bool:
+    """Bring the weights that were read from int8, in fp32 by now, to the model's dtype, in place; false where there are none."""
+    names = [name.removeprefix(_PREFIX).removesuffix(SCALE) for name in block.expected_scales()]
+    state.update({name: state[name].to(dtype) for name in names if name in state})
+    return bool(names)
 
 
 def lay_out_state(state: State, block: FormatBlock, plan: list[set[str]], tp: int, scheme: str, source: str) -> None:

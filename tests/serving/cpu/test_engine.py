@@ -7,13 +7,16 @@ import json
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint
 from neuronmlp_plugin.checkpoint.writer import write_factor_file
-from tests.serving.engine import NEW_TOKENS, run_engine, served_logits
-from tests.tiny_models import FAMILIES, write_dense, write_mixed
+from neuronmlp_plugin.compressor.progress import ProgressBars
+from neuronmlp_plugin.compressor.quantize import quantize_folder
+from tests.serving.engine import NEW_TOKENS, logits_of, run_engine, served_logits
+from tests.tiny_models import FAMILIES, INT8_LAYERS, write_dense, write_mixed
 
 pytestmark = [
     pytest.mark.vllm,
@@ -43,6 +46,24 @@ def test_served_logits_equal_the_torch_forward(tmp_path, family, tensor_parallel
     check(served_logits(folder, tensor_parallel_size=tensor_parallel), load_model(folder))
 
 
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int8_matrices_beside_others_give_the_logits_of_what_they_stand_for(tmp_path, family, tensor_parallel):
+    folder = write_mixed(tmp_path / "int8", write_dense(tmp_path / "dense", family), layers=INT8_LAYERS)
+    check(served_logits(folder, tensor_parallel_size=tensor_parallel), load_model(folder))
+
+
+@pytest.mark.parametrize("options", [{}, {"fast_path": False}], ids=str)
+def test_a_dense_model_in_int8_is_served_and_the_log_says_how(tmp_path, options):
+    folder = tmp_path / "int8"
+    quantize_folder(write_dense(tmp_path / "dense", "llama"), folder, ProgressBars(Console(), quiet=True))
+    process = run_engine(folder, additional_config={"neuronmlp": options})
+    check(logits_of(process), load_model(folder))
+    how = "int8 weights expanded to torch.float32 at load" if options else "fused products, int8 weights read as they are"
+    log = process.stdout + process.stderr
+    assert "9 dense, 9 of them int8; " in log and how in log
+
+
 @pytest.mark.parametrize("options", [{"tp_scheme": "reduce"}, {"fast_path": False}], ids=str)
 def test_options_change_how_not_what(tmp_path, options):
     folder = mixed(tmp_path, "llama")
@@ -59,9 +80,9 @@ def test_compiled_graphs_give_the_same_logits(tmp_path):
 def dense_with_factors(tmp_path):
     """A dense folder with the factors of another beside it."""
     base = write_dense(tmp_path / "dense", "llama")
-    block = Checkpoint(write_mixed(tmp_path / "mixed", base)).block
-    folder = Checkpoint(tmp_path / "mixed")
-    tensors = {name: folder.tensor(name) for name in block.expected_tensors(only_changed=True)}
+    folder = write_mixed(tmp_path / "mixed", base, layers=INT8_LAYERS)
+    block = Checkpoint(folder).block
+    tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items() if ".mlp." in name}
     (base / FACTOR_FILE).parent.mkdir()
     write_factor_file(base / FACTOR_FILE, block, tensors)
     return base
@@ -99,7 +120,7 @@ def change_the_version(folder):
     ("spoil", "options", "message"),
     [
         (drop_a_factor, {}, "expected a tensor model.layers.0.mlp.up_proj.u.weight"),
-        (change_the_version, {}, "expected neuronmlp format_version 1, found 7"),
+        (change_the_version, {}, "expected neuronmlp format_version 1 or 2, found 7"),
         (None, {"tp_scheme": "replicate"}, "neuronmlp.tp_scheme: expected one of gather, reduce, found 'replicate'"),
         (None, {"ranks": 3}, "expected an object with the keys factors, tp_scheme, fast_path"),
     ],

@@ -14,9 +14,10 @@ import torch
 from hypothesis import given, settings
 
 from neuronmlp_plugin.models.collectives import Collectives
+from neuronmlp_plugin.models.int8 import quantize
 from neuronmlp_plugin.models.parallel_mlp import Down, GateUp
-from neuronmlp_plugin.models.projection import FORMS, PROJECTIONS, MLPShape, ProjectionSpec
-from neuronmlp_plugin.models.sharding import shard_down, shard_gate_up
+from neuronmlp_plugin.models.projection import FORMS, PROJECTIONS, SCALE, MLPShape, ProjectionSpec
+from neuronmlp_plugin.models.sharding import whole_shard
 from tests.models.layers import random_modules
 
 pytestmark = [
@@ -26,23 +27,26 @@ pytestmark = [
 ]
 
 
-def shards_of(forms, hidden, intermediate, rank, dtype):
+def shards_of(forms, hidden, intermediate, rank, dtype, int8):
     shape = MLPShape(hidden, intermediate, 1)
     specs = {p: ProjectionSpec(f, None if f == "dense" else rank) for p, f in zip(PROJECTIONS, forms, strict=True)}
-    weights = {p: {n: w.to(dtype) for n, w in m.state_dict().items()} for p, m in random_modules(specs, shape).items()}
-    gate_up = [shard_gate_up(specs[p], weights[p], 1, 0) for p in ("gate_proj", "up_proj")]
-    return gate_up, shard_down(specs["down_proj"], weights["down_proj"], 1, 0)
-
-
-def replace_weights(shard, change):
-    """The same shard with other weights."""
-    first, second = (None if w is None else change(w) for w in (shard.first, shard.second))
-    return dataclasses.replace(shard, first=first, second=second)
+    shards = []
+    for (projection, module), rounded in zip(random_modules(specs, shape).items(), int8, strict=True):
+        weights = {}
+        for name, weight in module.state_dict().items():
+            if rounded:
+                weights[name], weights[name + SCALE] = quantize(weight)
+            else:
+                weights[name] = weight.to(dtype)
+        shards.append(whole_shard(projection, specs[projection], weights))
+    return shards[:2], shards[2]
 
 
 def wide(shard):
     """The same shard in fp64, for the reference."""
-    return replace_weights(shard, torch.Tensor.double)
+    pairs = zip((shard.first, shard.second), shard.scales, strict=True)
+    first, second = (w if w is None else w.double() * (1.0 if s is None else s.double()[:, None]) for w, s in pairs)
+    return dataclasses.replace(shard, first=first, second=second)
 
 
 @given(
@@ -51,14 +55,15 @@ def wide(shard):
     st.integers(2, 150),
     st.integers(1, 40),
     st.sampled_from([torch.float32, torch.bfloat16]),
+    st.tuples(*[st.booleans()] * 3),
     st.data(),
 )
-@settings(deadline=None, max_examples=150)
-def test_chains_equal_the_plain_products(forms, hidden, intermediate, tokens, dtype, data):
+@settings(deadline=None, max_examples=200)
+def test_chains_equal_the_plain_products(forms, hidden, intermediate, tokens, dtype, int8, data):
     from neuronmlp_plugin.serving.cpu.fused import fused_down, fused_gate_up
 
     rank = data.draw(st.integers(1, min(hidden, intermediate) - 1))
-    gate_up, down = shards_of(forms, hidden, intermediate, rank, dtype)
+    gate_up, down = shards_of(forms, hidden, intermediate, rank, dtype, int8)
     x, h = torch.randn(tokens, hidden, dtype=dtype), torch.randn(tokens, intermediate, dtype=dtype)
     tolerance = 1e-5 if dtype is torch.float32 else 8e-3
     expected = GateUp([wide(s) for s in gate_up], intermediate, Collectives())(x.double())
@@ -72,10 +77,9 @@ def test_chains_equal_the_plain_products(forms, hidden, intermediate, tokens, dt
 def test_weights_that_are_elsewhere_or_of_another_dtype_take_no_chain():
     from neuronmlp_plugin.serving.cpu.fused import usable
 
-    gate_up, _ = shards_of(("compact", "uv", "dense"), 8, 12, 3, torch.float32)
-    assert usable(gate_up)
-    assert not usable([replace_weights(s, lambda w: w.half()) for s in gate_up])
-    assert not usable([replace_weights(s, lambda w: w.to("meta")) for s in gate_up])
+    assert usable(torch.device("cpu"), torch.float32)
+    assert not usable(torch.device("cpu"), torch.float16)
+    assert not usable(torch.device("meta"), torch.float32)
 
 
 def test_packing_pads_the_last_panel_with_zeros():

@@ -1,0 +1,70 @@
+"""A folder whose MLPs are int8, made from one whose MLPs are not, a layer at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import torch
+
+from neuronmlp_plugin import __version__
+from neuronmlp_plugin.checkpoint.reader import Checkpoint, dense_block
+from neuronmlp_plugin.checkpoint.schema import FormatBlock
+from neuronmlp_plugin.checkpoint.writer import layer_prefix, whole_folder, write_layer, write_rest
+from neuronmlp_plugin.compressor.progress import ProgressBars
+from neuronmlp_plugin.errors import CheckpointError
+from neuronmlp_plugin.lowrank.rounding import grams, refit, round_under
+from neuronmlp_plugin.models.int8 import LIMIT, quantize, scales_of
+from neuronmlp_plugin.models.projection import INT8, SCALE, ProjectionSpec, tensor_shapes
+
+Rounded = tuple[torch.Tensor, torch.Tensor]  # q and its scales
+
+
+def quantize_folder(model: pathlib.Path, out: pathlib.Path, bars: ProgressBars) -> FormatBlock:
+    """Write `out`, which appears whole or not at all, with every MLP matrix of `model` in int8 and all else as it was.
+
+    Raises OutputError where `out` exists or the disk is full, CheckpointError where `model` is int8 already, and the reader's errors.
+    """
+    base = Checkpoint(model)
+    before = base.block or dense_block(base)
+    if before.has_int8:
+        raise CheckpointError(f"{model}: expected MLPs in floating point, found int8; quantise the folder that it was made from.")
+    layers = tuple({name: dataclasses.replace(spec, dtype=INT8) for name, spec in layer.items()} for layer in before.layers)
+    provenance = {**before.provenance, "quantized_from": str(model)}
+    after = FormatBlock(layers, before.shape, provenance, f"neuronmlp {__version__}")
+    with whole_folder(out) as folder:
+        with bars.stage("int8", len(layers)) as tick:
+            for index, specs in enumerate(layers):
+                write_layer(folder, base, index, _int8_layer(base, f"{layer_prefix(index)}mlp.", specs, after))
+                tick(1)
+        write_rest(folder, base, after)
+    return after
+
+
+def _int8_layer(base: Checkpoint, prefix: str, specs: dict[str, ProjectionSpec], block: FormatBlock) -> dict[str, torch.Tensor]:
+    """Full name -> weights and scales of one layer."""
+    tensors = {}
+    for projection, spec in specs.items():
+        names = [f"{prefix}{projection}.{suffix}" for suffix in tensor_shapes(projection, spec, block.shape)]
+        weights = [base.tensor(name) for name in names]
+        rounded = [quantize(weights[0])] if spec.form == "dense" else quantize_pair(projection, spec, weights[0], weights[1])
+        for name, (q, scale) in zip(names, rounded, strict=True):
+            tensors[name], tensors[name + SCALE] = q, scale
+    return tensors
+
+
+def quantize_pair(projection: str, spec: ProjectionSpec, first: torch.Tensor, second: torch.Tensor) -> list[Rounded]:
+    """The two factors of a low-rank matrix, in the order of `tensor_shapes`, rounded for the sake of their product.
+
+    The first under what the second makes of its errors, then the second, fitted anew to what the first has become.
+    """
+    first, second = first.float(), second.float()
+    compact, down = spec.form == "compact", projection == "down_proj"
+    scale = scales_of(first)
+    weighed = grams(second.T, second.T, compact and not down)[0]  # gate and up pass z on beside c's products: [I, c^T]
+    q = round_under(first.T, scale, weighed, LIMIT).T.contiguous()
+    gram, cross = grams(first, q * scale[:, None], compact and down)
+    fitted = refit(second, cross, gram)
+    scale_fitted = scales_of(fitted)
+    q_fitted = round_under(fitted, scale_fitted[:, None], gram, LIMIT)
+    return [(q.to(torch.int8), scale), (q_fitted.to(torch.int8), scale_fitted)]

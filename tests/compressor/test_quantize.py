@@ -1,0 +1,97 @@
+"""`neuronmlp quantize`: a whole folder, rounded and nothing else, or none."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from neuronmlp_plugin.checkpoint.loader import load_model
+from neuronmlp_plugin.checkpoint.reader import Checkpoint
+from neuronmlp_plugin.cli import main
+from neuronmlp_plugin.compressor.quantize import quantize_pair
+from neuronmlp_plugin.models.int8 import dequantize, quantize
+from neuronmlp_plugin.models.low_rank_linear import build_linear
+from neuronmlp_plugin.models.projection import PROJECTIONS, ProjectionSpec, tensor_shapes
+from tests.letters import write_tokenizer
+from tests.tiny_models import MIXED_LAYERS, SHAPE, write_dense, write_mixed
+
+
+@pytest.fixture
+def home(tmp_path):
+    write_tokenizer(write_dense(tmp_path / "dense", "qwen3"))
+    write_mixed(tmp_path / "mixed", tmp_path / "dense")
+    return tmp_path
+
+
+@pytest.mark.parametrize("source", ["dense", "mixed"])
+def test_all_mlp_matrices_are_rounded_and_nothing_else_changes(home, source):
+    assert main(["quantize", str(home / source), "--out", str(home / "out"), "--quiet"]) == 0
+    before, after = Checkpoint(home / source), Checkpoint(home / "out")
+    assert before.names() == after.names()
+    for name in before.names():
+        weight, rounded = before.tensor(name), after.tensor(name)
+        if name.endswith("_proj.weight") and ".mlp." in name:
+            assert torch.equal(rounded, dequantize(*quantize(weight)))
+        elif ".mlp." in name:  # a factor, rounded for the sake of its product
+            assert not torch.equal(rounded, weight) and float((rounded - weight).norm() / weight.norm()) < 0.1
+        else:
+            assert torch.equal(rounded, weight)
+    specs = [layer[name] for layer in after.block.layers for name in PROJECTIONS]
+    assert all(spec.is_int8 for spec in specs)
+    if source == "mixed":
+        assert [(s.form, s.rank) for s in specs] == [(layer[n].form, layer[n].rank) for layer in MIXED_LAYERS for n in PROJECTIONS]
+    assert (home / "out" / "tokenizer.json").read_bytes() == (home / "dense" / "tokenizer.json").read_bytes()
+    assert not list(home.glob("*.partial"))
+
+
+def matrix(projection, spec, factors):
+    """`[in, out]` of a low-rank projection."""
+    module = build_linear(projection, spec, SHAPE)
+    module.load_state_dict(dict(zip(module.state_dict(), factors, strict=True)))
+    with torch.no_grad():
+        return module(torch.eye(SHAPE.in_out(projection)[0]))
+
+
+@pytest.mark.parametrize("projection", ["gate_proj", "down_proj"])
+@pytest.mark.parametrize(("form", "gain"), [("compact", 0.8), ("uv", 0.95)])
+def test_factors_rounded_together_move_their_matrix_less_than_each_for_itself(projection, form, gain):
+    spec = ProjectionSpec(form, 60)
+    torch.manual_seed(0)
+    weights = [torch.randn(size) for size in tensor_shapes(projection, spec, SHAPE).values()]
+    exact = matrix(projection, spec, weights)
+    apart = matrix(projection, spec, [dequantize(*quantize(w)) for w in weights])
+    together = matrix(projection, spec, [dequantize(*pair) for pair in quantize_pair(projection, spec, *weights)])
+    assert float((together - exact).norm()) < gain * float((apart - exact).norm())
+
+
+def test_the_rounded_model_is_close_and_half_as_large(home, capsys):
+    main(["quantize", str(home / "dense"), "--out", str(home / "out")])
+    assert main(["inspect", str(home / "out"), "--json"]) == 0
+    sizes = json.loads(capsys.readouterr().out.partition("\n")[2])
+    assert sizes["format_version"] == 2 and sizes["removed_ratio"] == 0.0
+    assert sizes["bytes_ratio"] == pytest.approx(0.5 + 2 * (2 / 128 + 1 / 192) / 3, abs=1e-6)
+    ids = torch.randint(3, 128, (2, 11))
+    with torch.no_grad():
+        exact, rounded = (load_model(home / name)(ids).logits for name in ("dense", "out"))
+    assert 0 < float((exact - rounded).norm() / exact.norm()) < 0.1
+    assert main(["inspect", str(home / "out")]) == 0
+    assert "dense int8" in capsys.readouterr().out
+
+
+def test_what_cannot_be_quantised_is_refused(home, capsys):
+    main(["quantize", str(home / "dense"), "--out", str(home / "out")])
+    for source, target, message in (("out", "again", "found int8"), ("dense", "out", "does not exist yet"), ("none", "new", "config.json")):
+        assert main(["quantize", str(home / source), "--out", str(home / target)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_an_interrupted_run_leaves_nothing(home, capsys):
+    weights = load_file(home / "dense" / "model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(weights, home / "dense" / "model.safetensors")
+    assert main(["quantize", str(home / "dense"), "--out", str(home / "out")]) == 2
+    assert "expected finite weights" in capsys.readouterr().err
+    assert {path.name for path in home.iterdir()} == {"dense", "mixed"}

@@ -4,7 +4,8 @@
         --judge wikipedia=build/smollm2/heldout.jsonl --judge news=build/smollm2/news.jsonl --out build/compare --remove 0.20 --seeds 0
 
 Every folder and every judgement is kept in --out and not made again, so that a stopped run goes on, and several can share the work by
-seed; the table is over everything that is asked for. `MLP bytes` are those of the stored MLP tensors over those of a bf16 dense MLP.
+seed; the table is over everything that is asked for, and results.csv and results.png have the same. `MLP bytes` are those of the stored MLP
+tensors over those of a bf16 dense MLP (floating-point factors count as bf16, however they are stored).
 """
 
 from __future__ import annotations
@@ -133,6 +134,35 @@ def _order(means: object, spread: str) -> tuple[object, ...]:
     return ratio, spread, kl, top1
 
 
+def plot(found: list[dict[str, object]], path: pathlib.Path) -> None:
+    """Perplexity over dense against bytes, a panel a text, a line a method, every seed a dot."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    texts = list(dict.fromkeys(row["text"] for row in found))
+    figure, panels = pyplot.subplots(1, len(texts), figsize=(5.2 * len(texts), 4.6), layout="constrained", sharey=True, squeeze=False)
+    for axes, text in zip(panels[0], texts, strict=True):
+        for index, name in enumerate(dict.fromkeys(row["method"] for row in found)):
+            mine = [row for row in found if row["text"] == text and row["method"] == name]
+            points = sorted((float(str(row["mlp_bytes_over_bf16"])), float(str(row["perplexity_ratio"]))) for row in mine)
+            axes.scatter([x for x, _ in points], [y for _, y in points], s=22, color=f"C{index}", marker="oosD^vX"[index % 7], label=name)
+            mean = {row["removed"]: [] for row in mine}
+            for row in mine:
+                mean[row["removed"]].append((float(str(row["mlp_bytes_over_bf16"])), float(str(row["perplexity_ratio"]))))
+            line = sorted(tuple(map(statistics.mean, zip(*group, strict=True))) for group in mean.values())
+            axes.plot([x for x, _ in line], [y for _, y in line], color=f"C{index}", linewidth=1)
+        axes.set(yscale="log", ylim=(0.95, 12), xlabel="MLP bytes over bf16 dense", title=f"judged on {text}")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_yticks([1, 1.1, 1.2, 1.5, 2, 3, 5, 10], minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.25)
+    panels[0][0].set_ylabel("perplexity over dense (cut at 12)")
+    panels[0][0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
 def named_text(value: str) -> tuple[str, pathlib.Path]:
     name, _, path = value.rpartition("=")
     return name or "held-out", pathlib.Path(path)
@@ -169,6 +199,7 @@ def main() -> None:
         writer = csv.DictWriter(file, found[0])
         writer.writeheader()
         writer.writerows(found)
+    plot(found, args.out / "results.png")
     print_table(found)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -35,34 +35,33 @@ class Quality:
 
 
 def compare(reference: LayerStream, candidate: LayerStream, windows: torch.Tensor, tick: Callable[[int], None] = lambda _: None) -> Quality:
-    """`compare_all` for one candidate."""
-    return next(compare_all(reference, [candidate], windows, tick))
+    """One candidate against the reference over `windows [n, S]`; `Judge` says how."""
+    return Judge(reference, windows, tick).compare(candidate, tick)
 
 
-@torch.no_grad()
-def compare_all(
-    reference: LayerStream, candidates: Iterable[LayerStream], windows: torch.Tensor, tick: Callable[[int], None] = lambda _: None
-) -> Iterator[Quality]:
-    """Average over all predicted tokens of `windows [n, S]`, one candidate after the other against the reference, which runs once.
+class Judge:
+    """Compares candidates with a reference that runs once, over all predicted tokens of `windows [n, S]`.
 
     One layer of one model is in memory at a time; `tick(1)` after each of any model's layers. A window with NaN or Inf logits ends the
     run with NonFiniteError: skipping it would make a broken model look finite.
     """
-    exact = last_hidden(reference, windows, tick)
-    for candidate in candidates:
-        yield _compare_states(reference, exact, candidate, last_hidden(candidate, windows, tick), windows)
 
+    def __init__(self, reference: LayerStream, windows: torch.Tensor, tick: Callable[[int], None] = lambda _: None) -> None:
+        self.reference, self.windows = reference, windows
+        self._exact = last_hidden(reference, windows, tick)
 
-def _compare_states(
-    reference: LayerStream, exact: torch.Tensor, candidate: LayerStream, reached: torch.Tensor, windows: torch.Tensor
-) -> Quality:
-    head_p, head_q = reference.head(), candidate.head()
-    totals = _Totals()
-    for index, (window, *pair) in enumerate(zip(windows, exact, reached, strict=True)):
-        targets, p, q = (x.split(POSITIONS) for x in (window[1:], *(hidden[:-1] for hidden in pair)))
-        for target, x, y in zip(targets, p, q, strict=True):
-            totals.add(head_p(x.to(reference.device)), head_q(y.to(candidate.device)), target.to(reference.device), f"window {index}")
-    return totals.quality()
+    @torch.no_grad()
+    def compare(self, candidate: LayerStream, tick: Callable[[int], None] = lambda _: None) -> Quality:
+        """Averages over all windows."""
+        reached = last_hidden(candidate, self.windows, tick)
+        head_p, head_q = self.reference.head(), candidate.head()
+        totals = _Totals()
+        for index, (window, *pair) in enumerate(zip(self.windows, self._exact, reached, strict=True)):
+            targets, p, q = (x.split(POSITIONS) for x in (window[1:], *(hidden[:-1] for hidden in pair)))
+            for target, x, y in zip(targets, p, q, strict=True):
+                device = self.reference.device
+                totals.add(head_p(x.to(device)), head_q(y.to(candidate.device)), target.to(device), f"window {index}")
+        return totals.quality()
 
 
 def last_hidden(stream: LayerStream, windows: torch.Tensor, tick: Callable[[int], None]) -> torch.Tensor:

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from transformers import AutoTokenizer
 
-    from neuronmlp_plugin.calibration.quality import compare_all
+    from neuronmlp_plugin.calibration.quality import Judge
     from neuronmlp_plugin.calibration.text import read_documents, spread, token_windows
     from neuronmlp_plugin.checkpoint.loader import open_folder
     from neuronmlp_plugin.compressor.progress import ProgressBars
@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = AutoTokenizer.from_pretrained(args.dense, trust_remote_code=False)
     windows = spread(token_windows(read_documents(args.text, tokenizer), tokenizer, args.window), args.tokens // args.window)
     with ProgressBars(Console(stderr=True), quiet=args.json).stage("layers", reference.num_layers * (1 + len(candidates))) as tick:
-        found = list(compare_all(reference, candidates, windows, tick))
+        judge = Judge(reference, windows, tick)
+        found = [judge.compare(candidate, tick) for candidate in candidates]
     if args.json:
         rows = [quality.to_json() for quality in found]
         print(json.dumps(rows[0] if len(rows) == 1 else rows, indent=2))

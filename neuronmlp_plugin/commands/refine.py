@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter-rank", type=int, default=0, help="train a LoRA of this rank on every factor and merge it (default 0: the factors)"
     )
-    parser.add_argument("--learning-rate", type=float, default=_DEFAULTS["learning_rate"], help="of Adam (default %(default)s)")
+    parser.add_argument("--learning-rate", type=float, help="of Adam (default: by how far the model is from the dense one)")
     parser.add_argument("--tokens", type=int, default=_DEFAULTS["tokens"], help="to train on, once each (default %(default)s)")
     parser.add_argument("--window", type=int, default=_DEFAULTS["window"], help="tokens per training window (default %(default)s)")
     parser.add_argument("--batch", type=int, default=_DEFAULTS["batch"], help="windows a step (default %(default)s)")

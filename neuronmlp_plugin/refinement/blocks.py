@@ -27,7 +27,7 @@ class BlockStreams:
         self.exact = [dense.embed(windows), dense.embed(held_out)]
         self.given = [hidden.clone() for hidden in self.exact]
 
-    def refine_layer(self, index: int, settings: RefineSettings) -> tuple[dict[str, torch.Tensor], float, float]:
+    def refine_layer(self, index: int, rate: float, settings: RefineSettings) -> tuple[dict[str, torch.Tensor], float, float]:
         """`(factors by name inside the layer, held-out error before, after)`; where training did not help, as they were.
 
         A layer without factors only passes the streams on.
@@ -38,7 +38,7 @@ class BlockStreams:
         before, error = {name: linear.weight.detach().clone() for name, linear in linears.items()}, self._held_out_error(layer)
         reached = error
         if linears:
-            self._train(layer, settings)
+            self._train(layer, rate, settings)
             reached = self._held_out_error(layer)
             if reached >= error:
                 reached = error
@@ -53,7 +53,7 @@ class BlockStreams:
             run_in_place(stream, layer, part)
         stream.release(index)
 
-    def _train(self, layer: nn.Module, settings: RefineSettings) -> None:
+    def _train(self, layer: nn.Module, rate: float, settings: RefineSettings) -> None:
         given, exact = (hidden[0].split(settings.batch) for hidden in (self.given, self.exact))
 
         def step(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -64,7 +64,7 @@ class BlockStreams:
 
         with trainable(layer, settings.adapter_rank) as parameters:
             steps = (functools.partial(step, x, y) for x, y in zip(given, exact, strict=True))
-            descend(parameters, settings.learning_rate, steps, len(given))
+            descend(parameters, rate, steps, len(given))
 
     @torch.no_grad()
     def _held_out_error(self, layer: nn.Module) -> float:

@@ -31,7 +31,9 @@ def teacher_states(dense: LayerStream, windows: torch.Tensor, settings: RefineSe
     return torch.cat([norm(batch).bfloat16() for batch in hidden.split(8)])
 
 
-def distill(student: Any, teacher: torch.Tensor | None, windows: torch.Tensor, settings: RefineSettings, tick: Tick) -> list[float]:
+def distill(
+    student: Any, teacher: torch.Tensor | None, windows: torch.Tensor, rate: float, settings: RefineSettings, tick: Tick
+) -> list[float]:
     """Train the factors of a Hugging Face model in place over `windows [n, S]`, each once; returns the loss of every step, per token.
 
     `teacher`: `teacher_states` of the same windows, or None for the next-token loss.
@@ -56,4 +58,4 @@ def distill(student: Any, teacher: torch.Tensor | None, windows: torch.Tensor, s
     parts = [slice(start, start + settings.batch) for start in range(0, len(windows), settings.batch)]
     steps = (functools.partial(step, windows[part], None if teacher is None else teacher[part]) for part in parts)
     with trainable(student.model, settings.adapter_rank) as parameters:
-        return descend(parameters, settings.learning_rate, steps, len(parts))
+        return descend(parameters, rate, steps, len(parts))

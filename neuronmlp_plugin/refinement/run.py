@@ -7,11 +7,12 @@ import json
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from neuronmlp_plugin.calibration.quality import Quality, compare
+from neuronmlp_plugin.calibration.quality import Judge
 from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.calibration.text import bos_prefix, hold_out, read_documents, rewindow, token_windows
 from neuronmlp_plugin.checkpoint.loader import load_model
@@ -45,10 +46,8 @@ class RefinePlan:
         return [
             ("refine", f"{self.source.folder}, made from {self.dense.folder}"),
             ("how", s.describe()),
-            (
-                "trains on",
-                f"{self.windows.numel():,} tokens, {s.batch * s.window:,} a step, learning rate {s.learning_rate:g}, {s.arithmetic}",
-            ),
+            ("trains on", f"{self.windows.numel():,} tokens, {s.batch * s.window:,} a step, {s.arithmetic} products"),
+            ("learning rate", f"{s.learning_rate:g}" if s.learning_rate else "by how far the model is from the dense one"),
             ("judged on", f"{self.judge.numel():,} tokens that are not trained on; the best of before and after each stage is kept"),
             ("output", str(s.out)),
         ]
@@ -92,13 +91,14 @@ def refine(plan: RefinePlan, bars: ProgressBars) -> dict[str, Any]:
     torch.manual_seed(settings.seed)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=settings.out.parent, prefix=f"{settings.out.name}.partial-") as work:
-        best = plan.source
-        tried: list[dict[str, Any]] = [{"stage": "before", "quality": _judge(plan, best, bars).to_json(), "losses": []}]
+        best, judge = plan.source, _judge(plan, bars)
+        tried: list[dict[str, Any]] = [{"stage": "before", "quality": judge(best), "losses": []}]
         for stage in settings.stages:
             target = pathlib.Path(work, stage)
             target.mkdir()
-            losses = _STAGES[stage](plan, best, target, bars)
-            tried.append({"stage": stage, "quality": _judge(plan, Checkpoint(target), bars).to_json(), "losses": losses})
+            rate = settings.rate_for(_divergence(tried[-1]))
+            losses = _STAGES[stage](plan, best, target, rate, bars)
+            tried.append({"stage": stage, "learning_rate": rate, "quality": judge(Checkpoint(target)), "losses": losses})
             if _divergence(tried[-1]) == min(map(_divergence, tried)):
                 best = Checkpoint(target)
         if best is plan.source:
@@ -113,19 +113,26 @@ def _divergence(entry: dict[str, Any]) -> float:
     return float(entry["quality"]["kl_divergence"])
 
 
-def _judge(plan: RefinePlan, candidate: Checkpoint, bars: ProgressBars) -> Quality:
-    dense, compressed = LayerStream(plan.dense), LayerStream(candidate)
-    with bars.stage("quality", 2 * dense.num_layers) as tick:
-        return compare(dense, compressed, plan.judge, tick)
+def _judge(plan: RefinePlan, bars: ProgressBars) -> Callable[[Checkpoint], dict[str, float]]:
+    """A function that judges a checkpoint against the dense model, which runs once."""
+    dense = LayerStream(plan.dense)
+    with bars.stage("dense model, judged text", dense.num_layers) as tick:
+        judge = Judge(dense, plan.judge, tick)
+
+    def quality(candidate: Checkpoint) -> dict[str, float]:
+        with bars.stage("quality", dense.num_layers) as tick:
+            return judge.compare(LayerStream(candidate), tick).to_json()
+
+    return quality
 
 
-def _refine_blocks(plan: RefinePlan, source: Checkpoint, target: pathlib.Path, bars: ProgressBars) -> list[float]:
+def _refine_blocks(plan: RefinePlan, source: Checkpoint, target: pathlib.Path, rate: float, bars: ProgressBars) -> list[float]:
     """Stage `blocks`; its losses are each layer's held-out error."""
     streams = BlockStreams(LayerStream(plan.dense), LayerStream(source), plan.windows, plan.judge)
     errors = []
     with bars.stage("blocks", streams.dense.num_layers) as tick:
         for index in range(streams.dense.num_layers):
-            factors, _, error = streams.refine_layer(index, plan.settings)
+            factors, _, error = streams.refine_layer(index, rate, plan.settings)
             _write_layer(target, source, index, {f"{layer_prefix(index)}{name}": tensor for name, tensor in factors.items()})
             errors.append(error)
             tick(1)
@@ -133,7 +140,7 @@ def _refine_blocks(plan: RefinePlan, source: Checkpoint, target: pathlib.Path, b
     return errors
 
 
-def _distill(plan: RefinePlan, source: Checkpoint, target: pathlib.Path, bars: ProgressBars) -> list[float]:
+def _distill(plan: RefinePlan, source: Checkpoint, target: pathlib.Path, rate: float, bars: ProgressBars) -> list[float]:
     """Stage `distill`; its losses are each step's, per token."""
     teacher, dense = None, LayerStream(plan.dense)
     if plan.settings.loss == "kl":
@@ -141,7 +148,7 @@ def _distill(plan: RefinePlan, source: Checkpoint, target: pathlib.Path, bars: P
             teacher = teacher_states(dense, plan.windows, plan.settings, tick)
     student = load_model(source.folder)
     with bars.stage("distill", len(plan.windows)) as tick:
-        losses = distill(student, teacher, plan.windows, plan.settings, tick)
+        losses = distill(student, teacher, plan.windows, rate, plan.settings, tick)
     state = student.state_dict()
     for index in range(dense.num_layers):
         prefix = f"{layer_prefix(index)}mlp."

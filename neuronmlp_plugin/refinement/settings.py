@@ -10,6 +10,7 @@ from neuronmlp_plugin.errors import UsageError
 
 STAGES = ("blocks", "distill")
 LOSSES = ("kl", "next-token")
+RATE = 6e-5  # what did best at a divergence of one nat a token; 2e-5 to 3e-5 did at a third, 1e-5 at a tenth
 ARITHMETIC = ("bfloat16", "float32")
 
 
@@ -24,7 +25,7 @@ class RefineSettings:
     stages: tuple[str, ...] = ("distill",)  # in order: blocks (S5, layer by layer) | distill (the whole model)
     loss: str = "kl"  # of distill: KL(dense || compressed) | the next token of the text (the paper's)
     adapter_rank: int = 0  # 0 moves the factors themselves; r trains a LoRA of rank r on each factor and merges it (less memory)
-    learning_rate: float = 6e-5
+    learning_rate: float | None = None  # of Adam, at its highest; None: `rate_for`
     tokens: int = 65536  # trained on, once each
     window: int = 256  # tokens per training window: attention is dear on a CPU
     batch: int = 4  # windows per step: small steps, since few tokens are seen
@@ -42,10 +43,17 @@ class RefineSettings:
             if wrong or not values or len(set(values)) < len(values):
                 raise UsageError(f"--{name}: expected distinct values of {', '.join(allowed)}, found {', '.join(values) or 'none'}.")
         for name in ("tokens", "window", "batch", "judge_tokens", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"--{name.replace('_', '-')}: expected a positive number, found {getattr(self, name)}.")
+            if (found := getattr(self, name)) is not None and found <= 0:
+                raise UsageError(f"--{name.replace('_', '-')}: expected a positive number, found {found}.")
         if self.adapter_rank < 0:
             raise UsageError(f"--adapter-rank: expected 0 or a positive number, found {self.adapter_rank}.")
+
+    def rate_for(self, divergence: float) -> float:
+        """The learning rate for a model `divergence` nats a token away from the dense one: what was asked for, or one that follows it.
+
+        Adam moves every number by the rate, however small its gradient: near the dense model that noise outweighs what there is to gain.
+        """
+        return self.learning_rate or RATE * min(1.0, divergence) ** 0.75
 
     def describe(self) -> str:
         """In a few words."""

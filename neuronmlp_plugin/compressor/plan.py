@@ -155,7 +155,7 @@ def _windows(settings: Settings, shape: MLPShape) -> tuple[torch.Tensor, torch.T
     wanted = min(max(1, settings.tokens // settings.window), len(pool))
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(settings.seed))[:wanted]
     calibration = pool[order.sort().values]
-    if settings.target is not None and not judged:
+    if settings.target is not None and not len(judge):
         raise CalibrationError(
             f"{settings.text}: expected a window to judge --target on, found only {len(windows)} windows, of which an eighth at most are "
             "judged on; give more text or a smaller --window."

@@ -85,11 +85,12 @@ def most_removable(curves: Sequence[Curve], form: str, multiple: int) -> float:
 def allocate(curves: Sequence[Curve], keep: float, form: str, multiple: int) -> list[int | None]:
     """A rank for each matrix (None: dense) with the least summed loss whose cost is at most `keep` of the dense cost.
 
-    Raises UsageError where no choice is cheap enough, or where the multiple is too coarse to come within 0.5 % of the budget.
+    Raises UsageError where no choice is cheap enough, or where the multiple is too coarse to come within 0.5 % of a budget of parameters;
+    the steps of a price are not the multiple's fault, so there what is left stays unspent.
     """
     options = [_options(curve, form, multiple) for curve in curves]
-    dense_cost = sum(curve.dense_cost for curve in curves)
-    what = "MLP parameters" if all(curve.prices is None for curve in curves) else "cost of the MLPs"
+    dense_cost, has_prices = sum(curve.dense_cost for curve in curves), any(curve.prices is not None for curve in curves)
+    what = "cost of the MLPs" if has_prices else "MLP parameters"
     budget = keep * dense_cost
     least = sum(float(o.costs[0]) for o in options)
     if least > budget:
@@ -99,7 +100,7 @@ def allocate(curves: Sequence[Curve], keep: float, form: str, multiple: int) -> 
         )
     picks = _fill(options, _pick(options, _bisect(options, budget)), budget)
     spent = _spent(options, picks)
-    if budget - spent > 0.005 * dense_cost:
+    if not has_prices and budget - spent > 0.005 * dense_cost:
         raise UsageError(
             f"--rank-multiple {multiple}: expected to keep {keep:.4f} of the {what} within 0.5 %, found "
             f"{spent / dense_cost:.4f} at best; choose a smaller multiple."

@@ -6,12 +6,13 @@ import json
 
 import pytest
 
-from neuronmlp_plugin.checkpoint.loader import load_model
+from neuronmlp_plugin.calibration.quality import compare
+from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.compressor import run as run_module
 from neuronmlp_plugin.compressor.plan import make_plan
 from neuronmlp_plugin.compressor.run import compress
-from neuronmlp_plugin.compressor.search import Search, WholeModelJudge, largest
+from neuronmlp_plugin.compressor.search import Search, TruncatedStream, largest
 from neuronmlp_plugin.compressor.target import Target, parse_target
 from neuronmlp_plugin.errors import UsageError
 from tests.compressor.test_compress import QUIET, files, home, settings_for  # noqa: F401 (home is a fixture)
@@ -79,8 +80,8 @@ def test_the_largest_removal_that_meets_is_made_and_is_the_folders_own_quality(h
     beyond = [p for p in probes if not p["stored"] and p["removed"] > last["removed"]]
     assert beyond and not beyond[0]["met"] and beyond[0]["removed"] == pytest.approx(last["removed"] + 0.005)
     # Judged once more from the folder, as a user would.
-    dense, made = load_model(home / "dense"), load_model(home / "out")
-    assert run_module.compare(dense, made, plan.judge).kl_divergence == pytest.approx(last["kl_divergence"])
+    dense, made = (LayerStream(Checkpoint(home / name)) for name in ("dense", "out"))
+    assert compare(dense, made, plan.judge).kl_divergence == pytest.approx(last["kl_divergence"])
     assert json.loads((home / "out" / "neuronmlp_report.json").read_text())["target"] == report["target"]
 
 
@@ -98,8 +99,8 @@ def test_stored_tensors_that_miss_are_not_reported_as_met(home, monkeypatch):  #
 
     def pessimist(run, bars):
         judged.append(1)
-        quality = real(run, bars)
-        return {**quality, "kl_divergence": 0.021} if len(judged) == 1 else quality
+        quality, samples = real(run, bars)
+        return {**quality, "kl_divergence": 0.021} if len(judged) == 1 else quality, samples
 
     monkeypatch.setattr(run_module, "_judge", pessimist)
     report = compress(asked(home), QUIET)
@@ -110,7 +111,7 @@ def test_stored_tensors_that_miss_are_not_reported_as_met(home, monkeypatch):  #
 
 def test_an_interrupted_search_goes_on_to_the_same_bytes(home, monkeypatch):  # noqa: F811
     compress(asked(home, out=home / "whole"), QUIET)
-    real, calls = WholeModelJudge.__call__, []
+    real, calls = TruncatedStream.head, []
 
     def interrupted(self, *args):
         calls.append(1)
@@ -118,7 +119,7 @@ def test_an_interrupted_search_goes_on_to_the_same_bytes(home, monkeypatch):  # 
             raise KeyboardInterrupt
         return real(self, *args)
 
-    monkeypatch.setattr(WholeModelJudge, "__call__", interrupted)
+    monkeypatch.setattr(TruncatedStream, "head", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compress(asked(home), QUIET)
     assert len(json.loads((home / "out.partial" / "target.json").read_text())) == 2

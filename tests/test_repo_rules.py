@@ -19,7 +19,7 @@ ARROWS = {
     "cli": {"commands"},
     "commands": {"refinement", "compressor", "reporting", "serving", "bench", "doctor", "calibration", "checkpoint", "models"},
     "refinement": {"compressor", "reporting", "calibration", "checkpoint", "models"},
-    "compressor": {"calibration", "checkpoint", "models", "lowrank", "reporting"},
+    "compressor": {"calibration", "checkpoint", "models", "lowrank", "reporting", "nki_kernels"},
     "reporting": {"checkpoint", "models"},
     "calibration": {"checkpoint", "models", "lowrank"},
     "checkpoint": {"models"},

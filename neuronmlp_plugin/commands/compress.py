@@ -18,6 +18,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--remove", type=float, metavar="SHARE", help="share of the MLP parameters to take away (0.20: a fifth)")
     size.add_argument("--keep", type=float, metavar="SHARE", help="the same, as the share that stays")
+    size.add_argument(
+        "--target",
+        metavar="QUALITY",
+        help='as much as keeps this quality on the judged text: "ppl+2%%", "kl<0.05" or "top1>95%%"; --judge-tokens decide how fine '
+        "a target can be told apart: a few per cent of perplexity with 8192, less with more",
+    )
+    size.add_argument(
+        "--faster", type=float, metavar="FACTOR", help="as little as makes decode's MLPs FACTOR times faster on trn1; simulated"
+    )
     parser.add_argument("--text", type=pathlib.Path, help="calibration text: .txt, or .jsonl with `text` or `messages` a line")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--quiet", action="store_true", help="no plan, no progress bars")
@@ -70,7 +79,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         raise UsageError("--out: expected a folder to write, found none; name one, or use --factors-only to write beside the model.")
     known = {name: getattr(args, name) for name in Settings.__dataclass_fields__ if hasattr(args, name)}
     known["out"] = args.out if args.out is not None else args.model
-    known["remove"] = args.remove if args.remove is not None else 1.0 - args.keep
+    known["remove"] = args.remove if args.keep is None else 1.0 - args.keep
     known["allocation"] = args.allocation or ("global" if args.method == "two-sided" else "uniform")
     return Settings(**known)
 
@@ -120,5 +129,11 @@ def summary_rows(report: dict[str, Any], target: pathlib.Path) -> list[tuple[str
             ),
             ("agreement", f"{quality['top1_agreement']:.1%} of the top tokens; KL {quality['kl_divergence']:.4f} nats a token"),
         ]
+    if "target" in report:
+        asked = report["target"]
+        rows.append(("target", f"{asked['asked']}: met as stored, after {len(asked['probes'])} probes"))
+    if "decode" in report:
+        line = "MLPs {dense_simulated_us:.0f} us dense, {simulated_us:.0f} us now, x {simulated_speedup:.3f}; simulated, one token, trn1"
+        rows.append(("decode", line.format(**report["decode"])))
     rows += [("note", note) for note in report["notes"]]
     return [*rows, ("written", f"{target}; open neuronmlp_report.html there in a browser")]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import torch
 
 from neuronmlp_plugin.compressor.analyse import layer_name, load_decomposition
 from neuronmlp_plugin.compressor.plan import Plan
+from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.compressor.workspace import Workspace
 from neuronmlp_plugin.lowrank.allocate import CHOOSERS, Curve, cost
 from neuronmlp_plugin.lowrank.decompose import Decomposition
@@ -42,11 +44,16 @@ def read_curves(plan: Plan, workspace: Workspace) -> list[Curve]:
     return curves
 
 
-def choose_ranks(plan: Plan, curves: list[Curve]) -> list[Layer]:
-    """A spec for every projection of every layer."""
-    s = plan.settings
-    ranks = CHOOSERS[s.allocation](curves, 1.0 - s.remove, s.form, s.rank_multiple)
-    specs = [DENSE if rank is None else ProjectionSpec(s.form, rank) for rank in ranks]
+def priced(curves: list[Curve], prices: dict[str, np.ndarray]) -> list[Curve]:
+    """The same curves with `prices[projection]` in place of parameters."""
+    per_layer = len(PROJECTIONS)
+    return [dataclasses.replace(curve, prices=prices[PROJECTIONS[i % per_layer]]) for i, curve in enumerate(curves)]
+
+
+def choose_ranks(settings: Settings, curves: list[Curve], keep: float) -> list[Layer]:
+    """A spec for every projection of every layer, for `keep` of the dense cost."""
+    ranks = CHOOSERS[settings.allocation](curves, keep, settings.form, settings.rank_multiple)
+    specs = [DENSE if rank is None else ProjectionSpec(settings.form, rank) for rank in ranks]
     return [dict(zip(PROJECTIONS, specs[i : i + 3], strict=True)) for i in range(0, len(specs), 3)]
 
 

@@ -96,7 +96,7 @@ class Plan:
             ("model", f"{self.base.folder}  ({self.base.config['architectures'][0]})"),
             ("layers", f"{shape.num_layers}, H {shape.hidden_size}, I {shape.intermediate_size}"),
             ("MLPs", f"{self.mlp_parameters / 1e6:.1f} M parameters"),
-            ("take away", f"{s.remove:.1%} of them: {s.remove * self.mlp_parameters / 1e6:.1f} M"),
+            ("take away", self._size_row()),
             ("method", f"{s.method}, allocation {s.allocation}, form {s.form}, rank multiple {s.rank_multiple}"),
             (
                 "calibration",
@@ -107,6 +107,15 @@ class Plan:
             ("disk", f"about {self.disk_bytes / 2**30:.1f} GiB while it runs"),
             ("output", str(self.target)),
         ]
+
+    def _size_row(self) -> str:
+        s = self.settings
+        if s.target is not None:
+            return f"as much as keeps {s.target} on the text judged on, by about 8 probes; the stored tensors have to keep it too"
+        if s.faster is not None:
+            return f"as little as makes the MLPs {s.faster:g} times faster in decode, simulated: one token, one core of trn1, bf16"
+        assert s.remove is not None
+        return f"{s.remove:.1%} of them: {s.remove * self.mlp_parameters / 1e6:.1f} M"
 
 
 def _digest(value: Any) -> str:
@@ -146,6 +155,11 @@ def _windows(settings: Settings, shape: MLPShape) -> tuple[torch.Tensor, torch.T
     wanted = min(max(1, settings.tokens // settings.window), len(pool))
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(settings.seed))[:wanted]
     calibration = pool[order.sort().values]
+    if settings.target is not None and not len(judge):
+        raise CalibrationError(
+            f"{settings.text}: expected a window to judge --target on, found only {len(windows)} windows, of which an eighth at most are "
+            "judged on; give more text or a smaller --window."
+        )
     if settings.method != "plain":
         _check_enough(settings, shape, calibration.numel())
     return calibration, judge

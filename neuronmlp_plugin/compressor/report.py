@@ -19,7 +19,7 @@ _SPECTRUM_POINTS = 64
 def loss_by_size(curves: Sequence[Curve], settings: Settings) -> list[dict[str, float]]:
     """The predicted loss that the same way of choosing ranks reaches at other sizes, as far as the form can go."""
     points, choose = [], CHOOSERS[settings.allocation]
-    for removed in sorted({*_GRID, settings.remove}):
+    for removed in sorted({*_GRID, *([] if settings.remove is None else [settings.remove])}):
         try:
             ranks = choose(curves, 1.0 - removed, settings.form, settings.rank_multiple)
         except UsageError:  # beyond what the form, or the multiple, can do

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from neuronmlp_plugin.calibration.quality import compare
+from neuronmlp_plugin.calibration.quality import Judge, compare
 from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.calibration.workers import Workers
 from neuronmlp_plugin.checkpoint.loader import open_folder
@@ -18,14 +20,18 @@ from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
 from neuronmlp_plugin.checkpoint.writer import layer_prefix, save_json, write_factor_file, write_layer, write_rest
 from neuronmlp_plugin.compressor.analyse import analyse
-from neuronmlp_plugin.compressor.build import BuiltLayer, Layer, build_layer, choose_ranks, read_curves
+from neuronmlp_plugin.compressor.build import BuiltLayer, Layer, build_layer, choose_ranks, priced, read_curves
+from neuronmlp_plugin.compressor.decode_time import model_us, priced_ranks, rank_prices
 from neuronmlp_plugin.compressor.errors import matrix_errors
 from neuronmlp_plugin.compressor.plan import Plan, describe
 from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.compressor.report import loss_by_size, spectra
 from neuronmlp_plugin.compressor.samples import sample_texts
+from neuronmlp_plugin.compressor.search import SIZES, Search, TruncatedStream
+from neuronmlp_plugin.compressor.target import parse_target
 from neuronmlp_plugin.compressor.workspace import Workspace
-from neuronmlp_plugin.models.projection import PROJECTIONS, ProjectionSpec
+from neuronmlp_plugin.lowrank.allocate import Curve, most_removable
+from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, ProjectionSpec
 from neuronmlp_plugin.reporting.card import base_facts
 from neuronmlp_plugin.reporting.folder import REPORT_FILE, write_card, write_page
 
@@ -41,6 +47,13 @@ class Run:
         self.analysis = Workspace(plan.analysis, plan.analysis_fingerprint())
         self.result = plan.work / "result"
         self.result.mkdir(exist_ok=True)
+
+    def start_over(self) -> None:
+        """Forget the layers that were built: other ranks are wanted."""
+        for path in self.work.path.glob("built-*.json"):
+            path.unlink()
+        shutil.rmtree(self.result)
+        self.result.mkdir()
 
     def finish(self) -> None:
         self.plan.target.parent.mkdir(parents=True, exist_ok=True)
@@ -64,23 +77,18 @@ def compress(plan: Plan, bars: ProgressBars) -> dict[str, Any] | None:
 
 
 def _finish(run: Run, bars: ProgressBars) -> dict[str, Any]:
-    plan = run.plan
-    curves = read_curves(plan, run.analysis)
-    records = _build_layers(run, choose_ranks(plan, curves), bars)
-    block = FormatBlock(tuple(_specs(record) for record in records), plan.shape, describe(plan), _created_by())
-    _write_whole(run, block)
-    quality, samples = _judge(run, bars)
-    report = {
-        "block": block.to_json(),
-        "weight_bytes": block.weight_bytes,
-        "bytes_ratio": block.bytes_ratio,
-        "matrices": [row for record in records for row in record["matrices"]],
-        "notes": [note for record in records for note in record["notes"]],
-        "quality": quality,
-        "loss_by_size": loss_by_size(curves, plan.settings),
+    curves, settings = read_curves(run.plan, run.analysis), run.plan.settings
+    if settings.target is not None:
+        report = _meet_target(run, curves, settings.target, bars)
+    elif settings.faster is not None:
+        report = _be_faster(run, curves, settings.faster, bars)
+    else:
+        assert settings.remove is not None
+        report = _make(run, choose_ranks(settings, curves, 1.0 - settings.remove), bars)
+    report |= {
+        "loss_by_size": loss_by_size(curves, settings),
         "spectra": spectra(curves),
-        "samples": samples,
-        "base": base_facts(plan.base.folder),
+        "base": base_facts(run.plan.base.folder),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")},
     }
     save_json(run.result / REPORT_FILE, report)
@@ -88,6 +96,65 @@ def _finish(run: Run, bars: ProgressBars) -> dict[str, Any]:
     write_card(run.result, report)
     run.finish()
     return report
+
+
+def _make(run: Run, chosen: list[Layer], bars: ProgressBars) -> dict[str, Any]:
+    """Build, write and judge what `chosen` says; the report of it."""
+    records = _build_layers(run, chosen, bars)
+    block = FormatBlock(tuple(_specs(record) for record in records), run.plan.shape, describe(run.plan), _created_by())
+    _write_whole(run, block)
+    quality, samples = _judge(run, bars)
+    return {
+        "block": block.to_json(),
+        "weight_bytes": block.weight_bytes,
+        "bytes_ratio": block.bytes_ratio,
+        "matrices": [row for record in records for row in record["matrices"]],
+        "notes": [note for record in records for note in record["notes"]],
+        "quality": quality,
+        "samples": samples,
+    }
+
+
+def _meet_target(run: Run, curves: list[Curve], asked: str, bars: ProgressBars) -> dict[str, Any]:
+    """The largest removal that meets the target both truncated and as stored; its report, with all probes as `target`."""
+    search = Search(run.plan.work / "target.json", asked, parse_target(asked))
+    settings = run.plan.settings
+    most = most_removable(curves, settings.form, settings.rank_multiple)
+    sizes = [size for size in SIZES if size <= most]
+    while True:
+        removed = search.candidate(sizes, _prober(run, curves, bars))
+        report = _make(run, choose_ranks(settings, curves, 1.0 - removed), bars)
+        if search.target.met(report["quality"]):
+            search.record(removed, report["quality"], stored=True)
+            return {**report, "target": search.to_json()}
+        run.start_over()  # before the failure is known, so that a rerun never takes these layers for the next size's
+        search.record(removed, report["quality"], stored=True)
+
+
+def _prober(run: Run, curves: list[Curve], bars: ProgressBars) -> Callable[[float], dict[str, float]]:
+    """The function that judges a size. The dense model runs at its first call, as a resumed run may need none."""
+    base = run.plan.base
+    judge = functools.cache(lambda: Judge(LayerStream(base, device=run.device), run.plan.judge))
+
+    def measure(removed: float) -> dict[str, float]:
+        chosen = choose_ranks(run.plan.settings, curves, 1.0 - removed)
+        with bars.stage(f"probe, {removed:.1%} removed", len(chosen)) as tick:
+            return judge().compare(TruncatedStream(base, run.analysis, chosen, run.device), tick).to_json()
+
+    return measure
+
+
+def _be_faster(run: Run, curves: list[Curve], factor: float, bars: ProgressBars) -> dict[str, Any]:
+    """Least loss within 1 / factor of the dense MLPs' simulated decode time; what it comes to is in the report as `decode`."""
+    shape, settings = run.plan.shape, run.plan.settings
+    with bars.stage("simulated prices", 2 * len(priced_ranks(shape))) as tick:
+        prices = rank_prices(shape, settings.form, tick)
+    report = _make(run, choose_ranks(settings, priced(curves, prices), 1.0 / factor), bars)
+    made = [{name: ProjectionSpec(**spec) for name, spec in layer.items()} for layer in report["block"]["layers"]]
+    dense_us = model_us(shape, [dict.fromkeys(PROJECTIONS, DENSE)] * shape.num_layers)
+    simulated_us = model_us(shape, made)
+    decode = {"asked": factor, "dense_simulated_us": dense_us, "simulated_us": simulated_us, "simulated_speedup": dense_us / simulated_us}
+    return {**report, "decode": decode}
 
 
 def _created_by() -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from neuronmlp_plugin.compressor.target import parse_target
 from neuronmlp_plugin.errors import UsageError
 
 METHODS = ("two-sided", "whitened", "plain")
@@ -21,7 +22,10 @@ class Settings:
     model: pathlib.Path
     out: pathlib.Path
     text: pathlib.Path | None  # calibration text (.txt or .jsonl); `plain` needs none
-    remove: float  # share of the parameters of all gate, up and down matrices to take away
+    # The size, exactly one of three:
+    remove: float | None = None  # share of the parameters of all gate, up and down matrices to take away
+    target: str | None = None  # as much as keeps this quality on the judge's windows: ppl+2%, kl<0.05 or top1>95%
+    faster: float | None = None  # as little as makes the MLPs this many times faster in decode, simulated (compressor/decode_time.py)
     form: str = "compact"
     method: str = "two-sided"  # input moment and output metric | input moment alone (SVD-LLM) | neither (plain SVD)
     allocation: str = "global"  # ranks chosen across all matrices, with a dense option | the same share of each
@@ -37,8 +41,7 @@ class Settings:
     analysis: pathlib.Path | None = None  # where statistics and decompositions stay, to be used again for another size or form
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.remove < 1.0:
-            raise UsageError(f"--remove: expected a share between 0 and 1 (0.20 takes a fifth away), found {self.remove}.")
+        self._check_size()
         for name, value, allowed in (
             ("form", self.form, FORMS),
             ("method", self.method, METHODS),
@@ -59,6 +62,22 @@ class Settings:
                 f"--method {self.method}: expected --allocation uniform, found global; without the output metric the losses of "
                 "different layers cannot be compared (it does worse than uniform)."
             )
+
+    def _check_size(self) -> None:
+        sizes = {"--remove": self.remove, "--target": self.target, "--faster": self.faster}
+        given = [name for name, value in sizes.items() if value is not None]
+        if len(given) != 1:
+            raise UsageError(f"size: expected one of {', '.join(sizes)}, found {' and '.join(given) or 'none'}; give exactly one.")
+        if self.remove is not None and not 0.0 < self.remove < 1.0:
+            raise UsageError(f"--remove: expected a share between 0 and 1 (0.20 takes a fifth away), found {self.remove}.")
+        if self.target is not None:
+            parse_target(self.target)
+            if self.text is None or self.judge_tokens < self.window:
+                raise UsageError("--target: expected text to judge on, found none; give --text, and --judge-tokens of a window or more.")
+        if self.faster is not None and not self.faster > 1.0:
+            raise UsageError(f"--faster: expected a factor above 1 (1.15: decode's MLPs 15 % faster), found {self.faster}.")
+        if self.faster is not None and self.allocation != "global":
+            raise UsageError("--faster: expected --allocation global, found uniform; one share of every matrix leaves nothing to spend.")
 
     def to_json(self) -> dict[str, Any]:
         """Everything that decides the weights, as JSON: an unfinished run may go on with other `samples`."""

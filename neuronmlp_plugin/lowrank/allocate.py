@@ -1,8 +1,9 @@
-"""Where to spend a byte budget: a rank for every matrix, or leave it dense.
+"""Where to spend a budget: a rank for every matrix, or leave it dense.
 
-Each matrix has a curve loss(k) (comparable across matrices, because of the output metric) and a cost(k) in parameters; a dense matrix
-costs in * out and loses nothing. Minimising the summed loss under a summed cost is a knapsack: Lagrange's mu is found by bisection, and
-what is left of the budget is filled greedily by the upgrade with the most loss saved per parameter.
+Each matrix has a curve loss(k) (comparable across matrices, because of the output metric) and a cost(k): its parameters, or any price
+that the caller puts on its ranks, such as simulated time. A dense matrix loses nothing. Minimising the summed loss under a summed cost is
+a knapsack: Lagrange's mu is found by bisection, and what is left of the budget is filled greedily by the upgrade with the most loss saved
+per unit of cost.
 """
 
 from __future__ import annotations
@@ -22,20 +23,34 @@ MIN_RANK_SHARE = 0.35
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """What one matrix offers: `tail[k]` is the loss of rank k (`[min(out, in) + 1]`)."""
+    """What one matrix offers: `tail[k]` is the loss of rank k (`[min(out, in) + 1]`, fp64).
+
+    `prices[k]`, of the same shape, is what rank k costs, and its last entry what the dense matrix costs; None counts parameters.
+    """
 
     out_features: int
     in_features: int
     tail: np.ndarray
+    prices: np.ndarray | None = None
 
     @property
-    def dense_cost(self) -> int:
-        return self.out_features * self.in_features
+    def dense_cost(self) -> float:
+        return self.out_features * self.in_features if self.prices is None else float(self.prices[-1])
+
+    def cost(self, rank: int | None, form: str) -> float:
+        """Of a rank in a form, or of the dense matrix (None)."""
+        if rank is None:
+            return self.dense_cost
+        return cost(rank, self.in_features, self.out_features, form) if self.prices is None else float(self.prices[rank])
+
+    def loss(self, rank: int | None) -> float:
+        """Of a rank; a dense matrix (None) has none."""
+        return 0.0 if rank is None else float(self.tail[rank])
 
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
-    """Choices of one matrix in order of rising cost; rank 0 stands for dense."""
+    """Choices of one matrix worth making, in order of rising cost and falling loss; rank 0 stands for dense."""
 
     ranks: np.ndarray
     costs: np.ndarray
@@ -61,25 +76,33 @@ def uniform_ranks(curves: Sequence[Curve], keep: float, form: str, multiple: int
     return [max(multiple, int(rank / multiple + 1e-9) * multiple) for rank in ranks]
 
 
+def most_removable(curves: Sequence[Curve], form: str, multiple: int) -> float:
+    """The share of the dense cost that `allocate` can take away at most."""
+    least = sum(float(_options(curve, form, multiple).costs[0]) for curve in curves)
+    return 1 - least / sum(curve.dense_cost for curve in curves)
+
+
 def allocate(curves: Sequence[Curve], keep: float, form: str, multiple: int) -> list[int | None]:
     """A rank for each matrix (None: dense) with the least summed loss whose cost is at most `keep` of the dense cost.
 
-    Raises UsageError where no choice is cheap enough, or where the multiple is too coarse to come within 0.5 % of the budget.
+    Raises UsageError where no choice is cheap enough, or where the multiple is too coarse to come within 0.5 % of a budget of parameters;
+    the steps of a price are not the multiple's fault, so there what is left stays unspent.
     """
     options = [_options(curve, form, multiple) for curve in curves]
-    dense_cost = sum(curve.dense_cost for curve in curves)
-    budget = int(keep * dense_cost)
-    least = sum(int(o.costs[0]) for o in options)
+    dense_cost, has_prices = sum(curve.dense_cost for curve in curves), any(curve.prices is not None for curve in curves)
+    what = "cost of the MLPs" if has_prices else "MLP parameters"
+    budget = keep * dense_cost
+    least = sum(float(o.costs[0]) for o in options)
     if least > budget:
         raise UsageError(
-            f"--remove {1 - keep:.2f}: expected at most {1 - least / dense_cost:.2f} of the MLP parameters at rank multiple {multiple}, "
-            f"form {form}; ask for less, or for a smaller --rank-multiple."
+            f"size: expected at most {1 - least / dense_cost:.2f} of the {what} taken away at rank multiple {multiple}, form {form}, "
+            f"found {1 - keep:.2f} asked for; ask for less, or for a smaller --rank-multiple."
         )
     picks = _fill(options, _pick(options, _bisect(options, budget)), budget)
-    spent = sum(int(o.costs[p]) for o, p in zip(options, picks, strict=True))
-    if budget - spent > 0.005 * dense_cost:
+    spent = _spent(options, picks)
+    if not has_prices and budget - spent > 0.005 * dense_cost:
         raise UsageError(
-            f"--rank-multiple {multiple}: expected to keep {keep:.4f} of the MLP parameters within 0.5 %, found "
+            f"--rank-multiple {multiple}: expected to keep {keep:.4f} of the {what} within 0.5 %, found "
             f"{spent / dense_cost:.4f} at best; choose a smaller multiple."
         )
     return [int(o.ranks[p]) or None for o, p in zip(options, picks, strict=True)]
@@ -91,22 +114,25 @@ CHOOSERS = {"global": allocate, "uniform": uniform_ranks}
 def _options(curve: Curve, form: str, multiple: int) -> _Options:
     m, n = curve.out_features, curve.in_features
     least = max(1, math.ceil(MIN_RANK_SHARE * m * n / (m + n) / multiple)) * multiple
-    ranks = [k for k in range(least, min(m, n), multiple) if cost(k, n, m, form) < m * n]
-    costs = [cost(k, n, m, form) for k in ranks] + [m * n]
-    losses = [float(curve.tail[k]) for k in ranks] + [0.0]
-    return _Options(np.array([*ranks, 0]), np.array(costs), np.array(losses))
+    offered: list[tuple[float, float, int]] = [(curve.cost(k, form), curve.loss(k), k) for k in range(least, min(m, n), multiple)]
+    kept: list[tuple[float, float, int]] = []
+    for option in sorted([*offered, (curve.dense_cost, 0.0, 0)]):
+        if not kept or option[1] < kept[-1][1]:  # what costs as much and loses more is no choice: a staircase leaves its edges
+            kept.append(option)
+    costs, losses, ranks = zip(*kept, strict=True)
+    return _Options(np.array(ranks), np.array(costs, dtype=float), np.array(losses))
 
 
 def _pick(options: Sequence[_Options], mu: float) -> list[int]:
     return [int(np.argmin(o.losses + mu * o.costs)) for o in options]
 
 
-def _spent(options: Sequence[_Options], picks: Sequence[int]) -> int:
-    return sum(int(o.costs[p]) for o, p in zip(options, picks, strict=True))
+def _spent(options: Sequence[_Options], picks: Sequence[int]) -> float:
+    return sum(float(o.costs[p]) for o, p in zip(options, picks, strict=True))
 
 
-def _bisect(options: Sequence[_Options], budget: int) -> float:
-    """The smallest price per parameter at which the picks fit the budget."""
+def _bisect(options: Sequence[_Options], budget: float) -> float:
+    """The smallest price per unit of cost at which the picks fit the budget."""
     low, high = 0.0, 1e-30
     while _spent(options, _pick(options, high)) > budget:
         high *= 4.0
@@ -116,17 +142,17 @@ def _bisect(options: Sequence[_Options], budget: int) -> float:
     return high
 
 
-def _fill(options: Sequence[_Options], picks: list[int], budget: int) -> list[int]:
-    """Spend what is left: again and again the affordable upgrade that saves the most loss per parameter."""
+def _fill(options: Sequence[_Options], picks: list[int], budget: float) -> list[int]:
+    """Spend what is left: again and again the affordable upgrade that saves the most loss per unit of cost."""
     picks, room = list(picks), budget - _spent(options, picks)
     while True:
         best: tuple[float, int, int] | None = None
         for i, (o, p) in enumerate(zip(options, picks, strict=True)):
             extra, saved = o.costs[p + 1 :] - o.costs[p], o.losses[p] - o.losses[p + 1 :]
-            worth = np.where((extra <= room) & (extra > 0), saved / np.maximum(extra, 1), -np.inf)
+            worth = np.where((extra <= room) & (extra > 0), saved / np.where(extra > 0, extra, 1.0), -np.inf)
             if len(worth) and (best is None or worth.max() > best[0]):
                 best = (float(worth.max()), i, p + 1 + int(worth.argmax()))
         if best is None or best[0] <= 0.0:
             return picks
-        room -= int(options[best[1]].costs[best[2]] - options[best[1]].costs[picks[best[1]]])
+        room -= float(options[best[1]].costs[best[2]] - options[best[1]].costs[picks[best[1]]])
         picks[best[1]] = best[2]

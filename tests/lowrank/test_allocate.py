@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, reject, settings
 
 from neuronmlp_plugin.errors import UsageError
-from neuronmlp_plugin.lowrank.allocate import Curve, allocate, cost, rank_for_share, uniform_ranks
+from neuronmlp_plugin.lowrank.allocate import Curve, allocate, cost, most_removable, rank_for_share, uniform_ranks
 
 
 def curve(out: int, n_in: int, decay: float, weight: float = 1.0) -> Curve:
@@ -86,3 +86,55 @@ def test_asking_for_too_much_is_refused():
 def test_a_multiple_that_cannot_meet_the_budget_is_refused():
     with pytest.raises(UsageError, match="rank-multiple"):
         allocate([curve(96, 64, 0.1)], 0.97, "uv", 16)
+
+
+def staircase(c: Curve, tile: int, form: str) -> Curve:
+    """`c` at a price that rises by whole tiles of ranks, as a kernel's time does."""
+    ranks = np.minimum(-(-np.arange(len(c.tail)) // tile) * tile, len(c.tail) - 1)
+    prices = np.array([cost(int(r), c.in_features, c.out_features, form) for r in ranks], dtype=float)
+    prices[-1] = c.out_features * c.in_features
+    return Curve(c.out_features, c.in_features, c.tail, prices)
+
+
+SHAPES = st.lists(st.tuples(st.floats(0.005, 0.2), st.floats(0.1, 10)), min_size=8, max_size=14)
+
+
+@given(SHAPES, st.floats(0.05, 0.5), st.sampled_from(["uv", "compact"]), st.booleans())
+@settings(deadline=None, max_examples=40)
+def test_the_budget_is_held_whatever_it_counts(shapes, removed, form, stairs):
+    curves = [curve(48, 32, decay, weight) for decay, weight in shapes]
+    curves = [staircase(c, 4, form) for c in curves] if stairs else curves
+    try:
+        ranks = allocate(curves, 1 - removed, form, 1)
+    except UsageError:
+        reject()
+    total = sum(c.dense_cost for c in curves)
+    used = sum(c.cost(r, form) for c, r in zip(curves, ranks, strict=True))
+    left = (1 - removed) * total - used
+    assert left >= -1e-6 and (stairs or left <= 0.005 * total)
+
+
+@given(SHAPES, st.floats(0.05, 0.3), st.floats(0.05, 0.2), st.sampled_from(["uv", "compact"]))
+@settings(deadline=None, max_examples=40)
+def test_taking_more_away_never_loses_less(shapes, removed, more, form):
+    curves = [curve(48, 32, decay, weight) for decay, weight in shapes]
+    try:
+        less_cut, more_cut = (allocate(curves, 1 - share, form, 1) for share in (removed, removed + more))
+    except UsageError:
+        reject()
+    assert loss(curves, less_cut) <= loss(curves, more_cut) + 1e-9
+
+
+@pytest.mark.parametrize("form", ["uv", "compact"])
+def test_ranks_stop_at_the_edges_of_a_staircase(form):
+    ranks = allocate([staircase(c, 8, form) for c in CURVES], 0.8, form, 1)
+    low = [r for r in ranks if r is not None]
+    assert low and all(r % 8 == 0 for r in low)
+
+
+@pytest.mark.parametrize("form", ["uv", "compact"])
+def test_the_most_removable_share_is_where_refusals_begin(form):
+    most = most_removable(CURVES, form, 1)
+    allocate(CURVES, 1 - most + 1e-9, form, 1)
+    with pytest.raises(UsageError, match="at most"):
+        allocate(CURVES, 1 - most - 1e-3, form, 1)

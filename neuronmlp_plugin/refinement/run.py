@@ -96,7 +96,7 @@ def refine(plan: RefinePlan, bars: ProgressBars) -> dict[str, Any]:
         for stage in settings.stages:
             target = pathlib.Path(work, stage)
             target.mkdir()
-            rate = settings.rate_for(_divergence(tried[-1]))
+            rate = settings.rate_for(min(map(_divergence, tried)))
             losses = _STAGES[stage](plan, best, target, rate, bars)
             tried.append({"stage": stage, "learning_rate": rate, "quality": judge(Checkpoint(target)), "losses": losses})
             if _divergence(tried[-1]) == min(map(_divergence, tried)):

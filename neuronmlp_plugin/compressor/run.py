@@ -120,7 +120,7 @@ def _meet_target(run: Run, curves: list[Curve], asked: str, bars: ProgressBars) 
     search = Search(run.plan.work / "target.json", asked, parse_target(asked))
     settings = run.plan.settings
     most = most_removable(curves, settings.form, settings.rank_multiple)
-    sizes = [size for size in SIZES if size <= most]
+    sizes = [size for size in SIZES if size <= most] or SIZES[:1]  # where nothing can go, choosing ranks says so
     while True:
         removed = search.candidate(sizes, _prober(run, curves, bars))
         report = _make(run, choose_ranks(settings, curves, 1.0 - removed), bars)

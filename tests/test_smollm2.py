@@ -44,7 +44,7 @@ def test_quality_in_the_served_form(smollm2, compress_smollm2, form, removed):
     assert 23 < quality.reference_perplexity < 24  # the windows and the dense model are the right ones
 
 
-def test_refinement_wins_back_a_third_of_what_was_lost(smollm2, smollm2_compressed, tmp_path):
+def test_refinement_wins_back_a_fifth_of_what_was_lost(smollm2, smollm2_compressed, tmp_path):
     """On half of the tokens that `refine` takes by itself, on a fifth removed; judged on articles that neither step has seen."""
     text = ("--dense", smollm2 / "dense", "--text", smollm2 / "calibration.jsonl", "--judge-tokens", 4096)
     neuronmlp("refine", smollm2_compressed, "--out", tmp_path / "refined", *text, "--tokens", 32768, "--quiet")
@@ -53,7 +53,7 @@ def test_refinement_wins_back_a_third_of_what_was_lost(smollm2, smollm2_compress
     qualities = judge.compare(before), judge.compare(after)
     print(*qualities, sep="\n")
     lost, kept = (quality.perplexity_ratio - 1.0 for quality in qualities)
-    assert kept < 2 / 3 * lost
+    assert kept < 0.8 * lost
     assert qualities[1].kl_divergence < 0.9 * qualities[0].kl_divergence
     assert qualities[1].top1_agreement > qualities[0].top1_agreement
 

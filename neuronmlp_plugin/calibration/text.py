@@ -82,6 +82,14 @@ def spread(windows: torch.Tensor, count: int) -> torch.Tensor:
     return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
 
 
+def held_out_windows(model: pathlib.Path, text: pathlib.Path, tokens: int, length: int = 1024) -> torch.Tensor:
+    """`[windows, length]`: about `tokens` of a text file, evenly spread, as the tokenizer in the folder `model` cuts it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    return spread(token_windows(read_documents(text, tokenizer), tokenizer, length), tokens // length)
+
+
 def bos_prefix(tokenizer: Any) -> list[int]:
     """The special tokens that the tokenizer itself puts in front of a text (often one BOS, or nothing)."""
     with_special = tokenizer("a")["input_ids"]

@@ -33,10 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
-    from transformers import AutoTokenizer
 
     from neuronmlp_plugin.calibration.quality import Judge
-    from neuronmlp_plugin.calibration.text import read_documents, spread, token_windows
+    from neuronmlp_plugin.calibration.text import held_out_windows
     from neuronmlp_plugin.checkpoint.loader import open_folder
     from neuronmlp_plugin.compressor.progress import ProgressBars
     from neuronmlp_plugin.errors import UsageError
@@ -44,8 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if args.factors is not None and len(args.model) > 1:
         raise UsageError("--factors: expected one MODEL to lay the file over, found several; judge them one at a time.")
     reference, *candidates = (_stream(args, *open_folder(*each)) for each in [(args.dense, None), *((m, args.factors) for m in args.model)])
-    tokenizer = AutoTokenizer.from_pretrained(args.dense, trust_remote_code=False)
-    windows = spread(token_windows(read_documents(args.text, tokenizer), tokenizer, args.window), args.tokens // args.window)
+    windows = held_out_windows(args.dense, args.text, args.tokens, args.window)
     with ProgressBars(Console(stderr=True), quiet=args.json).stage("layers", reference.num_layers * (1 + len(candidates))) as tick:
         judge = Judge(reference, windows, tick)
         found = [judge.compare(candidate, tick) for candidate in candidates]

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from neuronmlp_plugin.calibration.quality import Judge
+    from neuronmlp_plugin.compressor.progress import ProgressBars
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=pathlib.Path, help="a dense Hugging Face folder, or one that `neuronmlp compress` wrote")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write; must not exist yet")
+    parser.add_argument("--dense", type=pathlib.Path, help="with --text: the dense folder, to measure the quality for the report")
+    parser.add_argument("--text", type=pathlib.Path, help="with --dense: held-out text, .txt or .jsonl")
+    parser.add_argument("--tokens", type=int, default=8192, help="how much of the text to use, spread evenly (default %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -18,6 +26,23 @@ def run(args: argparse.Namespace) -> int:
     from neuronmlp_plugin.compressor.progress import ProgressBars
     from neuronmlp_plugin.compressor.quantize import quantize_folder
 
-    block = quantize_folder(args.model, args.out, ProgressBars(Console(stderr=True), quiet=args.quiet))
+    bars = ProgressBars(Console(stderr=True), quiet=args.quiet)
+    block = quantize_folder(args.model, args.out, bars, _judge(args, bars))
     print(f"{args.out}: MLPs in int8, {block.weight_bytes / 1e6:.1f} MB, {block.bytes_ratio:.1%} of the dense ones in bf16")
     return 0
+
+
+def _judge(args: argparse.Namespace, bars: ProgressBars) -> Judge | None:
+    from neuronmlp_plugin.calibration.quality import Judge
+    from neuronmlp_plugin.calibration.stream import LayerStream
+    from neuronmlp_plugin.calibration.text import held_out_windows
+    from neuronmlp_plugin.checkpoint.reader import Checkpoint
+    from neuronmlp_plugin.errors import UsageError
+
+    if (args.dense is None) != (args.text is None):
+        raise UsageError("--dense, --text: expected both or neither, found one; quality is measured against the dense folder on a text.")
+    if args.dense is None:
+        return None
+    dense = LayerStream(Checkpoint(args.dense))
+    with bars.stage("dense model", dense.num_layers) as tick:
+        return Judge(dense, held_out_windows(args.dense, args.text, args.tokens), tick)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import torch
 
 from neuronmlp_plugin import __version__
+from neuronmlp_plugin.calibration.quality import Judge
+from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.checkpoint.reader import Checkpoint, dense_block
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
 from neuronmlp_plugin.checkpoint.writer import layer_prefix, whole_folder, write_layer, write_rest
@@ -16,14 +19,16 @@ from neuronmlp_plugin.errors import CheckpointError
 from neuronmlp_plugin.lowrank.rounding import grams, refit, round_under
 from neuronmlp_plugin.models.int8 import LIMIT, quantize, scales_of
 from neuronmlp_plugin.models.projection import INT8, SCALE, ProjectionSpec, tensor_shapes
+from neuronmlp_plugin.reporting.folder import REPORT_FILE, read_report, write_report
 
 Rounded = tuple[torch.Tensor, torch.Tensor]  # q and its scales
 
 
-def quantize_folder(model: pathlib.Path, out: pathlib.Path, bars: ProgressBars) -> FormatBlock:
+def quantize_folder(model: pathlib.Path, out: pathlib.Path, bars: ProgressBars, judge: Judge | None = None) -> FormatBlock:
     """Write `out`, which appears whole or not at all, with every MLP matrix of `model` in int8 and all else as it was.
 
-    Raises OutputError where `out` exists or the disk is full, CheckpointError where `model` is int8 already, and the reader's errors.
+    Where `model` has a report, `out` gets one of its own, whose quality is what `judge` measures, or none. Raises OutputError where `out`
+    exists or the disk is full, CheckpointError where `model` is int8 already, and the reader's errors.
     """
     base = Checkpoint(model)
     before = base.block or dense_block(base)
@@ -38,7 +43,20 @@ def quantize_folder(model: pathlib.Path, out: pathlib.Path, bars: ProgressBars) 
                 write_layer(folder, base, index, _int8_layer(base, f"{layer_prefix(index)}mlp.", specs, after))
                 tick(1)
         write_rest(folder, base, after)
+        if (model / REPORT_FILE).is_file():
+            write_report(folder, _report(read_report(model), folder, after, judge, bars))
     return after
+
+
+def _report(before: dict[str, Any], folder: pathlib.Path, block: FormatBlock, judge: Judge | None, bars: ProgressBars) -> dict[str, Any]:
+    """The source's report with what rounding changed, and without what it may have changed and nobody measured."""
+    quality = None
+    if judge is not None:
+        with bars.stage("quality", len(block.layers)) as tick:
+            quality = judge.compare(LayerStream(Checkpoint(folder)), tick).to_json()
+    note = "Rounded to int8 afterwards: the errors of single matrices are those before it."
+    sizes = {"weight_bytes": block.weight_bytes, "bytes_ratio": block.bytes_ratio}
+    return {**before, **sizes, "block": block.to_json(), "quality": quality, "samples": None, "notes": [*before.get("notes", []), note]}
 
 
 def _int8_layer(base: Checkpoint, prefix: str, specs: dict[str, ProjectionSpec], block: FormatBlock) -> dict[str, torch.Tensor]:

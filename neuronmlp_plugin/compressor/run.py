@@ -33,7 +33,7 @@ from neuronmlp_plugin.compressor.workspace import Workspace
 from neuronmlp_plugin.lowrank.allocate import Curve, most_removable
 from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, ProjectionSpec
 from neuronmlp_plugin.reporting.card import base_facts
-from neuronmlp_plugin.reporting.folder import REPORT_FILE, write_card, write_page
+from neuronmlp_plugin.reporting.folder import write_report
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -91,9 +91,7 @@ def _finish(run: Run, bars: ProgressBars) -> dict[str, Any]:
         "base": base_facts(run.plan.base.folder),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")},
     }
-    save_json(run.result / REPORT_FILE, report)
-    write_page(run.result, report)
-    write_card(run.result, report)
+    write_report(run.result, report)
     run.finish()
     return report
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.calibration.text import bos_prefix, hold_out, read_documents, rewindow, token_windows
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
-from neuronmlp_plugin.checkpoint.writer import layer_prefix, save_json, write_layer, write_rest
+from neuronmlp_plugin.checkpoint.writer import layer_prefix, write_layer, write_rest
 from neuronmlp_plugin.compressor.plan import base_digest
 from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.compressor.samples import sample_texts
@@ -25,7 +24,7 @@ from neuronmlp_plugin.errors import CalibrationError, CheckpointError, OutputErr
 from neuronmlp_plugin.refinement.blocks import BlockStreams
 from neuronmlp_plugin.refinement.distill import distill, teacher_states
 from neuronmlp_plugin.refinement.settings import RefineSettings
-from neuronmlp_plugin.reporting.folder import REPORT_FILE, write_card, write_page
+from neuronmlp_plugin.reporting.folder import REPORT_FILE, read_report, write_report
 
 JUDGE_WINDOW = 1024  # tokens; longer than the training windows, as served contexts are
 
@@ -104,7 +103,7 @@ def refine(plan: RefinePlan, bars: ProgressBars) -> dict[str, Any]:
         if best is plan.source:
             best = _copied(plan.source, pathlib.Path(work, "unchanged"))
         report = _report(plan, best, tried, bars)
-        _write_report(best.folder, report)
+        write_report(best.folder, report)
         best.folder.rename(settings.out)
     return report
 
@@ -181,8 +180,8 @@ def _copied(source: Checkpoint, target: pathlib.Path) -> Checkpoint:
 
 def _report(plan: RefinePlan, best: Checkpoint, tried: list[dict[str, Any]], bars: ProgressBars) -> dict[str, Any]:
     """The source's report with the block, the quality and the sample texts of what was kept."""
-    settings, path = plan.settings, plan.source.folder / REPORT_FILE
-    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"matrices": []}
+    settings, folder = plan.settings, plan.source.folder
+    report = read_report(folder) if (folder / REPORT_FILE).is_file() else {"matrices": []}
     kept = min(tried, key=_divergence)
     losses: list[float] = next((entry["losses"] for entry in tried if entry["stage"] == "distill"), [])
     history = [{"step": i, "tokens": i * settings.batch * settings.window, "loss": loss} for i, loss in enumerate(losses, start=1)]
@@ -207,9 +206,3 @@ def _samples(plan: RefinePlan, best: Checkpoint, before: dict[str, Any] | None, 
     tokenizer = AutoTokenizer.from_pretrained(plan.dense.folder, trust_remote_code=False)
     with bars.stage("sample texts", 2 * before["new_tokens"]) as tick:
         return sample_texts(LayerStream(plan.dense), LayerStream(best), tokenizer, before["new_tokens"], tick)
-
-
-def _write_report(folder: pathlib.Path, report: dict[str, Any]) -> None:
-    save_json(folder / REPORT_FILE, report)
-    write_page(folder, report)
-    write_card(folder, report)

@@ -6,7 +6,7 @@ import json
 import pathlib
 from typing import Any
 
-from neuronmlp_plugin.checkpoint.writer import save_text
+from neuronmlp_plugin.checkpoint.writer import save_json, save_text
 from neuronmlp_plugin.errors import CheckpointError
 from neuronmlp_plugin.reporting.card import render_card
 from neuronmlp_plugin.reporting.page import render_page
@@ -26,6 +26,13 @@ def read_report(folder: pathlib.Path) -> dict[str, Any]:
     if not isinstance(report, dict) or not {"block", "matrices"} <= report.keys():
         raise CheckpointError(f"{path}: expected a report with `block` and `matrices`, found another JSON file; compress again.")
     return report
+
+
+def write_report(folder: pathlib.Path, report: dict[str, Any]) -> None:
+    """All three files."""
+    save_json(folder / REPORT_FILE, report)
+    write_page(folder, report)
+    write_card(folder, report)
 
 
 def write_page(folder: pathlib.Path, report: dict[str, Any]) -> pathlib.Path:

@@ -15,7 +15,8 @@ from neuronmlp_plugin.compressor.quantize import quantize_pair
 from neuronmlp_plugin.models.int8 import dequantize, quantize
 from neuronmlp_plugin.models.low_rank_linear import build_linear
 from neuronmlp_plugin.models.projection import PROJECTIONS, ProjectionSpec, tensor_shapes
-from tests.letters import write_tokenizer
+from neuronmlp_plugin.reporting.folder import CARD_FILE, PAGE_FILE, read_report
+from tests.letters import write_text, write_tokenizer
 from tests.tiny_models import MIXED_LAYERS, SHAPE, write_dense, write_mixed
 
 
@@ -81,11 +82,28 @@ def test_the_rounded_model_is_close_and_half_as_large(home, capsys):
     assert "dense int8" in capsys.readouterr().out
 
 
+def test_a_report_goes_with_the_rounded_weights(home):
+    text = write_text(home / "text.jsonl", 24000)
+    shared = ["--text", str(text), "--quiet"]
+    sizes = ["--remove", "0.2", "--rank-multiple", "1", "--window", "32", "--tokens", "1024", "--metric-tokens", "256", "--samples", "4"]
+    main(["compress", str(home / "dense"), "--out", str(home / "c"), *sizes, *shared])
+    assert main(["quantize", str(home / "c"), "--out", str(home / "unjudged"), "--quiet"]) == 0
+    assert main(["quantize", str(home / "c"), "--out", str(home / "judged"), "--dense", str(home / "dense"), *shared]) == 0
+    before, unjudged, judged = (read_report(home / name) for name in ("c", "unjudged", "judged"))
+    assert unjudged["quality"] is None and unjudged["samples"] is None and "not measured" in (home / "unjudged" / PAGE_FILE).read_text()
+    assert judged["quality"]["kl_divergence"] > 0.0 and judged["quality"]["num_tokens"] == 8 * 1023
+    assert judged["block"] == Checkpoint(home / "judged").block.to_json() != before["block"]
+    assert judged["bytes_ratio"] < 0.6 * before["bytes_ratio"]
+    assert "compact int8" in (home / "judged" / CARD_FILE).read_text()
+
+
 def test_what_cannot_be_quantised_is_refused(home, capsys):
     main(["quantize", str(home / "dense"), "--out", str(home / "out")])
     for source, target, message in (("out", "again", "found int8"), ("dense", "out", "does not exist yet"), ("none", "new", "config.json")):
         assert main(["quantize", str(home / source), "--out", str(home / target)]) == 2
         assert message in capsys.readouterr().err
+    assert main(["quantize", str(home / "dense"), "--out", str(home / "new"), "--text", "t.txt"]) == 2
+    assert "--dense, --text: expected both or neither" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_leaves_nothing(home, capsys):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import itertools
 import json
 import pathlib
 import statistics
@@ -82,12 +83,12 @@ def build(cell: Cell, args: argparse.Namespace) -> pathlib.Path:
     return target
 
 
-def judge(cells: list[Cell], text: pathlib.Path, name: str, args: argparse.Namespace) -> None:
-    """`judged-NAME.json` beside each cell's folder; the dense model runs once for all that are missing."""
+def judge(cells: list[Cell], text: pathlib.Path, name: str, tokens: int, args: argparse.Namespace) -> None:
+    """`FOLDER.NAME.json` beside each cell's folder; the dense model runs once for all that are missing."""
     missing = [folder for cell in cells if not _judged(folder := cell.folder(args.out), name).exists()]
     if not missing:
         return
-    options = ("--dense", args.model, "--text", text, "--tokens", args.judge_tokens, "--window", args.window, "--json")
+    options = ("--dense", args.model, "--text", text, "--tokens", tokens, "--window", args.window, "--json")
     found = json.loads(neuronmlp("evaluate", *missing, *options))
     for folder, quality in zip(missing, found if len(missing) > 1 else [found], strict=True):
         _judged(folder, name).write_text(json.dumps(quality))
@@ -177,7 +178,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULT)
     parser.add_argument("--remove", type=float, nargs="+", default=[0.20])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--judge-tokens", type=int, default=16384)
+    parser.add_argument("--judge-tokens", type=int, nargs="+", default=[16384], help="of every text, or one number a text")
     parser.add_argument("--window", type=int, default=1024, help="of the judging (default %(default)s)")
     parser.add_argument("--compress-options", default="", help="more options for `neuronmlp compress`, in one string")
     parser.add_argument("--refine-options", default="", help="more options for `neuronmlp refine`, in one string")
@@ -192,8 +193,8 @@ def main() -> None:
     )
     for cell in cells:
         build(cell, args)
-    for name, text in args.judge:
-        judge(cells, text, name, args)
+    for (name, text), tokens in zip(args.judge, itertools.cycle(args.judge_tokens)):
+        judge(cells, text, name, tokens, args)
     found = rows(cells, [name for name, _ in args.judge], args.out)
     with (args.out / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, found[0])

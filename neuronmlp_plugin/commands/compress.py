@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method", choices=METHODS, default=_DEFAULTS["method"], help="two-sided (default) or a baseline: whitened (SVD-LLM), plain (SVD)"
     )
     method.add_argument(
-        "--allocation", choices=ALLOCATIONS, help="global (default for two-sided): ranks across all matrices; uniform: the same share"
+        "--allocation",
+        choices=ALLOCATIONS,
+        help="global (default for two-sided): ranks across all matrices; measured: once more, after a pass that measures what each "
+        "matrix is worth at its rank; uniform: the same share of each",
     )
     method.add_argument(
         "--rank-multiple",

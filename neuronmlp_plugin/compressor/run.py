@@ -23,6 +23,7 @@ from neuronmlp_plugin.compressor.analyse import analyse
 from neuronmlp_plugin.compressor.build import BuiltLayer, Layer, build_layer, choose_ranks, priced, read_curves
 from neuronmlp_plugin.compressor.decode_time import model_us, priced_ranks, rank_prices
 from neuronmlp_plugin.compressor.errors import matrix_errors
+from neuronmlp_plugin.compressor.marginal import measured_gains, scaled
 from neuronmlp_plugin.compressor.plan import Plan, describe
 from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.compressor.report import loss_by_size, spectra
@@ -84,7 +85,7 @@ def _finish(run: Run, bars: ProgressBars) -> dict[str, Any]:
         report = _be_faster(run, curves, settings.faster, bars)
     else:
         assert settings.remove is not None
-        report = _make(run, choose_ranks(settings, curves, 1.0 - settings.remove), bars)
+        report = _make(run, _ranks_for(run, curves, 1.0 - settings.remove, bars), bars)
     report |= {
         "loss_by_size": loss_by_size(curves, settings),
         "spectra": spectra(curves),
@@ -94,6 +95,19 @@ def _finish(run: Run, bars: ProgressBars) -> dict[str, Any]:
     write_report(run.result, report)
     run.finish()
     return report
+
+
+def _ranks_for(run: Run, curves: list[Curve], keep: float, bars: ProgressBars) -> list[Layer]:
+    """The chosen ranks; with `measured`, chosen again under what the first choice turned out to be worth."""
+    settings = run.plan.settings
+    chosen = choose_ranks(settings, curves, keep)
+    if settings.allocation != "measured":
+        return chosen
+    path = run.work.path / "gains.json"
+    if not path.is_file():
+        save_json(path, measured_gains(run.plan, run.analysis, chosen, run.device, bars))
+    ranks = [layer[name].rank for layer in chosen for name in PROJECTIONS]
+    return choose_ranks(settings, scaled(curves, ranks, json.loads(path.read_text(encoding="utf-8"))), keep)
 
 
 def _make(run: Run, chosen: list[Layer], bars: ProgressBars) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from neuronmlp_plugin.errors import UsageError
 
 METHODS = ("two-sided", "whitened", "plain")
 FORMS = ("compact", "uv")
-ALLOCATIONS = ("global", "uniform")
+ALLOCATIONS = ("global", "measured", "uniform")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -28,7 +28,7 @@ class Settings:
     faster: float | None = None  # as little as makes the MLPs this many times faster in decode, simulated (compressor/decode_time.py)
     form: str = "compact"
     method: str = "two-sided"  # input moment and output metric | input moment alone (SVD-LLM) | neither (plain SVD)
-    allocation: str = "global"  # ranks chosen across all matrices, with a dense option | the same share of each
+    allocation: str = "global"  # ranks across all matrices, with a dense option | and losses measured in place | the same share of each
     rank_multiple: int = 16
     dtype: str = "auto"  # of the factors; auto keeps the model's
     window: int = 1024  # tokens per calibration window
@@ -57,9 +57,9 @@ class Settings:
             raise UsageError(f"--samples: expected a number of tokens, or 0 for no sample texts, found {self.samples}.")
         if self.text is None and self.method != "plain":
             raise UsageError(f"--text: expected calibration text for --method {self.method}, found none; name a .txt or .jsonl file.")
-        if self.method != "two-sided" and self.allocation == "global":
+        if self.method != "two-sided" and self.allocation != "uniform":
             raise UsageError(
-                f"--method {self.method}: expected --allocation uniform, found global; without the output metric the losses of "
+                f"--method {self.method}: expected --allocation uniform, found {self.allocation}; without the output metric the losses of "
                 "different layers cannot be compared (it does worse than uniform)."
             )
 
@@ -77,7 +77,9 @@ class Settings:
         if self.faster is not None and not self.faster > 1.0:
             raise UsageError(f"--faster: expected a factor above 1 (1.15: decode's MLPs 15 % faster), found {self.faster}.")
         if self.faster is not None and self.allocation != "global":
-            raise UsageError("--faster: expected --allocation global, found uniform; one share of every matrix leaves nothing to spend.")
+            raise UsageError(f"--faster: expected --allocation global, found {self.allocation}; leave the option out.")
+        if self.target is not None and self.allocation == "measured":
+            raise UsageError("--allocation measured: expected --remove, found --target, whose every probe would need a pass of its own.")
 
     def to_json(self) -> dict[str, Any]:
         """Everything that decides the weights, as JSON: an unfinished run may go on with other `samples`."""

@@ -108,7 +108,7 @@ def allocate(curves: Sequence[Curve], keep: float, form: str, multiple: int) -> 
     return [int(o.ranks[p]) or None for o, p in zip(options, picks, strict=True)]
 
 
-CHOOSERS = {"global": allocate, "uniform": uniform_ranks}
+CHOOSERS = {"global": allocate, "measured": allocate, "uniform": uniform_ranks}  # "measured" scales the curves first
 
 
 def _options(curve: Curve, form: str, multiple: int) -> _Options:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from neuronmlp_plugin.calibration.output_loss import kl_gradient, next_token_gradient
 from neuronmlp_plugin.calibration.quality import last_hidden
 from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.refinement.descent import descend
-from neuronmlp_plugin.refinement.output_loss import kl_gradient, next_token_gradient
 from neuronmlp_plugin.refinement.settings import RefineSettings
 from neuronmlp_plugin.refinement.trainable import trainable
 

@@ -80,7 +80,7 @@ def _divergence_gradient(stream: LayerStream, exact: torch.Tensor, reached: torc
     for x, y in zip(exact, reached, strict=True):
         leaf = y.to(stream.device).requires_grad_()
         rows = norm(leaf)
-        _, by_rows = kl_gradient(rows.detach(), norm(x.to(stream.device)), output.weight)
+        _, by_rows = kl_gradient(rows.detach(), norm(x.to(stream.device)), output.get_buffer("weight"))
         rows.backward(by_rows)
         assert leaf.grad is not None
         gradients.append(leaf.grad.to(reached.device))

@@ -15,41 +15,11 @@ _DEFAULTS = {field: Settings.__dataclass_fields__[field].default for field in Se
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=pathlib.Path, help="local Hugging Face folder (Llama, Qwen2, Qwen3 or Mistral)")
     parser.add_argument("--out", type=pathlib.Path, help="folder to write; must not exist yet")
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--remove", type=float, metavar="SHARE", help="share of the MLP parameters to take away (0.20: a fifth)")
-    size.add_argument("--keep", type=float, metavar="SHARE", help="the same, as the share that stays")
-    size.add_argument(
-        "--target",
-        metavar="QUALITY",
-        help='as much as keeps this quality on the judged text: "ppl+2%%", "kl<0.05" or "top1>95%%"; --judge-tokens decide how fine '
-        "a target can be told apart: a few per cent of perplexity with 8192, less with more",
-    )
-    size.add_argument(
-        "--faster", type=float, metavar="FACTOR", help="as little as makes decode's MLPs FACTOR times faster on trn1; simulated"
-    )
+    _add_size(parser)
     parser.add_argument("--text", type=pathlib.Path, help="calibration text: .txt, or .jsonl with `text` or `messages` a line")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--quiet", action="store_true", help="no plan, no progress bars")
-    method = parser.add_argument_group("method")
-    method.add_argument(
-        "--form", choices=FORMS, default=_DEFAULTS["form"], help="compact (default): pivoted, no break-even rank; uv: the paper's"
-    )
-    method.add_argument(
-        "--method", choices=METHODS, default=_DEFAULTS["method"], help="two-sided (default) or a baseline: whitened (SVD-LLM), plain (SVD)"
-    )
-    method.add_argument(
-        "--allocation",
-        choices=ALLOCATIONS,
-        help="global (default for two-sided): ranks across all matrices; measured: once more, after a pass that measures what each "
-        "matrix is worth at its rank; uniform: the same share of each",
-    )
-    method.add_argument(
-        "--rank-multiple",
-        type=int,
-        default=_DEFAULTS["rank_multiple"],
-        help="ranks are multiples of this (default %(default)s; the paper: 128)",
-    )
-    method.add_argument("--dtype", choices=DTYPES, default=_DEFAULTS["dtype"], help="of the factors (default: the model's)")
+    _add_method(parser)
     text = parser.add_argument_group("calibration")
     text.add_argument("--tokens", type=int, default=_DEFAULTS["tokens"], help="tokens for the input statistics (default %(default)s)")
     text.add_argument(
@@ -74,6 +44,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--factors-only", action="store_true", help="write neuronmlp/factors.safetensors beside the dense weights instead of a folder"
     )
+
+
+def _add_size(parser: argparse.ArgumentParser) -> None:
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--remove", type=float, metavar="SHARE", help="share of the MLP parameters to take away (0.20: a fifth)")
+    size.add_argument("--keep", type=float, metavar="SHARE", help="the same, as the share that stays")
+    size.add_argument(
+        "--target",
+        metavar="QUALITY",
+        help='as much as keeps this quality on the judged text: "ppl+2%%", "kl<0.05" or "top1>95%%"; --judge-tokens decide how fine '
+        "a target can be told apart: a few per cent of perplexity with 8192, less with more",
+    )
+    size.add_argument(
+        "--faster", type=float, metavar="FACTOR", help="as little as makes decode's MLPs FACTOR times faster on trn1; simulated"
+    )
+
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
+    method = parser.add_argument_group("method")
+    method.add_argument(
+        "--form", choices=FORMS, default=_DEFAULTS["form"], help="compact (default): pivoted, no break-even rank; uv: the paper's"
+    )
+    method.add_argument(
+        "--method", choices=METHODS, default=_DEFAULTS["method"], help="two-sided (default) or a baseline: whitened (SVD-LLM), plain (SVD)"
+    )
+    method.add_argument(
+        "--allocation",
+        choices=ALLOCATIONS,
+        help="global (default for two-sided): ranks across all matrices; measured: once more, after a pass that measures what each "
+        "matrix is worth at its rank; uniform: the same share of each",
+    )
+    method.add_argument(
+        "--rank-multiple",
+        type=int,
+        default=_DEFAULTS["rank_multiple"],
+        help="ranks are multiples of this (default %(default)s; the paper: 128)",
+    )
+    method.add_argument("--dtype", choices=DTYPES, default=_DEFAULTS["dtype"], help="of the factors (default: the model's)")
 
 
 def settings_of(args: argparse.Namespace) -> Settings:

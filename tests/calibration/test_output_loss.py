@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from neuronmlp_plugin.refinement import output_loss
+from neuronmlp_plugin.calibration import output_loss
 
 
 @pytest.fixture(autouse=True)

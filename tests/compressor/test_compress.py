@@ -22,6 +22,7 @@ from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.compressor.run import compress
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import NeuronMLPError, NonFiniteError, OutputError
+from neuronmlp_plugin.reporting import folder as folder_module
 from tests.letters import write_text, write_tokenizer
 from tests.tiny_models import FAMILIES, write_dense
 
@@ -128,7 +129,7 @@ def test_a_rerun_gives_the_same_bytes(home):
     (run_module, "write_rest", 1),
     (run_module, "compare", 1),
     (run_module, "sample_texts", 1),
-    (run_module, "write_page", 1),
+    (folder_module, "write_page", 1),
 ])  # fmt: skip
 def test_an_interrupted_run_resumes_to_the_same_bytes(home, monkeypatch, module, function, call):
     compress(make_plan(settings_for(home, out=home / "whole")), QUIET)

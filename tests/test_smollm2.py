@@ -12,7 +12,7 @@ import torch
 
 from neuronmlp_plugin.calibration.quality import Judge, compare
 from neuronmlp_plugin.calibration.stream import LayerStream
-from neuronmlp_plugin.calibration.text import read_documents, spread, token_windows
+from neuronmlp_plugin.calibration.text import held_out_windows
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from tests.conftest import ROOT, neuronmlp
@@ -26,10 +26,7 @@ BOUNDS = {("compact", 0.05): 1.06, ("compact", 0.1): 1.15, ("compact", 0.2): 1.5
 
 @functools.cache
 def judging_windows(folder) -> torch.Tensor:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder / "dense")
-    return spread(token_windows(read_documents(folder / "heldout.jsonl", tokenizer), tokenizer, 1024), 8)
+    return held_out_windows(folder / "dense", folder / "heldout.jsonl", 8192)
 
 
 @pytest.mark.parametrize(("form", "removed"), BOUNDS, ids=str)
@@ -44,8 +41,8 @@ def test_quality_in_the_served_form(smollm2, compress_smollm2, form, removed):
     assert 23 < quality.reference_perplexity < 24  # the windows and the dense model are the right ones
 
 
-def test_refinement_wins_back_a_fifth_of_what_was_lost(smollm2, smollm2_compressed, tmp_path):
-    """On half of the tokens that `refine` takes by itself, on a fifth removed; judged on articles that neither step has seen."""
+def test_refinement_wins_back_a_third_of_what_was_lost(smollm2, smollm2_compressed, tmp_path):
+    """On a quarter of the tokens that `refine` takes by itself, on a fifth removed; judged on articles that neither step has seen."""
     text = ("--dense", smollm2 / "dense", "--text", smollm2 / "calibration.jsonl", "--judge-tokens", 4096)
     neuronmlp("refine", smollm2_compressed, "--out", tmp_path / "refined", *text, "--tokens", 32768, "--quiet")
     dense, before, after = (LayerStream(Checkpoint(each)) for each in (smollm2 / "dense", smollm2_compressed, tmp_path / "refined"))
@@ -53,7 +50,7 @@ def test_refinement_wins_back_a_fifth_of_what_was_lost(smollm2, smollm2_compress
     qualities = judge.compare(before), judge.compare(after)
     print(*qualities, sep="\n")
     lost, kept = (quality.perplexity_ratio - 1.0 for quality in qualities)
-    assert kept < 0.8 * lost
+    assert kept < 2 / 3 * lost
     assert qualities[1].kl_divergence < 0.9 * qualities[0].kl_divergence
     assert qualities[1].top1_agreement > qualities[0].top1_agreement
 

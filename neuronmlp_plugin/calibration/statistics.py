@@ -82,6 +82,18 @@ def run_in_place(stream: LayerStream, layer: nn.Module, hidden: torch.Tensor, ti
             tick(len(batch))
 
 
+def backward_in_place(stream: LayerStream, layer: nn.Module, hidden: torch.Tensor, gradient: torch.Tensor) -> None:
+    """Replace `gradient [n, S, H]`, dL/d(output of the layer on `hidden`), by dL/dhidden; gradients of the layer's weights add up.
+
+    The layer is run anew, batch by batch, so that only one batch of one layer keeps its activations.
+    """
+    for batch, outer in zip(hidden.split(BATCH), gradient.split(BATCH), strict=True):
+        leaf = batch.detach().to(stream.device).requires_grad_()
+        stream.run(layer, leaf).backward(outer.to(stream.device))
+        assert leaf.grad is not None
+        outer.copy_(leaf.grad)
+
+
 def loss_gradient(stream: LayerStream, hidden: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
     """dL/dhidden for the last layer's output `hidden [n, S, H]`, L the summed next-token loss over `windows [n, S]`."""
     head, gradients = stream.head(), []
@@ -96,8 +108,7 @@ def loss_gradient(stream: LayerStream, hidden: torch.Tensor, windows: torch.Tens
 def layer_metrics(stream: LayerStream, layer: nn.Module, hidden: torch.Tensor, gradient: torch.Tensor, workers: Workers) -> LayerMetrics:
     """Token-wise second moments of dL/dy at the outputs of a layer's projections, over the windows of all workers.
 
-    `gradient [n, S, H]`, dL/d(output of the layer on `hidden`), is replaced in place by dL/dhidden; the layer is run anew, batch by
-    batch, so that only one batch of one layer keeps its activations.
+    `gradient` is taken through the layer by `backward_in_place`.
     """
     mlp: Any = layer.mlp
     squares = {name: torch.zeros(getattr(mlp, name).out_features, dtype=torch.float64) for name in ("gate_proj", "up_proj")}
@@ -116,11 +127,7 @@ def layer_metrics(stream: LayerStream, layer: nn.Module, hidden: torch.Tensor, g
         return hook
 
     with hooked([getattr(mlp, name).register_forward_hook(watch(name)) for name in ("gate_proj", "up_proj", "down_proj")]):
-        for batch, outer in zip(hidden.split(BATCH), gradient.split(BATCH), strict=True):
-            leaf = batch.detach().to(stream.device).requires_grad_()
-            stream.run(layer, leaf).backward(outer.to(stream.device))
-            assert leaf.grad is not None
-            outer.copy_(leaf.grad)
+        backward_in_place(stream, layer, hidden, gradient)
     squares = {name: workers.sum(square) for name, square in squares.items()}
     workers.add_up(full)
     tokens = full.count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import pathlib
 from typing import TYPE_CHECKING
 
@@ -25,24 +26,23 @@ def run(args: argparse.Namespace) -> int:
 
     from neuronmlp_plugin.compressor.progress import ProgressBars
     from neuronmlp_plugin.compressor.quantize import quantize_folder
+    from neuronmlp_plugin.errors import UsageError
 
     bars = ProgressBars(Console(stderr=True), quiet=args.quiet)
-    block = quantize_folder(args.model, args.out, bars, _judge(args, bars))
+    if (args.dense is None) != (args.text is None):
+        raise UsageError("--dense, --text: expected both or neither, found one; quality is measured against the dense folder on a text.")
+    judge = None if args.dense is None else functools.partial(_judge, args, bars)
+    block = quantize_folder(args.model, args.out, bars, judge)
     print(f"{args.out}: MLPs in int8, {block.weight_bytes / 1e6:.1f} MB, {block.bytes_ratio:.1%} of the dense ones in bf16")
     return 0
 
 
-def _judge(args: argparse.Namespace, bars: ProgressBars) -> Judge | None:
+def _judge(args: argparse.Namespace, bars: ProgressBars) -> Judge:
     from neuronmlp_plugin.calibration.quality import Judge
     from neuronmlp_plugin.calibration.stream import LayerStream
     from neuronmlp_plugin.calibration.text import held_out_windows
     from neuronmlp_plugin.checkpoint.reader import Checkpoint
-    from neuronmlp_plugin.errors import UsageError
 
-    if (args.dense is None) != (args.text is None):
-        raise UsageError("--dense, --text: expected both or neither, found one; quality is measured against the dense folder on a text.")
-    if args.dense is None:
-        return None
     dense = LayerStream(Checkpoint(args.dense))
     with bars.stage("dense model", dense.num_layers) as tick:
         return Judge(dense, held_out_windows(args.dense, args.text, args.tokens), tick)

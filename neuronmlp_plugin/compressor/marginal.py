@@ -15,7 +15,7 @@ from torch import nn
 
 from neuronmlp_plugin.calibration.output_loss import kl_gradient
 from neuronmlp_plugin.calibration.quality import last_hidden
-from neuronmlp_plugin.calibration.statistics import BATCH, run_in_place
+from neuronmlp_plugin.calibration.statistics import backward_in_place, run_in_place
 from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.calibration.text import spread
 from neuronmlp_plugin.compressor.build import Layer
@@ -95,11 +95,7 @@ def _layer_gains(
     weights: dict[str, nn.Parameter] = {n: getattr(layer.mlp, n).weight for n in PROJECTIONS if truncated.chosen[index][n].rank is not None}
     for weight in weights.values():
         weight.requires_grad_(True)
-    for batch, outer in zip(hidden.split(BATCH), gradient.split(BATCH), strict=True):
-        leaf = batch.to(truncated.device).requires_grad_()
-        truncated.run(layer, leaf).backward(outer.to(truncated.device))
-        assert leaf.grad is not None
-        outer.copy_(leaf.grad)
+    backward_in_place(truncated, layer, hidden, gradient)
     whole = dense.load(index)
     gains = {n: -float((w.grad * (getattr(whole.mlp, n).weight - w.detach())).sum()) for n, w in weights.items() if w.grad is not None}
     dense.release(index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from neuronmlp_plugin.reporting.folder import REPORT_FILE, read_report, write_re
 Rounded = tuple[torch.Tensor, torch.Tensor]  # q and its scales
 
 
-def quantize_folder(model: pathlib.Path, out: pathlib.Path, bars: ProgressBars, judge: Judge | None = None) -> FormatBlock:
+def quantize_folder(model: pathlib.Path, out: pathlib.Path, bars: ProgressBars, judge: Callable[[], Judge] | None = None) -> FormatBlock:
     """Write `out`, which appears whole or not at all, with every MLP matrix of `model` in int8 and all else as it was.
 
     Where `model` has a report, `out` gets one of its own, whose quality is what `judge` measures, or none. Raises OutputError where `out`
@@ -48,12 +49,15 @@ def quantize_folder(model: pathlib.Path, out: pathlib.Path, bars: ProgressBars, 
     return after
 
 
-def _report(before: dict[str, Any], folder: pathlib.Path, block: FormatBlock, judge: Judge | None, bars: ProgressBars) -> dict[str, Any]:
+def _report(
+    before: dict[str, Any], folder: pathlib.Path, block: FormatBlock, judge: Callable[[], Judge] | None, bars: ProgressBars
+) -> dict[str, Any]:
     """The source's report with what rounding changed, and without what it may have changed and nobody measured."""
     quality = None
     if judge is not None:
+        made = judge()  # runs the dense model: only here, where its numbers have a place
         with bars.stage("quality", len(block.layers)) as tick:
-            quality = judge.compare(LayerStream(Checkpoint(folder)), tick).to_json()
+            quality = made.compare(LayerStream(Checkpoint(folder)), tick).to_json()
     note = "Rounded to int8 afterwards: the errors of single matrices are those before it."
     sizes = {"weight_bytes": block.weight_bytes, "bytes_ratio": block.bytes_ratio}
     return {**before, **sizes, "block": block.to_json(), "quality": quality, "samples": None, "notes": [*before.get("notes", []), note]}

@@ -19,7 +19,9 @@ import pathlib
 import statistics
 import subprocess
 import sys
+from typing import Any
 
+Row = dict[str, Any]
 UNIFORM_UV = ("--allocation", "uniform", "--form", "uv")
 
 
@@ -98,9 +100,9 @@ def _judged(folder: pathlib.Path, text: str) -> pathlib.Path:
     return folder.with_name(f"{folder.name}.{text}.json")
 
 
-def rows(cells: list[Cell], texts: list[str], out: pathlib.Path) -> list[dict[str, object]]:
+def rows(cells: list[Cell], texts: list[str], out: pathlib.Path) -> list[Row]:
     """One row a cell and text."""
-    found: list[dict[str, object]] = []
+    found: list[Row] = []
     for cell in cells:
         folder, method = cell.folder(out), METHODS[cell.method]
         held = json.loads(neuronmlp("inspect", folder, "--json"))
@@ -112,30 +114,32 @@ def rows(cells: list[Cell], texts: list[str], out: pathlib.Path) -> list[dict[st
     return found
 
 
-def print_table(found: list[dict[str, object]]) -> None:
+def print_table(found: list[Row]) -> None:
     """Mean over the seeds, with the range of the perplexity ratio."""
     print(f"{'method':<29}{'removed':>8}{'MLP bytes':>10}  {'text':<11}{'ppl/dense':>10}{'(range)':>16}{'KL':>9}{'top-1':>8}")
-    groups: dict[tuple[object, ...], list[dict[str, object]]] = {}
+    for (method, removed, text), group in grouped(found, "method", "removed", "text").items():
+        ratios = [row["perplexity_ratio"] for row in group]
+        digits = ".3f" if max(ratios) < 100 else ".0f"
+        spread = f"({min(ratios):{digits}}-{max(ratios):{digits}})"
+        ratio, size, kl, top1 = (
+            mean(group, name) for name in ("perplexity_ratio", "mlp_bytes_over_bf16", "kl_divergence", "top1_agreement")
+        )
+        print(f"{method:<29}{removed:>8.2f}{size:>10.3f}  {text:<11}{ratio:>10{digits}}{spread:>16}{kl:>9.4f}{top1:>8.1%}")
+
+
+def grouped(found: list[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by the values of some columns, in the order in which they are met."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in found:
-        groups.setdefault((row["method"], row["removed"], row["text"]), []).append(row)
-    for (method, removed, text), group in groups.items():
-        ratio, kl, top1, size = (
-            [float(str(row[name])) for row in group]
-            for name in ("perplexity_ratio", "kl_divergence", "top1_agreement", "mlp_bytes_over_bf16")
-        )
-        spread = f"({min(ratio):.3f}-{max(ratio):.3f})"
-        means = (statistics.mean(values) for values in (ratio, kl, top1))
-        print(
-            "{:<29}{:>8.2f}{:>10.3f}  {:<11}{:>10.3f}{:>16}{:>9.4f}{:>8.1%}".format(method, removed, size[0], text, *_order(means, spread))
-        )
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
 
 
-def _order(means: object, spread: str) -> tuple[object, ...]:
-    ratio, kl, top1 = means  # type: ignore[misc]
-    return ratio, spread, kl, top1
+def mean(group: list[Row], name: str) -> float:
+    return statistics.mean(row[name] for row in group)
 
 
-def plot(found: list[dict[str, object]], path: pathlib.Path) -> None:
+def plot(found: list[Row], path: pathlib.Path) -> None:
     """Perplexity over dense against bytes, a panel a text, a line a method, every seed a dot."""
     import matplotlib
 
@@ -145,15 +149,13 @@ def plot(found: list[dict[str, object]], path: pathlib.Path) -> None:
     texts = list(dict.fromkeys(row["text"] for row in found))
     figure, panels = pyplot.subplots(1, len(texts), figsize=(5.2 * len(texts), 4.6), layout="constrained", sharey=True, squeeze=False)
     for axes, text in zip(panels[0], texts, strict=True):
-        for index, name in enumerate(dict.fromkeys(row["method"] for row in found)):
-            mine = [row for row in found if row["text"] == text and row["method"] == name]
-            points = sorted((float(str(row["mlp_bytes_over_bf16"])), float(str(row["perplexity_ratio"]))) for row in mine)
-            axes.scatter([x for x, _ in points], [y for _, y in points], s=22, color=f"C{index}", marker="oosD^vX"[index % 7], label=name)
-            mean = {row["removed"]: [] for row in mine}
-            for row in mine:
-                mean[row["removed"]].append((float(str(row["mlp_bytes_over_bf16"])), float(str(row["perplexity_ratio"]))))
-            line = sorted(tuple(map(statistics.mean, zip(*group, strict=True))) for group in mean.values())
-            axes.plot([x for x, _ in line], [y for _, y in line], color=f"C{index}", linewidth=1)
+        mine = [row for row in found if row["text"] == text]
+        for index, ((name,), group) in enumerate(grouped(mine, "method").items()):
+            x, y = ([row[column] for row in group] for column in ("mlp_bytes_over_bf16", "perplexity_ratio"))
+            axes.scatter(x, y, s=22, color=f"C{index}", marker="oosD^vX"[index % 7], label=name)
+            sizes = grouped(group, "removed").values()
+            x, y = ([mean(size, column) for size in sizes] for column in ("mlp_bytes_over_bf16", "perplexity_ratio"))
+            axes.plot(x, y, color=f"C{index}", linewidth=1)
         axes.set(yscale="log", ylim=(0.95, 12), xlabel="MLP bytes over bf16 dense", title=f"judged on {text}")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_yticks([1, 1.1, 1.2, 1.5, 2, 3, 5, 10], minor=False)

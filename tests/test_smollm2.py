@@ -42,7 +42,7 @@ def test_quality_in_the_served_form(smollm2, compress_smollm2, form, removed):
 
 
 def test_refinement_wins_back_a_third_of_what_was_lost(smollm2, smollm2_compressed, tmp_path):
-    """On a quarter of the tokens that `refine` takes by itself, on a fifth removed; judged on articles that neither step has seen."""
+    """On an eighth of the tokens that `refine` takes by itself, on a fifth removed; judged on articles that neither step has seen."""
     text = ("--dense", smollm2 / "dense", "--text", smollm2 / "calibration.jsonl", "--judge-tokens", 4096)
     neuronmlp("refine", smollm2_compressed, "--out", tmp_path / "refined", *text, "--tokens", 32768, "--quiet")
     dense, before, after = (LayerStream(Checkpoint(each)) for each in (smollm2 / "dense", smollm2_compressed, tmp_path / "refined"))

@@ -146,16 +146,15 @@ def plot(found: list[Row], path: pathlib.Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    texts = list(dict.fromkeys(row["text"] for row in found))
+    texts = grouped(found, "text")
     figure, panels = pyplot.subplots(1, len(texts), figsize=(5.2 * len(texts), 4.6), layout="constrained", sharey=True, squeeze=False)
-    for axes, text in zip(panels[0], texts, strict=True):
-        mine = [row for row in found if row["text"] == text]
+    for axes, ((text,), mine) in zip(panels[0], texts.items(), strict=True):
         for index, ((name,), group) in enumerate(grouped(mine, "method").items()):
-            x, y = ([row[column] for row in group] for column in ("mlp_bytes_over_bf16", "perplexity_ratio"))
-            axes.scatter(x, y, s=22, color=f"C{index}", marker="oosD^vX"[index % 7], label=name)
+            points = [(row["mlp_bytes_over_bf16"], row["perplexity_ratio"]) for row in group]
             sizes = grouped(group, "removed").values()
-            x, y = ([mean(size, column) for size in sizes] for column in ("mlp_bytes_over_bf16", "perplexity_ratio"))
-            axes.plot(x, y, color=f"C{index}", linewidth=1)
+            line = sorted((mean(size, "mlp_bytes_over_bf16"), mean(size, "perplexity_ratio")) for size in sizes)
+            axes.scatter(*zip(*points, strict=True), s=22, color=f"C{index}", marker="oosD^vX"[index % 7], label=name)
+            axes.plot(*zip(*line, strict=True), color=f"C{index}", linewidth=1)
         axes.set(yscale="log", ylim=(0.95, 12), xlabel="MLP bytes over bf16 dense", title=f"judged on {text}")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_yticks([1, 1.1, 1.2, 1.5, 2, 3, 5, 10], minor=False)

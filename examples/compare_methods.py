@@ -40,6 +40,7 @@ METHODS = {
     "plain SVD": Method("compress", ("--method", "plain", *UNIFORM_UV), seeded=False),
     "SVD-LLM (whitened, uniform)": Method("compress", ("--method", "whitened", *UNIFORM_UV)),
     "training-free, uv": Method("compress", ("--form", "uv")),
+    "training-free, global": Method("compress", ("--allocation", "global")),
     "training-free": Method("compress"),
     "refined": Method("refine", parent="training-free"),
     "refined, int8": Method("quantize", parent="refined"),

@@ -17,7 +17,6 @@ from neuronmlp_plugin.calibration.output_loss import kl_gradient
 from neuronmlp_plugin.calibration.quality import last_hidden
 from neuronmlp_plugin.calibration.statistics import backward_in_place, run_in_place
 from neuronmlp_plugin.calibration.stream import LayerStream
-from neuronmlp_plugin.calibration.text import spread
 from neuronmlp_plugin.compressor.build import Layer
 from neuronmlp_plugin.compressor.plan import Plan
 from neuronmlp_plugin.compressor.progress import ProgressBars
@@ -26,7 +25,6 @@ from neuronmlp_plugin.compressor.workspace import Workspace
 from neuronmlp_plugin.lowrank.allocate import Curve
 from neuronmlp_plugin.models.projection import PROJECTIONS
 
-WINDOWS = 6  # of the calibration text
 POWER = 0.5  # taken at its word (1.0) the measurement is too noisy for single matrices: docs/compression_experiments.md
 LIMIT = 4.0  # no matrix counts as more than this many times as dear, or as cheap, as the mean
 
@@ -45,7 +43,7 @@ def measured_gains(
     plan: Plan, analysis: Workspace, chosen: Sequence[Layer], device: torch.device, bars: ProgressBars
 ) -> list[float | None]:
     """The gain of every matrix in nats a token, layer by layer in the order of PROJECTIONS; None for one that is dense."""
-    windows = spread(plan.calibration, WINDOWS)
+    windows = plan.measured
     dense, truncated = LayerStream(plan.base, device=device), TruncatedStream(plan.base, analysis, chosen, device)
     gains: list[list[float | None]] = []
     with bars.stage("measured gains", 4 * dense.num_layers) as tick:

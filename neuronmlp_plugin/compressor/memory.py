@@ -32,6 +32,7 @@ class Footprint:
     window: int
     calibration_tokens: int
     metric_tokens: int
+    measured_tokens: int
     judge_tokens: int
 
     def stages(self) -> dict[str, int]:
@@ -40,6 +41,7 @@ class Footprint:
             "backward pass": max(self._loss(), self._backward()) if self.metric_tokens else 0,
             "statistics": self._hidden(self.calibration_tokens + self.judge_tokens) + self._layer() + self._moments() + self._forward(),
             "factors": self._hidden(self.calibration_tokens + self.judge_tokens) + self._layer() + self._moments() + self._decompose(),
+            "measured gains": self._measured() if self.measured_tokens else 0,
             "pivots": self._pivots(),
             "quality": self._judge() if self.judge_tokens else 0,
         }
@@ -76,6 +78,13 @@ class Footprint:
         h, i = self.shape.hidden_size, self.shape.intermediate_size
         narrow = min(h, i)
         return 2 * (h + i) * narrow * _FP32 + (4 * h * i + 6 * narrow**2) * _FP64
+
+    def _measured(self) -> int:
+        """Hidden states of both models and a gradient, with the output matrix; or a layer of both, its factors and weight gradients."""
+        h, i = self.shape.hidden_size, self.shape.intermediate_size
+        factors = 3 * (h + i) * min(h, i) * _FP32
+        layers = 2 * self._layer() + 3 * h * i * _FP32 + max(factors, self._batch(self.measured_tokens, 6, 16))
+        return 3 * self._hidden(self.measured_tokens) + max(self.vocabulary * h * _FP32, layers)
 
     def _pivots(self) -> int:
         """At full rank: factors of three projections, a basis and what is projected out of it for each, and one QR at work."""

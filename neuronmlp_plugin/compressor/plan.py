@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from neuronmlp_plugin.calibration.text import hold_out, read_documents, token_windows, windows_digest
+from neuronmlp_plugin.calibration.text import hold_out, read_documents, spread, token_windows, windows_digest
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, dense_block
 from neuronmlp_plugin.checkpoint.writer import layer_prefix
 from neuronmlp_plugin.compressor.memory import Footprint, physical_bytes
@@ -22,6 +22,9 @@ from neuronmlp_plugin.models.projection import MLPShape
 
 _FP32 = 4
 _LAYOUT = 2  # of the files in the analysis folder
+# What a measured allocation looks at: so many calibration windows, and of each the beginning, since attention over all of it would be most
+# of the pass on a CPU.
+MEASURED_WINDOWS, MEASURED_LENGTH = 32, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,12 @@ class Plan:
         return 3 * h * i * layers
 
     @property
+    def measured(self) -> torch.Tensor:
+        """`[windows, S]`: the text on which a measured allocation measures; empty for the others."""
+        count = MEASURED_WINDOWS if self.settings.allocation == "measured" else 0
+        return spread(self.calibration, count)[:count, :MEASURED_LENGTH]
+
+    @property
     def memory_bytes(self) -> int:
         """The peak of a process, over all stages."""
         return max(self.footprint().stages().values())
@@ -60,17 +69,17 @@ class Plan:
         layer = sum(math.prod(size) for name, size in shapes.items() if name.startswith(layer_prefix(0)))
         metric_tokens = self.metric_windows * self.settings.window
         vocabulary = shapes["model.embed_tokens.weight"][0]
-        tokens = (self.calibration.numel(), metric_tokens, self.judge.numel())
+        tokens = (self.calibration.numel(), metric_tokens, self.measured.numel(), self.judge.numel())
         return Footprint(self.shape, layer, vocabulary, self.settings.window, *tokens)
 
     @property
     def disk_bytes(self) -> int:
-        """Room for metrics (fp64), the backward pass or the decompositions (fp32), two layers' hidden states, and the result."""
+        """Room for metrics (fp64), the backward pass or the decompositions (fp32) with hidden states, and the result."""
         h, i, layers = self.shape.hidden_size, self.shape.intermediate_size, self.shape.num_layers
         decompositions = layers * 3 * (h + i) * min(h, i) * _FP32
         metrics = layers * (h * h + 2 * i) * 8 if self.metric_windows else 0
         inputs = (layers + 3) * self.metric_windows * self.settings.window * h * _FP32
-        hidden = 2 * (self.calibration.numel() + self.judge.numel()) * h * _FP32
+        hidden = max(2 * (self.calibration.numel() + self.judge.numel()), layers * self.measured.numel()) * h * _FP32
         model = sum(path.stat().st_size for path in self.base.folder.glob("*.safetensors"))
         return metrics + max(inputs, decompositions + hidden) + model
 

@@ -15,6 +15,13 @@ ALLOCATIONS = ("global", "measured", "uniform")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
+def default_allocation(method: str, *, by_share: bool) -> str:
+    """The best that a method can have. `by_share`: the size is a share (`remove`); the others probe many, and a pass for each is dear."""
+    if method != "two-sided":
+        return "uniform"
+    return "measured" if by_share else "global"
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """One compression. `model` and `text` are local paths; everything but `out` and `analysis` decides the bytes of the result."""
@@ -28,7 +35,8 @@ class Settings:
     faster: float | None = None  # as little as makes the MLPs this many times faster in decode, simulated (compressor/decode_time.py)
     form: str = "compact"
     method: str = "two-sided"  # input moment and output metric | input moment alone (SVD-LLM) | neither (plain SVD)
-    allocation: str = "global"  # ranks across all matrices, with a dense option | and losses measured in place | the same share of each
+    # ranks across all matrices, with a dense option | and losses measured in place | the same share of each
+    allocation: str = "global"
     rank_multiple: int = 16
     dtype: str = "auto"  # of the factors; auto keeps the model's
     window: int = 1024  # tokens per calibration window

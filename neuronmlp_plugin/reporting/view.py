@@ -85,6 +85,7 @@ def choice(report: dict[str, Any]) -> str:
     allocation = settings.get("allocation", "unknown")
     known = {
         "global": "The ranks were chosen across all matrices for the least predicted loss",
+        "measured": "The ranks were chosen across all matrices for the least predicted loss, corrected by what each proved to be worth",
         "uniform": "Every matrix was cut by the same share, whatever its predicted loss",
     }
     weighted = ", weighted by how much the model's own loss minds" if settings.get("method") == "two-sided" else ""

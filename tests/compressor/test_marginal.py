@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from neuronmlp_plugin.calibration.text import spread
 from neuronmlp_plugin.calibration.workers import Workers
 from neuronmlp_plugin.checkpoint.loader import load_model
+from neuronmlp_plugin.cli import build_parser
+from neuronmlp_plugin.commands.compress import settings_of
 from neuronmlp_plugin.compressor import run as run_module
 from neuronmlp_plugin.compressor.analyse import analyse, layer_name, load_decomposition
-from neuronmlp_plugin.compressor.marginal import LIMIT, POWER, WINDOWS, measured_gains, scaled
+from neuronmlp_plugin.compressor.marginal import LIMIT, POWER, measured_gains, scaled
 from neuronmlp_plugin.compressor.plan import make_plan
 from neuronmlp_plugin.compressor.run import Run, compress
 from neuronmlp_plugin.lowrank.allocate import Curve
@@ -22,7 +23,7 @@ from tests.compressor.test_compress import QUIET, files, home, settings_for  # n
 
 
 def test_gains_are_the_gradient_of_kl_through_the_whole_truncated_model(home):  # noqa: F811
-    plan, cpu = make_plan(settings_for(home)), torch.device("cpu")
+    plan, cpu = make_plan(settings_for(home, allocation="measured")), torch.device("cpu")
     run = Run(plan, cpu)
     analyse(plan, run.analysis, QUIET, Workers())
     chosen = [{name: ProjectionSpec("compact", 20) for name in PROJECTIONS} for _ in range(plan.shape.num_layers)]
@@ -38,7 +39,7 @@ def test_gains_are_the_gradient_of_kl_through_the_whole_truncated_model(home):  
                 found, weight = load_decomposition(saved, name), getattr(layer.mlp, name).weight
                 exact, weight.data = weight.data, found.left[:, :20] @ found.right[:20]
                 changes.append((weight.requires_grad_(), exact))
-    windows = spread(plan.calibration, WINDOWS)
+    windows = plan.measured
     with torch.no_grad():
         log_p = dense(windows).logits.log_softmax(-1)
     (log_p.exp() * (log_p - truncated(windows).logits.log_softmax(-1))).sum().backward()
@@ -71,3 +72,20 @@ def test_a_measured_allocation_keeps_its_budget_and_is_measured_once(home, monke
             compress(again, QUIET)
     monkeypatch.setattr(run_module, "measured_gains", interrupted)
     assert compress(again, QUIET)["block"] == report["block"]
+
+
+@pytest.mark.parametrize(
+    ("options", "allocation"),
+    [
+        ("--remove 0.2", "measured"),
+        ("--keep 0.8", "measured"),
+        ("--remove 0.2 --allocation global", "global"),
+        ("--target kl<0.1", "global"),
+        ("--faster 1.1", "global"),
+        ("--remove 0.2 --method whitened", "uniform"),
+        ("--remove 0.2 --method plain", "uniform"),
+    ],
+)
+def test_a_share_is_allocated_by_measurement_unless_told_otherwise(options, allocation):
+    args = build_parser().parse_args(["compress", "MODEL", "--out", "DIR", "--text", "text.txt", *options.split()])
+    assert settings_of(args).allocation == allocation

@@ -107,7 +107,8 @@ def test_matrices_say_how_they_are_stored():
     [
         ({}, "for the least predicted loss: what the cuts do to the outputs of the matrices, weighted by"),
         ({"allocation": "uniform", "method": "whitened"}, "whatever its predicted loss: what the cuts do to the outputs of the matrices."),
-        ({"allocation": "measured"}, "chosen by allocation measured"),
+        ({"allocation": "measured"}, "predicted loss, corrected by what each proved to be worth: what the cuts do to the outputs"),
+        ({"allocation": "later"}, "chosen by allocation later"),
     ],
 )  # fmt: skip
 def test_the_page_says_how_the_ranks_were_really_chosen(settings, said):

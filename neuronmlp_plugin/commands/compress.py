@@ -72,8 +72,8 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--allocation",
         choices=ALLOCATIONS,
-        help="global: ranks across all matrices; measured (default for two-sided with --remove): once more, after a pass that measures "
-        "what each matrix is worth at its rank; uniform (default for the baselines): the same share of each",
+        help="global: ranks across all matrices; measured (default for two-sided, but with --target): once more, after a pass that "
+        "measures what each matrix is worth at its rank; uniform (default for the baselines): the same share of each",
     )
     method.add_argument(
         "--rank-multiple",
@@ -91,7 +91,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     known = {name: getattr(args, name) for name in Settings.__dataclass_fields__ if hasattr(args, name)}
     known["out"] = args.out if args.out is not None else args.model
     known["remove"] = args.remove if args.keep is None else 1.0 - args.keep
-    known["allocation"] = args.allocation or default_allocation(args.method, by_share=known["remove"] is not None)
+    known["allocation"] = args.allocation or default_allocation(args.method, args.target)
     return Settings(**known)
 
 

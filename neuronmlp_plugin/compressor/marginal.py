@@ -17,8 +17,6 @@ from neuronmlp_plugin.calibration.output_loss import kl_gradient
 from neuronmlp_plugin.calibration.quality import last_hidden
 from neuronmlp_plugin.calibration.statistics import backward_in_place, run_in_place
 from neuronmlp_plugin.calibration.stream import LayerStream
-from neuronmlp_plugin.compressor.build import Layer
-from neuronmlp_plugin.compressor.plan import Plan
 from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.compressor.search import TruncatedStream
 from neuronmlp_plugin.compressor.workspace import Workspace
@@ -39,20 +37,20 @@ def scaled(curves: Sequence[Curve], ranks: Sequence[int | None], gains: Sequence
     return [dataclasses.replace(curve, tail=curve.tail * factor) for curve, factor in zip(curves, factors, strict=True)]
 
 
-def measured_gains(
-    plan: Plan, analysis: Workspace, chosen: Sequence[Layer], device: torch.device, bars: ProgressBars
-) -> list[float | None]:
-    """The gain of every matrix in nats a token, layer by layer in the order of PROJECTIONS; None for one that is dense."""
-    windows = plan.measured
-    dense, truncated = LayerStream(plan.base, device=device), TruncatedStream(plan.base, analysis, chosen, device)
+def measured_gains(truncated: TruncatedStream, windows: torch.Tensor, files: Workspace, bars: ProgressBars) -> list[float | None]:
+    """The gain of every matrix in nats a token of `windows [n, S]`, layer by layer in the order of PROJECTIONS; None for one that is dense.
+
+    `files` holds each layer's input for the time being.
+    """
+    dense = LayerStream(truncated.checkpoint, device=truncated.device)
     gains: list[list[float | None]] = []
     with bars.stage("measured gains", 4 * dense.num_layers) as tick:
         exact = last_hidden(dense, windows, tick)
-        gradient = _divergence_gradient(truncated, exact, _forward(truncated, analysis, windows, tick))
-        for index in reversed(range(len(chosen))):
-            hidden = analysis.load(_input(index))["hidden"]
+        gradient = _divergence_gradient(truncated, exact, _forward(truncated, files, windows, tick))
+        for index in reversed(range(dense.num_layers)):
+            hidden = files.load(_input(index))["hidden"]
             gains.insert(0, _layer_gains(dense, truncated, index, hidden, gradient))
-            analysis.drop(_input(index))
+            files.drop(_input(index))
             tick(2)
     return [None if gain is None else gain / windows.numel() for layer in gains for gain in layer]
 
@@ -61,11 +59,11 @@ def _input(index: int) -> str:
     return f"measured-{index:05d}"
 
 
-def _forward(stream: LayerStream, analysis: Workspace, windows: torch.Tensor, tick: Callable[[int], None]) -> torch.Tensor:
+def _forward(stream: LayerStream, files: Workspace, windows: torch.Tensor, tick: Callable[[int], None]) -> torch.Tensor:
     """The last layer's output; the input of each layer is left as a file."""
     hidden = stream.embed(windows)
     for index in range(stream.num_layers):
-        analysis.save(_input(index), {"hidden": hidden})
+        files.save(_input(index), {"hidden": hidden})
         run_in_place(stream, stream.load(index), hidden)
         stream.release(index)
         tick(1)

@@ -105,7 +105,8 @@ def _ranks_for(run: Run, curves: list[Curve], keep: float, bars: ProgressBars) -
         return chosen
     path = run.work.path / "gains.json"
     if not path.is_file():
-        save_json(path, measured_gains(run.plan, run.analysis, chosen, run.device, bars))
+        truncated = TruncatedStream(run.plan.base, run.analysis, chosen, run.device)
+        save_json(path, measured_gains(truncated, run.plan.measured, run.work, bars))
     ranks = [layer[name].rank for layer in chosen for name in PROJECTIONS]
     return choose_ranks(settings, scaled(curves, ranks, json.loads(path.read_text(encoding="utf-8"))), keep)
 
@@ -161,7 +162,7 @@ def _be_faster(run: Run, curves: list[Curve], factor: float, bars: ProgressBars)
     shape, settings = run.plan.shape, run.plan.settings
     with bars.stage("simulated prices", 2 * len(priced_ranks(shape))) as tick:
         prices = rank_prices(shape, settings.form, tick)
-    report = _make(run, choose_ranks(settings, priced(curves, prices), 1.0 / factor), bars)
+    report = _make(run, _ranks_for(run, priced(curves, prices), 1.0 / factor, bars), bars)
     made = [{name: ProjectionSpec(**spec) for name, spec in layer.items()} for layer in report["block"]["layers"]]
     dense_us = model_us(shape, [dict.fromkeys(PROJECTIONS, DENSE)] * shape.num_layers)
     simulated_us = model_us(shape, made)

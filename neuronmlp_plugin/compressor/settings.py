@@ -15,11 +15,11 @@ ALLOCATIONS = ("global", "measured", "uniform")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
-def default_allocation(method: str, *, by_share: bool) -> str:
-    """The best that a method can have. `by_share`: the size is a share (`remove`); the others probe many, and a pass for each is dear."""
+def default_allocation(method: str, target: str | None) -> str:
+    """The best that a method can have; with a target every probe would need a measuring pass of its own."""
     if method != "two-sided":
         return "uniform"
-    return "measured" if by_share else "global"
+    return "measured" if target is None else "global"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +84,10 @@ class Settings:
                 raise UsageError("--target: expected text to judge on, found none; give --text, and --judge-tokens of a window or more.")
         if self.faster is not None and not self.faster > 1.0:
             raise UsageError(f"--faster: expected a factor above 1 (1.15: decode's MLPs 15 % faster), found {self.faster}.")
-        if self.faster is not None and self.allocation != "global":
-            raise UsageError(f"--faster: expected --allocation global, found {self.allocation}; leave the option out.")
+        if self.faster is not None and self.allocation == "uniform":
+            raise UsageError("--faster: expected --allocation global or measured, found uniform; leave the option out.")
         if self.target is not None and self.allocation == "measured":
-            raise UsageError("--allocation measured: expected --remove, found --target, whose every probe would need a pass of its own.")
+            raise UsageError("--allocation measured: expected --remove or --faster, found --target, which probes many sizes; leave it out.")
 
     def to_json(self) -> dict[str, Any]:
         """Everything that decides the weights, as JSON: an unfinished run may go on with other `samples`."""

@@ -99,13 +99,15 @@ def test_llama_1b_ranks_land_on_row_tiles():
     assert sum(rank % 128 == 0 for rank in plain) < len(plain) / 2
 
 
-def test_a_run_reports_the_simulated_time_it_was_asked_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize("allocation", ["global", "measured"])
+def test_a_run_reports_the_simulated_time_it_was_asked_for(tmp_path, monkeypatch, allocation):
     monkeypatch.setattr(tiny_models, "SHAPE", MLPShape(256, 512, 2))
     write_tokenizer(tiny_models.write_dense(tmp_path / "dense", "llama"))
     write_text(tmp_path / "text.jsonl", 3000)
-    report = compress(make_plan(settings_for(tmp_path, remove=None, faster=1.05, form="uv")), QUIET)
+    report = compress(make_plan(settings_for(tmp_path, remove=None, faster=1.05, form="uv", allocation=allocation)), QUIET)
     decode = report["decode"]
     assert decode["asked"] == 1.05
+    assert decode["simulated_speedup"] > 1.04  # prices are lines between the steps of the row tiles
     assert decode["simulated_us"] < decode["dense_simulated_us"]
     assert decode["simulated_speedup"] == pytest.approx(decode["dense_simulated_us"] / decode["simulated_us"])
     assert len(report["loss_by_size"]) >= 5

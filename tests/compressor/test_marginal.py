@@ -17,6 +17,7 @@ from neuronmlp_plugin.compressor.analyse import analyse, layer_name, load_decomp
 from neuronmlp_plugin.compressor.marginal import LIMIT, POWER, measured_gains, scaled
 from neuronmlp_plugin.compressor.plan import make_plan
 from neuronmlp_plugin.compressor.run import Run, compress
+from neuronmlp_plugin.compressor.search import TruncatedStream
 from neuronmlp_plugin.lowrank.allocate import Curve
 from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, ProjectionSpec
 from tests.compressor.test_compress import QUIET, files, home, settings_for  # noqa: F401 (home is a fixture)
@@ -28,7 +29,7 @@ def test_gains_are_the_gradient_of_kl_through_the_whole_truncated_model(home):  
     analyse(plan, run.analysis, QUIET, Workers())
     chosen = [{name: ProjectionSpec("compact", 20) for name in PROJECTIONS} for _ in range(plan.shape.num_layers)]
     chosen[1]["up_proj"] = DENSE
-    gains = measured_gains(plan, run.analysis, chosen, cpu, QUIET)
+    gains = measured_gains(TruncatedStream(plan.base, run.analysis, chosen, cpu), plan.measured, run.work, QUIET)
 
     dense = load_model(home / "dense")
     truncated, changes = copy.deepcopy(dense).requires_grad_(False), []
@@ -46,7 +47,7 @@ def test_gains_are_the_gradient_of_kl_through_the_whole_truncated_model(home):  
     expected = [-float((weight.grad * (exact - weight.detach())).sum()) / windows.numel() for weight, exact in changes]
     assert [gain is None for gain in gains] == [spec.rank is None for layer in chosen for spec in layer.values()]
     assert [gain for gain in gains if gain is not None] == pytest.approx(expected, rel=1e-3, abs=1e-7)
-    assert not list(run.analysis.path.glob("measured-*"))
+    assert not list(run.work.path.glob("measured-*"))
 
 
 def test_curves_follow_what_was_measured_within_limits():
@@ -81,11 +82,11 @@ def test_a_measured_allocation_keeps_its_budget_and_is_measured_once(home, monke
         ("--keep 0.8", "measured"),
         ("--remove 0.2 --allocation global", "global"),
         ("--target kl<0.1", "global"),
-        ("--faster 1.1", "global"),
+        ("--faster 1.1", "measured"),
         ("--remove 0.2 --method whitened", "uniform"),
         ("--remove 0.2 --method plain", "uniform"),
     ],
 )
-def test_a_share_is_allocated_by_measurement_unless_told_otherwise(options, allocation):
+def test_ranks_are_chosen_by_measurement_unless_told_otherwise(options, allocation):
     args = build_parser().parse_args(["compress", "MODEL", "--out", "DIR", "--text", "text.txt", *options.split()])
     assert settings_of(args).allocation == allocation

@@ -45,11 +45,11 @@ def smollm2() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def compress_smollm2(smollm2: pathlib.Path):
-    """Function (form, removed) -> folder of the compressed real model; the statistics are shared by all of them."""
+    """Function (form, removed, allocation) -> folder of the compressed real model; the statistics are shared by all of them."""
     home = ROOT / "build" / f"compressed-{sources_digest()}"
 
-    def make(form: str, removed: float) -> pathlib.Path:
-        target = home / f"{form}-{removed}"
+    def make(form: str, removed: float, allocation: str = "measured") -> pathlib.Path:
+        target = home / f"{form}-{removed}-{allocation}"
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / "lock"):  # other test processes want the same
             if target.exists():
@@ -57,7 +57,7 @@ def compress_smollm2(smollm2: pathlib.Path):
             text, analysis = smollm2 / "calibration.jsonl", home / "analysis"
             # Half of the default statistics: CI has half an hour. The README's numbers come from the defaults.
             fewer = ("--tokens", 49152, "--metric-tokens", 8192, "--judge-tokens", 1024, "--samples", 12)
-            size = ("--remove", removed, "--form", form)
+            size = ("--remove", removed, "--form", form, "--allocation", allocation)
             neuronmlp("compress", smollm2 / "dense", "--out", target, *size, "--text", text, "--analysis", analysis, *fewer)
         return target
 

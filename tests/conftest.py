@@ -56,7 +56,7 @@ def compress_smollm2(smollm2: pathlib.Path):
                 return target
             text, analysis = smollm2 / "calibration.jsonl", home / "analysis"
             # Half of the default statistics: CI has half an hour. The README's numbers come from the defaults.
-            fewer = ("--tokens", 49152, "--metric-tokens", 8192, "--judge-tokens", 1024, "--samples", 12)
+            fewer = ("--tokens", 49152, "--metric-tokens", 8192, "--judge-tokens", 1024, "--samples", 0)
             size = ("--remove", removed, "--form", form, "--allocation", allocation)
             neuronmlp("compress", smollm2 / "dense", "--out", target, *size, "--text", text, "--analysis", analysis, *fewer)
         return target

@@ -42,6 +42,7 @@ METHODS = {
     "training-free, uv": Method("compress", ("--form", "uv")),
     "training-free, global": Method("compress", ("--allocation", "global")),
     "training-free": Method("compress"),
+    "refined, from global": Method("refine", parent="training-free, global"),
     "refined": Method("refine", parent="training-free"),
     "refined, int8": Method("quantize", parent="refined"),
     "int8 dense": Method("quantize", sized=False, seeded=False),

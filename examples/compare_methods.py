@@ -44,6 +44,7 @@ METHODS = {
     "training-free": Method("compress"),
     "refined, from global": Method("refine", parent="training-free, global"),
     "refined": Method("refine", parent="training-free"),
+    "refined, int8, from global": Method("quantize", parent="refined, from global"),
     "refined, int8": Method("quantize", parent="refined"),
     "int8 dense": Method("quantize", sized=False, seeded=False),
 }

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from neuronmlp_plugin.calibration.quality import Judge
+from neuronmlp_plugin.calibration.quality import Judge, Quality
 from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.calibration.text import held_out_windows
 from neuronmlp_plugin.checkpoint.loader import load_model
@@ -32,21 +32,26 @@ def judge(folder) -> Judge:
     return Judge(LayerStream(Checkpoint(folder / "dense")), windows)
 
 
+@functools.cache
+def judged(home, folder) -> Quality:
+    """A folder that several tests ask about runs once a test process."""
+    return judge(home).compare(LayerStream(Checkpoint(folder)))
+
+
 @pytest.mark.parametrize(("form", "removed"), BOUNDS, ids=str)
 def test_quality_in_the_served_form(smollm2, compress_smollm2, form, removed):
     folder = compress_smollm2(form, removed, "measured" if form == "compact" else "global")
     block = Checkpoint(folder).block
     assert block.removed_ratio == pytest.approx(removed, abs=0.005)
     assert {spec.form for layer in block.layers for spec in layer.values()} <= {"dense", form}
-    quality = judge(smollm2).compare(LayerStream(Checkpoint(folder)))
+    quality = judged(smollm2, folder)
     print(f"{form} {removed}: {quality}")
     assert quality.perplexity_ratio <= BOUNDS[form, removed]
     assert 23 < quality.reference_perplexity < 24  # the windows and the dense model are the right ones
 
 
 def test_measured_losses_choose_better_ranks_than_predicted_ones(smollm2, compress_smollm2):
-    folders = (compress_smollm2("compact", 0.2, allocation) for allocation in ("measured", "global"))
-    measured, predicted = (judge(smollm2).compare(LayerStream(Checkpoint(folder))) for folder in folders)
+    measured, predicted = (judged(smollm2, compress_smollm2("compact", 0.2, allocation)) for allocation in ("measured", "global"))
     print(measured, predicted, sep="\n")
     assert measured.kl_divergence < 0.98 * predicted.kl_divergence
 
@@ -55,7 +60,7 @@ def test_refinement_wins_back_a_third_of_what_was_lost(smollm2, smollm2_compress
     """On a sixth of the tokens that `refine` takes by itself, on a fifth removed; judged on articles that neither step has seen."""
     text = ("--dense", smollm2 / "dense", "--text", smollm2 / "calibration.jsonl", "--judge-tokens", 4096)
     neuronmlp("refine", smollm2_compressed, "--out", tmp_path / "refined", *text, "--tokens", 40960, "--quiet")
-    before, after = (judge(smollm2).compare(LayerStream(Checkpoint(each))) for each in (smollm2_compressed, tmp_path / "refined"))
+    before, after = (judged(smollm2, each) for each in (smollm2_compressed, tmp_path / "refined"))
     print(before, after, sep="\n")
     assert after.perplexity_ratio - 1.0 < 2 / 3 * (before.perplexity_ratio - 1.0)
     assert after.kl_divergence < 0.9 * before.kl_divergence

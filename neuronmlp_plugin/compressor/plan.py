@@ -56,8 +56,9 @@ class Plan:
     @property
     def measured(self) -> torch.Tensor:
         """`[windows, S]`: the text on which a measured allocation measures; empty for the others."""
-        count = MEASURED_WINDOWS if self.settings.allocation == "measured" else 0
-        return spread(self.calibration, count)[:count, :MEASURED_LENGTH]
+        if self.settings.allocation != "measured":
+            return self.calibration[:0]
+        return spread(self.calibration, MEASURED_WINDOWS)[:, :MEASURED_LENGTH]
 
     @property
     def memory_bytes(self) -> int:

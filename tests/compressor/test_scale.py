@@ -60,7 +60,6 @@ def test_what_lies_in_files_is_written_without_a_copy(tmp_path):
 def test_llama_8b_is_planned_below_16_gb():
     tokens = {"calibration_tokens": 98304, "metric_tokens": 16384, "measured_tokens": 8192, "judge_tokens": 8192}
     full = Footprint(LLAMA_8B, LAYER_8B, VOCABULARY, window=1024, **tokens)
-    print(full.stages())
     assert max(full.stages().values()) < 16 * GB
 
 

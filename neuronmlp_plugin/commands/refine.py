@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=_DEFAULTS["batch"], help="windows a step (default %(default)s)")
     parser.add_argument("--judge-tokens", type=int, default=_DEFAULTS["judge_tokens"], help="kept apart to judge (default %(default)s)")
     parser.add_argument(
-        "--arithmetic", choices=ARITHMETIC, default=_DEFAULTS["arithmetic"], help="of the products in training (default %(default)s)"
+        "--arithmetic",
+        choices=ARITHMETIC,
+        default=_DEFAULTS["arithmetic"],
+        help="of the products in training (default: bfloat16 where the processor has it, else float32)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the order of the text, and of the adapters")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")

@@ -13,8 +13,8 @@ from torch import nn
 
 from neuronmlp_plugin.calibration.statistics import run_in_place
 from neuronmlp_plugin.calibration.stream import LayerStream
+from neuronmlp_plugin.refinement.arithmetic import products
 from neuronmlp_plugin.refinement.descent import descend
-from neuronmlp_plugin.refinement.distill import arithmetic
 from neuronmlp_plugin.refinement.settings import RefineSettings
 from neuronmlp_plugin.refinement.trainable import factor_linears, trainable
 
@@ -57,7 +57,7 @@ class BlockStreams:
         given, exact = (hidden[0].split(settings.batch) for hidden in (self.given, self.exact))
 
         def step(x: torch.Tensor, y: torch.Tensor) -> float:
-            with arithmetic(settings):
+            with products(settings.arithmetic):
                 loss = relative_error(self.compressed.run(layer, x), y)
             loss.backward()
             return float(loss.detach())

@@ -11,6 +11,7 @@ import torch
 from neuronmlp_plugin.calibration.output_loss import kl_gradient, next_token_gradient
 from neuronmlp_plugin.calibration.quality import last_hidden
 from neuronmlp_plugin.calibration.stream import LayerStream
+from neuronmlp_plugin.refinement.arithmetic import products
 from neuronmlp_plugin.refinement.descent import descend
 from neuronmlp_plugin.refinement.settings import RefineSettings
 from neuronmlp_plugin.refinement.trainable import trainable
@@ -18,14 +19,9 @@ from neuronmlp_plugin.refinement.trainable import trainable
 Tick = Callable[[int], None]
 
 
-def arithmetic(settings: RefineSettings) -> Any:
-    """Where products are taken in the settings' arithmetic; norms, softmaxes and sums stay fp32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=settings.arithmetic == "bfloat16")
-
-
 def teacher_states(dense: LayerStream, windows: torch.Tensor, settings: RefineSettings, tick: Tick) -> torch.Tensor:
     """What the dense model's output matrix sees, `[n, S, H]` bf16: small enough to keep, where its logits are not."""
-    with arithmetic(settings):
+    with products(settings.arithmetic):
         hidden = last_hidden(dense, windows, tick)
     norm, _ = dense.head()
     return torch.cat([norm(batch).bfloat16() for batch in hidden.split(8)])
@@ -42,7 +38,7 @@ def distill(
     head = head.bfloat16() if settings.arithmetic == "bfloat16" else head
 
     def step(ids: torch.Tensor, states: torch.Tensor | None) -> float:
-        with arithmetic(settings):
+        with products(settings.arithmetic):
             hidden = student.model(input_ids=ids, use_cache=False).last_hidden_state
         if states is None:
             hidden, targets = hidden[:, :-1], ids[:, 1:].flatten()

@@ -21,6 +21,7 @@ from neuronmlp_plugin.compressor.plan import base_digest
 from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.compressor.samples import sample_texts
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, OutputError
+from neuronmlp_plugin.refinement.arithmetic import chosen
 from neuronmlp_plugin.refinement.blocks import BlockStreams
 from neuronmlp_plugin.refinement.distill import distill, teacher_states
 from neuronmlp_plugin.refinement.settings import RefineSettings
@@ -67,6 +68,7 @@ def make_plan(settings: RefineSettings) -> RefinePlan:
         )
     if settings.out.exists():
         raise OutputError(f"{settings.out}: expected a path that does not exist yet, found one; choose another --out or remove it.")
+    settings = dataclasses.replace(settings, arithmetic=chosen(settings.arithmetic))  # the plan and the report say which it is
     return RefinePlan(settings, source, dense, *_windows(settings))
 
 

@@ -11,7 +11,7 @@ from neuronmlp_plugin.errors import UsageError
 STAGES = ("blocks", "distill")
 LOSSES = ("kl", "next-token")
 RATE = 6e-5  # what did best at a divergence of one nat a token; 2e-5 to 3e-5 did at a third, 1e-5 at a tenth
-ARITHMETIC = ("bfloat16", "float32")
+ARITHMETIC = ("auto", "bfloat16", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class RefineSettings:
     window: int = 256  # tokens per training window: attention is dear on a CPU
     batch: int = 4  # windows per step: small steps, since few tokens are seen
     judge_tokens: int = 8192  # from the end of the text, in windows of 1024
-    arithmetic: str = "bfloat16"  # of the matrix products; the factors and their sums stay fp32
+    arithmetic: str = "auto"  # of the matrix products (refinement/arithmetic.py); the factors and their sums stay fp32
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from neuronmlp_plugin.compressor.quantize import quantize_folder
 from neuronmlp_plugin.compressor.run import compress
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, NeuronMLPError, OutputError, UsageError
+from neuronmlp_plugin.refinement.arithmetic import chosen
 from neuronmlp_plugin.refinement.run import make_plan, refine
 from neuronmlp_plugin.refinement.settings import RefineSettings
 from tests.letters import write_text, write_tokenizer
@@ -79,6 +80,29 @@ def test_a_rerun_gives_the_same_tensors(home, tmp_path):
         refine(make_plan(settings_for(home, tmp_path / name, tokens=1024, stages=("blocks", "distill"), adapter_rank=2)), QUIET)
     a, b = Checkpoint(tmp_path / "a"), Checkpoint(tmp_path / "b")
     assert all(torch.equal(a.tensor(name), b.tensor(name)) for name in a.names())
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx2": True, "avx512_bf16": False}, "float32"),
+        ({"avx512_f": True, "avx512_bf16": True}, "bfloat16"),
+        ({"amx_bf16": True}, "bfloat16"),
+        ({"neon": True, "bf16": True}, "bfloat16"),
+        ({}, "float32"),
+    ],
+    ids=str,
+)
+def test_products_are_bf16_only_where_the_processor_has_them(capabilities, expected):
+    assert chosen("auto", capabilities) == expected
+    assert chosen("bfloat16", {}) == "bfloat16" and chosen("float32", {"amx_bf16": True}) == "float32"
+
+
+def test_the_report_says_which_arithmetic_was_taken(home, tmp_path):
+    plan = make_plan(settings_for(home, tmp_path / "out", tokens=256, arithmetic="auto"))
+    refine(plan, QUIET)
+    taken = Checkpoint(tmp_path / "out").block.provenance["refinement"]["arithmetic"]
+    assert taken == chosen("auto") and f"{taken} products" in dict(plan.rows())["trains on"]
 
 
 def test_the_text_that_judges_is_not_trained_on(home, tmp_path):

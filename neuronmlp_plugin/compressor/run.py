@@ -30,7 +30,7 @@ from neuronmlp_plugin.compressor.report import loss_by_size, spectra
 from neuronmlp_plugin.compressor.samples import sample_texts
 from neuronmlp_plugin.compressor.search import SIZES, Search, TruncatedStream
 from neuronmlp_plugin.compressor.target import parse_target
-from neuronmlp_plugin.compressor.workspace import Workspace
+from neuronmlp_plugin.compressor.workspace import Workspace, refuse_anothers
 from neuronmlp_plugin.lowrank.allocate import Curve, most_removable
 from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, ProjectionSpec
 from neuronmlp_plugin.reporting.card import base_facts
@@ -44,8 +44,10 @@ class Run:
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self.device = plan, device
-        self.work = Workspace(plan.work, plan.fingerprint())
-        self.analysis = Workspace(plan.analysis, plan.analysis_fingerprint())
+        places = (plan.work, plan.fingerprint()), (plan.analysis, plan.analysis_fingerprint())
+        for place in places:  # both before either is made: a run that is refused leaves nothing
+            refuse_anothers(*place)
+        self.work, self.analysis = (Workspace(*place) for place in places)
         self.result = plan.work / "result"
         self.result.mkdir(exist_ok=True)
 

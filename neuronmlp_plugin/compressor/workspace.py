@@ -11,6 +11,15 @@ from neuronmlp_plugin.checkpoint.reader import open_safetensors
 from neuronmlp_plugin.checkpoint.writer import save_json, save_tensors, told_when_disk_is_full
 from neuronmlp_plugin.errors import OutputError
 
+PLAN_FILE = "plan.json"
+
+
+def refuse_anothers(path: pathlib.Path, fingerprint: str) -> None:
+    """OutputError where `path` holds what a run under another fingerprint left."""
+    known = path / PLAN_FILE
+    if known.is_file() and json.loads(known.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
+        raise OutputError(f"{path}: expected what a run of these same settings left, found another's; name another folder or remove it.")
+
 
 class Workspace:
     """Results of finished stages as safetensors in the folder `path`.
@@ -20,15 +29,11 @@ class Workspace:
     """
 
     def __init__(self, path: pathlib.Path, fingerprint: str) -> None:
+        refuse_anothers(path, fingerprint)
         self.path = path
-        known = path / "plan.json"
-        if known.is_file() and json.loads(known.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
-            raise OutputError(
-                f"{path}: expected the unfinished run of these same settings, found another's; remove that folder to start anew."
-            )
         with told_when_disk_is_full(path):
             path.mkdir(parents=True, exist_ok=True)
-        save_json(known, {"fingerprint": fingerprint})
+        save_json(path / PLAN_FILE, {"fingerprint": fingerprint})
 
     def has(self, name: str) -> bool:
         return (self.path / f"{name}.safetensors").is_file()

@@ -220,7 +220,7 @@ def test_another_runs_leftovers_are_refused(home, monkeypatch):
     monkeypatch.setattr(run_module, "build_layer", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         compress(make_plan(settings_for(home)), QUIET)
-    with pytest.raises(OutputError, match=r"out\.partial: expected the unfinished run of these same settings"):
+    with pytest.raises(OutputError, match=r"out\.partial: expected what a run of these same settings left"):
         compress(make_plan(settings_for(home, remove=0.3)), QUIET)
 
 
@@ -232,6 +232,7 @@ def test_changed_weights_are_noticed_between_runs(home):
     save_file(tensors, weights)
     with pytest.raises(OutputError, match="an: expected"):
         compress(make_plan(settings_for(home, analysis=home / "an")), QUIET)
+    assert not (home / "out.partial").exists()
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(home, monkeypatch):

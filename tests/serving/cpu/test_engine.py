@@ -47,7 +47,7 @@ def test_served_logits_equal_the_torch_forward(tmp_path, family, tensor_parallel
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # vLLM has two classes of MLP for the four families
 def test_int8_matrices_beside_others_give_the_logits_of_what_they_stand_for(tmp_path, family, tensor_parallel):
     folder = write_mixed(tmp_path / "int8", write_dense(tmp_path / "dense", family), layers=INT8_LAYERS)
     check(served_logits(folder, tensor_parallel_size=tensor_parallel), load_model(folder))

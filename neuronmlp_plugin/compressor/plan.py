@@ -91,13 +91,12 @@ class Plan:
 
     def fingerprint(self) -> str:
         """Changes with anything that changes the result: an unfinished run is resumed only under the same one."""
-        return _digest({"settings": self.settings.to_json(), "analysis": self.analysis_fingerprint()})
+        return digest({"settings": self.settings.to_json(), "analysis": self.analysis_fingerprint()})
 
     def analysis_fingerprint(self) -> str:
         """Changes with anything that changes the statistics: the text, the dense weights, the method; not with size or form."""
         text = [windows_digest(self.calibration), windows_digest(self.judge)]
-        written = [path.stat().st_mtime_ns for path in sorted(self.base.folder.glob("*.safetensors"))]
-        return _digest([_LAYOUT, self.settings.analysis_json(), base_digest(self.base), text, written])
+        return digest([_LAYOUT, self.settings.analysis_json(), weights_digest(self.base), text])
 
     def rows(self) -> list[tuple[str, str]]:
         """What `--dry-run` prints."""
@@ -128,14 +127,21 @@ class Plan:
         return f"{s.remove:.1%} of them: {s.remove * self.mlp_parameters / 1e6:.1f} M"
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """A short name for a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def base_digest(base: Checkpoint) -> str:
     """A name for the dense weights: config, tensor names and shapes, and file sizes (not their contents: those are gigabytes)."""
     sizes = [(path.name, path.stat().st_size) for path in sorted(base.folder.glob("*.safetensors"))]
-    return _digest([base.config, sorted((n, list(s)) for n, s in base.shapes().items()), sizes])
+    return digest([base.config, sorted((n, list(s)) for n, s in base.shapes().items()), sizes])
+
+
+def weights_digest(base: Checkpoint) -> str:
+    """`base_digest` that also changes when a file is written anew in place."""
+    written = [path.stat().st_mtime_ns for path in sorted(base.folder.glob("*.safetensors"))]
+    return digest([base_digest(base), written])
 
 
 def make_plan(settings: Settings) -> Plan:

@@ -63,8 +63,7 @@ class BlockStreams:
             return float(loss.detach())
 
         with trainable(layer, settings.adapter_rank) as parameters:
-            steps = (functools.partial(step, x, y) for x, y in zip(given, exact, strict=True))
-            descend(parameters, rate, steps, len(given))
+            descend(parameters, rate, [functools.partial(step, x, y) for x, y in zip(given, exact, strict=True)])
 
     @torch.no_grad()
     def _held_out_error(self, layer: nn.Module) -> float:

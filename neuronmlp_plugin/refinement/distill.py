@@ -11,6 +11,7 @@ import torch
 from neuronmlp_plugin.calibration.output_loss import kl_gradient, next_token_gradient
 from neuronmlp_plugin.calibration.quality import last_hidden
 from neuronmlp_plugin.calibration.stream import LayerStream
+from neuronmlp_plugin.compressor.workspace import Workspace
 from neuronmlp_plugin.refinement.arithmetic import products
 from neuronmlp_plugin.refinement.descent import descend
 from neuronmlp_plugin.refinement.settings import RefineSettings
@@ -28,11 +29,12 @@ def teacher_states(dense: LayerStream, windows: torch.Tensor, settings: RefineSe
 
 
 def distill(
-    student: Any, teacher: torch.Tensor | None, windows: torch.Tensor, rate: float, settings: RefineSettings, tick: Tick
+    student: Any, teacher: torch.Tensor | None, windows: torch.Tensor, rate: float, settings: RefineSettings, files: Workspace, tick: Tick
 ) -> list[float]:
     """Train the factors of a Hugging Face model in place over `windows [n, S]`, each once; returns the loss of every step, per token.
 
-    `teacher`: `teacher_states` of the same windows, or None for the next-token loss.
+    `teacher`: `teacher_states` of the same windows, or None for the next-token loss. `files` keeps what an interrupted run goes on from;
+    `tick(1)` after each step.
     """
     head = student.lm_head.weight.detach()
     head = head.bfloat16() if settings.arithmetic == "bfloat16" else head
@@ -48,10 +50,9 @@ def distill(
             rows = hidden.flatten(0, 1)
             loss, gradient = kl_gradient(rows.detach(), states.flatten(0, 1), head)
         rows.backward(gradient / len(rows))
-        tick(len(ids))
         return loss / len(rows)
 
     parts = [slice(start, start + settings.batch) for start in range(0, len(windows), settings.batch)]
-    steps = (functools.partial(step, windows[part], None if teacher is None else teacher[part]) for part in parts)
+    steps = [functools.partial(step, windows[part], None if teacher is None else teacher[part]) for part in parts]
     with trainable(student.model, settings.adapter_rank) as parameters:
-        return descend(parameters, rate, steps, len(parts))
+        return descend(parameters, rate, steps, files, tick)

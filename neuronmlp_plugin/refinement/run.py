@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +14,14 @@ import torch
 
 from neuronmlp_plugin.calibration.quality import Judge
 from neuronmlp_plugin.calibration.stream import LayerStream
-from neuronmlp_plugin.calibration.text import bos_prefix, hold_out, read_documents, rewindow, token_windows
+from neuronmlp_plugin.calibration.text import bos_prefix, hold_out, read_documents, rewindow, token_windows, windows_digest
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
-from neuronmlp_plugin.checkpoint.writer import layer_prefix, write_layer, write_rest
-from neuronmlp_plugin.compressor.plan import base_digest
+from neuronmlp_plugin.checkpoint.writer import layer_prefix, save_json, write_layer, write_rest
+from neuronmlp_plugin.compressor.plan import base_digest, digest, weights_digest
 from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.compressor.samples import sample_texts
+from neuronmlp_plugin.compressor.workspace import Workspace
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, OutputError
 from neuronmlp_plugin.refinement.arithmetic import chosen
 from neuronmlp_plugin.refinement.blocks import BlockStreams
@@ -27,6 +29,7 @@ from neuronmlp_plugin.refinement.distill import distill, teacher_states
 from neuronmlp_plugin.refinement.settings import RefineSettings
 from neuronmlp_plugin.reporting.folder import REPORT_FILE, read_report, write_report
 
+Quality = dict[str, float]
 JUDGE_WINDOW = 1024  # tokens; longer than the training windows, as served contexts are
 
 
@@ -39,6 +42,16 @@ class RefinePlan:
     dense: Checkpoint
     windows: torch.Tensor  # [n, S] to train on
     judge: torch.Tensor  # [n, JUDGE_WINDOW], after the end of what is trained on
+
+    @property
+    def work(self) -> pathlib.Path:
+        """Where an unfinished run keeps what it has."""
+        return self.settings.out.with_name(f"{self.settings.out.name}.partial")
+
+    def fingerprint(self) -> str:
+        """Changes with anything that changes the result: an unfinished run is resumed only under the same one."""
+        text = [windows_digest(self.windows), windows_digest(self.judge)]
+        return digest([self.settings.to_json(), *map(weights_digest, (self.source, self.dense)), text])
 
     def rows(self) -> list[tuple[str, str]]:
         """What is printed before the run."""
@@ -86,52 +99,81 @@ def _windows(settings: RefineSettings) -> tuple[torch.Tensor, torch.Tensor]:
     return short[order[: max(1, settings.tokens // settings.window)]], judge
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A refinement under way; `work` keeps what is finished."""
+
+    plan: RefinePlan
+    work: Workspace
+    bars: ProgressBars
+
+    def folder(self, name: str) -> pathlib.Path:
+        """An empty folder, whatever an interrupted run has left there."""
+        folder = self.work.path / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
+
+    def once(self, stage: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What became of a stage: made now, or by a run that was interrupted after it."""
+        path = self.work.path / f"{stage}.json"
+        if not path.is_file():
+            save_json(path, {"stage": stage, **make()})
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
 def refine(plan: RefinePlan, bars: ProgressBars) -> dict[str, Any]:
-    """Refine into `settings.out`, which appears whole or not at all; returns the report (that of `compress`, with `refinement`)."""
-    settings = plan.settings
-    torch.manual_seed(settings.seed)
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=settings.out.parent, prefix=f"{settings.out.name}.partial-") as work:
-        best, judge = plan.source, _judge(plan, bars)
-        tried: list[dict[str, Any]] = [{"stage": "before", "quality": judge(best), "losses": []}]
-        for stage in settings.stages:
-            target = pathlib.Path(work, stage)
-            target.mkdir()
-            rate = settings.rate_for(min(map(_divergence, tried)))
-            losses = _STAGES[stage](plan, best, target, rate, bars)
-            tried.append({"stage": stage, "learning_rate": rate, "quality": judge(Checkpoint(target)), "losses": losses})
-            if _divergence(tried[-1]) == min(map(_divergence, tried)):
-                best = Checkpoint(target)
-        if best is plan.source:
-            best = _copied(plan.source, pathlib.Path(work, "unchanged"))
-        report = _report(plan, best, tried, bars)
-        write_report(best.folder, report)
-        best.folder.rename(settings.out)
+    """Refine into `settings.out`, which appears whole or not at all; returns the report (that of `compress`, with `refinement`).
+
+    An interrupted run goes on from its last finished stage, or inside `distill` from the last steps kept, to an identical result.
+    """
+    run = Run(plan, Workspace(plan.work, plan.fingerprint()), bars)
+    best, judge = plan.source, _judge(run)
+    tried = [run.once("before", lambda: {"quality": judge(plan.source), "losses": []})]
+    for stage in plan.settings.stages:
+        rate = plan.settings.rate_for(min(map(_divergence, tried)))
+        tried.append(run.once(stage, functools.partial(_stage, run, stage, best, rate, judge)))
+        if _divergence(tried[-1]) == min(map(_divergence, tried)):
+            best = Checkpoint(run.work.path / stage)
+    if best is plan.source:
+        best = Checkpoint(shutil.copytree(plan.source.folder, run.folder("unchanged"), dirs_exist_ok=True))
+    report = _report(run, best, tried)
+    write_report(best.folder, report)
+    best.folder.rename(plan.settings.out)
+    shutil.rmtree(run.work.path)
     return report
+
+
+def _stage(run: Run, stage: str, source: Checkpoint, rate: float, judge: Callable[[Checkpoint], Quality]) -> dict[str, Any]:
+    torch.manual_seed(run.plan.settings.seed)  # here: a resumed run may not have been through the stages before
+    target = run.folder(stage)
+    losses = _STAGES[stage](run, source, target, rate)
+    return {"learning_rate": rate, "quality": judge(Checkpoint(target)), "losses": losses}
 
 
 def _divergence(entry: dict[str, Any]) -> float:
     return float(entry["quality"]["kl_divergence"])
 
 
-def _judge(plan: RefinePlan, bars: ProgressBars) -> Callable[[Checkpoint], dict[str, float]]:
+def _judge(run: Run) -> Callable[[Checkpoint], Quality]:
     """A function that judges a checkpoint against the dense model, which runs once."""
-    dense = LayerStream(plan.dense)
-    with bars.stage("dense model, judged text", dense.num_layers) as tick:
-        judge = Judge(dense, plan.judge, tick)
+    dense = LayerStream(run.plan.dense)
+    with run.bars.stage("dense model, judged text", dense.num_layers) as tick:
+        judge = Judge(dense, run.plan.judge, tick)
 
-    def quality(candidate: Checkpoint) -> dict[str, float]:
-        with bars.stage("quality", dense.num_layers) as tick:
+    def quality(candidate: Checkpoint) -> Quality:
+        with run.bars.stage("quality", dense.num_layers) as tick:
             return judge.compare(LayerStream(candidate), tick).to_json()
 
     return quality
 
 
-def _refine_blocks(plan: RefinePlan, source: Checkpoint, target: pathlib.Path, rate: float, bars: ProgressBars) -> list[float]:
+def _refine_blocks(run: Run, source: Checkpoint, target: pathlib.Path, rate: float) -> list[float]:
     """Stage `blocks`; its losses are each layer's held-out error."""
+    plan = run.plan
     streams = BlockStreams(LayerStream(plan.dense), LayerStream(source), plan.windows, plan.judge)
     errors = []
-    with bars.stage("blocks", streams.dense.num_layers) as tick:
+    with run.bars.stage("blocks", streams.dense.num_layers) as tick:
         for index in range(streams.dense.num_layers):
             factors, _, error = streams.refine_layer(index, rate, plan.settings)
             _write_layer(target, source, index, {f"{layer_prefix(index)}{name}": tensor for name, tensor in factors.items()})
@@ -141,21 +183,28 @@ def _refine_blocks(plan: RefinePlan, source: Checkpoint, target: pathlib.Path, r
     return errors
 
 
-def _distill(plan: RefinePlan, source: Checkpoint, target: pathlib.Path, rate: float, bars: ProgressBars) -> list[float]:
+def _distill(run: Run, source: Checkpoint, target: pathlib.Path, rate: float) -> list[float]:
     """Stage `distill`; its losses are each step's, per token."""
-    teacher, dense = None, LayerStream(plan.dense)
-    if plan.settings.loss == "kl":
-        with bars.stage("dense model's outputs", dense.num_layers) as tick:
-            teacher = teacher_states(dense, plan.windows, plan.settings, tick)
+    plan, settings = run.plan, run.plan.settings
+    teacher = _teacher(run) if settings.loss == "kl" else None
     student = load_model(source.folder)
-    with bars.stage("distill", len(plan.windows)) as tick:
-        losses = distill(student, teacher, plan.windows, rate, plan.settings, tick)
+    with run.bars.stage("distill", -(-len(plan.windows) // settings.batch)) as tick:
+        losses = distill(student, teacher, plan.windows, rate, settings, run.work, tick)
     state = student.state_dict()
-    for index in range(dense.num_layers):
+    for index in range(len(student.model.layers)):
         prefix = f"{layer_prefix(index)}mlp."
         _write_layer(target, source, index, {name: tensor for name, tensor in state.items() if name.startswith(prefix)})
     _write_rest(plan, source, target)
     return losses
+
+
+def _teacher(run: Run) -> torch.Tensor:
+    """What the dense model says to the training windows: a quarter of the work, so kept for a run that goes on."""
+    if not run.work.has("teacher"):
+        dense = LayerStream(run.plan.dense)
+        with run.bars.stage("dense model's outputs", dense.num_layers) as tick:
+            run.work.save("teacher", {"states": teacher_states(dense, run.plan.windows, run.plan.settings, tick)})
+    return run.work.load("teacher")["states"]
 
 
 _STAGES = {"blocks": _refine_blocks, "distill": _distill}
@@ -174,15 +223,9 @@ def _write_rest(plan: RefinePlan, source: Checkpoint, target: pathlib.Path) -> N
     write_rest(target, source, dataclasses.replace(block, provenance=provenance))
 
 
-def _copied(source: Checkpoint, target: pathlib.Path) -> Checkpoint:
-    """The source as it is, in a folder of its own."""
-    shutil.copytree(source.folder, target)
-    return Checkpoint(target)
-
-
-def _report(plan: RefinePlan, best: Checkpoint, tried: list[dict[str, Any]], bars: ProgressBars) -> dict[str, Any]:
+def _report(run: Run, best: Checkpoint, tried: list[dict[str, Any]]) -> dict[str, Any]:
     """The source's report with the block, the quality and the sample texts of what was kept."""
-    settings, folder = plan.settings, plan.source.folder
+    settings, folder = run.plan.settings, run.plan.source.folder
     report = read_report(folder) if (folder / REPORT_FILE).is_file() else {"matrices": []}
     kept = min(tried, key=_divergence)
     losses: list[float] = next((entry["losses"] for entry in tried if entry["stage"] == "distill"), [])
@@ -194,17 +237,17 @@ def _report(plan: RefinePlan, best: Checkpoint, tried: list[dict[str, Any]], bar
         "block": best.block.to_json(),
         "notes": [*report.get("notes", []), "The errors of single matrices are those before the refinement."],
         "quality": kept["quality"],
-        "samples": _samples(plan, best, report.get("samples"), bars),
+        "samples": _samples(run, best, report.get("samples")),
         "refinement": {**refinement, "history": history, "tried": tried},
     }
 
 
-def _samples(plan: RefinePlan, best: Checkpoint, before: dict[str, Any] | None, bars: ProgressBars) -> dict[str, Any] | None:
+def _samples(run: Run, best: Checkpoint, before: dict[str, Any] | None) -> dict[str, Any] | None:
     """New sample texts, as long as those that the source came with."""
     from transformers import AutoTokenizer
 
     if before is None:
         return None
-    tokenizer = AutoTokenizer.from_pretrained(plan.dense.folder, trust_remote_code=False)
-    with bars.stage("sample texts", 2 * before["new_tokens"]) as tick:
-        return sample_texts(LayerStream(plan.dense), LayerStream(best), tokenizer, before["new_tokens"], tick)
+    tokenizer = AutoTokenizer.from_pretrained(run.plan.dense.folder, trust_remote_code=False)
+    with run.bars.stage("sample texts", 2 * before["new_tokens"]) as tick:
+        return sample_texts(LayerStream(run.plan.dense), LayerStream(best), tokenizer, before["new_tokens"], tick)

@@ -7,23 +7,21 @@ import pathlib
 
 import pytest
 import torch
-from rich.console import Console
 
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.compressor.plan import make_plan as make_compression
-from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.compressor.quantize import quantize_folder
 from neuronmlp_plugin.compressor.run import compress
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, NeuronMLPError, OutputError, UsageError
+from neuronmlp_plugin.refinement import descent
 from neuronmlp_plugin.refinement.arithmetic import chosen
 from neuronmlp_plugin.refinement.run import make_plan, refine
 from neuronmlp_plugin.refinement.settings import RefineSettings
+from tests.compressor.test_compress import QUIET, files
 from tests.letters import write_text, write_tokenizer
 from tests.tiny_models import write_dense
-
-QUIET = ProgressBars(Console(quiet=True), quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +103,38 @@ def test_the_report_says_which_arithmetic_was_taken(home, tmp_path):
     assert taken == chosen("auto") and f"{taken} products" in dict(plan.rows())["trains on"]
 
 
+@pytest.mark.parametrize("changes", [{}, {"adapter_rank": 2}, {"loss": "next-token"}], ids=str)
+def test_an_interrupted_run_goes_on_to_the_same_bytes(home, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(descent, "KEPT_EVERY", 4)
+    known = {"tokens": 2560, "stages": ("blocks", "distill"), **changes}  # ten steps a stage
+    refine(make_plan(settings_for(home, tmp_path / "whole", **known)), QUIET)
+    real, seen = descent.scheduled, []
+
+    def interrupted(index: int, total: int) -> float:
+        seen.append(index)
+        if len(seen) == 37:  # the seventh of distill, after three layers of blocks
+            raise KeyboardInterrupt
+        return real(index, total)
+
+    monkeypatch.setattr(descent, "scheduled", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        refine(make_plan(settings_for(home, tmp_path / "out", **known)), QUIET)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("neuronmlp_plugin.refinement.run.teacher_states", lambda *_: pytest.fail("the dense model ran again"))
+    refine(make_plan(settings_for(home, tmp_path / "out", **known)), QUIET)
+    assert seen[36:] == [6, *range(4, 10)]
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
+
+
+def test_another_runs_leftovers_are_refused(home, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(descent, "scheduled", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        refine(make_plan(settings_for(home, tmp_path / "out", tokens=256)), QUIET)
+    with pytest.raises(OutputError, match=r"out\.partial: expected what a run of these same settings left"):
+        refine(make_plan(settings_for(home, tmp_path / "out", tokens=512)), QUIET)
+
+
 def test_the_text_that_judges_is_not_trained_on(home, tmp_path):
     plan = make_plan(settings_for(home, tmp_path / "out", tokens=10**9))
     trained = plan.windows[:, 1:].flatten().tolist()
@@ -142,7 +172,7 @@ def test_another_models_folder_is_refused(home, tmp_path):
         make_plan(RefineSettings(**{**settings.__dict__, "dense": tmp_path / "dense"}))
 
 
-def test_an_existing_output_is_refused_and_a_failed_run_leaves_nothing(home, tmp_path, monkeypatch):
+def test_an_existing_output_is_refused_and_a_failed_run_leaves_no_output(home, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputError):
         make_plan(settings_for(home, tmp_path / "out"))
@@ -155,7 +185,7 @@ def test_an_existing_output_is_refused_and_a_failed_run_leaves_nothing(home, tmp
     monkeypatch.setattr("neuronmlp_plugin.refinement.run.write_rest", fail)
     with pytest.raises(NeuronMLPError):
         refine(plan, QUIET)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]  # to go on from
 
 
 def test_the_refined_folder_loads(home, tmp_path):

@@ -18,7 +18,7 @@ from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from tests.conftest import ROOT, neuronmlp
 from tests.serving.engine import PROMPTS, environment, served_logits
 
-pytestmark = [pytest.mark.smollm2, pytest.mark.slow, pytest.mark.timeout(3000)]
+pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (see README, extra [cpu])")
 # Perplexity over dense that must not be exceeded (whitened, uniform: 2.5, 3.0, 5.3). Only the first cell has the measuring pass, which
 # takes minutes: the others meet the bounds without it.
@@ -27,8 +27,8 @@ BOUNDS = {("compact", 0.05): 1.06, ("compact", 0.1): 1.15, ("compact", 0.2): 1.5
 
 @functools.cache
 def judge(folder) -> Judge:
-    """The dense model's view of 4,096 tokens, taken once a test process."""
-    windows = held_out_windows(folder / "dense", folder / "heldout.jsonl", 4096)
+    """The dense model's view of 8,192 tokens, taken once a test process."""
+    windows = held_out_windows(folder / "dense", folder / "heldout.jsonl", 8192)
     return Judge(LayerStream(Checkpoint(folder / "dense")), windows)
 
 
@@ -47,7 +47,7 @@ def test_quality_in_the_served_form(smollm2, compress_smollm2, form, removed):
     quality = judged(smollm2, folder)
     print(f"{form} {removed}: {quality}")
     assert quality.perplexity_ratio <= BOUNDS[form, removed]
-    assert 19.5 < quality.reference_perplexity < 20  # the windows and the dense model are the right ones
+    assert 23 < quality.reference_perplexity < 24  # the windows and the dense model are the right ones
 
 
 def test_measured_losses_choose_better_ranks_than_predicted_ones(smollm2, compress_smollm2):

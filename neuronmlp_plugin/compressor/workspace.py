@@ -33,7 +33,8 @@ class Workspace:
         self.path = path
         with told_when_disk_is_full(path):
             path.mkdir(parents=True, exist_ok=True)
-        save_json(path / PLAN_FILE, {"fingerprint": fingerprint})
+        if not (path / PLAN_FILE).is_file():  # an analysis may serve two runs at once: neither writes what is there
+            save_json(path / PLAN_FILE, {"fingerprint": fingerprint})
 
     def has(self, name: str) -> bool:
         return (self.path / f"{name}.safetensors").is_file()

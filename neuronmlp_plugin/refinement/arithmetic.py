@@ -18,7 +18,7 @@ def chosen(asked: str, capabilities: Mapping[str, Any] | None = None) -> str:
     """
     if asked != "auto":
         return asked
-    # torch says it since 2.10; an older one is taken to run where bf16 is emulated
+    # An older torch does not say it, and is taken to run where bf16 is emulated.
     known = getattr(torch.cpu, "get_capabilities", dict)() if capabilities is None else capabilities
     return "bfloat16" if any(known.get(name) for name in NATIVE_BF16) else "float32"
 

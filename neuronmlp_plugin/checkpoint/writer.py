@@ -48,6 +48,11 @@ def told_when_disk_is_full(path: pathlib.Path) -> Iterator[None]:
         raise OutputError(f"{path}: expected room to write, found a full disk; free some and run the same command again.") from error
 
 
+def partial_folder(target: pathlib.Path) -> pathlib.Path:
+    """Where an unfinished `target` lies: beside it, so that finishing is one rename."""
+    return target.parent / f"{target.name}.partial"
+
+
 @contextlib.contextmanager
 def whole_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """An empty folder to fill, which becomes `target` where all went well, and is removed where not.
@@ -56,7 +61,7 @@ def whole_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     if target.exists():
         raise OutputError(f"{target}: expected a path that does not exist yet, found one; choose another --out or remove it.")
-    partial = target.parent / f"{target.name}.partial"
+    partial = partial_folder(target)
     shutil.rmtree(partial, ignore_errors=True)
     with told_when_disk_is_full(partial):
         partial.mkdir(parents=True)

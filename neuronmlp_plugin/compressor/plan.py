@@ -14,7 +14,7 @@ import torch
 
 from neuronmlp_plugin.calibration.text import hold_out, read_documents, spread, token_windows, windows_digest
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, dense_block
-from neuronmlp_plugin.checkpoint.writer import layer_prefix
+from neuronmlp_plugin.checkpoint.writer import layer_prefix, partial_folder
 from neuronmlp_plugin.compressor.memory import Footprint, physical_bytes
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, OutputError, UsageError
@@ -46,7 +46,7 @@ class Plan:
     @property
     def work(self) -> pathlib.Path:
         """Where an unfinished run keeps what it has."""
-        return self.settings.out.parent / f"{self.settings.out.name}.partial"
+        return partial_folder(self.settings.out)
 
     @property
     def mlp_parameters(self) -> int:

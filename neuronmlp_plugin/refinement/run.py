@@ -17,7 +17,7 @@ from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.calibration.text import bos_prefix, hold_out, read_documents, rewindow, token_windows, windows_digest
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
-from neuronmlp_plugin.checkpoint.writer import layer_prefix, save_json, write_layer, write_rest
+from neuronmlp_plugin.checkpoint.writer import layer_prefix, partial_folder, save_json, write_layer, write_rest
 from neuronmlp_plugin.compressor.plan import base_digest, digest, weights_digest
 from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.compressor.samples import sample_texts
@@ -46,7 +46,7 @@ class RefinePlan:
     @property
     def work(self) -> pathlib.Path:
         """Where an unfinished run keeps what it has."""
-        return self.settings.out.with_name(f"{self.settings.out.name}.partial")
+        return partial_folder(self.settings.out)
 
     def fingerprint(self) -> str:
         """Changes with anything that changes the result: an unfinished run is resumed only under the same one."""

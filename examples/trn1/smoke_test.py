@@ -37,6 +37,7 @@ def generate(args: argparse.Namespace) -> list[tuple[list[int], list[int]]]:
         max_num_seqs=len(PROMPTS),
         enable_prefix_caching=False,
         dtype=args.dtype,
+        enforce_eager=args.enforce_eager,
         additional_config=json.loads(args.additional_config),
     )
     sampling = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, ignore_eos=True)
@@ -66,6 +67,7 @@ def main() -> int:
     parser.add_argument("--max-model-len", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--enforce-eager", action="store_true", help="as for `vllm serve`: on a CPU, no compiling before the first token")
     parser.add_argument("--margin", type=float, default=1.0, help="logits")
     parser.add_argument("--additional-config", default="{}", help="as for `vllm serve`")
     args = parser.parse_args()

@@ -74,7 +74,7 @@ def test_the_smoke_test_passes_in_cpu_mode_and_names_the_path(smollm2_compressed
 )
 def test_the_smoke_test_itself_works_on_a_cpus_vllm(smollm2_compressed):
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}  # noqa: F811
-    arguments = ("--dtype", "float32", "--max-model-len", "64", "--max-tokens", "8")
+    arguments = ("--dtype", "float32", "--max-model-len", "64", "--max-tokens", "8", "--enforce-eager")
     done = run_example("smoke_test.py", smollm2_compressed, environment, *arguments)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "verdict: PASS, 8 of 8 sequences agree" in done.stdout

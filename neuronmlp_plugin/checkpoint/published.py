@@ -33,6 +33,7 @@ def convert_published(source: str | pathlib.Path, target: pathlib.Path) -> Forma
     for index, specs in enumerate(layers):
         write_layer(target, base, index, _layer_tensors(base, index, specs, shape))
     write_rest(target, base, block)
+    Checkpoint(target)  # a rank beyond what the format allows is refused before anyone serves it
     return block
 
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, mlp_shape, parse_block
+from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, mlp_shape, parse_block, shard_name
 from neuronmlp_plugin.errors import CheckpointError, NonFiniteError
-from neuronmlp_plugin.models.families import check_supported
+from neuronmlp_plugin.models.families import check_supported, names_outside_mlps
 from neuronmlp_plugin.models.int8 import LIMIT, dequantize
 from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, SCALE
 
 # In a folder of its own: engines load every *.safetensors file that lies beside config.json.
 FACTOR_FILE = pathlib.Path("neuronmlp", "factors.safetensors")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_FLOATS = ("BF16", "F16", "F32")  # the same, as safetensors spells them
+_OUR_SHARD = re.compile(r"neuronmlp-\d{5}-of-(\d{5})\.safetensors")
 
 
 class Header(NamedTuple):
@@ -47,15 +50,17 @@ class Checkpoint:
         self.block = self._parse(block) if block is not None else None
         self._files = _index_tensors(_weight_files(self.folder))
         self._scales = self.block.expected_scales() if self.block is not None else {}
+        _check_complete(self.config, self._files, str(self.folder))
         if self.block is not None:
             _check_headers(self.block, self._files, str(self.folder))
 
-    def _parse(self, block: dict[str, Any]) -> FormatBlock:
+    def _parse(self, block: Any) -> FormatBlock:
         where = str(self.folder / "config.json")
-        if block.get("quant_method") != QUANT_METHOD:
+        found = block.get("quant_method") if isinstance(block, dict) else block
+        if found != QUANT_METHOD or not isinstance(block, dict):
             raise CheckpointError(
-                f"{where}: expected no quantization_config, or quant_method {QUANT_METHOD!r}, found "
-                f"{block.get('quant_method')!r}; compress the unquantised model."
+                f"{where}: expected no quantization_config, or quant_method {QUANT_METHOD!r}, found {found!r}; "
+                "compress the unquantised model."
             )
         return parse_block(block, self.config, where)
 
@@ -92,7 +97,7 @@ class FactorFile:
             text = (handle.metadata() or {}).get(QUANT_METHOD)
         if text is None:
             raise CheckpointError(f"{self.path}: expected `{QUANT_METHOD}` metadata in the safetensors header, found none.")
-        self.block = parse_block(_parse_json(text, self.path), config, str(self.path))
+        self.block = parse_block(_parse_object(text, self.path), config, str(self.path))
         self._files = read_headers(self.path)
         _check_headers(self.block, self._files, str(self.path), only_changed=True)
         expected = self.block.expected_tensors(only_changed=True)
@@ -105,6 +110,14 @@ class FactorFile:
     def stored(self, name: str) -> torch.Tensor:
         """One tensor as it is stored, int8 weights and their scales included."""
         return _stored(name, self._files)
+
+
+def open_dense(folder: str | pathlib.Path) -> Checkpoint:
+    """A folder that is to be the measure of others: a factored one is refused."""
+    checkpoint = Checkpoint(folder)
+    if checkpoint.block is not None:
+        raise CheckpointError(f"{folder}: expected the dense model, found a factored one; name the folder that it was made from.")
+    return checkpoint
 
 
 def dense_block(base: Checkpoint) -> FormatBlock:
@@ -120,10 +133,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path}: expected a Hugging Face config, found no such file; name a local model folder.")
-    config = _parse_json(path.read_text(encoding="utf-8"), path)
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(config).__name__}.")
-    return config
+    return _read_object(path)
 
 
 def open_safetensors(path: pathlib.Path) -> Any:
@@ -174,9 +184,18 @@ def _check_headers(block: FormatBlock, files: Headers, source: str, only_changed
     scales = block.expected_scales()
     check_names({**block.expected_tensors(only_changed), **scales}, {name: header.shape for name, header in files.items()}, source)
     for name, header in files.items():
-        if (header.dtype == "I8") != (name + SCALE in scales):
-            expected = "int8" if name + SCALE in scales else "bf16, fp16 or fp32"
+        if header.dtype not in (("I8",) if name + SCALE in scales else ("F32",) if name in scales else _FLOATS):
+            expected = "int8" if name + SCALE in scales else "fp32" if name in scales else "bf16, fp16 or fp32"
             raise CheckpointError(f"{source}: {name}: expected {expected} (from its spec in the config), found {header.dtype}.")
+
+
+def _check_complete(config: dict[str, Any], files: Headers, source: str) -> None:
+    """What no config can leave out is there. Engines do not look: vLLM and NxD Inference would serve what their memory happens to hold."""
+    missing = [name for name in names_outside_mlps(config, mlp_shape(config, source).num_layers) if name not in files]
+    if missing:
+        raise CheckpointError(
+            f"{source}: expected a tensor {missing[0]} ({len(missing)} are missing), found none; the folder is incomplete, copy it again."
+        )
 
 
 def check_names(expected: Mapping[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], source: str) -> None:
@@ -191,11 +210,23 @@ def check_names(expected: Mapping[str, tuple[int, ...]], found: dict[str, tuple[
             raise CheckpointError(f"{source}: expected no tensor {name} (no form in the config has it), found one.")
 
 
-def _parse_json(text: str, path: pathlib.Path) -> Any:
+def _read_object(path: pathlib.Path) -> dict[str, Any]:
+    """A file that holds one JSON object."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: expected a readable file in UTF-8, found: {error}.") from error
+    return _parse_object(text, path)
+
+
+def _parse_object(text: str, path: pathlib.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected JSON, found: {error}.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}.")
+    return value
 
 
 def read_headers(path: pathlib.Path) -> Headers:
@@ -216,15 +247,27 @@ def _index_tensors(files: list[pathlib.Path]) -> Headers:
 
 
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The folder's weight files: those its index names, else all safetensors."""
-    index = folder / "model.safetensors.index.json"
+    """The folder's weight files: those its index names, else `model.safetensors`, else all safetensors and every shard that they count."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        names = sorted(set(_parse_json(index.read_text(encoding="utf-8"), index)["weight_map"].values()))
-        files = [folder / name for name in names]
+        files = [folder / name for name in _indexed(index)]
+    elif whole.is_file():
+        files = [whole]
     else:
-        files = sorted(folder.glob("*.safetensors"))
+        found = {path.name for path in folder.glob("*.safetensors")}
+        counts = {int(match[1]) for match in map(_OUR_SHARD.fullmatch, found) if match}
+        files = [folder / name for name in sorted(found | {shard_name(i + 1, count) for count in counts for i in range(count)})]
     missing = [path.name for path in files if not path.is_file()]
     if missing or not files:
         what = ", ".join(missing) or "*.safetensors"
         raise CheckpointError(f"{folder}: expected {what}, found no such file (pickled *.bin weights are never read).")
     return files
+
+
+def _indexed(index: pathlib.Path) -> list[str]:
+    """The files that an index names, all of which lie beside it."""
+    table = _read_object(index).get("weight_map")
+    names = set(table.values()) if isinstance(table, dict) and all(isinstance(name, str) for name in table.values()) else set()
+    if not names or any(pathlib.PurePath(name).name != name for name in names):
+        raise CheckpointError(f"{index}: expected `weight_map`, from tensors to files of this folder, found another; download it again.")
+    return sorted(names)

@@ -27,6 +27,11 @@ QUANT_METHOD = "neuronmlp"
 _PROJECTION_NAME = re.compile(r"^model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)$")
 
 
+def shard_name(position: int, count: int) -> str:
+    """File name of shard `position`, counted from 1."""
+    return f"neuronmlp-{position:05d}-of-{count:05d}.safetensors"
+
+
 @dataclasses.dataclass(frozen=True)
 class FormatBlock:
     """The self-describing block of `config.json` (FORMAT.md, "The block").
@@ -121,7 +126,7 @@ def parse_block(block: dict[str, Any], config: dict[str, Any], source: str) -> F
     Raises FormatVersionError for another version and CheckpointError for every contradiction.
     """
     version = block.get("format_version")
-    if version not in (FORMAT_VERSION, INT8_VERSION):
+    if type(version) is not int or version not in (FORMAT_VERSION, INT8_VERSION):
         raise FormatVersionError(
             f"{source}: expected neuronmlp format_version {FORMAT_VERSION} or {INT8_VERSION}, found {version!r}; "
             "use the neuronmlp release that wrote the checkpoint, or compress again."
@@ -131,8 +136,11 @@ def parse_block(block: dict[str, Any], config: dict[str, Any], source: str) -> F
     if not isinstance(layers, list) or len(layers) != shape.num_layers:
         found = f"{len(layers)} entries" if isinstance(layers, list) else repr(layers)
         raise CheckpointError(f"{source}: expected `layers` with {shape.num_layers} entries (num_hidden_layers), found {found}.")
+    provenance = block.get("provenance") or {}
+    if not isinstance(provenance, dict):
+        raise CheckpointError(f"{source}: expected `provenance` to be an object, found {type(provenance).__name__}.")
     parsed = tuple(_parse_layer(layer, index, shape, source) for index, layer in enumerate(layers))
-    result = FormatBlock(parsed, shape, block.get("provenance") or {}, str(block.get("created_by", "unknown")))
+    result = FormatBlock(parsed, shape, provenance, str(block.get("created_by", "unknown")))
     if version != result.format_version:
         raise CheckpointError(
             f"{source}: expected format_version {result.format_version} ({INT8_VERSION} where a matrix is int8, else {FORMAT_VERSION}), "
@@ -143,7 +151,7 @@ def parse_block(block: dict[str, Any], config: dict[str, Any], source: str) -> F
 
 
 def _check_ratio(claimed: Any, block: FormatBlock, source: str) -> None:
-    if not isinstance(claimed, (int, float)) or abs(claimed - block.removed_ratio) > 1e-3:
+    if not isinstance(claimed, (int, float)) or not abs(claimed - block.removed_ratio) <= 1e-3:  # NaN is near nothing
         raise CheckpointError(
             f"{source}: expected removed_ratio {block.removed_ratio:.4f} (what the forms and ranks give), found {claimed!r}; "
             "the block was edited or damaged."

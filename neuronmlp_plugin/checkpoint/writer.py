@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
-from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock
+from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, shard_name
 from neuronmlp_plugin.errors import OutputError
 
 _COPIED = (
@@ -28,19 +28,14 @@ _COPIED = (
 )
 
 
-def shard_name(position: int, count: int) -> str:
-    """File name of shard `position`, counted from 1."""
-    return f"neuronmlp-{position:05d}-of-{count:05d}.safetensors"
-
-
 @contextlib.contextmanager
-def told_when_disk_is_full(path: pathlib.Path) -> Iterator[None]:
-    """Turn a write that finds no room into an OutputError that names the file."""
+def told_when_unwritable(path: pathlib.Path) -> Iterator[None]:
+    """Turn a write that fails into an OutputError that names the file and, where the disk is full, what to do."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+            raise OutputError(f"{path}: expected a place to write to, found: {error.strerror or error}; choose another.") from error
         raise OutputError(f"{path}: expected room to write, found a full disk; free some and run the same command again.") from error
     except Exception as error:  # safetensors wraps the operating system's error in its own type
         if "No space left" not in str(error):
@@ -57,13 +52,14 @@ def partial_folder(target: pathlib.Path) -> pathlib.Path:
 def whole_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """An empty folder to fill, which becomes `target` where all went well, and is removed where not.
 
-    Raises OutputError where `target` exists already.
+    Raises OutputError where `target` exists already, or something unfinished of that name: another command may go on from it.
     """
     if target.exists():
         raise OutputError(f"{target}: expected a path that does not exist yet, found one; choose another --out or remove it.")
     partial = partial_folder(target)
-    shutil.rmtree(partial, ignore_errors=True)
-    with told_when_disk_is_full(partial):
+    if partial.exists():
+        raise OutputError(f"{partial}: expected no unfinished run, found one; finish it, remove it, or choose another --out.")
+    with told_when_unwritable(partial):
         partial.mkdir(parents=True)
     try:
         yield partial
@@ -76,7 +72,7 @@ def save_tensors(path: pathlib.Path, tensors: dict[str, torch.Tensor], metadata:
     """Write one safetensors file whole: under a temporary name first, then renamed."""
     temporary = path.with_suffix(".tmp")
     ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
-    with told_when_disk_is_full(path):
+    with told_when_unwritable(path):
         save_file(ordered, temporary, metadata={"format": "pt", **(metadata or {})})
         temporary.replace(path)
 
@@ -89,7 +85,7 @@ def save_json(path: pathlib.Path, value: Any) -> None:
 def save_text(path: pathlib.Path, text: str) -> None:
     """Write UTF-8 whole, as `save_tensors` does; what is no Unicode (from a folder's name, say) becomes a question mark."""
     temporary = path.with_suffix(".tmp")
-    with told_when_disk_is_full(path):
+    with told_when_unwritable(path):
         temporary.write_text(text, encoding="utf-8", errors="replace")
         temporary.replace(path)
 
@@ -139,7 +135,7 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copy tokenizer and generation files, with the one portable spelling of FORMAT.md."""
     for pattern in _COPIED:
         for path in sorted(source.glob(pattern)):
-            with told_when_disk_is_full(target / path.name):
+            with told_when_unwritable(target / path.name):
                 shutil.copy(path, target / path.name) if path.is_file() else shutil.copytree(path, target / path.name, dirs_exist_ok=True)
     settings = target / "tokenizer_config.json"
     if settings.is_file():

@@ -8,7 +8,7 @@ import pathlib
 import torch
 
 from neuronmlp_plugin.checkpoint.reader import open_safetensors
-from neuronmlp_plugin.checkpoint.writer import save_json, save_tensors, told_when_disk_is_full
+from neuronmlp_plugin.checkpoint.writer import save_json, save_tensors, told_when_unwritable
 from neuronmlp_plugin.errors import OutputError
 
 PLAN_FILE = "plan.json"
@@ -31,7 +31,7 @@ class Workspace:
     def __init__(self, path: pathlib.Path, fingerprint: str) -> None:
         refuse_anothers(path, fingerprint)
         self.path = path
-        with told_when_disk_is_full(path):
+        with told_when_unwritable(path):
             path.mkdir(parents=True, exist_ok=True)
         if not (path / PLAN_FILE).is_file():  # an analysis may serve two runs at once: neither writes what is there
             save_json(path / PLAN_FILE, {"fingerprint": fingerprint})

@@ -36,4 +36,6 @@ def parse_options(additional_config: Any) -> Options:
         found = sorted(set(given) - set(known)) if isinstance(given, dict) else given
         raise UsageError(f"--additional-config {KEY}: expected an object with the keys {', '.join(known)}, found {found!r}.")
     factors = given.get("factors")
+    if not isinstance(factors, (str, type(None))):
+        raise UsageError(f"{KEY}.factors: expected the path of a factor file, found {factors!r}.")
     return Options(**{**given, "factors": pathlib.Path(factors) if factors else None})

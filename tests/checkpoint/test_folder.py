@@ -120,6 +120,71 @@ def test_factors_that_contradict_the_config_are_refused(mixed, edit, message):
         Checkpoint(mixed)
 
 
+def test_any_tensor_outside_the_mlps_that_is_missing_is_refused(tmp_path, family):
+    """An engine would serve what its memory happens to hold."""
+    folder = write_mixed(tmp_path / "mixed", write_dense(tmp_path / "dense", family))
+    kept = {name: path for path in folder.glob("*.safetensors") for name in load_file(path) if ".mlp." not in name}
+    assert sorted(kept) == sorted(n for n in Checkpoint(folder).names() if ".mlp." not in n) and len(kept) >= 20
+    for name, path in kept.items():
+        whole = path.read_bytes()
+        edit_shard(folder, lambda t, name=name: t.pop(name), path.name)
+        with pytest.raises(CheckpointError, match=f"expected a tensor {name} .*the folder is incomplete"):
+            Checkpoint(folder)
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("position", range(1, 5))
+def test_a_shard_that_is_missing_is_refused(mixed, position):
+    name = f"neuronmlp-0000{position}-of-00004.safetensors"
+    (mixed / name).unlink()
+    with pytest.raises(CheckpointError, match=f"expected {name}, found no such file"):
+        Checkpoint(mixed)
+
+
+def test_other_files_beside_model_safetensors_are_not_read(tmp_path):
+    folder = write_dense(tmp_path, "llama")
+    names = Checkpoint(folder).names()
+    save_file({"tok_embeddings.weight": torch.zeros(2)}, folder / "consolidated.safetensors")
+    assert Checkpoint(folder).names() == names
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("config.json", "[" * 100_000),
+        ("config.json", "\udcff"),
+        ("config.json", "[]"),
+        ("model.safetensors.index.json", "[]"),
+        ("model.safetensors.index.json", "{}"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 1}}'),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../elsewhere/model.safetensors"}}'),
+    ],
+)
+def test_json_that_is_something_else_is_refused(mixed, file, text):
+    (mixed / file).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(CheckpointError, match=file):
+        Checkpoint(mixed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"removed_ratio": float("nan")}, "expected removed_ratio"),
+        ({"format_version": True}, "expected neuronmlp format_version"),
+        ({"format_version": 1.0}, "expected neuronmlp format_version"),
+        ({"provenance": [1, 2]}, "expected `provenance` to be an object"),
+        (["quant_method"], "expected no quantization_config"),
+        ("neuronmlp", "expected no quantization_config"),
+    ],
+    ids=str,
+)
+def test_a_block_of_another_kind_is_refused(mixed, changes, message):
+    block = json.loads((mixed / "config.json").read_text())["quantization_config"]
+    edit_config(mixed, quantization_config={**block, **changes} if isinstance(changes, dict) else changes)
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint(mixed)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_factors_are_refused(mixed, value):
     edit_shard(mixed, lambda t: t[NAME].fill_(value))
@@ -127,9 +192,10 @@ def test_non_finite_factors_are_refused(mixed, value):
         load_model(mixed)
 
 
-def test_integer_weights_are_refused(mixed):
-    edit_shard(mixed, lambda t: t.update({NAME: t[NAME].to(torch.int8)}))
-    with pytest.raises(CheckpointError, match=r"expected bf16, fp16 or fp32 .*found I8"):
+@pytest.mark.parametrize(("dtype", "found"), [(torch.int8, "I8"), (torch.int32, "I32"), (torch.float8_e4m3fn, "F8_E4M3")], ids=str)
+def test_weights_of_other_kinds_are_refused(mixed, dtype, found):
+    edit_shard(mixed, lambda t: t.update({NAME: t[NAME].to(dtype)}))
+    with pytest.raises(CheckpointError, match=f"expected bf16, fp16 or fp32 .*found {found}"):
         Checkpoint(mixed)
 
 
@@ -151,6 +217,8 @@ def test_a_tensor_in_two_files_is_refused(mixed):
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "expected an architecture of Llama"),
         ({"architectures": None}, "expected an architecture"),
+        ({"architectures": {"a": 1}}, "expected an architecture"),
+        ({"architectures": 3}, "expected an architecture"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "remote code is never run"),
         ({"mlp_bias": True}, "MLPs without bias"),
         ({"hidden_act": "gelu"}, "hidden_act 'silu'"),

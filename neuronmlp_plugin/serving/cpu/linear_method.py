@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.linear import LinearMethodBase
 
-from neuronmlp_plugin.checkpoint.reader import FactorFile, check_int8
+from neuronmlp_plugin.checkpoint.reader import FactorFile, check_int8, checked_tensor
 from neuronmlp_plugin.errors import CheckpointError
 from neuronmlp_plugin.models.int8 import dequantize
 from neuronmlp_plugin.models.parallel_mlp import Down, GateUp, Linear, plain_linear
@@ -95,6 +96,8 @@ class LowRankMethod(LinearMethodBase):
             if self.fuses:
                 return whole_shard(projection, spec, {suffix: weight.to(self.device) for suffix, weight in weights.items()})
             weights = {suffix: dequantize(weight, weights[suffix + SCALE]) for suffix, weight in quantized.items()}
+        for suffix, weight in weights.items():
+            checked_tensor(weight, f"{self.parent}.{projection}.{suffix}", pathlib.Path("checkpoint"))  # vLLM does not say which file
         cast = {suffix: weight.to(self.device, self.dtype) for suffix, weight in weights.items()}
         cut = shard_down if projection == "down_proj" else shard_gate_up
         return cut(spec, cast, self.collectives.size, self.collectives.rank, self.options.tp_scheme)

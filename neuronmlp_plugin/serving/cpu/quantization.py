@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, FactorFile, read_config
 from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, parse_block
-from neuronmlp_plugin.errors import CheckpointError
+from neuronmlp_plugin.errors import CheckpointError, UsageError
 from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS
 from neuronmlp_plugin.serving.cpu.fused import usable
 from neuronmlp_plugin.serving.cpu.linear_method import LowRankDownMethod, LowRankGateUpMethod
@@ -96,6 +96,11 @@ class NeuronMLPConfig(QuantizationConfig):
 
     def _read(self) -> tuple[FormatBlock, FactorFile | None, Options]:
         vllm_config = get_current_vllm_config()
+        if vllm_config.lora_config is not None:
+            raise UsageError(
+                "--enable-lora: expected no adapters over low-rank MLPs, whose channels may stand in another order, found it on; "
+                "merge the adapter into the dense model and compress that."
+            )
         options = parse_options(vllm_config.additional_config)
         folder = pathlib.Path(vllm_config.model_config.model)
         if self.block is not None:

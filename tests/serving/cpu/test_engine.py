@@ -64,11 +64,16 @@ def test_a_dense_model_in_int8_is_served_and_the_log_says_how(tmp_path, options)
     assert "9 dense, 9 of them int8; " in log and how in log
 
 
-@pytest.mark.parametrize("options", [{"tp_scheme": "reduce"}, {"fast_path": False}], ids=str)
-def test_options_change_how_not_what(tmp_path, options):
+@pytest.mark.parametrize(
+    ("options", "how"),
+    [({"tp_scheme": "reduce"}, "tp scheme reduce"), ({"fast_path": False}, "plain torch products (fast_path is off)")],
+    ids=["reduce", "slow path"],
+)
+def test_options_change_how_not_what(tmp_path, options, how):
     folder = mixed(tmp_path, "llama")
-    served = served_logits(folder, tensor_parallel_size=2, additional_config={"neuronmlp": options})
-    check(served, load_model(folder))
+    process = run_engine(folder, tensor_parallel_size=2, additional_config={"neuronmlp": options})
+    check(logits_of(process), load_model(folder))
+    assert how in process.stdout + process.stderr
 
 
 def test_compiled_graphs_give_the_same_logits(tmp_path):
@@ -99,8 +104,8 @@ def test_a_factor_file_is_switched_on_by_flags_alone(dense_with_factors):
     check(served_logits(base, hf_overrides=overrides, additional_config={"neuronmlp": {"factors": str(moved)}}), with_factors)
 
 
-def damage(folder, edit):
-    path = folder / "neuronmlp-00001-of-00004.safetensors"
+def damage(folder, edit, name="neuronmlp-00001-of-00004.safetensors"):
+    path = folder / name
     tensors = load_file(path)
     edit(tensors)
     save_file(tensors, path)
@@ -108,6 +113,14 @@ def damage(folder, edit):
 
 def drop_a_factor(folder):
     damage(folder, lambda t: t.pop("model.layers.0.mlp.up_proj.u.weight"))
+
+
+def drop_the_embeddings(folder):
+    damage(folder, lambda t: t.pop("model.embed_tokens.weight"), "neuronmlp-00004-of-00004.safetensors")
+
+
+def put_a_nan(folder):
+    damage(folder, lambda t: t["model.layers.0.mlp.up_proj.u.weight"][0].fill_(float("nan")))
 
 
 def change_the_version(folder):
@@ -120,6 +133,8 @@ def change_the_version(folder):
     ("spoil", "options", "message"),
     [
         (drop_a_factor, {}, "expected a tensor model.layers.0.mlp.up_proj.u.weight"),
+        (drop_the_embeddings, {}, "expected a tensor model.embed_tokens.weight"),
+        (put_a_nan, {}, "model.layers.0.mlp.up_proj.u.weight: expected finite weights"),
         (change_the_version, {}, "expected neuronmlp format_version 1 or 2, found 7"),
         (None, {"tp_scheme": "replicate"}, "neuronmlp.tp_scheme: expected one of gather, reduce, found 'replicate'"),
         (None, {"ranks": 3}, "expected an object with the keys factors, tp_scheme, fast_path"),

@@ -123,6 +123,42 @@ def test_a_dense_model_has_nothing_to_inspect(home, capsys):
     refused(capsys, main(["inspect", str(home / "dense")]), "found a dense model")
 
 
+def test_what_is_factored_is_no_measure_of_others(home, capsys):
+    assert compress(home, "--out", str(home / "out"), "--quiet") == 0
+    judge = ["--dense", str(home / "out"), "--text", str(home / "text.jsonl")]
+    for command in (["evaluate", str(home / "out")], ["quantize", str(home / "out"), "--out", str(home / "int8")]):
+        refused(capsys, main([*command, *judge]), str(home / "out"), "expected the dense model, found a factored one")
+    assert not (home / "int8").exists()
+
+
+def test_a_folder_without_a_tokenizer_is_refused(home, capsys):
+    for path in (home / "dense").glob("tokenizer*"):
+        path.unlink()
+    refused(capsys, compress(home, "--out", str(home / "out")), str(home / "dense"), "expected a tokenizer")
+
+
+def test_an_output_that_cannot_be_made_is_refused(home, capsys):
+    refused(capsys, compress(home, "--out", str(home / "text.jsonl" / "out"), "--quiet"), "text.jsonl", "expected a place to write to")
+
+
+def test_quantize_leaves_the_unfinished_run_of_another_command_alone(home, capsys):
+    (home / "out.partial").mkdir()
+    (home / "out.partial" / "hours").touch()
+    refused(capsys, main(["quantize", str(home / "dense"), "--out", str(home / "out")]), "out.partial", "expected no unfinished run")
+    assert (home / "out.partial" / "hours").exists()
+
+
+@pytest.mark.parametrize("options", [["--window", "0"], ["--window", "1"], ["--tokens", "-5"]], ids=str)
+def test_evaluate_refuses_windows_that_hold_nothing(home, capsys, options):
+    folder = str(home / "dense")
+    try:
+        code = main(["evaluate", folder, "--dense", folder, "--text", str(home / "text.jsonl"), *options])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert f"{options[0]}: expected" in capsys.readouterr().err
+
+
 def test_bench_wants_names(home, capsys):
     refused(capsys, main(["bench", "decode", str(home / "dense")]), "NAME=FOLDER")
 

@@ -9,7 +9,22 @@ from typing import Any
 
 import torch
 
-from neuronmlp_plugin.errors import CalibrationError
+from neuronmlp_plugin.errors import CalibrationError, CheckpointError, UsageError
+
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def load_tokenizer(folder: pathlib.Path) -> Any:
+    """The folder's own tokenizer; remote code is never run. Raises CheckpointError where there is none."""
+    from transformers import AutoTokenizer
+
+    if not any((pathlib.Path(folder) / name).is_file() for name in _VOCABULARIES):  # transformers would make an empty tokenizer
+        raise CheckpointError(f"{folder}: expected a tokenizer ({' or '.join(_VOCABULARIES)}), found none; copy the model's own.")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{folder}: expected a tokenizer that transformers reads, found: {reason}; copy its files again.") from error
 
 
 def read_documents(path: str | pathlib.Path, tokenizer: Any) -> list[str]:
@@ -47,9 +62,12 @@ def _document(line: str, where: str, tokenizer: Any) -> str:
 def token_windows(documents: list[str], tokenizer: Any, length: int) -> torch.Tensor:
     """`[windows, length]` token ids: the documents end to end, cut into windows that each begin as the tokenizer begins a text (BOS).
 
-    The tail that fills no window is dropped. Raises CalibrationError where not even one window is filled.
+    The tail that fills no window is dropped. Raises CalibrationError where not even one window is filled, and UsageError where a window
+    has no room for two tokens of text.
     """
     prefix = bos_prefix(tokenizer)
+    if length < len(prefix) + 2:
+        raise UsageError(f"--window: expected at least {len(prefix) + 2} tokens, found {length}; 1024 is usual.")
     ids: list[int] = []
     for document in documents:
         ids += tokenizer(document, add_special_tokens=False)["input_ids"]
@@ -84,9 +102,7 @@ def spread(windows: torch.Tensor, count: int) -> torch.Tensor:
 
 def held_out_windows(model: pathlib.Path, text: pathlib.Path, tokens: int, length: int = 1024) -> torch.Tensor:
     """`[windows, length]`: about `tokens` of a text file, evenly spread, as the tokenizer in the folder `model` cuts it."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    tokenizer = load_tokenizer(model)
     return spread(token_windows(read_documents(text, tokenizer), tokenizer, length), tokens // length)
 
 

@@ -6,14 +6,17 @@ import argparse
 import pathlib
 from typing import Any
 
+from neuronmlp_plugin.commands.arguments import positive
+from neuronmlp_plugin.errors import UsageError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     decode = kinds.add_parser("decode", help="decode throughput in vLLM on this machine, models interleaved (measured)")
     decode.add_argument("models", nargs="+", metavar="NAME=FOLDER", help="checkpoints; the first is what the others are compared with")
-    decode.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="sequences decoded together (default 1 8)")
-    decode.add_argument("--new-tokens", type=int, default=64)
-    decode.add_argument("--rounds", type=int, default=5, help="how often every model is timed (default %(default)s)")
+    decode.add_argument("--batch", type=positive, nargs="+", default=[1, 8], help="sequences decoded together (default 1 8)")
+    decode.add_argument("--new-tokens", type=positive, default=64)
+    decode.add_argument("--rounds", type=positive, default=5, help="how often every model is timed (default %(default)s)")
     decode.add_argument("--dtype", default="float32", help="as for `vllm serve` (default %(default)s)")
     decode.add_argument("--csv", type=pathlib.Path, help="append the rows to this file")
     decode.set_defaults(run_kind=_decode)
@@ -37,8 +40,6 @@ def _add_simulated(kinds: Any) -> None:
 
 
 def _folders(models: list[str]) -> dict[str, pathlib.Path]:
-    from neuronmlp_plugin.errors import UsageError
-
     pairs = [model.partition("=") for model in models]
     if any(not sep for _, sep, _ in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
         raise UsageError(f"bench decode: expected models as NAME=FOLDER with different names, found {' '.join(models)}.")
@@ -58,6 +59,8 @@ def _decode(args: argparse.Namespace) -> int:
     from neuronmlp_plugin.compressor.progress import ProgressBars
 
     folders = _folders(args.models)
+    if args.new_tokens < 2:
+        raise UsageError(f"--new-tokens: expected at least 2 (the first one belongs to the prefill), found {args.new_tokens}.")
     total = args.rounds * len(folders) * len(args.batch)
     with ProgressBars(Console(stderr=True)).stage("timing", total) as tick:
         results = measure_decode(folders, args.batch, new_tokens=args.new_tokens, rounds=args.rounds, dtype=args.dtype, tick=tick)

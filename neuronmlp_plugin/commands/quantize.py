@@ -7,8 +7,11 @@ import functools
 import pathlib
 from typing import TYPE_CHECKING
 
+from neuronmlp_plugin.commands.arguments import positive
+
 if TYPE_CHECKING:
     from neuronmlp_plugin.calibration.quality import Judge
+    from neuronmlp_plugin.checkpoint.reader import Checkpoint
     from neuronmlp_plugin.compressor.progress import ProgressBars
 
 
@@ -17,13 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write; must not exist yet")
     parser.add_argument("--dense", type=pathlib.Path, help="with --text: the dense folder, to measure the quality for the report")
     parser.add_argument("--text", type=pathlib.Path, help="with --dense: held-out text, .txt or .jsonl")
-    parser.add_argument("--tokens", type=int, default=8192, help="how much of the text to use, spread evenly (default %(default)s)")
+    parser.add_argument("--tokens", type=positive, default=8192, help="how much of the text to use, spread evenly (default %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from neuronmlp_plugin.checkpoint.reader import open_dense
     from neuronmlp_plugin.compressor.progress import ProgressBars
     from neuronmlp_plugin.compressor.quantize import quantize_folder
     from neuronmlp_plugin.errors import UsageError
@@ -31,18 +35,17 @@ def run(args: argparse.Namespace) -> int:
     bars = ProgressBars(Console(stderr=True), quiet=args.quiet)
     if (args.dense is None) != (args.text is None):
         raise UsageError("--dense, --text: expected both or neither, found one; quality is measured against the dense folder on a text.")
-    judge = None if args.dense is None else functools.partial(_judge, args, bars)
+    judge = None if args.dense is None else functools.partial(_judge, args, open_dense(args.dense), bars)
     block = quantize_folder(args.model, args.out, bars, judge)
     print(f"{args.out}: MLPs in int8, {block.weight_bytes / 1e6:.1f} MB, {block.bytes_ratio:.1%} of the dense ones in bf16")
     return 0
 
 
-def _judge(args: argparse.Namespace, bars: ProgressBars) -> Judge:
+def _judge(args: argparse.Namespace, checkpoint: Checkpoint, bars: ProgressBars) -> Judge:
     from neuronmlp_plugin.calibration.quality import Judge
     from neuronmlp_plugin.calibration.stream import LayerStream
     from neuronmlp_plugin.calibration.text import held_out_windows
-    from neuronmlp_plugin.checkpoint.reader import Checkpoint
 
-    dense = LayerStream(Checkpoint(args.dense))
+    dense = LayerStream(checkpoint)
     with bars.stage("dense model", dense.num_layers) as tick:
         return Judge(dense, held_out_windows(args.dense, args.text, args.tokens), tick)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from neuronmlp_plugin.calibration.text import hold_out, read_documents, spread, token_windows, windows_digest
+from neuronmlp_plugin.calibration.text import hold_out, load_tokenizer, read_documents, spread, token_windows, windows_digest
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, dense_block
 from neuronmlp_plugin.checkpoint.writer import layer_prefix, partial_folder
 from neuronmlp_plugin.compressor.memory import Footprint, physical_bytes
@@ -163,9 +163,7 @@ def _windows(settings: Settings, shape: MLPShape) -> tuple[torch.Tensor, torch.T
     empty = torch.zeros(0, settings.window, dtype=torch.long)
     if settings.text is None:
         return empty, empty
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
+    tokenizer = load_tokenizer(settings.model)
     windows = token_windows(read_documents(settings.text, tokenizer), tokenizer, settings.window)
     pool, judge = hold_out(windows, settings.judge_tokens)
     wanted = min(max(1, settings.tokens // settings.window), len(pool))

@@ -14,6 +14,7 @@ import torch
 
 from neuronmlp_plugin.calibration.quality import Judge, compare
 from neuronmlp_plugin.calibration.stream import LayerStream
+from neuronmlp_plugin.calibration.text import load_tokenizer
 from neuronmlp_plugin.calibration.workers import Workers
 from neuronmlp_plugin.checkpoint.loader import open_folder
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE
@@ -243,11 +244,9 @@ def _judge(run: Run, bars: ProgressBars) -> tuple[dict[str, float] | None, dict[
 
 
 def _samples(run: Run, dense: LayerStream, candidate: LayerStream, bars: ProgressBars) -> dict[str, Any] | None:
-    from transformers import AutoTokenizer
-
     count = run.plan.settings.samples
     if not count:
         return None
-    tokenizer = AutoTokenizer.from_pretrained(run.plan.base.folder, trust_remote_code=False)
+    tokenizer = load_tokenizer(run.plan.base.folder)
     with bars.stage("sample texts", 2 * count) as tick:
         return sample_texts(dense, candidate, tokenizer, count, tick)

@@ -14,7 +14,7 @@ import torch
 
 from neuronmlp_plugin.calibration.quality import Judge
 from neuronmlp_plugin.calibration.stream import LayerStream
-from neuronmlp_plugin.calibration.text import bos_prefix, hold_out, read_documents, rewindow, token_windows, windows_digest
+from neuronmlp_plugin.calibration.text import bos_prefix, hold_out, load_tokenizer, read_documents, rewindow, token_windows, windows_digest
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.checkpoint.writer import layer_prefix, partial_folder, save_json, write_layer, write_rest
@@ -87,9 +87,7 @@ def make_plan(settings: RefineSettings) -> RefinePlan:
 
 def _windows(settings: RefineSettings) -> tuple[torch.Tensor, torch.Tensor]:
     """Training windows in random order, and judging windows from the text's end."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(settings.dense, trust_remote_code=False)
+    tokenizer = load_tokenizer(settings.dense)
     length = max(JUDGE_WINDOW, settings.window)
     pool, judge = hold_out(token_windows(read_documents(settings.text, tokenizer), tokenizer, length), settings.judge_tokens)
     if not len(judge):
@@ -244,10 +242,8 @@ def _report(run: Run, best: Checkpoint, tried: list[dict[str, Any]]) -> dict[str
 
 def _samples(run: Run, best: Checkpoint, before: dict[str, Any] | None) -> dict[str, Any] | None:
     """New sample texts, as long as those that the source came with."""
-    from transformers import AutoTokenizer
-
     if before is None:
         return None
-    tokenizer = AutoTokenizer.from_pretrained(run.plan.dense.folder, trust_remote_code=False)
+    tokenizer = load_tokenizer(run.plan.dense.folder)
     with run.bars.stage("sample texts", 2 * before["new_tokens"]) as tick:
         return sample_texts(LayerStream(run.plan.dense), LayerStream(best), tokenizer, before["new_tokens"], tick)

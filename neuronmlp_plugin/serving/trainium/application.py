@@ -102,6 +102,7 @@ class LowRankApplication(_Base):
         else:
             super().load(compiled_model_path, *args, **kwargs)
             RECORD.restore(os.path.join(compiled_model_path, FILE))
+            publish(RECORD.totals())
             _log_news()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -109,10 +110,16 @@ class LowRankApplication(_Base):
         output = super().forward(*args, **kwargs)
         if is_low_rank(self.config):
             input_ids = args[0] if args else kwargs["input_ids"]
-            RECORD.ran(PREFILL if input_ids.shape[1] > 1 else DECODE, input_ids.numel())
+            RECORD.ran(_phase(input_ids, kwargs.get("position_ids")), input_ids.numel())
             publish(RECORD.totals())
             _log_news()
         return output
+
+
+def _phase(input_ids: Any, position_ids: Any) -> str:
+    """Which graph ran: as NxDI's own `_is_prefill` says, since a prompt may be one token long; by the number of tokens where it cannot."""
+    prefill = input_ids.shape[1] > 1 if position_ids is None else position_ids.min() == 0
+    return PREFILL if prefill else DECODE
 
 
 def _log_news() -> None:

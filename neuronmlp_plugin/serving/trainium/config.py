@@ -20,7 +20,7 @@ from nki_kernels import source_digest
 
 
 class StaleArtifactError(UsageError, ValueError):
-    """Compiled artifacts made from other factors, options or kernels. A ValueError too, on which vllm-neuron compiles anew."""
+    """Compiled artifacts made from another state of the folder or other kernels. A ValueError too, on which vllm-neuron compiles anew."""
 
 
 @functools.cache

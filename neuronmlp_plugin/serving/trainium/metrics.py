@@ -7,7 +7,9 @@ folder that both know by an environment variable, set when the plugin is first r
 from __future__ import annotations
 
 import atexit
+import collections
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -17,6 +19,7 @@ from typing import Any
 
 from neuronmlp_plugin.serving.trainium.after_import import run_after_import
 
+logger = logging.getLogger("vllm.neuronmlp")
 FOLDER_VARIABLE = "NEURONMLP_METRICS_DIR"
 
 
@@ -29,13 +32,20 @@ def prepare() -> None:
 
 
 def publish(record: dict[str, Any]) -> None:
-    """Write `DispatchRecord.totals()` for the API server: a few hundred bytes, microseconds beside a forward."""
+    """Write `DispatchRecord.totals()` for the API server: a few hundred bytes, microseconds beside a forward.
+
+    Where that fails (a full disk, a folder that somebody cleaned away) the log says so, once, and serving goes on.
+    """
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder is not None:
         path = pathlib.Path(folder) / f"{os.getpid()}.json"
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record), encoding="utf-8")
-        temporary.replace(path)
+        try:
+            temporary.write_text(json.dumps(record), encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            os.environ.pop(FOLDER_VARIABLE)
+            logger.warning("neuronmlp: %s could not be written (%s), so /metrics no longer follows what runs", path, error)
 
 
 def records() -> list[dict[str, Any]]:
@@ -56,11 +66,13 @@ class DispatchCollector:
         labels = ["phase", "path", "reason"]
         layers = GaugeMetricFamily("neuronmlp_mlp_layers", "MLP layers compiled for each path", labels=labels)
         runs = CounterMetricFamily("neuronmlp_mlp_runs", "MLP layer executions by each path", labels=labels)
-        for record in records():
-            for phase, by, why, count in record["layers"]:
-                layers.add_metric([phase, by, why], count)
-            for phase, by, why, count in record["runs"]:
-                runs.add_metric([phase, by, why], count)
+        for key, family in (("layers", layers), ("runs", runs)):
+            totals: collections.Counter[tuple[str, ...]] = collections.Counter()  # one sample a label set, whatever number of processes
+            for record in records():
+                for *label, count in record[key]:
+                    totals[tuple(label)] += count
+            for label, count in totals.items():
+                family.add_metric(label, count)
         yield layers
         yield runs
 

@@ -11,6 +11,7 @@ from neuronmlp_plugin.serving.trainium import application as application_module
 from neuronmlp_plugin.serving.trainium.application import LowRankApplication
 from neuronmlp_plugin.serving.trainium.config import KEY
 from neuronmlp_plugin.serving.trainium.dispatch import DECODE, FILE, PREFILL, Decision, DispatchRecord
+from neuronmlp_plugin.serving.trainium.metrics import FOLDER_VARIABLE, records
 
 TORCH, KERNEL = Decision("torch", "on_cpu"), Decision("kernel", "planned")
 
@@ -28,7 +29,7 @@ class Base:
     def load(self, folder):
         pass
 
-    def forward(self, input_ids):
+    def forward(self, input_ids, position_ids=None):
         if self.neuron_config.on_cpu and hasattr(self.config, KEY):
             phase = PREFILL if input_ids.shape[1] > 1 else DECODE
             application_module.RECORD.add(0, phase, input_ids.numel(), TORCH)
@@ -70,6 +71,21 @@ def test_on_a_device_the_artifacts_record_is_logged_once_at_load(logged, tmp_pat
     for input_ids in (PROMPT, TOKEN):
         application.forward(input_ids)
     assert logged == ["neuronmlp: decode: 1 layers by kernel (planned); prefill: 1 layers by kernel (planned)"]
+
+
+def test_metrics_follow_an_artifact_from_its_load_on(logged, tmp_path, monkeypatch):
+    compiled = DispatchRecord()
+    for phase, tokens in ((PREFILL, 128), (DECODE, 1)):
+        compiled.add(0, phase, tokens, KERNEL)
+    compiled.save(str(tmp_path / FILE))
+    (folder := tmp_path / "metrics").mkdir()
+    monkeypatch.setenv(FOLDER_VARIABLE, str(folder))
+    application = Application(on_cpu=False)
+    application.load(str(tmp_path))
+    assert records() == [compiled.totals()]
+    application.forward(TOKEN, position_ids=torch.zeros(1, 1))  # a prompt of one token
+    application.forward(TOKEN, position_ids=torch.ones(1, 1))
+    assert sorted(records()[0]["runs"]) == [[DECODE, "kernel", "planned", 1], [PREFILL, "kernel", "planned", 1]]
 
 
 def test_of_another_model_nothing_is_logged(logged, tmp_path):

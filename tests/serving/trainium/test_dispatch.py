@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from neuronmlp_plugin.errors import UsageError
@@ -104,6 +106,22 @@ def test_an_artifact_brings_its_record_and_is_refused_without(tmp_path):
     assert again.traced == record.traced
     with pytest.raises(UsageError, match="compile the model again"):
         again.restore(str(tmp_path / "absent.json"))
+
+
+def test_two_model_processes_make_one_sample(tmp_path, monkeypatch):
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    for process in (1, 2):
+        (tmp_path / f"{process}.json").write_text(json.dumps({"layers": [[DECODE, "kernel", "planned", 16]], "runs": []}))
+    layers, _ = DispatchCollector().collect()
+    assert [sample.value for sample in layers.samples] == [32]
+
+
+def test_serving_outlives_a_lost_metrics_folder(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "gone"))
+    publish(traced_record().totals())
+    publish(traced_record().totals())
+    (warning,) = caplog.messages
+    assert "gone" in warning and "/metrics no longer follows" in warning
 
 
 def test_metrics_cross_processes(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ ARROWS = {
     "models": set(),
     "lowrank": set(),
     "serving": {"checkpoint", "models", "nki_kernels"},
-    "doctor": {"checkpoint", "serving"},
+    "doctor": {"serving"},
     "bench": {"serving", "compressor", "checkpoint", "models", "nki_kernels"},
 }
 # Third-party packages that only these places may import.
@@ -97,7 +97,7 @@ def test_every_module_imports(path):
         assert missing in (*CONFINED, "neuronxcc"), f"{name_of(path)} needs {error.name}"
 
 
-def test_importing_the_package_and_registering_is_cheap():
+def test_importing_the_package_is_cheap():
     program = "import sys, neuronmlp_plugin; assert not {'torch', 'vllm', 'nki', 'numpy'} & set(sys.modules), sorted(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
 

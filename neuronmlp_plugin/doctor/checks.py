@@ -129,7 +129,12 @@ def check_sampling(env: Environment) -> Iterator[Finding]:
 
 
 def check_cpu(env: Environment) -> Iterator[Finding]:
-    if env.has("vllm") and not env.has("vllm_neuron") and "VLLM_CPU_KVCACHE_SPACE" not in env.variables:
+    if not env.has("vllm") or env.has("vllm_neuron"):
+        return
+    if not env.compiler:
+        what = "there is no C compiler, so the products of an MLP run one by one through vLLM"
+        yield Finding(PROBLEM, what, "install gcc, or name a compiler in CC")
+    if "VLLM_CPU_KVCACHE_SPACE" not in env.variables:
         yield Finding(NOTE, "vLLM on a CPU takes most of the memory for its KV cache", "export VLLM_CPU_KVCACHE_SPACE=<GiB>")
 
 

@@ -10,6 +10,8 @@ import os
 import pathlib
 import platform
 
+from neuronmlp_plugin.serving.cpu.compiler import find_compiler
+
 # Distribution -> the module that shows it is really there (a distribution may be metadata alone).
 PACKAGES = {
     "neuronmlp": "neuronmlp_plugin",
@@ -44,6 +46,7 @@ class Environment:
     variables: dict[str, str]
     devices: tuple[str, ...] = ()
     instance: str = ""
+    compiler: str = ""
 
     def has(self, module: str) -> bool:
         return module in self.modules
@@ -77,5 +80,6 @@ def observe() -> Environment:
         plugins={group: tuple(sorted(e.name for e in importlib.metadata.entry_points(group=group))) for group in GROUPS},
         variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
         devices=tuple(sorted(glob.glob("/dev/neuron*"))),
+        compiler=find_compiler() or "",
         instance=_PRODUCT_NAME.read_text(encoding="utf-8").strip() if _PRODUCT_NAME.is_file() else "",
     )

@@ -21,7 +21,9 @@ TRN1 = Environment(
     devices=("/dev/neuron0",),
     instance="trn1.2xlarge",
 )
-CPU = Environment({"vllm": "0.32.0"}, ("vllm",), {"vllm.general_plugins": ("neuronmlp",)}, {"VLLM_CPU_KVCACHE_SPACE": "1"})
+CPU = Environment(
+    {"vllm": "0.32.0"}, ("vllm",), {"vllm.general_plugins": ("neuronmlp",)}, {"VLLM_CPU_KVCACHE_SPACE": "1"}, compiler="/usr/bin/cc"
+)
 
 
 def change(base: Environment, **fields) -> Environment:
@@ -45,8 +47,9 @@ def test_a_sound_machine_has_no_problem(environment):
         (Environment({}, (), {}, {}), "no vLLM"),
         (change(CPU, versions={}, plugins={"vllm.general_plugins": ()}), "no entry point"),
         (dataclasses.replace(CPU, versions={}), "no package metadata"),
-        (change(TRN1, variables={"VLLM_PLUGINS": "neuron"}), "filters out neuronmlp"),
-        (change(TRN1, variables={"VLLM_PLUGINS": "neuronmlp"}), "filters out neuron"),
+        (change(TRN1, variables={"VLLM_PLUGINS": "neuron"}), "VLLM_PLUGINS=neuron filters out neuronmlp"),
+        (change(TRN1, variables={"VLLM_PLUGINS": "neuronmlp"}), "VLLM_PLUGINS=neuronmlp filters out neuron"),
+        (dataclasses.replace(CPU, compiler=""), "no C compiler"),
         (change(TRN1, plugins={"vllm.platform_plugins": ("neuron", "optimum_neuron")}), "one platform plugin"),
         (change(TRN1, devices=()), "no /dev/neuron*"),
         (change(TRN1, versions={"vllm": "0.16.0"}), "does not belong to SDK 2.28"),

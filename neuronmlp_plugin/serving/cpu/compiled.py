@@ -9,13 +9,14 @@ import os
 import pathlib
 import platform
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
 
 import torch
 from vllm.logger import init_logger
+
+from neuronmlp_plugin.serving.cpu.compiler import find_compiler
 
 logger = init_logger("vllm.neuronmlp")
 _SOURCE = pathlib.Path(__file__).with_name("product.c")
@@ -35,7 +36,7 @@ class Product(ctypes.Structure):
 @functools.cache
 def load_products() -> Callable[..., None] | None:
     """`neuronmlp_products(products, count, input, output, scratch, tokens)`, or None, with the reason in the log."""
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
+    compiler = find_compiler()
     if compiler is None:
         logger.warning(
             "neuronmlp: no C compiler found, so the products of an MLP run one by one through vLLM; install gcc for the fast path"
@@ -44,8 +45,9 @@ def load_products() -> Callable[..., None] | None:
     try:
         function = ctypes.CDLL(str(_build(compiler))).neuronmlp_products
     except (subprocess.CalledProcessError, OSError) as error:
+        words = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or error
         logger.warning(
-            "neuronmlp: %s could not be compiled (%s), so the products of an MLP run one by one through vLLM", _SOURCE.name, error
+            "neuronmlp: %s could not be compiled (%s), so the products of an MLP run one by one through vLLM", _SOURCE.name, words
         )
         return None
     function.restype = None

@@ -13,7 +13,7 @@ from torch import nn
 
 from neuronmlp_plugin.checkpoint.loader import build_skeleton, swap_projections
 from neuronmlp_plugin.checkpoint.reader import Checkpoint, FactorFile
-from neuronmlp_plugin.errors import NonFiniteError
+from neuronmlp_plugin.errors import NonFiniteError, UsageError
 
 CPU = torch.device("cpu")
 
@@ -39,7 +39,7 @@ class LayerStream:
         if block is not None:
             swap_projections(self.model, block)
         self.model.model.rotary_emb.to(device)
-        # Without a mask tensor sdpa takes its causal path; sliding windows are longer than any calibration window.
+        # Without a mask tensor sdpa takes its causal path, whole: `run` refuses what a sliding window would cut.
         self.model.config._attn_implementation = "sdpa"
 
     @property
@@ -61,6 +61,9 @@ class LayerStream:
 
     def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """One layer over some windows; the output lies on the stream's device."""
+        limit = getattr(self.model.config, "sliding_window", None)
+        if limit is not None and getattr(self.model.config, "use_sliding_window", True) and hidden.shape[1] > limit:
+            raise UsageError(f"--window: expected at most the model's sliding window, {limit} tokens, found {hidden.shape[1]}.")
         hidden = hidden.to(self.device)
         positions = torch.arange(hidden.shape[1], device=self.device)[None]
         rotary = self.model.model.rotary_emb(hidden, positions)

@@ -39,7 +39,7 @@ def read_documents(path: str | pathlib.Path, tokenizer: Any) -> list[str]:
         raise CalibrationError(f"{path}: expected a readable UTF-8 text or jsonl file, found: {error}.") from error
     if path.suffix not in (".jsonl", ".json"):
         return [content]
-    numbered = enumerate(content.splitlines(), start=1)
+    numbered = enumerate(content.split("\n"), start=1)  # not splitlines: JSON strings may hold U+2028 and its like as they are
     return [_document(line, f"{path}:{number}", tokenizer) for number, line in numbered if line.strip()]
 
 
@@ -53,10 +53,19 @@ def _document(line: str, where: str, tokenizer: Any) -> str:
     if isinstance(entry, dict) and isinstance(entry.get("messages"), list):
         if not getattr(tokenizer, "chat_template", None):
             raise CalibrationError(f"{where}: expected a tokenizer with a chat template for `messages`, found none; use `text` lines.")
-        return str(tokenizer.apply_chat_template(entry["messages"], tokenize=False))
+        return _chat(entry["messages"], where, tokenizer)
     raise CalibrationError(
         f"{where}: expected a `text` string or a `messages` list, found {sorted(entry) if isinstance(entry, dict) else entry!r}."
     )
+
+
+def _chat(messages: list[Any], where: str, tokenizer: Any) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (TemplateError, ValueError, TypeError, KeyError) as error:  # a system message, say, or roles that do not alternate
+        raise CalibrationError(f"{where}: expected messages that the model's chat template takes, found: {error}.") from error
 
 
 def token_windows(documents: list[str], tokenizer: Any, length: int) -> torch.Tensor:
@@ -66,8 +75,7 @@ def token_windows(documents: list[str], tokenizer: Any, length: int) -> torch.Te
     has no room for two tokens of text.
     """
     prefix = bos_prefix(tokenizer)
-    if length < len(prefix) + 2:
-        raise UsageError(f"--window: expected at least {len(prefix) + 2} tokens, found {length}; 1024 is usual.")
+    _check_length(length, len(prefix))
     ids: list[int] = []
     for document in documents:
         ids += tokenizer(document, add_special_tokens=False)["input_ids"]
@@ -80,6 +88,11 @@ def token_windows(documents: list[str], tokenizer: Any, length: int) -> torch.Te
     return torch.tensor(windows, dtype=torch.long)
 
 
+def _check_length(length: int, prefix: int) -> None:
+    if length < prefix + 2:
+        raise UsageError(f"--window: expected at least {prefix + 2} tokens, found {length}; 256 to 1024 are usual.")
+
+
 def hold_out(windows: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`(pool, judge)`: at most `tokens`, and an eighth, of the windows `[n, S]` are kept from the end of the text to judge on."""
     judged = min(tokens // windows.shape[1], len(windows) // 8)
@@ -88,6 +101,7 @@ def hold_out(windows: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Te
 
 def rewindow(windows: torch.Tensor, length: int, prefix: int) -> torch.Tensor:
     """The same text `[n, S]` in windows of another length; the first `prefix` tokens of each window (BOS) open the new ones too."""
+    _check_length(length, prefix)
     body = windows[:, prefix:].flatten()
     step = length - prefix
     body = body[: len(body) // step * step].view(-1, step)

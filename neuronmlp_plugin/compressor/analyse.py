@@ -108,14 +108,18 @@ def _moment(plan: Plan, moments: LayerMoments | None, name: str) -> torch.Tensor
 @torch.no_grad()
 def _sample_inputs(stream: LayerStream, layer: torch.nn.Module, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
     """Evenly spread rows of what gate/up and down see on the held-out windows; runs them through the layer in place."""
-    seen: dict[str, list[torch.Tensor]] = {"gate_up.sample": [], "down.sample": []}
     mlp: Any = layer.mlp
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, key=key: seen[key].append(args[0].reshape(-1, args[0].shape[-1]).cpu()))
-        for module, key in ((mlp.gate_proj, "gate_up.sample"), (mlp.down_proj, "down.sample"))
-    ]
+    modules = {"gate_up.sample": mlp.gate_proj, "down.sample": mlp.down_proj}
+    seen: dict[str, list[torch.Tensor]] = {key: [] for key in modules}
+    passed = dict.fromkeys(modules, 0)
+    step = max(1, hidden[..., 0].numel() // SAMPLE_ROWS)
+
+    def keep(key: str, x: torch.Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        seen[key].append(rows[-passed[key] % step :: step].cpu().clone())  # a view would keep all rows alive
+        passed[key] += len(rows)
+
+    handles = [module.register_forward_pre_hook(lambda _, args, key=key: keep(key, args[0])) for key, module in modules.items()]
     with hooked(handles):
         run_in_place(stream, layer, hidden)
-    rows = {key: torch.cat(parts) for key, parts in seen.items() if parts}
-    # Copied: a view would keep all rows alive through the decompositions.
-    return {key: x[:: max(1, len(x) // SAMPLE_ROWS)][:SAMPLE_ROWS].clone() for key, x in rows.items()}
+    return {key: torch.cat(parts)[:SAMPLE_ROWS] for key, parts in seen.items() if parts}

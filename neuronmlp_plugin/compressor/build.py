@@ -70,7 +70,7 @@ def build_layer(plan: Plan, workspace: Workspace, index: int, specs: Layer, dtyp
     for name, spec in specs.items():
         if spec.form == "dense":
             weight = weights[name] if order is None else _permuted(name, weights[name], order)
-            stored, real = {"weight": weight.to(dtype)}, spec
+            stored, real = {"weight": weight}, spec
         else:
             stored, real, rounding, note = _store(name, spec, _permuted_factors(name, factors[name], order), dtype)
             result.rounding[name] = rounding
@@ -138,5 +138,5 @@ def _compact(name: str, first: torch.Tensor, second: torch.Tensor, dtype: torch.
 
 def _change(exact: torch.Tensor, stored: torch.Tensor) -> float:
     """Relative Frobenius distance; infinite where the stored matrix is not finite."""
-    distance = float((exact - stored).norm() / exact.norm())
+    distance = float((exact - stored).norm() / exact.norm().clamp_min(1e-300))
     return distance if math.isfinite(distance) else math.inf

@@ -28,8 +28,8 @@ LIMIT = 4.0  # no matrix counts as more than this many times as dear, or as chea
 
 
 def scaled(curves: Sequence[Curve], ranks: Sequence[int | None], gains: Sequence[float | None]) -> list[Curve]:
-    """The curves times (gain / predicted loss at that rank, over the mean of all)^POWER; a dense matrix (None) keeps its own."""
-    ratios = [None if g is None else g / max(c.loss(k), 1e-300) for c, k, g in zip(curves, ranks, gains, strict=True)]
+    """The curves times (gain / predicted loss at that rank, over the mean of all)^POWER; what loses nothing keeps its own."""
+    ratios = [None if g is None or not c.loss(k) > 0.0 else g / c.loss(k) for c, k, g in zip(curves, ranks, gains, strict=True)]
     known = [ratio for ratio in ratios if ratio is not None]
     if not known or (mean := float(np.mean(known))) <= 0.0:
         return list(curves)

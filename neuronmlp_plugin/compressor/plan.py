@@ -155,6 +155,7 @@ def make_plan(settings: Settings) -> Plan:
     plan = Plan(settings, base, shape, calibration, judge, metric_windows)
     if plan.target.exists():
         raise OutputError(f"{plan.target}: expected a path that does not exist yet, found one; choose another --out or remove it.")
+    _check_places(plan)
     _check_room(plan)
     return plan
 
@@ -174,8 +175,9 @@ def _windows(settings: Settings, shape: MLPShape) -> tuple[torch.Tensor, torch.T
             f"{settings.text}: expected a window to judge --target on, found only {len(windows)} windows, of which an eighth at most are "
             "judged on; give more text or a smaller --window."
         )
-    if settings.method != "plain":
-        _check_enough(settings, shape, calibration.numel())
+    if settings.method == "plain":
+        return empty, judge
+    _check_enough(settings, shape, calibration.numel())
     return calibration, judge
 
 
@@ -189,6 +191,15 @@ def _check_enough(settings: Settings, shape: MLPShape, found: int) -> None:
         )
 
 
+def _check_places(plan: Plan) -> None:
+    """The output appears by a rename, so nothing else may lie where it will be, or where the unfinished run is."""
+    if plan.settings.analysis is None:
+        return
+    around = plan.settings.analysis.resolve()
+    if {plan.target.resolve(), plan.work.resolve()} & {around, *around.parents}:
+        raise UsageError(f"--analysis {plan.settings.analysis}: expected a folder outside --out, found one inside; name another.")
+
+
 def _check_room(plan: Plan) -> None:
     if physical_bytes() < plan.memory_bytes:
         raise UsageError(
@@ -198,11 +209,12 @@ def _check_room(plan: Plan) -> None:
     parent = plan.settings.out.absolute().parent
     while not parent.exists():
         parent = parent.parent
+    here = {path for place in (plan.work, plan.analysis) for path in place.rglob("*") if path.is_file()}
+    needed = plan.disk_bytes - sum(path.stat().st_size for path in here)  # what an earlier run left need not find room again
     free = shutil.disk_usage(parent).free
-    if free < plan.disk_bytes:
+    if free < needed:
         raise OutputError(
-            f"{parent}: expected {plan.disk_bytes / 2**30:.1f} GiB of free disk, found {free / 2**30:.1f} GiB; "
-            "free some or choose another --out."
+            f"{parent}: expected {needed / 2**30:.1f} GiB of free disk, found {free / 2**30:.1f} GiB; free some or choose another --out."
         )
 
 

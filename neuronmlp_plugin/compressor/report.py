@@ -17,7 +17,7 @@ _SPECTRUM_POINTS = 64
 
 
 def loss_by_size(curves: Sequence[Curve], settings: Settings) -> list[dict[str, float]]:
-    """The predicted loss that the same way of choosing ranks reaches at other sizes, as far as the form can go."""
+    """The predicted loss at other sizes, as far as the form can go, with ranks from predicted losses alone: not measured, not priced."""
     points, choose = [], CHOOSERS[settings.allocation]
     for removed in sorted({*_GRID, *([] if settings.remove is None else [settings.remove])}):
         try:

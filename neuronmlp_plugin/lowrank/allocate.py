@@ -71,9 +71,11 @@ def rank_for_share(keep: float, in_features: int, out_features: int, form: str) 
 
 
 def uniform_ranks(curves: Sequence[Curve], keep: float, form: str, multiple: int) -> list[int | None]:
-    """The same share of every matrix, rounded down to a multiple (never below one): the published baseline."""
-    ranks = [rank_for_share(keep, c.in_features, c.out_features, form) for c in curves]
-    return [max(multiple, int(rank / multiple + 1e-9) * multiple) for rank in ranks]
+    """The same share of every matrix, rounded down to a multiple: the published baseline. Raises UsageError where that would be none."""
+    ranks = [int(rank_for_share(keep, c.in_features, c.out_features, form) + 1e-9) for c in curves]
+    if min(ranks) < multiple:
+        raise UsageError(f"--rank-multiple {multiple}: expected at most the uniform rank, {min(ranks)}, found more; choose a smaller one.")
+    return [rank // multiple * multiple for rank in ranks]
 
 
 def most_removable(curves: Sequence[Curve], form: str, multiple: int) -> float:
@@ -99,8 +101,8 @@ def allocate(curves: Sequence[Curve], keep: float, form: str, multiple: int) -> 
             f"found {1 - keep:.2f} asked for; ask for less, or for a smaller --rank-multiple."
         )
     picks = _fill(options, _pick(options, _bisect(options, budget)), budget)
-    spent = _spent(options, picks)
-    if not has_prices and budget - spent > 0.005 * dense_cost:
+    spent, all_dense = _spent(options, picks), all(p + 1 == len(o.ranks) for o, p in zip(options, picks, strict=True))
+    if not has_prices and not all_dense and budget - spent > 0.005 * dense_cost:
         raise UsageError(
             f"--rank-multiple {multiple}: expected to keep {keep:.4f} of the {what} within 0.5 %, found "
             f"{spent / dense_cost:.4f} at best; choose a smaller multiple."

@@ -50,4 +50,4 @@ def refit(second: torch.Tensor, cross: torch.Tensor, gram: torch.Tensor) -> torc
 
 def _damped(gram: torch.Tensor) -> torch.Tensor:
     gram = gram.double()
-    return gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    return gram + DAMPING * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram), dtype=torch.float64)

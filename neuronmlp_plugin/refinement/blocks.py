@@ -27,8 +27,8 @@ class BlockStreams:
         self.exact = [dense.embed(windows), dense.embed(held_out)]
         self.given = [hidden.clone() for hidden in self.exact]
 
-    def refine_layer(self, index: int, rate: float, settings: RefineSettings) -> tuple[dict[str, torch.Tensor], float, float]:
-        """`(factors by name inside the layer, held-out error before, after)`; where training did not help, as they were.
+    def refine_layer(self, index: int, rate: float, settings: RefineSettings) -> tuple[dict[str, torch.Tensor], float]:
+        """`(factors by name inside the layer, their held-out error)`; where training did not help, as they were.
 
         A layer without factors only passes the streams on.
         """
@@ -46,7 +46,7 @@ class BlockStreams:
                     linear.weight.data.copy_(before[name])
         kept = {f"{name}.weight": linear.weight.detach().clone() for name, linear in linears.items()}
         self._advance(self.compressed, layer, index, self.given)
-        return kept, error, reached
+        return kept, reached
 
     def _advance(self, stream: LayerStream, layer: nn.Module, index: int, hidden: list[torch.Tensor]) -> None:
         for part in hidden:

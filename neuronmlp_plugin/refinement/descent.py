@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from neuronmlp_plugin.compressor.workspace import Workspace
+from neuronmlp_plugin.errors import NonFiniteError
 
 WARM_UP = 5  # steps: Adam's first ones have no history, and the factors are good already
 KEPT_EVERY = 32  # steps, where a descent is kept to go on from
@@ -33,7 +34,10 @@ def descend(
     for index in range(len(losses), len(steps)):
         for group in optimiser.param_groups:
             group["lr"] = rate * scheduled(index, len(steps))
-        losses.append(steps[index]())
+        loss = steps[index]()
+        if not math.isfinite(loss):  # before it is in the numbers, and in what a later run goes on from
+            raise NonFiniteError(f"--learning-rate {rate:g}: expected a finite loss, found {loss} at step {index + 1}; choose a lower one.")
+        losses.append(loss)
         optimiser.step()
         optimiser.zero_grad()
         tick(1)

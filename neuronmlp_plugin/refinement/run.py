@@ -22,7 +22,7 @@ from neuronmlp_plugin.compressor.plan import base_digest, digest, weights_digest
 from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.compressor.samples import sample_texts
 from neuronmlp_plugin.compressor.workspace import Workspace
-from neuronmlp_plugin.errors import CalibrationError, CheckpointError, OutputError
+from neuronmlp_plugin.errors import CalibrationError, CheckpointError, OutputError, UsageError
 from neuronmlp_plugin.refinement.arithmetic import chosen
 from neuronmlp_plugin.refinement.blocks import BlockStreams
 from neuronmlp_plugin.refinement.distill import distill, teacher_states
@@ -56,12 +56,16 @@ class RefinePlan:
     def rows(self) -> list[tuple[str, str]]:
         """What is printed before the run."""
         s = self.settings
+        by = "KL" if s.loss == "kl" else "perplexity"
         return [
             ("refine", f"{self.source.folder}, made from {self.dense.folder}"),
             ("how", s.describe()),
             ("trains on", f"{self.windows.numel():,} tokens, {s.batch * s.window:,} a step, {s.arithmetic} products"),
             ("learning rate", f"{s.learning_rate:g}" if s.learning_rate else "by how far the model is from the dense one"),
-            ("judged on", f"{self.judge.numel():,} tokens that are not trained on; the best of before and after each stage is kept"),
+            (
+                "judged on",
+                f"{self.judge.numel():,} tokens that are not trained on; the best by {by} of before and after each stage is kept",
+            ),
             ("output", str(s.out)),
         ]
 
@@ -79,6 +83,8 @@ def make_plan(settings: RefineSettings) -> RefinePlan:
             f"{settings.dense}: expected the dense model that {settings.model} was made from ({made_from}), "
             f"found another ({base_digest(dense)}); name the right folder."
         )
+    if settings.model.resolve() in settings.out.resolve().parents:
+        raise UsageError(f"--out {settings.out}: expected a folder outside {settings.model}, found one inside; name another.")
     if settings.out.exists():
         raise OutputError(f"{settings.out}: expected a path that does not exist yet, found one; choose another --out or remove it.")
     settings = dataclasses.replace(settings, arithmetic=chosen(settings.arithmetic))  # the plan and the report say which it is
@@ -89,6 +95,8 @@ def _windows(settings: RefineSettings) -> tuple[torch.Tensor, torch.Tensor]:
     """Training windows in random order, and judging windows from the text's end."""
     tokenizer = load_tokenizer(settings.dense)
     length = max(JUDGE_WINDOW, settings.window)
+    if settings.judge_tokens < length:
+        raise UsageError(f"--judge-tokens: expected at least one window of {length:,} tokens, found {settings.judge_tokens:,}.")
     pool, judge = hold_out(token_windows(read_documents(settings.text, tokenizer), tokenizer, length), settings.judge_tokens)
     if not len(judge):
         raise CalibrationError(f"{settings.text}: expected at least {8 * length:,} tokens, so that some can judge, found fewer; give more.")
@@ -126,17 +134,18 @@ def refine(plan: RefinePlan, bars: ProgressBars) -> dict[str, Any]:
     An interrupted run goes on from its last finished stage, or inside `distill` from the last steps kept, to an identical result.
     """
     run = Run(plan, Workspace(plan.work, plan.fingerprint()), bars)
-    best, judge = plan.source, _judge(run)
+    best, judge, badness = plan.source, _judge(run), functools.partial(_badness, plan.settings)
     tried = [run.once("before", lambda: {"quality": judge(plan.source), "losses": []})]
     for stage in plan.settings.stages:
         rate = plan.settings.rate_for(min(map(_divergence, tried)))
         tried.append(run.once(stage, functools.partial(_stage, run, stage, best, rate, judge)))
-        if _divergence(tried[-1]) == min(map(_divergence, tried)):
+        if badness(tried[-1]) == min(map(badness, tried)):
             best = Checkpoint(run.work.path / stage)
     if best is plan.source:
         best = Checkpoint(shutil.copytree(plan.source.folder, run.folder("unchanged"), dirs_exist_ok=True))
     report = _report(run, best, tried)
-    write_report(best.folder, report)
+    if (plan.source.folder / REPORT_FILE).is_file():  # else there is nothing to say of the matrices
+        write_report(best.folder, report)
     best.folder.rename(plan.settings.out)
     shutil.rmtree(run.work.path)
     return report
@@ -151,6 +160,11 @@ def _stage(run: Run, stage: str, source: Checkpoint, rate: float, judge: Callabl
 
 def _divergence(entry: dict[str, Any]) -> float:
     return float(entry["quality"]["kl_divergence"])
+
+
+def _badness(settings: RefineSettings, entry: dict[str, Any]) -> float:
+    """By which the better one is kept: what was trained for. The next-token loss leaves the dense model on purpose."""
+    return _divergence(entry) if settings.loss == "kl" else float(entry["quality"]["candidate_perplexity"])
 
 
 def _judge(run: Run) -> Callable[[Checkpoint], Quality]:
@@ -173,7 +187,7 @@ def _refine_blocks(run: Run, source: Checkpoint, target: pathlib.Path, rate: flo
     errors = []
     with run.bars.stage("blocks", streams.dense.num_layers) as tick:
         for index in range(streams.dense.num_layers):
-            factors, _, error = streams.refine_layer(index, rate, plan.settings)
+            factors, error = streams.refine_layer(index, rate, plan.settings)
             _write_layer(target, source, index, {f"{layer_prefix(index)}{name}": tensor for name, tensor in factors.items()})
             errors.append(error)
             tick(1)
@@ -225,7 +239,7 @@ def _report(run: Run, best: Checkpoint, tried: list[dict[str, Any]]) -> dict[str
     """The source's report with the block, the quality and the sample texts of what was kept."""
     settings, folder = run.plan.settings, run.plan.source.folder
     report = read_report(folder) if (folder / REPORT_FILE).is_file() else {"matrices": []}
-    kept = min(tried, key=_divergence)
+    kept = min(tried, key=functools.partial(_badness, settings))
     losses: list[float] = next((entry["losses"] for entry in tried if entry["stage"] == "distill"), [])
     history = [{"step": i, "tokens": i * settings.batch * settings.window, "loss": loss} for i, loss in enumerate(losses, start=1)]
     refinement = {"method": settings.describe(), "kept": kept["stage"], "before": tried[0]["quality"], "after": kept["quality"]}

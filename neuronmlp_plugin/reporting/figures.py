@@ -104,13 +104,13 @@ def agreement_plot(report: dict[str, Any]) -> Plot | None:
 
 
 def loss_plot(report: dict[str, Any]) -> Plot | None:
-    """Predicted loss of the same method at other sizes, and this checkpoint among them."""
+    """Predicted loss at other sizes, and this checkpoint among them."""
     points = report.get("loss_by_size")
     if not points:
         return None
     figure, axes = _axes("MLP parameters removed", "predicted loss, all matrices")
     sizes, losses = [p["removed_ratio"] for p in points], [p["predicted_loss"] for p in points]
-    axes.plot(sizes, losses, "o-", color=_COLOURS["gate_proj"], label="same method")
+    axes.plot(sizes, losses, "o-", color=_COLOURS["gate_proj"], label="ranks from predicted losses")
     here, loss = report["block"]["removed_ratio"], sum(row["predicted_loss"] for row in report["matrices"])
     axes.scatter([here], [loss], s=60, marker="D", color=MARK, zorder=3, label="this checkpoint")
     axes.xaxis.set_major_formatter("{x:.0%}")

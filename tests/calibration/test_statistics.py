@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.calibration.workers import Workers
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
-from neuronmlp_plugin.errors import NonFiniteError
+from neuronmlp_plugin.errors import NonFiniteError, UsageError
 from tests.tiny_models import FAMILIES, write_dense
 
 
@@ -78,6 +80,19 @@ def test_metrics_equal_autograd_through_the_whole_model(folder):
         exact = grad.T @ grad / len(grad)
         exact += DAMPING * exact.diagonal().mean() * torch.eye(len(exact), dtype=torch.float64)
         torch.testing.assert_close(found.down_proj, exact, rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize(("family", "changes"), [("mistral", {}), ("qwen2", {"use_sliding_window": True, "max_window_layers": 0})], ids=str)
+def test_windows_beyond_a_sliding_one_are_refused(tmp_path, family, changes):
+    folder = write_dense(tmp_path, family)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps({**config, "sliding_window": 8, **changes}))
+    stream = LayerStream(Checkpoint(folder))
+    layer = stream.load(0)
+    stream.run(layer, torch.randn(1, 8, 128))
+    with pytest.raises(UsageError, match="--window: expected at most the model's sliding window, 8 tokens, found 9"):
+        stream.run(layer, torch.randn(1, 9, 128))
 
 
 def test_activations_that_overflow_are_refused(tmp_path):

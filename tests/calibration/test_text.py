@@ -54,6 +54,20 @@ def test_a_bad_line_is_named(tmp_path, content, message):
         read_documents(tmp_path / "b.jsonl", tokenizer(tmp_path))
 
 
+def test_lines_end_at_newlines_alone(tmp_path):
+    texts = ["one\u2028two", "a\x85b", "c\x0bd\x1ce"]
+    (tmp_path / "b.jsonl").write_text("\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts), newline="")
+    assert read_documents(tmp_path / "b.jsonl", tokenizer(tmp_path)) == texts
+
+
+def test_a_chat_that_the_template_refuses_is_named(tmp_path):
+    tok = tokenizer(tmp_path)
+    tok.chat_template = "{{ raise_exception('roles must alternate') }}"
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "y"}]}))
+    with pytest.raises(CalibrationError, match=r"b\.jsonl:1: expected messages .*roles must alternate"):
+        read_documents(tmp_path / "b.jsonl", tok)
+
+
 def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     for name in ("latin.txt", "absent.txt"):

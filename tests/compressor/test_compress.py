@@ -12,16 +12,20 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from neuronmlp_plugin.calibration.statistics import hooked
+from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint
 from neuronmlp_plugin.compressor import analyse as analyse_module
 from neuronmlp_plugin.compressor import backward as backward_module
+from neuronmlp_plugin.compressor import marginal as marginal_module
 from neuronmlp_plugin.compressor import run as run_module
 from neuronmlp_plugin.compressor.plan import make_plan
 from neuronmlp_plugin.compressor.progress import ProgressBars
+from neuronmlp_plugin.compressor.quantize import quantize_folder
 from neuronmlp_plugin.compressor.run import compress
 from neuronmlp_plugin.compressor.settings import Settings
-from neuronmlp_plugin.errors import NeuronMLPError, NonFiniteError, OutputError
+from neuronmlp_plugin.errors import NeuronMLPError, NonFiniteError, OutputError, UsageError
 from neuronmlp_plugin.reporting import folder as folder_module
 from tests.letters import write_text, write_tokenizer
 from tests.tiny_models import FAMILIES, write_dense
@@ -107,8 +111,17 @@ def test_rank_multiple_aligns_the_ranks(home):
 
 def test_bf16_factors_are_written_as_bf16(home):
     compress(make_plan(settings_for(home, dtype="bfloat16")), QUIET)
-    kinds = {t.dtype for n, t in Checkpoint(home / "out").tensors() if ".mlp." in n}
-    assert kinds == {torch.bfloat16}
+    stored = Checkpoint(home / "out")
+    kinds = {name: tensor.dtype for name, tensor in stored.tensors() if ".mlp." in name}
+    assert {kinds[n] for n in kinds if n.endswith(("u.weight", "v.weight", "c.weight"))} == {torch.bfloat16}
+
+
+def test_dense_matrices_stay_as_they_were(home):
+    """In a layer of its own or beside factors: another dtype is for the factors."""
+    compress(make_plan(settings_for(home, dtype="bfloat16", form="uv", remove=0.05)), QUIET)
+    stored, base = Checkpoint(home / "out"), Checkpoint(home / "dense")
+    dense = [f"model.layers.{i}.mlp.{n}.weight" for i, layer in enumerate(stored.block.layers) for n, s in layer.items() if s.rank is None]
+    assert 0 < len(dense) < 9 and all(torch.equal(stored.tensor(name), base.tensor(name)) for name in dense)
 
 
 def test_a_rerun_gives_the_same_bytes(home):
@@ -120,6 +133,7 @@ def test_a_rerun_gives_the_same_bytes(home):
 
 
 @pytest.mark.parametrize(("module", "function", "call"), [
+    (marginal_module, "_layer_gains", 3),
     (analyse_module, "layer_moments", 2),
     (backward_module, "run_in_place", 2),
     (backward_module, "loss_gradient", 1),
@@ -132,7 +146,8 @@ def test_a_rerun_gives_the_same_bytes(home):
     (folder_module, "write_page", 1),
 ])  # fmt: skip
 def test_an_interrupted_run_resumes_to_the_same_bytes(home, monkeypatch, module, function, call):
-    compress(make_plan(settings_for(home, out=home / "whole")), QUIET)
+    known = {"allocation": "measured"} if module is marginal_module else {}
+    compress(make_plan(settings_for(home, out=home / "whole", **known)), QUIET)
     real, calls = getattr(module, function), []
 
     def interrupted(*args, **kwargs):
@@ -143,9 +158,9 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(home, monkeypatch, module,
 
     monkeypatch.setattr(module, function, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        compress(make_plan(settings_for(home)), QUIET)
+        compress(make_plan(settings_for(home, **known)), QUIET)
     assert not (home / "out").exists() and (home / "out.partial").is_dir()
-    compress(make_plan(settings_for(home)), QUIET)
+    compress(make_plan(settings_for(home, **known)), QUIET)
     assert files(home / "out") == files(home / "whole")
 
 
@@ -245,6 +260,24 @@ def test_a_full_disk_is_told_and_leaves_nothing(home, monkeypatch):
     assert not (home / "out").exists()
 
 
+def test_what_an_earlier_run_left_needs_no_room_again(home, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_module, "write_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        compress(make_plan(settings_for(home)), QUIET)
+    left = sum(path.stat().st_size for path in (home / "out.partial").rglob("*") if path.is_file())
+    free = make_plan(settings_for(home)).disk_bytes - left
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": free})())
+    compress(make_plan(settings_for(home)), QUIET)
+    with pytest.raises(OutputError, match="GiB of free disk"):
+        make_plan(settings_for(home, out=home / "other"))
+
+
+@pytest.mark.parametrize("place", ["out", "out/analysis", "out.partial/analysis"])
+def test_an_analysis_inside_the_output_is_refused(home, place):
+    with pytest.raises(UsageError, match=r"--analysis .*expected a folder outside --out"):
+        make_plan(settings_for(home, analysis=home / place))
+
+
 def test_too_little_disk_is_refused_before_anything_is_done(home, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10})())
     with pytest.raises(OutputError, match="GiB of free disk"):
@@ -296,6 +329,7 @@ def test_damaged_weights_are_refused_by_name(home):
         ({"tokens": 256}, "expected at least 384 calibration tokens .*found 256"),
         ({"remove": 0.9}, "expected at most"),
         ({"rank_multiple": 64}, "choose a smaller multiple|expected at most"),
+        ({"method": "whitened", "allocation": "uniform", "form": "uv", "rank_multiple": 128}, "--rank-multiple 128: .*choose a smaller"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(home, changes, message):
@@ -325,6 +359,33 @@ def test_the_report_is_json_with_every_matrix(home):
         assert lost == pytest.approx(row["predicted_error"] ** 2, rel=0.05), row
     losses = [point["predicted_loss"] for point in report["loss_by_size"]]
     assert losses == sorted(losses) and len(losses) >= 5
+
+
+@pytest.mark.parametrize("options", [{"allocation": "measured"}, {"form": "uv"}, {"method": "whitened", "allocation": "uniform"}], ids=str)
+def test_a_matrix_of_zeros_is_no_obstacle(home, options):
+    weights = home / "dense" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.gate_proj.weight"].zero_()
+    save_file(tensors, weights)
+    report = compress(make_plan(settings_for(home, **options)), QUIET)
+    json.dumps(report, allow_nan=False)
+    quantize_folder(home / "out", home / "int8", QUIET)
+    ids = torch.randint(3, 128, (2, 9))
+    with torch.no_grad():
+        assert all(bool(torch.isfinite(load_model(home / name)(ids).logits).all()) for name in ("out", "int8"))
+
+
+def test_rows_are_sampled_evenly_whatever_the_batches(home, monkeypatch):
+    plan = make_plan(settings_for(home))
+    stream = LayerStream(plan.base)
+    hidden = stream.embed(plan.calibration)
+    seen = []
+    monkeypatch.setattr(analyse_module, "SAMPLE_ROWS", 50)
+    layer = stream.load(0)
+    with hooked([layer.mlp.gate_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1])))]):
+        rows = analyse_module._sample_inputs(stream, layer, hidden)["gate_up.sample"]
+    everything = torch.cat(seen)
+    assert len(seen) > 1 and torch.equal(rows, everything[:: len(everything) // 50][:50])
 
 
 def test_a_matrix_of_lower_rank_than_its_share_is_no_obstacle(home):

@@ -90,3 +90,11 @@ def test_a_measured_allocation_keeps_its_budget_and_is_measured_once(home, monke
 def test_ranks_are_chosen_by_measurement_unless_told_otherwise(options, allocation):
     args = build_parser().parse_args(["compress", "MODEL", "--out", "DIR", "--text", "text.txt", *options.split()])
     assert settings_of(args).allocation == allocation
+
+
+def test_a_matrix_that_loses_nothing_does_not_decide_for_the_others():
+    curves = [Curve(8, 8, np.linspace(1.0, 0.0, 9) * height) for height in (0.0, 1.0, 1.0)]
+    factors = [
+        after.tail[0] / max(before.tail[0], 1e-9) for before, after in zip(curves, scaled(curves, [4, 4, 4], [1e-9, 1.0, 2.0]), strict=True)
+    ]
+    assert factors[0] == 0.0 and factors[1:] == pytest.approx([(2 / 3) ** POWER, (4 / 3) ** POWER])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from neuronmlp_plugin.compressor.plan import make_plan as make_compression
 from neuronmlp_plugin.compressor.quantize import quantize_folder
 from neuronmlp_plugin.compressor.run import compress
 from neuronmlp_plugin.compressor.settings import Settings
-from neuronmlp_plugin.errors import CalibrationError, CheckpointError, NeuronMLPError, OutputError, UsageError
+from neuronmlp_plugin.errors import CalibrationError, CheckpointError, NeuronMLPError, NonFiniteError, OutputError, UsageError
 from neuronmlp_plugin.refinement import descent
 from neuronmlp_plugin.refinement.arithmetic import chosen
 from neuronmlp_plugin.refinement.run import make_plan, refine
@@ -37,8 +38,16 @@ def home(tmp_path_factory) -> pathlib.Path:
 
 
 def settings_for(home: pathlib.Path, out: pathlib.Path, model: str = "pivoted", **changes) -> RefineSettings:
-    known = {"tokens": 16384, "window": 64, "batch": 4, "judge_tokens": 2048, "learning_rate": 1e-3, "arithmetic": "float32"}
-    return RefineSettings(home / model, home / "dense", home / "text.jsonl", out, **{**known, **changes})
+    known = {
+        "text": home / "text.jsonl",
+        "tokens": 16384,
+        "window": 64,
+        "batch": 4,
+        "judge_tokens": 2048,
+        "learning_rate": 1e-3,
+        "arithmetic": "float32",
+    }
+    return RefineSettings(home / model, home / "dense", out=out, **{**known, **changes})
 
 
 @pytest.mark.parametrize("model", ["compressed", "pivoted"])
@@ -61,6 +70,20 @@ def test_other_losses_and_adapters_reach_what_they_train_for(home, tmp_path, cha
     before, after = (entry["quality"] for entry in report["refinement"]["tried"])
     what = "candidate_perplexity" if "loss" in changes else "kl_divergence"
     assert after[what] < before[what]
+    assert report["refinement"]["kept"] == "distill"
+
+
+def test_of_a_source_without_a_report_none_is_invented(home, tmp_path):
+    (shutil.copytree(home / "pivoted", tmp_path / "source") / "neuronmlp_report.json").unlink()
+    report = refine(make_plan(settings_for(home, tmp_path / "out", str(tmp_path / "source"), tokens=256)), QUIET)
+    assert len(report["refinement"]["tried"]) == 2
+    assert not list((tmp_path / "out").glob("neuronmlp_report*"))
+
+
+def test_a_descent_that_diverges_is_told_by_its_rate(home, tmp_path):
+    with pytest.raises(NonFiniteError, match=r"--learning-rate 1e\+30: expected a finite loss"):
+        refine(make_plan(settings_for(home, tmp_path / "out", tokens=2048, learning_rate=1e30)), QUIET)
+    assert not (tmp_path / "out.partial" / "descent.safetensors").exists()
 
 
 def test_what_does_harm_is_not_kept(home, tmp_path):
@@ -137,8 +160,10 @@ def test_another_runs_leftovers_are_refused(home, tmp_path, monkeypatch):
 
 def test_the_text_that_judges_is_not_trained_on(home, tmp_path):
     plan = make_plan(settings_for(home, tmp_path / "out", tokens=10**9))
-    trained = plan.windows[:, 1:].flatten().tolist()
-    text, judged = "".join(map(chr, trained)), "".join(map(chr, plan.judge[0, 1:65].tolist()))
+    text = "|".join("".join(map(chr, window[1:].tolist())) for window in plan.windows)
+    judged = "".join(map(chr, plan.judge[0, 1:].tolist()))
+    # No window of 63 could hold more, and none that was cut from this text could miss all of these.
+    assert not any(judged[start : start + 20] in text for start in range(0, len(judged) - 20, 20))
     assert judged not in text and plan.windows[:, 0].unique().tolist() == [1]  # each window begins with BOS
 
 
@@ -150,13 +175,25 @@ def test_the_text_that_judges_is_not_trained_on(home, tmp_path):
         ({"adapter_rank": -1}, UsageError, "--adapter-rank"),
         ({"tokens": 0}, UsageError, "--tokens"),
         ({"model": "dense"}, CheckpointError, "expected a compressed folder"),
-        ({"judge_tokens": 100}, CalibrationError, "so that some can judge"),
+        ({"judge_tokens": 100}, UsageError, "--judge-tokens: expected at least one window of 1,024 tokens"),
+        ({"window": 1}, UsageError, "--window: expected at least 3 tokens"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else None,
 )
 def test_refusals(home, tmp_path, changes, error, words):
     with pytest.raises(error, match=words):
         make_plan(settings_for(home, tmp_path / "out", **changes))
+
+
+def test_too_little_text_to_judge_on_is_refused(home, tmp_path):
+    write_text(tmp_path / "short.jsonl", 3000)
+    with pytest.raises(CalibrationError, match="so that some can judge"):
+        make_plan(settings_for(home, tmp_path / "out", text=tmp_path / "short.jsonl"))
+
+
+def test_an_output_inside_the_source_is_refused(home):
+    with pytest.raises(UsageError, match="expected a folder outside"):
+        make_plan(settings_for(home, home / "pivoted" / "refined"))
 
 
 def test_int8_is_refused(home, tmp_path):

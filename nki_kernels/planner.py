@@ -226,13 +226,16 @@ def _output_stage(layout: Layout, choice: Choice) -> tuple[int, int]:
 
 
 def _refuse_contradiction(plan: Plan) -> Declined | None:
-    """Options that the launch would have to ignore."""
+    """Options that the launch would have to ignore or cannot follow."""
     if plan.with_norm and (not plan.hidden or plan.transposed_input):
         return Declined("norm_eps: expected a launch that starts from natural x, found one that does not; normalise before it.")
-    if plan.with_residual and not plan.natural_output:
-        return Declined("residual: expected a launch with natural output, found none; add it after the launch.")
-    if plan.silu and (plan.runs_gated or plan.with_residual):
-        return Declined("silu: expected a single projection without residual, found more; only xuv activates its result.")
+    last: Any = plan.products.down_second
+    if plan.with_residual and (not plan.natural_output or plan.external_z):
+        return Declined("residual: expected a launch with natural output that is no summand, found another; add it after the launch.")
+    if plan.silu and (plan.runs_gated or plan.with_residual or last is None):
+        return Declined("silu: expected a single projection without residual, found another launch; only xuv activates its result.")
+    if plan.natural_output and plan.out_cols % MOVING_COLS and plan.out_cols < last.cols:
+        return Declined(f"out_cols: expected a multiple of {MOVING_COLS} or whole rows of {last.cols}, found {plan.out_cols}; round it.")
     return None
 
 
@@ -246,9 +249,9 @@ def _refuse_oversize(plan: Plan, target: Target) -> Declined | None:
             f"{plan.block_tokens} tokens ({held}); use fewer tokens per block or shard the layer over more cores."
         )
     products = 2 if plan.runs_gated else 1
-    # A token group's sums are let go only when the next group's are there.
+    # A token group's sums are let go only when the next group's are there, and so are a column tile's.
     groups = min(2, tile_count(plan.block_tokens, PMAX * plan.token_group)) if plan.natural_output else 1
-    banks = max(groups * plan.token_group, products * tile_count(plan.block_tokens, plan.moving_tokens))
+    banks = max(groups * plan.token_group, (products + 1) * tile_count(plan.block_tokens, plan.moving_tokens))
     if banks > target.psum_banks:
         return Declined(f"PSUM of {target.name}: expected at most {target.psum_banks} banks at once, found {banks}; use smaller blocks.")
     return None

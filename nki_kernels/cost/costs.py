@@ -5,6 +5,7 @@ from __future__ import annotations
 from nki_kernels.cost.constants import DMA_PARTITIONS_PER_ENGINE, FP32_PASSES, GPSIMD_START_CYCLES, MIN_INTERVAL_CYCLES, Constants
 from nki_kernels.simulator.trace import GPSIMD, PSUM, SBUF, TENSOR, Access, Instruction
 from nki_kernels.targets import PMAX, Target
+from nki_kernels.tiling import tile_count
 
 ONE_PASS_ALU = ("add", "multiply", "subtract")
 HALF_PASS_REDUCE = ("add", "maximum")
@@ -63,7 +64,7 @@ def dma_engine_ns(instruction: Instruction, target: Target, constants: Constants
 
 
 def dma_engines_used(instruction: Instruction, target: Target) -> int:
-    """Engines that a transfer can use at once: one per 8 partitions, all of them between two places in HBM."""
+    """Engines that a transfer can use at once: one for every 8 partitions begun, all of them between two places in HBM."""
     on_chip = [access for access in (*instruction.reads, *instruction.writes) if access.space == SBUF]
     partitions = on_chip[0].shape[0] if on_chip else PMAX
-    return max(1, min(target.dma_engines, partitions // DMA_PARTITIONS_PER_ENGINE))
+    return min(target.dma_engines, tile_count(partitions, DMA_PARTITIONS_PER_ENGINE))

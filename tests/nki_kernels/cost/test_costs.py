@@ -75,7 +75,7 @@ def test_gpsimd_pays_its_start():
     assert engine_cycles(event) == 150 + 512
 
 
-@pytest.mark.parametrize(("rows", "engines"), [(128, 16), (64, 8), (8, 1), (1, 1), (100, 12)])
+@pytest.mark.parametrize(("rows", "engines"), [(128, 16), (64, 8), (9, 2), (8, 1), (1, 1), (100, 13)])
 def test_a_transfer_uses_an_engine_for_eight_partitions(rows, engines):
     def build():
         hbm = nl.ndarray((rows, 64), dtype=BF16, buffer=nl.private_hbm)

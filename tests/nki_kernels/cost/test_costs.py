@@ -60,14 +60,20 @@ def test_two_inputs_take_one_pass_from_two_memories_or_for_plain_bf16_sums(first
     assert engine_cycles(event) == cycles
 
 
+def test_a_strided_operand_costs_the_second_pass():
+    event = only(lambda: nisa.tensor_tensor(dst=t(nl.sbuf, 512), data1=t(nl.sbuf, 1024)[:, 0:1024:2], data2=t(nl.sbuf, 512), op=nl.add))
+    assert engine_cycles(event) == 1024
+
+
 def test_no_instruction_is_shorter_than_the_initiation_interval():
     event = only(lambda: nisa.activation(dst=t(nl.sbuf, 2), op=nl.copy, data=t(nl.sbuf, 2)))
     assert engine_cycles(event) == 64
 
 
-def test_a_bf16_sum_along_the_free_dimension_takes_half_a_pass():
-    event = only(lambda: nisa.tensor_reduce(dst=t(nl.sbuf, 1), op=nl.add, data=t(nl.sbuf, 512), axis=1))
-    assert engine_cycles(event) == 256
+@pytest.mark.parametrize(("dtype", "cycles"), [(BF16, 256), (FP32, 512)])
+def test_a_bf16_sum_along_the_free_dimension_takes_half_a_pass_if_it_leaves_as_bf16(dtype, cycles):
+    event = only(lambda: nisa.tensor_reduce(dst=t(nl.sbuf, 1, dtype), op=nl.add, data=t(nl.sbuf, 512), axis=1))
+    assert engine_cycles(event) == cycles
 
 
 def test_gpsimd_pays_its_start():

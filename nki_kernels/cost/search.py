@@ -68,19 +68,10 @@ def _dma_us(size_bytes: float, row_bytes: int, target: Target, constants: Consta
     return size_bytes / row_bytes * constants.descriptor_ns(row_bytes, engine) / target.dma_engines / 1000
 
 
-def _weight_cols(plan: Plan) -> int:
-    """Packed columns that cross HBM: as the plan counts them, without the chunks that have a slot to themselves and are read once."""
-    shared = plan.chunks() - plan.ring_slots
-    if not 0 < shared < plan.ring_slots:
-        return plan.weight_cols_read()
-    held = plan.chunk_bounds[plan.ring_slots] - plan.chunk_bounds[shared]
-    return plan.weight_cols_read() - (plan.blocks() - 1) * held
-
-
 def dma_bound_us(plan: Plan, target: Target = TRN1, constants: Constants = CALIBRATED) -> float:
     """The plan's weight traffic, in rows as long as its ring's slots, and each activation once, at the set's rates."""
     size = plan.itemsize
-    weights = _dma_us(_weight_cols(plan) * PMAX * size, plan.ring_cols * size, target, constants)
+    weights = _dma_us(plan.weight_cols_read() * PMAX * size, plan.ring_cols * size, target, constants)
     given = sum(z_rows(plan.layout, name) for name in ("gate", "up"))
     features = given + (plan.hidden or (0 if given else plan.intermediate))
     input_row = (plan.block_tokens if plan.transposed_input else features) * size

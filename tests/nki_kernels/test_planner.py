@@ -129,6 +129,36 @@ def test_a_ring_that_holds_everything_reads_the_weights_once():
     assert plan.blocks() > 1 and plan.weight_cols_read() == plan.layout.stored_cols
 
 
+def weight_cols_moved(plan: Plan) -> int:
+    """Packed columns that a dry run reads."""
+    moved = [0]
+
+    def count(event):
+        if getattr(event, "op", "") == "dma_copy" and event.reads[0].name == "arg1":
+            moved[0] += event.transfer_bytes // (128 * plan.itemsize)
+
+    dry_run(plan, count)
+    return moved[0]
+
+
+@pytest.mark.parametrize(
+    ("choice", "moved", "counted"),
+    [
+        (Choice(128, 1, 512), 9216, 9216),
+        (Choice(128, 3, 512), 7680, 7680),
+        (Choice(128, 4, 512), 4608, 4608),
+        (Choice(128, 2, 1024), 6144, 6144),
+        (Choice(128, 3, 1024), 2304, 2304),
+        (Choice(256, 1, 512, token_group=2), 4608, 4608),
+        (Choice(256, 1, 512, token_group=1), 4608, 5120),  # the second group finds one chunk still there
+    ],
+)
+def test_weight_reads_are_counted_chunk_by_chunk(choice, moved, counted):
+    uv = Projection.whole("uv", 128)
+    plan = build_plan(Request(mlp_layout(256, 512, uv, uv, uv), 512, BF16), choice)
+    assert (weight_cols_moved(plan), plan.weight_cols_read()) == (moved, counted)
+
+
 def test_what_does_not_fit_is_declined_with_the_reason():
     declined = plan_mlp(16384, 53248, (DENSE,) * 3, 512, BF16)
     assert isinstance(declined, Declined) and not declined

@@ -89,10 +89,15 @@ def plan_launch(request: Request, target: Target = TRN1) -> Plan | Declined:
         return tuned
     plans = [build_plan(request, choice, target) for choice in choices(request)]
     fitting = [plan for plan in plans if isinstance(plan, Plan)]
-    if not fitting:
-        smallest = Choice(min(PMAX, request.tokens), MIN_SLOTS, SLOT_BYTES[-1] // request.dtype.itemsize, MOVING_COLS, shares_rows=True)
-        return build_plan(request, smallest, target)
-    return _with_spare_ring(min(fitting, key=_cost), target)
+    return _with_spare_ring(min(fitting, key=_cost), target) if fitting else why_not(request, target)
+
+
+def why_not(request: Request, target: Target) -> Declined:
+    """Of a launch for which nothing fits: what the smallest plan lacks."""
+    smallest = Choice(min(PMAX, request.tokens), MIN_SLOTS, SLOT_BYTES[-1] // request.dtype.itemsize, MOVING_COLS, shares_rows=True)
+    declined = build_plan(request, smallest, target)
+    assert isinstance(declined, Declined), "a launch whose smallest plan fits has a plan"
+    return declined
 
 
 def _cost(plan: Plan) -> tuple[int, ...]:

@@ -59,9 +59,10 @@ def test_a_device_may_measure_in_place_of_the_schedule():
 
 
 def test_nothing_to_find_is_said_in_the_planners_words():
-    huge = Request(mlp_layout(131072, 128, DENSE, DENSE, DENSE), 128, BF16)
+    huge = Request(mlp_layout(16384, 53248, DENSE, DENSE, DENSE), 512, BF16)
     for found in (search(huge), search_measured(huge, lambda plan: 1.0)):
         assert isinstance(found, Declined) and "SBUF of trn1" in found.reason
+        assert found == plan_launch(huge)
 
 
 def test_a_key_tells_apart_everything_that_a_plan_depends_on():

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from nki_kernels.backend import nisa, nl
-from nki_kernels.cost.constants import CALIBRATED, DOCUMENTED, EFFECTIVE, SETS
+from nki_kernels.cost.calibration import FITTED, published_rows
+from nki_kernels.cost.constants import CALIBRATED, DOCUMENTED, EFFECTIVE, EVERY_ROW, SETS
 from nki_kernels.cost.costs import dma_engines_used, engine_cycles
 from nki_kernels.simulator import simulate
 from nki_kernels.simulator.trace import Instruction
@@ -119,5 +120,11 @@ def test_a_longer_row_never_takes_less_time(constants):
     assert times == sorted(times)
 
 
-def test_at_most_three_constants_are_fitted():
-    assert max(constants.fitted for constants in SETS.values()) <= 3
+NOT_FITTED = (1.0, 0, EVERY_ROW, 4096)  # the documented rate itself; rows of any length; the row that takes it
+
+
+@pytest.mark.parametrize("constants", SETS.values(), ids=lambda c: c.name)
+def test_every_fitted_number_is_owned_up_to_and_none_is_without_a_row(constants):
+    numbers = (constants.short_share, constants.short_row_bytes, constants.long_row_bytes)
+    rows = [row for row in published_rows() if row.role == FITTED]
+    assert constants.fitted == sum(number not in NOT_FITTED for number in numbers) <= len(rows)

@@ -264,7 +264,10 @@ CHAIN = chain_layout(200, 130, UV)
         (Request(CHAIN, 4, BF16, residual=True, silu=True), "silu: expected a single projection without residual"),
         (Request(mlp_layout(64, 96, *(DENSE,) * 3), 4, BF16, silu=True), "silu: expected a single projection"),
         (Request(first_stage(mlp_layout(64, 96, *(UV,) * 3)), 4, BF16, silu=True), "silu: expected a single projection"),
-        (Request(second_stage(mlp_layout(64, 96, UV, UV, DENSE)), 4, BF16, residual=True), "residual: expected a launch with natural output"),
+        (
+            Request(second_stage(mlp_layout(64, 96, UV, UV, DENSE)), 4, BF16, residual=True),
+            "residual: expected a launch with natural output",
+        ),
     ],
 )
 def test_options_that_a_launch_would_ignore_are_declined(request_, words):

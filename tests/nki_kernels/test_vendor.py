@@ -11,7 +11,9 @@ from tests.nki_kernels.harness import run_svd_mlp
 
 pytestmark = [
     pytest.mark.nki,
-    pytest.mark.skipif(not backend.HAS_NKI or backend.simulate is None, reason="needs the vendor's nki, 0.3 or later, with its simulator"),
+    pytest.mark.skipif(
+        not backend.HAS_NKI or backend.simulate is backend.no_simulator, reason="needs the vendor's nki, 0.3 or later, with its simulator"
+    ),
 ]
 
 

@@ -16,13 +16,19 @@ from typing import Any
 
 HAS_NKI = importlib.util.find_spec("nki") is not None and os.environ.get("NKI_KERNELS_BACKEND") != "simulator"
 
+
+def no_simulator(*_kernel: Any, **_options: Any) -> Callable[..., Any]:
+    """Stands for `simulate` where the vendor's nki has none."""
+    raise RuntimeError("simulate: expected nki 0.3 or later, found one without a simulator; set NKI_KERNELS_BACKEND=simulator for ours.")
+
+
 if HAS_NKI:
     import nki
     import nki.isa as nisa
     import nki.language as nl
 
     jit: Callable[..., Any] = nki.jit
-    simulate: Callable[..., Any] | None = getattr(nki, "simulate", None)  # from 0.3 on
+    simulate: Callable[..., Any] = getattr(nki, "simulate", no_simulator)  # from 0.3 on
     TAKES_ACCUMULATE = "accumulate" in inspect.signature(nisa.nc_matmul).parameters
 else:
     from nki_kernels.simulator import isa as nisa
@@ -36,4 +42,4 @@ else:
         return kernel
 
 
-__all__ = ["HAS_NKI", "TAKES_ACCUMULATE", "jit", "nisa", "nl", "simulate"]
+__all__ = ["HAS_NKI", "TAKES_ACCUMULATE", "jit", "nisa", "nl", "no_simulator", "simulate"]

@@ -88,11 +88,14 @@ class Plan(nl.NKIObject):
         return elements * self.itemsize + small * 4
 
     def weight_cols_read(self) -> int:
-        """Columns of the packed weights that cross HBM in the whole launch, re-reads included."""
+        """Columns of the packed weights that cross HBM in the whole launch, at most: a further token group may find chunks still there."""
         once = self.chunk_bounds[-1]
-        if self.chunks() <= self.ring_slots:
+        shared = self.chunks() - self.ring_slots
+        if shared <= 0:
             return once
-        return self.blocks() * once + (self._passes() - self.blocks()) * self._unheld_output_cols()
+        # Chunks that have a slot to themselves are read once.
+        held = self.chunk_bounds[self.ring_slots] - self.chunk_bounds[shared] if shared < self.ring_slots else 0
+        return once + (self.blocks() - 1) * (once - held) + (self._passes() - self.blocks()) * self._unheld_output_cols()
 
     def _passes(self) -> int:
         """Token groups of the last product, over all blocks."""

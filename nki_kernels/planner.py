@@ -89,10 +89,15 @@ def plan_launch(request: Request, target: Target = TRN1) -> Plan | Declined:
         return tuned
     plans = [build_plan(request, choice, target) for choice in choices(request)]
     fitting = [plan for plan in plans if isinstance(plan, Plan)]
-    if not fitting:
-        smallest = Choice(min(PMAX, request.tokens), MIN_SLOTS, SLOT_BYTES[-1] // request.dtype.itemsize, MOVING_COLS, shares_rows=True)
-        return build_plan(request, smallest, target)
-    return _with_spare_ring(min(fitting, key=_cost), target)
+    return _with_spare_ring(min(fitting, key=_cost), target) if fitting else why_not(request, target)
+
+
+def why_not(request: Request, target: Target) -> Declined:
+    """Of a launch for which nothing fits: what the smallest plan lacks."""
+    smallest = Choice(min(PMAX, request.tokens), MIN_SLOTS, SLOT_BYTES[-1] // request.dtype.itemsize, MOVING_COLS, shares_rows=True)
+    declined = build_plan(request, smallest, target)
+    assert isinstance(declined, Declined), "a launch whose smallest plan fits has a plan"
+    return declined
 
 
 def _cost(plan: Plan) -> tuple[int, ...]:
@@ -226,13 +231,16 @@ def _output_stage(layout: Layout, choice: Choice) -> tuple[int, int]:
 
 
 def _refuse_contradiction(plan: Plan) -> Declined | None:
-    """Options that the launch would have to ignore."""
+    """Options that the launch would have to ignore or cannot follow."""
     if plan.with_norm and (not plan.hidden or plan.transposed_input):
         return Declined("norm_eps: expected a launch that starts from natural x, found one that does not; normalise before it.")
-    if plan.with_residual and not plan.natural_output:
-        return Declined("residual: expected a launch with natural output, found none; add it after the launch.")
-    if plan.silu and (plan.runs_gated or plan.with_residual):
-        return Declined("silu: expected a single projection without residual, found more; only xuv activates its result.")
+    last: Any = plan.products.down_second
+    if plan.with_residual and (not plan.natural_output or plan.external_z):
+        return Declined("residual: expected a launch with natural output that is no summand, found another; add it after the launch.")
+    if plan.silu and (plan.runs_gated or plan.with_residual or last is None):
+        return Declined("silu: expected a single projection without residual, found another launch; only xuv activates its result.")
+    if plan.natural_output and plan.out_cols % MOVING_COLS and plan.out_cols < last.cols:
+        return Declined(f"out_cols: expected a multiple of {MOVING_COLS} or whole rows of {last.cols}, found {plan.out_cols}; round it.")
     return None
 
 
@@ -246,9 +254,9 @@ def _refuse_oversize(plan: Plan, target: Target) -> Declined | None:
             f"{plan.block_tokens} tokens ({held}); use fewer tokens per block or shard the layer over more cores."
         )
     products = 2 if plan.runs_gated else 1
-    # A token group's sums are let go only when the next group's are there.
+    # A token group's sums are let go only when the next group's are there, and so are a column tile's.
     groups = min(2, tile_count(plan.block_tokens, PMAX * plan.token_group)) if plan.natural_output else 1
-    banks = max(groups * plan.token_group, products * tile_count(plan.block_tokens, plan.moving_tokens))
+    banks = max(groups * plan.token_group, (products + 1) * tile_count(plan.block_tokens, plan.moving_tokens))
     if banks > target.psum_banks:
         return Declined(f"PSUM of {target.name}: expected at most {target.psum_banks} banks at once, found {banks}; use smaller blocks.")
     return None

@@ -19,15 +19,11 @@ class Target:
 
     name: str
     generation: int  # NeuronCore version: 2, 3, 4
-    sbuf_bytes: int  # [arch]
     sbuf_usable_bytes: int  # [alloc] for v2, [nkilib] for v3; v4 by the same reserve (our inference)
     tensor_ghz: float  # [arch]; on trn1 the published kernel latencies fit 2.8 and not 1.4
     vector_ghz: float  # [arch]
     scalar_ghz: float  # [arch]
     gpsimd_ghz: float  # [arch]
-    tensor_tflops_bf16: float  # [arch] dense, per core
-    tensor_tflops_fp32: float  # [arch]
-    hbm_gbps: float  # [arch] whole chip
     cores_per_chip: int  # [arch]
     dma_achieved_gbps: float  # [dma] per core, 16 engines
     moving_fmax_fp32: int = 512  # [tile] free size of a moving operand, i.e. of a matmul's fp32 destination
@@ -46,45 +42,33 @@ class Target:
 TRN1 = Target(
     "trn1",
     2,
-    192 * KIB,
     176 * KIB,
     tensor_ghz=2.8,
     vector_ghz=1.12,
     scalar_ghz=1.4,
     gpsimd_ghz=1.4,
-    tensor_tflops_bf16=92,
-    tensor_tflops_fp32=23,
-    hbm_gbps=820,
     cores_per_chip=2,
     dma_achieved_gbps=272,
 )
 TRN2 = Target(
     "trn2",
     3,
-    224 * KIB,
     208 * KIB - 264,
     tensor_ghz=2.4,
     vector_ghz=0.96,
     scalar_ghz=1.2,
     gpsimd_ghz=1.2,
-    tensor_tflops_bf16=79,
-    tensor_tflops_fp32=20,
-    hbm_gbps=2900,
     cores_per_chip=8,
     dma_achieved_gbps=368,
 )
 TRN3 = Target(
     "trn3",
     4,
-    256 * KIB,
     240 * KIB - 264,
     tensor_ghz=2.4,
     vector_ghz=1.2,
     scalar_ghz=1.2,
     gpsimd_ghz=1.2,
-    tensor_tflops_bf16=79,
-    tensor_tflops_fp32=20,
-    hbm_gbps=4900,
     cores_per_chip=8,
     dma_achieved_gbps=528,
     moving_fmax_fp32=4096,

@@ -16,7 +16,7 @@ FP32_PASSES = 4  # TensorE passes of an fp32 matmul [isa]
 # Dependent one-element ScalarE instructions were seen 264 cycles apart [perf]; 64 of them are the initiation interval.
 RESULT_LATENCY_CYCLES = 200
 DMA_START_NS = 1300.0  # semaphore to first byte [dma]
-DMA_PARTITIONS_PER_ENGINE = 8  # a transfer to P partitions uses P / 8 engines [dma]
+DMA_PARTITIONS_PER_ENGINE = 8  # an engine serves 8 partitions of a transfer [dma]
 OVERHEAD_BOUND_ROW_BYTES = 256  # shorter rows cost as much as one of this length: "severely overhead bound" below it [dma]
 
 HOP_US = 1.5  # one step of a ring inside an instance, 1 to 2 us [runtime]

@@ -35,8 +35,9 @@ class Pipe:
             if need_ns <= 0 or last <= start:
                 kept.append((first, last))
                 continue
-            end = min(last, start + need_ns)
-            need_ns -= end - start
+            fits = need_ns <= last - start
+            end = start + need_ns if fits else last
+            need_ns = 0.0 if fits else need_ns - (last - start)  # what fits is never subtracted: rounding would leave a trace of it
             kept += [gap for gap in ((first, start), (end, last)) if gap[1] > gap[0]]
         self._gaps = kept
         return need_ns, end

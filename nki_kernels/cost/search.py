@@ -15,7 +15,7 @@ from nki_kernels.cost.estimate import Estimate
 from nki_kernels.cost.launches import PlanRuns, z_rows
 from nki_kernels.layout import MATRICES, Layout
 from nki_kernels.plan import Plan
-from nki_kernels.planner import MAX_SLOTS, Choice, Declined, Request, build_plan, choices
+from nki_kernels.planner import MAX_SLOTS, Choice, Declined, Request, build_plan, choices, why_not
 from nki_kernels.targets import PMAX, TRN1, Target
 from nki_kernels.tiling import tile_count
 
@@ -68,19 +68,10 @@ def _dma_us(size_bytes: float, row_bytes: int, target: Target, constants: Consta
     return size_bytes / row_bytes * constants.descriptor_ns(row_bytes, engine) / target.dma_engines / 1000
 
 
-def _weight_cols(plan: Plan) -> int:
-    """Packed columns that cross HBM: as the plan counts them, without the chunks that have a slot to themselves and are read once."""
-    shared = plan.chunks() - plan.ring_slots
-    if not 0 < shared < plan.ring_slots:
-        return plan.weight_cols_read()
-    held = plan.chunk_bounds[plan.ring_slots] - plan.chunk_bounds[shared]
-    return plan.weight_cols_read() - (plan.blocks() - 1) * held
-
-
 def dma_bound_us(plan: Plan, target: Target = TRN1, constants: Constants = CALIBRATED) -> float:
     """The plan's weight traffic, in rows as long as its ring's slots, and each activation once, at the set's rates."""
     size = plan.itemsize
-    weights = _dma_us(_weight_cols(plan) * PMAX * size, plan.ring_cols * size, target, constants)
+    weights = _dma_us(plan.weight_cols_read() * PMAX * size, plan.ring_cols * size, target, constants)
     given = sum(z_rows(plan.layout, name) for name in ("gate", "up"))
     features = given + (plan.hidden or (0 if given else plan.intermediate))
     input_row = (plan.block_tokens if plan.transposed_input else features) * size
@@ -124,7 +115,7 @@ def search(request: Request, target: Target = TRN1, constants: Constants = CALIB
     """The best plan of those tried, for one of `tp` cores."""
     ranked = _ranked(request, target, constants)
     if not ranked:
-        return _why_not(request, target)
+        return why_not(request, target)
     runs = functools.cache(lambda plan: PlanRuns(plan, request.dtype, target, constants, tp))
     tried = _try(ranked, lambda plan: runs(plan).rough_us())
     _, choice, plan = min(tried, key=lambda item: item[0])
@@ -135,7 +126,7 @@ def search_measured(request: Request, measure: Measure, target: Target = TRN1, c
     """As `search`, where a device is at hand: `measure` gives us instead of the schedule. The model still says which plans to try."""
     ranked = _ranked(request, target, constants)
     if not ranked:
-        return _why_not(request, target)
+        return why_not(request, target)
     tried = _try(ranked, measure)
     measured_us, choice, plan = min(tried, key=lambda item: item[0])
     return Measured(choice, plan, measured_us, len(tried), len(ranked))
@@ -169,9 +160,3 @@ def _guess_us(plan: Plan, useful_us: float, traffic_us: float) -> float:
         low, high = sorted((useful_us * tokens / plan.tokens, block_dma))
         total += count * (high + OVERLAP_LOSS * low) if tokens else 0.0
     return total
-
-
-def _why_not(request: Request, target: Target) -> Declined:
-    """The planner's own reason for the smallest plan."""
-    reasons = [plan for plan in (build_plan(request, choice, target) for choice in choices(request)) if isinstance(plan, Declined)]
-    return reasons[-1]

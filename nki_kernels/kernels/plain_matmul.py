@@ -21,10 +21,10 @@ def check_multiple(what: str, size: int, step: int) -> None:
     assert size % step == 0, f"{what}: expected a multiple of {step}, found {size}; choose other sizes or blocks"
 
 
-def load_tile(src: Tensor, row: int, col: int, cols: int) -> Tensor:
-    """A fresh SBUF tile `[128, cols]` of src at (row, col)."""
-    tile = nl.ndarray((PMAX, cols), dtype=src.dtype, buffer=nl.sbuf)
-    nisa.dma_copy(dst=tile, src=src[row : row + PMAX, col : col + cols])
+def load_tile(src: Tensor, row: int, col: int, cols: int, rows: int = PMAX) -> Tensor:
+    """A fresh SBUF tile `[rows, cols]` of src at (row, col)."""
+    tile = nl.ndarray((rows, cols), dtype=src.dtype, buffer=nl.sbuf)
+    nisa.dma_copy(dst=tile, src=src[row : row + rows, col : col + cols])
     return tile
 
 

@@ -1,4 +1,4 @@
-"""X U V in its two obvious forms, to read before `xuv` and to measure it against: two products through HBM, and fusing without a cache.
+"""X U V in its two obvious forms, to read before `xuv`: two products through HBM, and fusing without a cache.
 
 Both take x^T `[K, T]`, u `[K, R]` and v `[R, N]` as they are, any sizes, and return `[T, N]`.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from nki_kernels.backend import jit, nisa, nl
+from nki_kernels.kernels.plain_matmul import load_tile, store_sum
 from nki_kernels.kernels.products import matmul
 from nki_kernels.targets import PMAX
 from nki_kernels.tiling import MOVING_COLS, pieces
@@ -15,34 +16,20 @@ from nki_kernels.tiling import MOVING_COLS, pieces
 Tensor = Any
 
 
-def load_tile(src: Tensor, row: tuple, col: tuple) -> Tensor:
-    """A fresh SBUF tile of src; row and col are (start, size)."""
-    tile = nl.ndarray((row[1], col[1]), dtype=src.dtype, buffer=nl.sbuf)
-    nisa.dma_copy(dst=tile, src=src[row[0] : row[0] + row[1], col[0] : col[0] + col[1]])
-    return tile
-
-
 def product_tile(lhs_t: Tensor, rhs: Tensor, row: tuple, col: tuple) -> Tensor:
     """(lhsT^T rhs)[row, col] in PSUM, both operands read from HBM tile by tile."""
     total = nl.ndarray((row[1], col[1]), dtype=nl.float32, buffer=nl.psum)
     for depth in pieces(lhs_t.shape[0], PMAX):
-        matmul(total, load_tile(lhs_t, depth, row), load_tile(rhs, depth, col), depth[0] == 0)
+        left, right = load_tile(lhs_t, depth[0], row[0], row[1], depth[1]), load_tile(rhs, depth[0], col[0], col[1], depth[1])
+        matmul(total, left, right, depth[0] == 0)
     return total
-
-
-def to_sbuf(total: Tensor, dtype: Any) -> Tensor:
-    """A PSUM tile, rounded, in a fresh SBUF tile."""
-    tile = nl.ndarray(total.shape, dtype=dtype, buffer=nl.sbuf)
-    nisa.tensor_copy(dst=tile, src=total)
-    return tile
 
 
 def product(lhs_t: Tensor, rhs: Tensor, out: Tensor) -> None:
     """out `[M, N]` = lhsT^T rhs, in HBM."""
     for row in pieces(out.shape[0], PMAX):
         for col in pieces(out.shape[1], MOVING_COLS):
-            tile = to_sbuf(product_tile(lhs_t, rhs, row, col), out.dtype)
-            nisa.dma_copy(dst=out[row[0] : row[0] + row[1], col[0] : col[0] + col[1]], src=tile)
+            store_sum(out, row[0], col[0], product_tile(lhs_t, rhs, row, col))
 
 
 @jit
@@ -63,8 +50,8 @@ def naive_fused_xuv(x_t: Tensor, u: Tensor, v: Tensor) -> Tensor:
         for col in pieces(out.shape[1], MOVING_COLS):
             total = nl.ndarray((row[1], col[1]), dtype=nl.float32, buffer=nl.psum)
             for depth in pieces(u.shape[1], PMAX):
-                z_t = to_sbuf(product_tile(u, x_t, depth, row), x_t.dtype)
-                matmul(total, z_t, load_tile(v, depth, col), depth[0] == 0)
-            tile = to_sbuf(total, out.dtype)
-            nisa.dma_copy(dst=out[row[0] : row[0] + row[1], col[0] : col[0] + col[1]], src=tile)
+                z_t = nl.ndarray((depth[1], row[1]), dtype=x_t.dtype, buffer=nl.sbuf)
+                nisa.tensor_copy(dst=z_t, src=product_tile(u, x_t, depth, row))
+                matmul(total, z_t, load_tile(v, depth[0], col[0], col[1], depth[1]), depth[0] == 0)
+            store_sum(out, row[0], col[0], total)
     return out

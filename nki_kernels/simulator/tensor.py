@@ -207,16 +207,17 @@ def contiguous_run(sizes: Sequence[int], strides: Sequence[int]) -> int:
     return run
 
 
-def merged_dims(sizes: Sequence[int], strides: Sequence[int]) -> int:
-    """How many dimensions an access pattern needs once neighbours that form one run are merged."""
-    dims, inner = 0, None
+def merged_dims(sizes: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
+    """(size, stride) of the dimensions that an access pattern needs, innermost first, once neighbours that form one run are merged."""
+    dims: list[tuple[int, int]] = []
     for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
         if size == 1:
             continue
-        if inner is None or stride != inner:
-            dims += 1
-        inner = stride * size
-    return max(1, dims)
+        if dims and stride == dims[-1][0] * dims[-1][1]:
+            dims[-1] = (dims[-1][0] * size, dims[-1][1])
+        else:
+            dims.append((size, stride))
+    return dims or [(1, 1)]
 
 
 def _expand(key: Key, ndim: int) -> list[int | slice]:

@@ -1,18 +1,24 @@
 """The simulated kinds of `neuronmlp bench`: what they print, write and promise. Small cases; the whole tables are in docs/cost_model.md."""
 
+import argparse
 import csv
 import json
 
 import pytest
 
-from neuronmlp_plugin.bench import kernel_cases
+from neuronmlp_plugin.bench import kernel_cases, tune
 from neuronmlp_plugin.cli import main
+from nki_kernels import tuned
+from nki_kernels.backend import HAS_NKI
 from nki_kernels.cost import calibration
 from nki_kernels.cost.baselines import tutorial
 from nki_kernels.cost.constants import CALIBRATED
 from nki_kernels.cost.estimate import Estimate
-from nki_kernels.planner import Choice
+from nki_kernels.plan import Plan
+from nki_kernels.planner import Choice, build_plan
 from nki_kernels.targets import TRN1
+
+pytestmark = pytest.mark.skipif(HAS_NKI, reason="the cost model listens to our simulator; set NKI_KERNELS_BACKEND=simulator")
 
 
 def rows_of(path):
@@ -79,6 +85,17 @@ def test_tune_writes_choices_and_adds_to_them(capsys, tmp_path):
     assert "simulated" in table["about"] and [name.split()[0] for name in sorted(table["choices"])] == ["T1", "T16"]
     assert all(Choice(**fields).block_tokens in (1, 16) for fields in table["choices"].values())
     assert capsys.readouterr().out.count("plans scheduled") == 2  # the second run searched only what was new
+
+
+def test_the_shipped_table_is_what_tune_asks_for_by_default_and_every_choice_of_it_makes_a_plan():
+    parser = argparse.ArgumentParser()
+    tune.add_arguments(parser)
+    args = parser.parse_args(["--out", "unused.json"])
+    requests = {tuned.key(request): request for model in args.models for _, request in tune._requests(args, model)}
+    table = tuned.table("trn1")
+    assert requests.keys() == table.keys()
+    for name, fields in table.items():
+        assert isinstance(build_plan(requests[name], Choice(**fields)), Plan), name
 
 
 def test_layers_prints_the_bound_beside_the_gain(capsys):

@@ -160,4 +160,5 @@ def test_runs_and_merged_dimensions():
     assert (
         contiguous_run((2, 3, 4), (12, 4, 1)) == 24 and contiguous_run((2, 3, 4), (24, 8, 1)) == 4 and contiguous_run((5, 1), (7, 1)) == 1
     )
-    assert merged_dims((2, 3, 4), (12, 4, 1)) == 1 and merged_dims((2, 3, 4), (24, 8, 1)) == 2 and merged_dims((1, 1), (9, 9)) == 1
+    assert merged_dims((2, 3, 4), (12, 4, 1)) == [(24, 1)] and merged_dims((1, 1), (9, 9)) == [(1, 1)]
+    assert merged_dims((2, 3, 4), (24, 8, 1)) == [(4, 1), (6, 8)]

@@ -22,7 +22,6 @@ from tests.nki_kernels.harness import run_svd_mlp
 KERNELS = sorted(pathlib.Path(nki_kernels.kernels.__file__).parent.glob("*.py"))
 # What kernels take as arguments, or call, without being kernels.
 SHARED = [pathlib.Path(module.__file__) for module in (nki_kernels.tiling, nki_kernels.plan)]
-pytestmark = pytest.mark.skipif(backend.HAS_NKI, reason="these tests choose the convention of our own simulator")
 
 
 @pytest.fixture(params=["0.2", "0.6"])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from nki_kernels import backend, reference
+from nki_kernels import reference
 from nki_kernels.backend import simulate
 from nki_kernels.cases import DTYPES, MAX_ERROR, MLPCase, error, random_array, random_weights
 from nki_kernels.kernels.sharded import first_factors, last_factor, second_factors
@@ -19,8 +19,6 @@ from nki_kernels.simulator.trace import Event, Instruction
 from tests.nki_kernels.harness import EPS, run_svd_mlp
 from tests.nki_kernels.mutants import EQUIVALENT, MODULES, Mutant, by_hand, by_rule, in_place, source_of
 from tests.nki_kernels.test_planner import Peak
-
-pytestmark = pytest.mark.skipif(backend.HAS_NKI, reason="mutants are judged by our own simulator")
 
 # Room for each mistake to show: ragged token blocks and edges, several tiles of everything, a ring that wraps, two token groups, two
 # moving tiles, staged rows both short and whole, whole pivot tiles. Small, since every mutant runs them.

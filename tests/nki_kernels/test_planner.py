@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nki_kernels.cases import DTYPES, MODELS, MLPCase, random_weights
 from nki_kernels.kernels.svd_mlp import svd_mlp
-from nki_kernels.layout import DENSE, FORMS, Projection, chain_layout, mlp_layout, second_stage
+from nki_kernels.layout import DENSE, FORMS, Projection, chain_layout, first_stage, mlp_layout, second_stage
 from nki_kernels.plan import Plan
 from nki_kernels.planner import Choice, Declined, Request, block_sizes, build_plan, plan_launch, plan_mlp
 from nki_kernels.simulator import Placeholder, simulate
@@ -78,10 +78,10 @@ def test_a_plan_allocates_exactly_what_it_says_and_fits(request_, target):
 @settings(max_examples=40, deadline=None)
 def test_any_choice_that_is_accepted_fits(request_, data):
     choice = Choice(
-        data.draw(st.sampled_from(block_sizes(request_))),
+        data.draw(st.one_of(st.sampled_from(block_sizes(request_)), st.integers(1, 2560))),
         data.draw(st.integers(1, 9)),
         data.draw(st.sampled_from([512, 1000, 4096])),
-        data.draw(st.sampled_from([0, 512, 1024])),
+        data.draw(st.sampled_from([0, 512, 700, 1024])),
         data.draw(st.integers(1, 9)),
         data.draw(st.booleans()),
     )
@@ -90,8 +90,9 @@ def test_any_choice_that_is_accepted_fits(request_, data):
         peak = Peak()
         dry_run(plan, peak)
         assert peak.sbuf_bytes == plan.sbuf_bytes() <= TRN1.sbuf_usable_bytes
+        assert peak.psum_banks <= TRN1.psum_banks
     else:
-        assert "expected at most" in plan.reason
+        assert "expected at most" in plan.reason or "out_cols: expected" in plan.reason
 
 
 @given(st.data())
@@ -128,6 +129,36 @@ def test_a_ring_that_holds_everything_reads_the_weights_once():
     assert plan.blocks() > 1 and plan.weight_cols_read() == plan.layout.stored_cols
 
 
+def weight_cols_moved(plan: Plan) -> int:
+    """Packed columns that a dry run reads."""
+    moved = [0]
+
+    def count(event):
+        if getattr(event, "op", "") == "dma_copy" and event.reads[0].name == "arg1":
+            moved[0] += event.transfer_bytes // (128 * plan.itemsize)
+
+    dry_run(plan, count)
+    return moved[0]
+
+
+@pytest.mark.parametrize(
+    ("choice", "moved", "counted"),
+    [
+        (Choice(128, 1, 512), 9216, 9216),
+        (Choice(128, 3, 512), 7680, 7680),
+        (Choice(128, 4, 512), 4608, 4608),
+        (Choice(128, 2, 1024), 6144, 6144),
+        (Choice(128, 3, 1024), 2304, 2304),
+        (Choice(256, 1, 512, token_group=2), 4608, 4608),
+        (Choice(256, 1, 512, token_group=1), 4608, 5120),  # the second group finds one chunk still there
+    ],
+)
+def test_weight_reads_are_counted_chunk_by_chunk(choice, moved, counted):
+    uv = Projection.whole("uv", 128)
+    plan = build_plan(Request(mlp_layout(256, 512, uv, uv, uv), 512, BF16), choice)
+    assert (weight_cols_moved(plan), plan.weight_cols_read()) == (moved, counted)
+
+
 def test_what_does_not_fit_is_declined_with_the_reason():
     declined = plan_mlp(16384, 53248, (DENSE,) * 3, 512, BF16)
     assert isinstance(declined, Declined) and not declined
@@ -137,6 +168,27 @@ def test_what_does_not_fit_is_declined_with_the_reason():
     assert "dtype: expected one of" in plan_mlp(64, 64, (DENSE,) * 3, 1, np.dtype(np.int8)).reason
     too_many_banks = build_plan(Request(mlp_layout(64, 64, *(DENSE,) * 3), 2000, BF16), Choice(128, token_group=9))
     assert "PSUM of trn1: expected at most 8 banks at once, found 9" in too_many_banks.reason
+
+
+@pytest.mark.parametrize(("block_tokens", "banks"), [(1024, 6), (1025, 9), (1536, 9), (2048, 12)])
+def test_sums_of_a_column_tile_are_counted_beside_those_of_the_next(block_tokens, banks):
+    uv = Projection.whole("uv", 64)
+    plan = build_plan(Request(mlp_layout(128, 256, uv, uv, uv), 2048, BF16), Choice(block_tokens, token_group=1))
+    if banks > TRN1.psum_banks:
+        assert f"PSUM of trn1: expected at most 8 banks at once, found {banks}" in plan.reason
+        return
+    peak = Peak()
+    dry_run(plan, peak)
+    assert peak.psum_banks == banks
+
+
+def test_staged_columns_are_whole_column_tiles_or_whole_rows():
+    request_ = Request(mlp_layout(1024, 256, *(DENSE,) * 3), 64, BF16)
+    declined = build_plan(request_, Choice(64, out_cols=700))
+    assert "out_cols: expected a multiple of 512 or whole rows of 1024, found 700" in declined.reason
+    narrow = dataclasses.replace(request_, layout=mlp_layout(700, 256, *(DENSE,) * 3))
+    for accepted, cols in ((request_, 512), (request_, 5000), (narrow, 700)):
+        dry_run(build_plan(accepted, Choice(64, out_cols=cols)))
 
 
 def test_a_larger_chip_takes_larger_blocks():
@@ -199,7 +251,8 @@ def test_prefill_of_32768_tokens_runs_block_by_block_within_all_limits(model):
     assert moved[0] == plan.weight_cols_read() * 128 * 2 + 3 * case.tokens * hidden * 2 + norm_and_identity
 
 
-CHAIN = chain_layout(200, 130, Projection.whole("uv", 40))
+UV = Projection.whole("uv", 40)
+CHAIN = chain_layout(200, 130, UV)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +263,11 @@ CHAIN = chain_layout(200, 130, Projection.whole("uv", 40))
         (Request(chain_layout(200, 130, DENSE, True), 4, BF16, residual=True), "residual: expected a launch with natural output"),
         (Request(CHAIN, 4, BF16, residual=True, silu=True), "silu: expected a single projection without residual"),
         (Request(mlp_layout(64, 96, *(DENSE,) * 3), 4, BF16, silu=True), "silu: expected a single projection"),
+        (Request(first_stage(mlp_layout(64, 96, *(UV,) * 3)), 4, BF16, silu=True), "silu: expected a single projection"),
+        (
+            Request(second_stage(mlp_layout(64, 96, UV, UV, DENSE)), 4, BF16, residual=True),
+            "residual: expected a launch with natural output",
+        ),
     ],
 )
 def test_options_that_a_launch_would_ignore_are_declined(request_, words):

@@ -207,6 +207,16 @@ PAIRS = {
         lambda: nisa.tensor_copy(sbuf(128, 4), psum(128, 4), engine=nisa.engine.gpsimd),
         "on engine.gpsimd cannot access psum",
     ),
+    "gpsimd and an operand in psum": (
+        lambda: nisa.tensor_scalar(sbuf(128, 4), sbuf(128, 4), nl.add, psum(128, 1)),
+        lambda: nisa.tensor_scalar(sbuf(128, 4), sbuf(128, 4), nl.add, psum(128, 1), engine=nisa.engine.gpsimd),
+        "tensor_scalar on engine.gpsimd cannot access psum",
+    ),
+    "gpsimd and a second operand in psum": (
+        lambda: nisa.tensor_scalar(sbuf(4, 4), sbuf(4, 4), nl.add, 1.0, op1=nl.add, operand1=psum(4, 1)),
+        lambda: nisa.tensor_scalar(sbuf(4, 4), sbuf(4, 4), nl.add, 1.0, op1=nl.add, operand1=psum(4, 1), engine=nisa.engine.gpsimd),
+        "tensor_scalar on engine.gpsimd cannot access psum",
+    ),
     "tensor_copy buffer": (
         lambda: nisa.tensor_copy(sbuf(128, 4), sbuf(128, 4)),
         lambda: nisa.tensor_copy(hbm(128, 4), sbuf(128, 4)),
@@ -264,6 +274,32 @@ PAIRS = {
         lambda: act(sbuf(2, 16), sbuf(2, 3, 3, 3, 3)[:, 0:2, 0:2, 0:2, 0:2]),
         lambda: act(sbuf(2, 32), sbuf(2, 3, 3, 3, 3, 3)[:, 0:2, 0:2, 0:2, 0:2, 0:2]),
         "needs 5 free dimensions in its access pattern, at most 4 are possible",
+    ),
+    "size in an access pattern": (
+        lambda: act(sbuf(2, 65535, dtype=nl.int8), sbuf(2, 65535, dtype=nl.int8)),
+        lambda: act(sbuf(2, 65536, dtype=nl.int8), sbuf(2, 65536, dtype=nl.int8)),
+        "has a free dimension of 65536 elements in its access pattern, at most 65535 are possible",
+    ),
+    "stride in an access pattern": (
+        lambda: nisa.memset(nl.ndarray((2, 2, 32767), dtype=nl.int8)[:, :, 0:1], 1),
+        lambda: nisa.memset(nl.ndarray((2, 2, 32768), dtype=nl.int8)[:, :, 0:1], 1),
+        "has a stride of 32768 elements in its access pattern, at most 32767 are possible",
+    ),
+    "one-zero operands": (mm, lambda: mm(is_moving_onezero=True), "nc_matmul is_stationary_onezero and is_moving_onezero are not modelled"),
+    "a queue of one's own": (
+        lambda: nisa.dma_copy(dst=hbm(4, 4), src=sbuf(4, 4)),
+        lambda: nisa.dma_copy(dst=hbm(4, 4), src=sbuf(4, 4), engine=nisa.engine.scalar),
+        "dma_copy engine.scalar is not modelled",
+    ),
+    "dma priority": (
+        lambda: nisa.dma_copy(dst=hbm(4, 4), src=sbuf(4, 4)),
+        lambda: nisa.dma_copy(dst=hbm(4, 4), src=sbuf(4, 4), priority=1),
+        "dma_copy priority is not modelled",
+    ),
+    "dma_transpose priority": (
+        lambda: nisa.dma_transpose(dst=hbm(8, 4), src=sbuf(4, 8)),
+        lambda: nisa.dma_transpose(dst=hbm(8, 4), src=sbuf(4, 8), priority=1),
+        "dma_transpose priority is not modelled",
     ),
     "accumulate onto memset": (
         lambda: mm(accumulate=False),
@@ -334,6 +370,11 @@ def test_reading_what_another_view_wrote_is_fine():
     run(kernel)
 
 
+def test_indices_that_repeat_are_not_modelled():
+    with pytest.raises(NkiValidationError, match="dma_copy unique_indices=False is not modelled"):
+        run(lambda: nisa.dma_copy(dst=hbm(4, 4), src=sbuf(4, 4), unique_indices=False), api="0.2")
+
+
 def test_unwritten_hbm_is_refused_as_source_and_as_output():
     with pytest.raises(UninitializedError):
         run(lambda: nisa.dma_copy(dst=sbuf(4, 4), src=hbm(4, 4)))
@@ -398,7 +439,7 @@ def test_tensors_have_no_python_arithmetic():
 
 
 def test_words_outside_the_shared_subset_are_refused():
-    for name in ("load", "store", "matmul", "arange"):
+    for name in ("load", "store", "matmul", "arange", "affine_range", "ds", "tile_size"):
         with pytest.raises(AttributeError, match="outside the subset"):
             getattr(nl, name)
 

@@ -1,4 +1,4 @@
-"""The instructions of `nki.isa` that our kernels use, with the checks of the vendor's simulator and of the hardware.
+"""The instructions of `nki.isa` that are modelled, with the checks of the vendor's simulator and of the hardware.
 
 Signatures are those of NKI 0.6; `simulate(..., api="0.2")` holds every call to the older ones (see `signatures.py`). What the real op
 offers beyond the arguments modelled here is refused, not ignored.

@@ -29,10 +29,11 @@ def _check_end(op: str, name: str, tensor: object) -> Tensor:
     return tensor
 
 
-def _check_mode(op: str, dge_mode: dge_modes, oob_mode: oob_modes) -> None:
+def _check_mode(op: str, dge_mode: dge_modes, oob_mode: oob_modes, priority: int | None) -> None:
     generation = current().target.generation
     require(dge_mode is not dge_modes.hwdge or generation >= 3, f"{op} dge_mode.hwdge needs gen3 or later, got gen{generation}")
     require(oob_mode is oob_modes.error, f"{op} oob_mode.{oob_mode.name} is not modelled")
+    require(priority is None, f"{op} priority is not modelled")
 
 
 def _writable(op: str, dst: Tensor) -> None:
@@ -53,9 +54,11 @@ def dma_copy(
 ) -> None:
     """Copy between or within HBM and SBUF, in row-major order of both sides; a change of element type goes by way of fp32."""
     require(dst_rmw_op is None, "dma_copy dst_rmw_op is not modelled")
+    require(engine is engines.unknown, f"dma_copy engine.{engine.name} is not modelled")
+    require(unique_indices, "dma_copy unique_indices=False is not modelled")
     _check_end("dma_copy", "dst", dst)
     _check_end("dma_copy", "src", src)
-    _check_mode("dma_copy", dge_mode, oob_mode)
+    _check_mode("dma_copy", dge_mode, oob_mode, priority)
     require(
         dst.size == src.size,
         f"dma_copy requires src and dst to have the same number of elements, got src={src.size}, dst={dst.size}",
@@ -82,7 +85,7 @@ def dma_transpose(
     """Transposing copy of 2-byte elements, axes [1, 0], [2, 1, 0] or [3, 1, 2, 0]. Element by element: slow, most of all on trn1."""
     _check_end("dma_transpose", "dst", dst)
     _check_end("dma_transpose", "src", src)
-    _check_mode("dma_transpose", dge_mode, oob_mode)
+    _check_mode("dma_transpose", dge_mode, oob_mode, priority)
     require(src.ndim in TRANSPOSE_AXES, f"dma_transpose takes 2 to 4 dimensions, got {src.ndim}")
     expected = TRANSPOSE_AXES[src.ndim]
     require(axes is None or tuple(axes) == expected, f"dma_transpose axes must be {list(expected)}, got {axes}")

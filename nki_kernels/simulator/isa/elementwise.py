@@ -26,12 +26,12 @@ from nki_kernels.simulator.trace import GPSIMD, PSUM, SCALAR, VECTOR
 Operand = float | Tensor
 
 
-def _pick(op: str, engine: engines, *operands: Tensor, allowed: tuple[str, ...] = (VECTOR, GPSIMD)) -> str:
+def _pick(op: str, engine: engines, *operands: Operand | None, allowed: tuple[str, ...] = (VECTOR, GPSIMD)) -> str:
     """The engine that runs the op: VectorE unless the kernel says otherwise."""
     chosen = VECTOR if engine is engines.unknown else engine.name
     generation = current().target.generation
     require(chosen in allowed, f"{op} does not support engine.{chosen} on NeuronCore-v{generation}: expected one of {list(allowed)}")
-    touches_psum = any(operand.buffer == PSUM for operand in operands)
+    touches_psum = any(isinstance(operand, Tensor) and operand.buffer == PSUM for operand in operands)
     require(chosen != GPSIMD or not touches_psum, f"{op} on engine.gpsimd cannot access psum")
     return chosen
 
@@ -141,7 +141,7 @@ def tensor_scalar(
         steps.append((op1, operand1, reverse1))
     columns = [_column("tensor_scalar", f"operand{i}", value, dst) for i, (_, value, _) in enumerate(steps)]
     functions = [lookup(BINARY, op, "tensor_scalar") for op, _, _ in steps]
-    chosen = _pick("tensor_scalar", engine, dst, data)
+    chosen = _pick("tensor_scalar", engine, dst, data, operand0, operand1)
     if not current().dry:
         values = as_float(data)
         for function, column, (_, _, reverse) in zip(functions, columns, steps, strict=True):

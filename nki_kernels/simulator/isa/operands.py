@@ -12,6 +12,7 @@ from nki_kernels.simulator.trace import PSUM, SBUF, Instruction
 
 ON_CHIP = (SBUF, PSUM)
 FREE_DIMS_MAX = 4
+DIM_SIZE_MAX, STRIDE_MAX = 2**16 - 1, 2**15 - 1  # fields of an access pattern, in elements
 FREE_ELEMENTS_MAX = {SBUF: 64 * 1024, PSUM: 4 * 1024}
 
 
@@ -25,13 +26,21 @@ def check_operand(op: str, name: str, tensor: object, spaces: tuple[str, ...] = 
         refuse(f"{op} {name} must have at least 2 dimensions (partition-dim and free-dim), got {tensor.ndim}")
     count = tensor.shape[0]
     check_start_partition(op, name, tensor.access.partitions[0], count)
-    dims = merged_dims(tensor.shape[1:], tensor.strides[1:])
-    if dims > FREE_DIMS_MAX:
-        refuse(f"{op} {name} needs {dims} free dimensions in its access pattern, at most {FREE_DIMS_MAX} are possible")
     elements, limit = tensor.size // count, FREE_ELEMENTS_MAX[tensor.buffer]
     if elements > limit:
         refuse(f"{op} {name} has {elements} elements per partition, at most {limit} are possible in {tensor.buffer}")
+    _check_access_pattern(op, name, merged_dims(tensor.shape[1:], tensor.strides[1:]))
     return tensor
+
+
+def _check_access_pattern(op: str, name: str, dims: list[tuple[int, int]]) -> None:
+    if len(dims) > FREE_DIMS_MAX:
+        refuse(f"{op} {name} needs {len(dims)} free dimensions in its access pattern, at most {FREE_DIMS_MAX} are possible")
+    size, stride = max(size for size, _ in dims), max(stride for _, stride in dims)
+    if size > DIM_SIZE_MAX:
+        refuse(f"{op} {name} has a free dimension of {size} elements in its access pattern, at most {DIM_SIZE_MAX} are possible")
+    if stride > STRIDE_MAX:
+        refuse(f"{op} {name} has a stride of {stride} elements in its access pattern, at most {STRIDE_MAX} are possible")
 
 
 def check_start_partition(op: str, name: str, start: int, count: int) -> None:

@@ -36,6 +36,7 @@ def nc_matmul(
 
     `accumulate` False overwrites, True adds, None lets the first write of a tile overwrite and the later ones add.
     """
+    require(not is_stationary_onezero and not is_moving_onezero, "nc_matmul is_stationary_onezero and is_moving_onezero are not modelled")
     require(not is_transpose, "nc_matmul is_transpose is not modelled; use nc_transpose")
     require(not tile_position and not tile_size, "nc_matmul tile_position and tile_size are not modelled")
     require(perf_mode is matmul_perf_mode.none, f"nc_matmul perf_mode {perf_mode.name} is not modelled")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from nki_kernels.backend import nisa, nl
-from nki_kernels.cost.constants import CALIBRATED, DOCUMENTED, EFFECTIVE, SETS
+from nki_kernels.cost.calibration import FITTED, published_rows
+from nki_kernels.cost.constants import CALIBRATED, DOCUMENTED, EFFECTIVE, EVERY_ROW, SETS
 from nki_kernels.cost.costs import dma_engines_used, engine_cycles
 from nki_kernels.simulator import simulate
 from nki_kernels.simulator.trace import Instruction
@@ -60,14 +61,20 @@ def test_two_inputs_take_one_pass_from_two_memories_or_for_plain_bf16_sums(first
     assert engine_cycles(event) == cycles
 
 
+def test_a_strided_operand_costs_the_second_pass():
+    event = only(lambda: nisa.tensor_tensor(dst=t(nl.sbuf, 512), data1=t(nl.sbuf, 1024)[:, 0:1024:2], data2=t(nl.sbuf, 512), op=nl.add))
+    assert engine_cycles(event) == 1024
+
+
 def test_no_instruction_is_shorter_than_the_initiation_interval():
     event = only(lambda: nisa.activation(dst=t(nl.sbuf, 2), op=nl.copy, data=t(nl.sbuf, 2)))
     assert engine_cycles(event) == 64
 
 
-def test_a_bf16_sum_along_the_free_dimension_takes_half_a_pass():
-    event = only(lambda: nisa.tensor_reduce(dst=t(nl.sbuf, 1), op=nl.add, data=t(nl.sbuf, 512), axis=1))
-    assert engine_cycles(event) == 256
+@pytest.mark.parametrize(("dtype", "cycles"), [(BF16, 256), (FP32, 512)])
+def test_a_bf16_sum_along_the_free_dimension_takes_half_a_pass_if_it_leaves_as_bf16(dtype, cycles):
+    event = only(lambda: nisa.tensor_reduce(dst=t(nl.sbuf, 1, dtype), op=nl.add, data=t(nl.sbuf, 512), axis=1))
+    assert engine_cycles(event) == cycles
 
 
 def test_gpsimd_pays_its_start():
@@ -75,7 +82,7 @@ def test_gpsimd_pays_its_start():
     assert engine_cycles(event) == 150 + 512
 
 
-@pytest.mark.parametrize(("rows", "engines"), [(128, 16), (64, 8), (8, 1), (1, 1), (100, 12)])
+@pytest.mark.parametrize(("rows", "engines"), [(128, 16), (64, 8), (9, 2), (8, 1), (1, 1), (100, 13)])
 def test_a_transfer_uses_an_engine_for_eight_partitions(rows, engines):
     def build():
         hbm = nl.ndarray((rows, 64), dtype=BF16, buffer=nl.private_hbm)
@@ -113,5 +120,11 @@ def test_a_longer_row_never_takes_less_time(constants):
     assert times == sorted(times)
 
 
-def test_at_most_three_constants_are_fitted():
-    assert max(constants.fitted for constants in SETS.values()) <= 3
+NOT_FITTED = (1.0, 0, EVERY_ROW, 4096)  # the documented rate itself; rows of any length; the row that takes it
+
+
+@pytest.mark.parametrize("constants", SETS.values(), ids=lambda c: c.name)
+def test_every_fitted_number_is_owned_up_to_and_none_is_without_a_row(constants):
+    numbers = (constants.short_share, constants.short_row_bytes, constants.long_row_bytes)
+    rows = [row for row in published_rows() if row.role == FITTED]
+    assert constants.fitted == sum(number not in NOT_FITTED for number in numbers) <= len(rows)

@@ -154,6 +154,13 @@ def test_the_pipe_serves_callers_in_turn_and_lets_others_into_the_gaps():
     assert pipe.busy_ns == 70
 
 
+def test_a_transfer_that_fits_a_gap_ends_in_it_whatever_its_times_round_to():
+    pipe = Pipe()
+    pipe.reserve(1000.0, 50.0)
+    assert (33.3 + 0.3) - 33.3 != 0.3
+    assert pipe.reserve(33.3, 0.3) == 33.3 + 0.3
+
+
 def test_what_is_spilled_to_hbm_is_read_back_only_when_it_is_there():
     def kernel(src):
         home = nl.ndarray((128, 512), dtype=src.dtype, buffer=nl.private_hbm)

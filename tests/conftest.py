@@ -15,9 +15,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def sources_digest() -> str:
     """Changes with anything that a compression depends on, so that no test judges what older code made."""
-    rooms = ("lowrank", "calibration", "models", "checkpoint", "compressor")
+    rooms = ("lowrank", "calibration", "models", "checkpoint", "compressor", "commands")
     files = sorted(path for room in rooms for path in (ROOT / "neuronmlp_plugin" / room).glob("*.py"))
-    files.append(ROOT / "examples" / "prepare_smollm2.py")
+    files += [ROOT / "neuronmlp_plugin" / "cli.py", ROOT / "examples" / "prepare_smollm2.py", pathlib.Path(__file__)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 

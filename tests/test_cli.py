@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import pathlib
 import subprocess
 import sys
 
 import pytest
 
-from neuronmlp_plugin.cli import COMMANDS, main
+from neuronmlp_plugin.cli import COMMANDS, build_parser, main
+from neuronmlp_plugin.commands.compress import settings_of
 from tests.letters import write_text, write_tokenizer
 from tests.tiny_models import write_dense
 
@@ -58,6 +61,28 @@ def test_compress_inspect_and_evaluate(home, capsys):
     assert "KL(dense || compressed)" in capsys.readouterr().out
 
 
+def test_every_setting_can_be_said_and_arrives():
+    said = {"remove": 0.3, "form": "uv", "method": "whitened", "allocation": "uniform", "rank_multiple": 8, "dtype": "bfloat16"}
+    said |= {"window": 64, "tokens": 128, "metric_tokens": 32, "judge_tokens": 96, "samples": 7, "seed": 3, "analysis": pathlib.Path("an")}
+    words = [word for name, value in said.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    args = build_parser().parse_args(["compress", "M", "--out", "O", "--text", "t.txt", "--factors-only", *words])
+    paths = {"model": pathlib.Path("M"), "out": pathlib.Path("O"), "text": pathlib.Path("t.txt")}
+    assert dataclasses.asdict(settings_of(args)) == {**said, **paths, "factors_only": True, "target": None, "faster": None}
+
+
+def test_evaluate_keeps_folders_and_numbers_together(home, capsys):
+    assert compress(home, "--factors-only", "--quiet") == 0
+    dense, judge = str(home / "dense"), ["--text", str(home / "text.jsonl"), "--window", "32", "--tokens", "256", "--json", "--dense"]
+    capsys.readouterr()
+    assert main(["evaluate", dense, *judge, dense, "--factors", str(home / "dense" / "neuronmlp" / "factors.safetensors")]) == 0
+    assert json.loads(capsys.readouterr().out)["kl_divergence"] > 0.001
+    assert compress(home, "--out", str(home / "out"), "--quiet") == 0
+    capsys.readouterr()
+    assert main(["evaluate", dense, str(home / "out"), *judge, dense]) == 0
+    same, other = json.loads(capsys.readouterr().out)
+    assert same["kl_divergence"] == pytest.approx(0.0, abs=1e-9) and other["kl_divergence"] > 0.001
+
+
 def test_report_makes_the_same_page_again(home, capsys):
     assert compress(home, "--out", str(home / "out"), "--quiet") == 0
     page, card = home / "out" / "neuronmlp_report.html", home / "out" / "README.md"
@@ -71,7 +96,7 @@ def test_report_makes_the_same_page_again(home, capsys):
     assert capsys.readouterr().out.splitlines()[-3:] == [str(page), str(page), str(card)]
 
 
-@pytest.mark.parametrize("content", [None, "not JSON", "[]", '{"block": {}}'])
+@pytest.mark.parametrize("content", [None, "not JSON", "[]", '{"block": {}}', '{"block": {"form": 1}, "matrices": []}'])
 def test_a_folder_without_a_report_is_refused(home, capsys, content):
     if content is not None:
         (home / "neuronmlp_report.json").write_text(content)

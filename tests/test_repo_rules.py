@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import importlib
+import importlib.util
 import pathlib
 import re
 import subprocess
@@ -53,7 +55,8 @@ def imports(path: pathlib.Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, f"{name_of(path)}:{node.lineno}: a relative import has no arrow"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
@@ -95,6 +98,7 @@ def test_every_module_imports(path):
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         assert missing in (*CONFINED, "neuronxcc"), f"{name_of(path)} needs {error.name}"
+        assert importlib.util.find_spec(missing) is None, f"{name_of(path)}: {error}"  # it is here, so that is a wrong name
 
 
 def test_importing_the_package_is_cheap():
@@ -105,9 +109,22 @@ def test_importing_the_package_is_cheap():
 def test_public_names_are_pinned():
     import neuronmlp_plugin
     import nki_kernels
+    from neuronmlp_plugin.cli import COMMANDS
 
     assert neuronmlp_plugin.__all__ == ["__version__", "register"]
     assert nki_kernels.__all__ == ["source_digest"]
+    assert list(COMMANDS) == ["compress", "refine", "quantize", "inspect", "evaluate", "report", "convert", "bench", "doctor"]
+
+
+def test_a_wheel_has_every_data_file_and_both_entry_points():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    data = setup["options.package_data"]
+    packed = {path for package in PACKAGES for pattern in data[package].split() for path in (ROOT / package).glob(pattern)}
+    assert packed == {p for package in PACKAGES for p in (ROOT / package).rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    points = setup["options.entry_points"]
+    assert points["vllm.general_plugins"].strip() == "neuronmlp = neuronmlp_plugin:register"
+    assert points["console_scripts"].strip() == "neuronmlp = neuronmlp_plugin.cli:main"
 
 
 def functions(path: pathlib.Path):

@@ -38,6 +38,11 @@ def judged(home, folder) -> Quality:
     return judge(home).compare(LayerStream(Checkpoint(folder)))
 
 
+def test_no_article_both_calibrates_and_judges(smollm2):
+    first, *others = (set((smollm2 / f"{name}.jsonl").read_text().splitlines()) for name in ("calibration", "heldout", "news"))
+    assert first and all(other and not first & other for other in others)
+
+
 @pytest.mark.parametrize(("form", "removed"), BOUNDS, ids=str)
 def test_quality_in_the_served_form(smollm2, compress_smollm2, form, removed):
     folder = compress_smollm2(form, removed, "measured" if (form, removed) == ("compact", 0.2) else "global")

@@ -34,7 +34,7 @@ def read_documents(path: str | pathlib.Path, tokenizer: Any) -> list[str]:
     """
     path = pathlib.Path(path)
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark of its byte order
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{path}: expected a readable UTF-8 text or jsonl file, found: {error}.") from error
     if path.suffix not in (".jsonl", ".json"):
@@ -68,11 +68,11 @@ def _chat(messages: list[Any], where: str, tokenizer: Any) -> str:
         raise CalibrationError(f"{where}: expected messages that the model's chat template takes, found: {error}.") from error
 
 
-def token_windows(documents: list[str], tokenizer: Any, length: int) -> torch.Tensor:
+def token_windows(documents: list[str], tokenizer: Any, length: int, source: str = "text") -> torch.Tensor:
     """`[windows, length]` token ids: the documents end to end, cut into windows that each begin as the tokenizer begins a text (BOS).
 
     The tail that fills no window is dropped. Raises CalibrationError where not even one window is filled, and UsageError where a window
-    has no room for two tokens of text.
+    has no room for two tokens of text; `source` names the text there.
     """
     prefix = bos_prefix(tokenizer)
     _check_length(length, len(prefix))
@@ -82,9 +82,7 @@ def token_windows(documents: list[str], tokenizer: Any, length: int) -> torch.Te
     step = length - len(prefix)
     windows = [prefix + ids[start : start + step] for start in range(0, len(ids) - step + 1, step)]
     if not windows:
-        raise CalibrationError(
-            f"text: expected at least {step} tokens for one window, found {len(ids)}; give more text or a smaller --window."
-        )
+        raise CalibrationError(f"{source}: expected at least {step:,} tokens, which fill one window, found {len(ids):,}; give more text.")
     return torch.tensor(windows, dtype=torch.long)
 
 
@@ -117,7 +115,7 @@ def spread(windows: torch.Tensor, count: int) -> torch.Tensor:
 def held_out_windows(model: pathlib.Path, text: pathlib.Path, tokens: int, length: int = 1024) -> torch.Tensor:
     """`[windows, length]`: about `tokens` of a text file, evenly spread, as the tokenizer in the folder `model` cuts it."""
     tokenizer = load_tokenizer(model)
-    return spread(token_windows(read_documents(text, tokenizer), tokenizer, length), tokens // length)
+    return spread(token_windows(read_documents(text, tokenizer), tokenizer, length, str(text)), tokens // length)
 
 
 def bos_prefix(tokenizer: Any) -> list[int]:

@@ -90,6 +90,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
         raise UsageError("--out: expected a folder to write, found none; name one, or use --factors-only to write beside the model.")
     known = {name: getattr(args, name) for name in Settings.__dataclass_fields__ if hasattr(args, name)}
     known["out"] = args.out if args.out is not None else args.model
+    if args.keep is not None and not 0.0 < args.keep < 1.0:
+        raise UsageError(f"--keep: expected a share between 0 and 1 (0.80 takes a fifth away), found {args.keep}.")
     known["remove"] = args.remove if args.keep is None else 1.0 - args.keep
     known["allocation"] = args.allocation or default_allocation(args.method, args.target)
     return Settings(**known)

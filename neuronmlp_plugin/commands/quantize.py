@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from neuronmlp_plugin.commands.arguments import positive
 
 if TYPE_CHECKING:
+    import torch
+
     from neuronmlp_plugin.calibration.quality import Judge
     from neuronmlp_plugin.checkpoint.reader import Checkpoint
     from neuronmlp_plugin.compressor.progress import ProgressBars
@@ -27,25 +29,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from neuronmlp_plugin.calibration.text import held_out_windows
     from neuronmlp_plugin.checkpoint.reader import open_dense
     from neuronmlp_plugin.compressor.progress import ProgressBars
     from neuronmlp_plugin.compressor.quantize import quantize_folder
     from neuronmlp_plugin.errors import UsageError
+    from neuronmlp_plugin.reporting.folder import REPORT_FILE
 
     bars = ProgressBars(Console(stderr=True), quiet=args.quiet)
     if (args.dense is None) != (args.text is None):
         raise UsageError("--dense, --text: expected both or neither, found one; quality is measured against the dense folder on a text.")
-    judge = None if args.dense is None else functools.partial(_judge, args, open_dense(args.dense), bars)
-    block = quantize_folder(args.model, args.out, bars, judge)
+    judge = None
+    if args.dense is not None:
+        if not (args.model / REPORT_FILE).is_file():
+            raise UsageError(
+                f"--text: expected a folder with a report to put the quality into, found none in {args.model}; use `evaluate`."
+            )
+        windows = held_out_windows(args.dense, args.text, args.tokens)
+        judge = functools.partial(_judge, windows, open_dense(args.dense), bars)
+    block = quantize_folder(args.model, args.out, bars, judge, args.text)
     print(f"{args.out}: MLPs in int8, {block.weight_bytes / 1e6:.1f} MB, {block.bytes_ratio:.1%} of the dense ones in bf16")
     return 0
 
 
-def _judge(args: argparse.Namespace, checkpoint: Checkpoint, bars: ProgressBars) -> Judge:
+def _judge(windows: torch.Tensor, checkpoint: Checkpoint, bars: ProgressBars) -> Judge:
     from neuronmlp_plugin.calibration.quality import Judge
     from neuronmlp_plugin.calibration.stream import LayerStream
-    from neuronmlp_plugin.calibration.text import held_out_windows
 
     dense = LayerStream(checkpoint)
     with bars.stage("dense model", dense.num_layers) as tick:
-        return Judge(dense, held_out_windows(args.dense, args.text, args.tokens), tick)
+        return Judge(dense, windows, tick)

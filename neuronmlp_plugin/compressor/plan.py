@@ -10,6 +10,7 @@ import pathlib
 import shutil
 from typing import Any
 
+import numpy as np
 import torch
 
 from neuronmlp_plugin.calibration.text import hold_out, load_tokenizer, read_documents, spread, token_windows, windows_digest
@@ -18,7 +19,8 @@ from neuronmlp_plugin.checkpoint.writer import layer_prefix, partial_folder
 from neuronmlp_plugin.compressor.memory import Footprint, physical_bytes
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, OutputError, UsageError
-from neuronmlp_plugin.models.projection import MLPShape
+from neuronmlp_plugin.lowrank.allocate import Curve, check_removable, most_removable, uniform_ranks
+from neuronmlp_plugin.models.projection import PROJECTIONS, MLPShape
 
 _FP32 = 4
 _LAYOUT = 2  # of the files in the analysis folder
@@ -150,6 +152,7 @@ def make_plan(settings: Settings) -> Plan:
     if base.block is not None:
         raise CheckpointError(f"{settings.model}: expected a dense model, found one that is factored already; compress the original.")
     shape = dense_block(base).shape
+    _check_size(settings, shape)
     calibration, judge = _windows(settings, shape)
     metric_windows = min(max(1, settings.metric_tokens // settings.window), len(calibration)) if settings.method == "two-sided" else 0
     plan = Plan(settings, base, shape, calibration, judge, metric_windows)
@@ -165,7 +168,7 @@ def _windows(settings: Settings, shape: MLPShape) -> tuple[torch.Tensor, torch.T
     if settings.text is None:
         return empty, empty
     tokenizer = load_tokenizer(settings.model)
-    windows = token_windows(read_documents(settings.text, tokenizer), tokenizer, settings.window)
+    windows = token_windows(read_documents(settings.text, tokenizer), tokenizer, settings.window, str(settings.text))
     pool, judge = hold_out(windows, settings.judge_tokens)
     wanted = min(max(1, settings.tokens // settings.window), len(pool))
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(settings.seed))[:wanted]
@@ -189,6 +192,19 @@ def _check_enough(settings: Settings, shape: MLPShape, found: int) -> None:
             f"{settings.text}: expected at least {needed:,} calibration tokens (twice the intermediate size), found {found:,}; "
             "give more text or raise --tokens."
         )
+
+
+def _check_size(settings: Settings, shape: MLPShape) -> None:
+    """What no allocation could reach is refused before the analysis: what the cheapest choices cost does not hang on losses."""
+    if settings.remove is None:
+        return
+    curves = [Curve(n_out, n_in, np.linspace(1.0, 0.0, min(n_in, n_out) + 1)) for n_in, n_out in map(shape.in_out, PROJECTIONS)]
+    keep, form, multiple = 1.0 - settings.remove, settings.form, settings.rank_multiple
+    if settings.allocation == "uniform":
+        uniform_ranks(curves, keep, form, multiple)
+    else:
+        what = f"the MLP parameters taken away at rank multiple {multiple}, form {form}"
+        check_removable(1.0 - most_removable(curves, form, multiple), keep, what)
 
 
 def _check_places(plan: Plan) -> None:

@@ -25,11 +25,13 @@ from neuronmlp_plugin.reporting.folder import REPORT_FILE, read_report, write_re
 Rounded = tuple[torch.Tensor, torch.Tensor]  # q and its scales
 
 
-def quantize_folder(model: pathlib.Path, out: pathlib.Path, bars: ProgressBars, judge: Callable[[], Judge] | None = None) -> FormatBlock:
+def quantize_folder(
+    model: pathlib.Path, out: pathlib.Path, bars: ProgressBars, judge: Callable[[], Judge] | None = None, text: pathlib.Path | None = None
+) -> FormatBlock:
     """Write `out`, which appears whole or not at all, with every MLP matrix of `model` in int8 and all else as it was.
 
-    Where `model` has a report, `out` gets one of its own, whose quality is what `judge` measures, or none. Raises OutputError where `out`
-    exists or the disk is full, CheckpointError where `model` is int8 already, and the reader's errors.
+    Where `model` has a report, `out` gets one of its own, whose quality is what `judge` measures (on `text`, which is only named), or none.
+    Raises OutputError where `out` exists or the disk is full, CheckpointError where `model` is int8 already, and the reader's errors.
     """
     base = Checkpoint(model)
     before = base.block or dense_block(base)
@@ -45,7 +47,7 @@ def quantize_folder(model: pathlib.Path, out: pathlib.Path, bars: ProgressBars, 
                 tick(1)
         write_rest(folder, base, after)
         if (model / REPORT_FILE).is_file():
-            write_report(folder, _report(read_report(model), folder, after, judge, bars))
+            write_report(folder, {**_report(read_report(model), folder, after, judge, bars), "judged_on": text and text.name})
     return after
 
 

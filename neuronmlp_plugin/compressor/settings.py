@@ -22,6 +22,12 @@ def default_allocation(method: str, target: str | None) -> str:
     return "measured" if target is None else "global"
 
 
+def check_seed(seed: int) -> None:
+    """UsageError for a seed that torch's generators do not take."""
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"--seed: expected a number from 0 to 2^63 - 1, found {seed}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """One compression. `model` and `text` are local paths; everything but `out` and `analysis` decides the bytes of the result."""
@@ -61,6 +67,10 @@ class Settings:
         for name in ("rank_multiple", "window", "tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')}: expected a positive number, found {getattr(self, name)}.")
+        for name in ("metric_tokens", "judge_tokens"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name.replace('_', '-')}: expected a number of tokens, or 0, found {getattr(self, name)}.")
+        check_seed(self.seed)
         if self.samples < 0:
             raise UsageError(f"--samples: expected a number of tokens, or 0 for no sample texts, found {self.samples}.")
         if self.text is None and self.method != "plain":

@@ -15,8 +15,10 @@ PLAN_FILE = "plan.json"
 
 
 def refuse_anothers(path: pathlib.Path, fingerprint: str) -> None:
-    """OutputError where `path` holds what a run under another fingerprint left."""
+    """OutputError where `path` holds what a run under another fingerprint left, or what no run did: a model folder, say."""
     known = path / PLAN_FILE
+    if not known.is_file() and path.is_dir() and any(path.iterdir()):
+        raise OutputError(f"{path}: expected an empty folder, or what a run of these same settings left, found other files; name another.")
     if known.is_file() and json.loads(known.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
         raise OutputError(f"{path}: expected what a run of these same settings left, found another's; name another folder or remove it.")
 

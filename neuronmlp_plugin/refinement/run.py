@@ -97,7 +97,9 @@ def _windows(settings: RefineSettings) -> tuple[torch.Tensor, torch.Tensor]:
     length = max(JUDGE_WINDOW, settings.window)
     if settings.judge_tokens < length:
         raise UsageError(f"--judge-tokens: expected at least one window of {length:,} tokens, found {settings.judge_tokens:,}.")
-    pool, judge = hold_out(token_windows(read_documents(settings.text, tokenizer), tokenizer, length), settings.judge_tokens)
+    pool, judge = hold_out(
+        token_windows(read_documents(settings.text, tokenizer), tokenizer, length, str(settings.text)), settings.judge_tokens
+    )
     if not len(judge):
         raise CalibrationError(f"{settings.text}: expected at least {8 * length:,} tokens, so that some can judge, found fewer; give more.")
     short = rewindow(pool, settings.window, len(bos_prefix(tokenizer)))

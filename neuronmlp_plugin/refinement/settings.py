@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from typing import Any
 
+from neuronmlp_plugin.compressor.settings import check_seed
 from neuronmlp_plugin.errors import UsageError
 
 STAGES = ("blocks", "distill")
@@ -43,8 +45,9 @@ class RefineSettings:
             if wrong or not values or len(set(values)) < len(values):
                 raise UsageError(f"--{name}: expected distinct values of {', '.join(allowed)}, found {', '.join(values) or 'none'}.")
         for name in ("tokens", "window", "batch", "judge_tokens", "learning_rate"):
-            if (found := getattr(self, name)) is not None and found <= 0:
+            if (found := getattr(self, name)) is not None and not 0 < found < math.inf:
                 raise UsageError(f"--{name.replace('_', '-')}: expected a positive number, found {found}.")
+        check_seed(self.seed)
         if self.adapter_rank < 0:
             raise UsageError(f"--adapter-rank: expected 0 or a positive number, found {self.adapter_rank}.")
 

@@ -6,7 +6,7 @@ import pathlib
 import re
 from typing import Any
 
-from neuronmlp_plugin.reporting.view import base_name, forms, headline
+from neuronmlp_plugin.reporting.view import base_name, forms, headline, judged_on
 
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 
@@ -55,12 +55,13 @@ def _front_matter(report: dict[str, Any]) -> list[str]:
 
 def _body(report: dict[str, Any]) -> list[str]:
     removed = headline(report)[0].value
+    shown = "ranks, errors, spectra and sample texts" if report.get("samples") else "ranks, errors and spectra"
     return [
         "",
         f"# {_plain(base_name(report))}, {removed} of the MLP parameters removed",
         "",
         f"A compressed {_plain(base_name(report))}: its MLP matrices are stored as low-rank factors ({_plain(forms(report))}); everything",
-        "else is unchanged. **[Open `neuronmlp_report.html`](neuronmlp_report.html)** for ranks, errors, spectra and sample texts.",
+        f"else is unchanged. **[Open `neuronmlp_report.html`](neuronmlp_report.html)** for {shown}.",
         "",
         "| | |",
         "|---|---|",
@@ -83,7 +84,7 @@ def _made(report: dict[str, Any]) -> list[str]:
     if report.get("refinement"):
         lines.append(f"Refined afterwards: {_plain(str(report['refinement'].get('method')))}.")
     if quality:
-        lines.append(f"Judged on {quality['num_tokens']:,} tokens of the same text that were not calibrated on; other text can fare worse.")
+        lines.append(f"Judged on {quality['num_tokens']:,} tokens {_plain(judged_on(report))}; other text can fare worse.")
     return [*lines, ""]
 
 

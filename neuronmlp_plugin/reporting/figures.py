@@ -76,7 +76,7 @@ def error_plot(report: dict[str, Any]) -> Plot | None:
         return None
     figure, axes = _axes("layer", "relative output error, held-out")
     for name in PROJECTIONS:
-        _line(axes, name, ((r["layer"], r["achieved_error"]) for r in _of(report["matrices"], name)))
+        _line(axes, name, ((r["layer"], r["achieved_error"] if r["rank"] is not None else None) for r in _of(report["matrices"], name)))
     axes.set_ylim(bottom=0)
     _legend(figure, axes)
     worst = max(measured, key=lambda r: r["achieved_error"])
@@ -155,11 +155,13 @@ def history_plot(refinement: dict[str, Any]) -> Plot | None:
     history = refinement.get("history") or []
     if len(history) < 2:
         return None
-    figure, axes = _axes("tokens", "loss")
+    figure, axes = _axes("tokens", "loss, nats a token")
     axes.plot([h["tokens"] for h in history], [h["loss"] for h in history], color=_COLOURS["gate_proj"], linewidth=1.5)
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.locator_params(axis="x", nbins=6)
-    alt = f"From {history[0]['loss']:.4g} to {history[-1]['loss']:.4g} over {history[-1]['tokens']:,} tokens."
+    tenth, losses = max(1, len(history) // 10), [h["loss"] for h in history]  # steps see different text: one of them says little
+    first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
+    alt = f"Mean of the first and last tenth: {first:.4g} and {last:.4g}, over {history[-1]['tokens']:,} tokens."
     return Plot("history", "Loss during refinement", figure, alt)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from neuronmlp_plugin.checkpoint.writer import save_json, save_text
@@ -23,9 +24,20 @@ def read_report(folder: pathlib.Path) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: expected the report that `neuronmlp compress` writes, found: {error}.") from error
-    if not isinstance(report, dict) or not {"block", "matrices"} <= report.keys():
+    if not isinstance(report, dict) or not (report.get("block") and report.get("matrices")):
         raise CheckpointError(f"{path}: expected a report with `block` and `matrices`, found another JSON file; compress again.")
     return report
+
+
+def _rendered(render: Callable[[dict[str, Any]], str], report: dict[str, Any], folder: pathlib.Path) -> str:
+    """Refuses a report in which something is missing or of another kind: only a JSON edited by hand is like that."""
+    try:
+        return render(report)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"{folder / REPORT_FILE}: expected a whole report, found one that cannot be shown ({reason}); compress again."
+        ) from error
 
 
 def write_report(folder: pathlib.Path, report: dict[str, Any]) -> None:
@@ -38,12 +50,12 @@ def write_report(folder: pathlib.Path, report: dict[str, Any]) -> None:
 def write_page(folder: pathlib.Path, report: dict[str, Any]) -> pathlib.Path:
     """`neuronmlp_report.html`, whole or not at all."""
     path = folder / PAGE_FILE
-    save_text(path, render_page(report))
+    save_text(path, _rendered(render_page, report, folder))
     return path
 
 
 def write_card(folder: pathlib.Path, report: dict[str, Any]) -> pathlib.Path:
     """`README.md`, whole or not at all."""
     path = folder / CARD_FILE
-    save_text(path, render_card(report))
+    save_text(path, _rendered(render_card, report, folder))
     return path

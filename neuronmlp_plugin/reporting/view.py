@@ -44,8 +44,11 @@ def headline(report: dict[str, Any]) -> list[Tile]:
     dense = kept / (1 - removed)
     tiles = [Tile("MLP parameters removed", f"{removed:.1%}", f"{dense / 1e6:,.1f} M before, {kept / 1e6:,.1f} M stored")]
     quality = report.get("quality")
+    if "bytes_ratio" in report:
+        tiles.append(Tile("MLP bytes", f"{report['bytes_ratio']:.1%}", f"of bf16: {report['weight_bytes'] / 1e6:,.1f} MB as served"))
     if not quality:
-        return [*tiles, Tile("Quality", "not measured", "no text was kept to judge on")]
+        why = "since rounding to int8" if has_int8(report) else "no text was kept to judge on"
+        return [*tiles, Tile("Quality", "not measured", why)]
     before = "{candidate_perplexity:.2f} against {reference_perplexity:.2f} dense".format(**quality)
     return [
         *tiles,
@@ -53,6 +56,27 @@ def headline(report: dict[str, Any]) -> list[Tile]:
         Tile("KL from dense", f"{quality['kl_divergence']:.4f}", "nats a token; 0 is the same model"),
         Tile("Same top token", f"{quality['top1_agreement']:.1%}", "of the positions, as the dense model"),
     ]
+
+
+def has_int8(report: dict[str, Any]) -> bool:
+    return any(spec.get("dtype") for layer in report["block"].get("layers", []) for spec in layer.values())
+
+
+def asked(report: dict[str, Any]) -> str:
+    """What `--target` or `--faster` asked for and got, in a sentence; empty where a size was asked for."""
+    if "target" in report:
+        target = report["target"]
+        return f"Asked for {target['asked']}: the largest removal that keeps it, as stored, after {len(target['probes'])} probes."
+    if "decode" in report:
+        line = "Asked for decode {asked:g} times faster: the MLPs are × {simulated_speedup:.3f} (simulated: one token, one core of trn1)."
+        return line.format(**report["decode"])
+    return ""
+
+
+def judged_on(report: dict[str, Any]) -> str:
+    """Which text the quality is of."""
+    named = report.get("judged_on")
+    return f"of {named}" if named else "from the end of the calibration text that nothing was calibrated on: the same kind of text"
 
 
 def forms(report: dict[str, Any]) -> str:
@@ -131,7 +155,9 @@ def _number(value: Any, shape: str) -> str:
 def provenance_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     """Settings, calibration, digests and versions, as recorded."""
     rows = [("created by", str(report["block"].get("created_by", "unknown")))]
-    rows += [(_label(key), _value(value)) for key, value in _provenance(report).items()]
+    for key, value in _provenance(report).items():
+        parts = {f"{key}: {part}": found for part, found in value.items()} if isinstance(value, dict) else {key: value}
+        rows += [(_label(part), _value(found)) for part, found in parts.items()]
     return rows + [(f"version of {name}", str(version)) for name, version in (report.get("versions") or {}).items()]
 
 

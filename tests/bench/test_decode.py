@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import math
@@ -63,3 +64,13 @@ def test_models_are_timed_side_by_side(tmp_path, monkeypatch):
     results = measure_decode(folders, [1, 2], new_tokens=4, rounds=2, dtype="float32", tick=ticks.append)
     assert [(r.model, r.batch) for r in results] == [("dense", 1), ("mixed", 1), ("dense", 2), ("mixed", 2)]
     assert sum(ticks) == 8 and results[0].speedup == 1.0 and results[1].ideal > 1.0
+
+
+def test_speed_ups_are_over_the_first_model_within_a_round(tmp_path, monkeypatch):
+    seconds = {"dense": 2.0, "mixed": 1.0}
+    engines = {name: lambda job, taken=taken: taken for name, taken in seconds.items()}
+    monkeypatch.setattr("neuronmlp_plugin.bench.decode._engines", lambda *_: contextlib.nullcontext(engines))
+    base = write_dense(tmp_path / "dense", "llama")
+    folders = {"dense": base, "mixed": write_mixed(tmp_path / "mixed", base)}
+    found = measure_decode(folders, [2], new_tokens=5, rounds=3, dtype="float32", tick=lambda _: None)
+    assert [(row.speedup, row.tokens_per_second) for row in found] == [(1.0, 4.0), (2.0, 8.0)]

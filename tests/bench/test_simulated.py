@@ -102,6 +102,7 @@ def test_layers_prints_the_bound_beside_the_gain(capsys):
     assert main(["bench", "layers", "Llama-3.2-1B", "--tp", "1", "--batch", "1", "--prompt", "128"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("simulated") and "Amdahl" in lines[1]
+    assert len(lines) == 4  # the prefill and one batch of decode
     for line in lines[2:]:
         dense, low, speedup, _, amdahl = _numbers(line)
         assert speedup == pytest.approx(dense / low, abs=1e-3) and 1 < speedup < amdahl

@@ -31,7 +31,7 @@ def test_a_tokenizer_without_bos_gets_none(tmp_path):
 
 
 def test_too_little_text_for_one_window_is_refused(tmp_path):
-    with pytest.raises(CalibrationError, match="expected at least 99 tokens for one window, found 2"):
+    with pytest.raises(CalibrationError, match="text: expected at least 99 tokens, which fill one window, found 2"):
         token_windows(["ab"], tokenizer(tmp_path), 100)
 
 
@@ -52,6 +52,12 @@ def test_a_bad_line_is_named(tmp_path, content, message):
     (tmp_path / "b.jsonl").write_text(content)
     with pytest.raises(CalibrationError, match=message):
         read_documents(tmp_path / "b.jsonl", tokenizer(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "one"), ("b.jsonl", '{"text": "one"}')])
+def test_a_byte_order_mark_is_no_text(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert read_documents(tmp_path / name, tokenizer(tmp_path)) == ["one"]
 
 
 def test_lines_end_at_newlines_alone(tmp_path):

@@ -171,6 +171,21 @@ def test_sample_texts_are_no_reason_to_begin_anew(home, monkeypatch):
     assert compress(make_plan(settings_for(home, samples=0)), QUIET)["samples"] is None
 
 
+def test_the_text_that_judges_is_not_calibrated_on(home):
+    plan = make_plan(settings_for(home, tokens=10**9, judge_tokens=10**9))
+    judged, used = ({tuple(window) for window in part.tolist()} for part in (plan.judge, plan.calibration))
+    assert len(judged) > 8 and len(used) > 8 and not judged & used
+
+
+@pytest.mark.parametrize(
+    "changes", [{"method": "whitened", "allocation": "uniform"}, {"metric_tokens": 128}, {"seed": 1}, {"window": 16}], ids=str
+)
+def test_an_analysis_is_of_its_statistics_alone(home, changes):
+    known = make_plan(settings_for(home)).analysis_fingerprint()
+    assert make_plan(settings_for(home, **changes)).analysis_fingerprint() != known
+    assert make_plan(settings_for(home, remove=0.4, form="uv", dtype="bfloat16")).analysis_fingerprint() == known
+
+
 def test_finished_layers_are_not_done_again(home, monkeypatch):
     done = []
     real = analyse_module.decompose
@@ -266,10 +281,18 @@ def test_what_an_earlier_run_left_needs_no_room_again(home, monkeypatch):
         compress(make_plan(settings_for(home)), QUIET)
     left = sum(path.stat().st_size for path in (home / "out.partial").rglob("*") if path.is_file())
     free = make_plan(settings_for(home)).disk_bytes - left
+    assert free > 0
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": free})())
     compress(make_plan(settings_for(home)), QUIET)
     with pytest.raises(OutputError, match="GiB of free disk"):
         make_plan(settings_for(home, out=home / "other"))
+
+
+def test_an_analysis_among_other_files_is_refused(home):
+    before = files(home / "dense")
+    with pytest.raises(OutputError, match="dense: expected an empty folder, or what a run"):
+        compress(make_plan(settings_for(home, analysis=home / "dense")), QUIET)
+    assert files(home / "dense") == before and not list(home.glob("out*"))
 
 
 @pytest.mark.parametrize("place", ["out", "out/analysis", "out.partial/analysis"])
@@ -325,6 +348,9 @@ def test_damaged_weights_are_refused_by_name(home):
             "measured: expected --remove or --faster, found --target",
         ),
         ({"window": 0}, "--window: expected a positive number"),
+        ({"metric_tokens": -1}, "--metric-tokens: expected a number of tokens, or 0"),
+        ({"judge_tokens": -5}, "--judge-tokens: expected a number of tokens, or 0"),
+        ({"seed": 2**63}, "--seed: expected a number from 0"),
         ({"samples": -1}, "--samples: expected a number of tokens, or 0"),
         ({"tokens": 256}, "expected at least 384 calibration tokens .*found 256"),
         ({"remove": 0.9}, "expected at most"),
@@ -334,8 +360,8 @@ def test_damaged_weights_are_refused_by_name(home):
 )
 def test_settings_that_cannot_work_are_refused(home, changes, message):
     with pytest.raises(NeuronMLPError, match=message):
-        compress(make_plan(settings_for(home, **changes)), QUIET)
-    assert not (home / "out").exists()
+        make_plan(settings_for(home, **changes))
+    assert not list(home.glob("out*"))
 
 
 def test_a_factored_model_is_not_compressed_again(home):

@@ -94,7 +94,21 @@ def test_a_report_goes_with_the_rounded_weights(home):
     assert judged["quality"]["kl_divergence"] > 0.0 and judged["quality"]["num_tokens"] == 8 * 1023
     assert judged["block"] == Checkpoint(home / "judged").block.to_json() != before["block"]
     assert judged["bytes_ratio"] < 0.6 * before["bytes_ratio"]
-    assert "compact int8" in (home / "judged" / CARD_FILE).read_text()
+    card, page = (home / "judged" / CARD_FILE).read_text(), (home / "judged" / PAGE_FILE).read_text()
+    assert "compact int8" in card and "tokens of text.jsonl" in card and "sample texts" not in card
+    assert "tokens of text.jsonl" in page and "since rounding to int8" in (home / "unjudged" / PAGE_FILE).read_text()
+
+
+def test_a_text_that_cannot_be_judged_on_is_refused_before_the_work(home, capsys):
+    judge = ["--dense", str(home / "dense"), "--quiet", "--out", str(home / "out")]
+    write_text(home / "text.jsonl", 24000)
+    assert main(["quantize", str(home / "dense"), *judge, "--text", str(home / "text.jsonl")]) == 2
+    assert "expected a folder with a report" in capsys.readouterr().err
+    (home / "mixed" / "neuronmlp_report.json").write_text("{}")
+    assert main(["quantize", str(home / "mixed"), *judge, "--text", str(home / "absent.txt")]) == 2
+    printed = capsys.readouterr()
+    assert "absent.txt: expected a readable" in printed.err and printed.err.count("\n") == 1
+    assert not (home / "out").exists()
 
 
 def test_what_cannot_be_quantised_is_refused(home, capsys):

@@ -90,6 +90,14 @@ def test_versions_are_read_by_their_leading_numbers():
     assert numbers("0.32.0rc1") == (0, 32)
 
 
+def test_what_is_here_is_seen(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "x")
+    monkeypatch.setattr("glob.glob", lambda _: ["/dev/neuron0"])
+    found = observe()
+    assert "neuronmlp" in found.plugins["vllm.general_plugins"] and found.variables["VLLM_PLUGINS"] == "x"
+    assert found.devices == ("/dev/neuron0",) and {"torch", "neuronmlp_plugin"} <= set(found.modules)
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_the_command_looks_at_this_machine(as_json, capsys):
     code = doctor.run(argparse.Namespace(json=as_json))

@@ -5,7 +5,7 @@ import itertools
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given, reject, settings
+from hypothesis import HealthCheck, given, reject, settings
 
 from neuronmlp_plugin.errors import UsageError
 from neuronmlp_plugin.lowrank.allocate import Curve, allocate, cost, most_removable, rank_for_share, uniform_ranks
@@ -49,7 +49,7 @@ def test_small_removals_leave_most_matrices_dense_in_uv_form():
 
 
 @given(st.lists(st.tuples(st.floats(0.005, 0.3), st.floats(0.1, 10)), min_size=3, max_size=3), st.floats(0.05, 0.4))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.filter_too_much])  # 7 draws in 10 miss the 0.5 %
 def test_allocation_is_close_to_the_best_of_all_choices(shapes, removed):
     curves = [curve(24, 16, decay, weight) for decay, weight in shapes]
     keep = 1 - removed

@@ -71,6 +71,9 @@ def test_no_perturbation_of_the_same_rank_is_better(size, rank, seed):
     weight, x, _ = problem(*size, seed=seed)
     first, second = decompose(weight, x.T @ x / len(x)).truncate(rank)
     best = output_loss(weight, first, second, x)
+    moment = x.T @ x / len(x)
+    refit = torch.linalg.solve(first @ moment @ first.T, (weight @ moment @ first.T).T).T  # the best partner that `first` can have
+    assert output_loss(weight, first, refit, x) >= best * (1 - 1e-3)
     g = torch.Generator().manual_seed(seed)
     for step in (1e-2, 1e-1):
         other = output_loss(weight, first + step * torch.randn(first.shape, generator=g), second, x)

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from neuronmlp_plugin.errors import CheckpointError
 from neuronmlp_plugin.reporting import figures, view
 from neuronmlp_plugin.reporting.folder import write_card, write_page
 from neuronmlp_plugin.reporting.page import render_page
@@ -158,6 +159,22 @@ def test_a_name_that_is_no_unicode_can_be_written(tmp_path):
     report = full_report() | {"base": {"name": "model\udcff"}}
     assert "<h1>model?</h1>" in write_page(tmp_path, report).read_text(encoding="utf-8")
     assert "model" in write_card(tmp_path, report).read_text(encoding="utf-8")
+
+
+def test_what_was_asked_for_is_said():
+    target = {"asked": "kl<0.05", "probes": [{}, {}]}
+    assert "Asked for kl&lt;0.05: the largest removal" in render_page(full_report() | {"target": target})
+    decode = {"asked": 1.15, "simulated_speedup": 1.1512}
+    page = render_page(full_report() | {"decode": decode, "weight_bytes": 98.7e6, "bytes_ratio": 0.62})
+    assert "1.15 times faster" in page and "× 1.151 (simulated" in page
+    assert "62.0%" in page and "98.7 MB as served" in page
+
+
+@pytest.mark.parametrize("damage", [{"block": 3}, {"matrices": [{}]}, {"quality": {"num_tokens": 3}}], ids=str)
+def test_a_damaged_report_is_refused_by_its_file(tmp_path, damage):
+    with pytest.raises(CheckpointError, match=r"neuronmlp_report\.json: expected a whole report"):
+        write_page(tmp_path, full_report() | damage)
+    assert not list(tmp_path.iterdir())
 
 
 def test_plots_draw_the_numbers_of_the_report():

@@ -354,7 +354,6 @@ def test_damaged_weights_are_refused_by_name(home):
         ({"samples": -1}, "--samples: expected a number of tokens, or 0"),
         ({"tokens": 256}, "expected at least 384 calibration tokens .*found 256"),
         ({"remove": 0.9}, "expected at most"),
-        ({"rank_multiple": 64}, "choose a smaller multiple|expected at most"),
         ({"method": "whitened", "allocation": "uniform", "form": "uv", "rank_multiple": 128}, "--rank-multiple 128: .*choose a smaller"),
     ],
 )
@@ -362,6 +361,12 @@ def test_settings_that_cannot_work_are_refused(home, changes, message):
     with pytest.raises(NeuronMLPError, match=message):
         make_plan(settings_for(home, **changes))
     assert not list(home.glob("out*"))
+
+
+def test_a_multiple_too_coarse_for_the_budget_is_refused(home):
+    with pytest.raises(NeuronMLPError, match="choose a smaller multiple"):
+        compress(make_plan(settings_for(home, rank_multiple=64)), QUIET)
+    assert not (home / "out").exists()
 
 
 def test_a_factored_model_is_not_compressed_again(home):

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from neuronmlp_plugin.arguments import positive, share
 from neuronmlp_plugin.bench.arguments import add_model_arguments, one_of
 from neuronmlp_plugin.errors import UsageError
 from nki_kernels.cost.constants import SETS
@@ -30,10 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models", nargs="*", default=[*MODELS], type=one_of(MODELS), metavar="MODEL", help=f"of {', '.join(MODELS)} (default: all)"
     )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="table to write; one that exists is added to")
-    parser.add_argument("--remove", type=float, nargs="+", default=[0.20], metavar="SHARE", help="of the MLP parameters (default 0.20)")
+    parser.add_argument("--remove", type=share, nargs="+", default=[0.20], metavar="SHARE", help="of the MLP parameters (default 0.20)")
     parser.add_argument("--form", choices=("dense", "uv", "compact"), nargs="+", default=["dense", "uv"])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128, 512, 2048, 8192], help="per launch (default: 1 ... 8192)")
-    parser.add_argument("--tp", type=int, nargs="+", default=[1, 8], help="cores (default 1 8)")
+    parser.add_argument(
+        "--tokens", type=positive, nargs="+", default=[1, 16, 128, 512, 2048, 8192], help="per launch (default: 1 ... 8192)"
+    )
+    parser.add_argument("--tp", type=positive, nargs="+", default=[1, 8], help="cores (default 1 8)")
     parser.add_argument("--measure", action="store_true", help="time plans on this machine's Neuron device (never tried on one)")
     add_model_arguments(parser)
 

@@ -6,7 +6,7 @@ import argparse
 import pathlib
 from typing import Any
 
-from neuronmlp_plugin.commands.arguments import positive
+from neuronmlp_plugin.arguments import positive
 from neuronmlp_plugin.errors import UsageError
 
 

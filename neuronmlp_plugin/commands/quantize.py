@@ -7,7 +7,7 @@ import functools
 import pathlib
 from typing import TYPE_CHECKING
 
-from neuronmlp_plugin.commands.arguments import positive
+from neuronmlp_plugin.arguments import positive
 
 if TYPE_CHECKING:
     import torch

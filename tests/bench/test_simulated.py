@@ -118,3 +118,10 @@ def test_unknown_names_are_refused_in_words(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "kernels", "prefil"])
     assert "expected one of chain, prefill, decode, found 'prefil'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--tp", "0"], ["--prompt", "-5"], ["--batch", "0"], ["--remove", "2"], ["--remove", "-1"]], ids=str)
+def test_sizes_that_mean_nothing_are_refused(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "layers", "Llama-3.2-1B", f"{options[0]}={options[1]}"])
+    assert stop.value.code == 2 and f"{options[0]}: expected" in capsys.readouterr().err

@@ -184,9 +184,16 @@ def _check_headers(block: FormatBlock, files: Headers, source: str, only_changed
     scales = block.expected_scales()
     check_names({**block.expected_tensors(only_changed), **scales}, {name: header.shape for name, header in files.items()}, source)
     for name, header in files.items():
-        if header.dtype not in (("I8",) if name + SCALE in scales else ("F32",) if name in scales else _FLOATS):
-            expected = "int8" if name + SCALE in scales else "fp32" if name in scales else "bf16, fp16 or fp32"
+        expected, dtypes = _kind(name, scales)
+        if header.dtype not in dtypes:
             raise CheckpointError(f"{source}: {name}: expected {expected} (from its spec in the config), found {header.dtype}.")
+
+
+def _kind(name: str, scales: Container[str]) -> tuple[str, tuple[str, ...]]:
+    """How a tensor may be stored, in words and as safetensors spells it."""
+    if name + SCALE in scales:
+        return "int8", ("I8",)
+    return ("fp32", ("F32",)) if name in scales else ("bf16, fp16 or fp32", _FLOATS)
 
 
 def _check_complete(config: dict[str, Any], files: Headers, source: str) -> None:

@@ -203,8 +203,7 @@ def _check_size(settings: Settings, shape: MLPShape) -> None:
     if settings.allocation == "uniform":
         uniform_ranks(curves, keep, form, multiple)
     else:
-        what = f"the MLP parameters taken away at rank multiple {multiple}, form {form}"
-        check_removable(1.0 - most_removable(curves, form, multiple), keep, what)
+        check_removable(1.0 - most_removable(curves, form, multiple), keep, form, multiple)
 
 
 def _check_places(plan: Plan) -> None:

@@ -78,12 +78,12 @@ def uniform_ranks(curves: Sequence[Curve], keep: float, form: str, multiple: int
     return [rank // multiple * multiple for rank in ranks]
 
 
-def check_removable(least: float, keep: float, of_what: str) -> None:
-    """UsageError where `keep` is below `least`, both shares of the dense cost."""
+def check_removable(least: float, keep: float, form: str, multiple: int, what: str = "MLP parameters") -> None:
+    """UsageError where `keep` is below `least`, both shares of the dense cost, of which `what` says the kind."""
     if least > keep:
         raise UsageError(
-            f"size: expected at most {1 - least:.2f} of {of_what}, found {1 - keep:.2f} asked for; "
-            "ask for less, or for a smaller --rank-multiple."
+            f"size: expected at most {1 - least:.2f} of the {what} taken away at rank multiple {multiple}, form {form}, "
+            f"found {1 - keep:.2f} asked for; ask for less, or for a smaller --rank-multiple."
         )
 
 
@@ -103,9 +103,7 @@ def allocate(curves: Sequence[Curve], keep: float, form: str, multiple: int) -> 
     dense_cost, has_prices = sum(curve.dense_cost for curve in curves), any(curve.prices is not None for curve in curves)
     what = "cost of the MLPs" if has_prices else "MLP parameters"
     budget = keep * dense_cost
-    check_removable(
-        sum(float(o.costs[0]) for o in options) / dense_cost, keep, f"the {what} taken away at rank multiple {multiple}, form {form}"
-    )
+    check_removable(sum(float(o.costs[0]) for o in options) / dense_cost, keep, form, multiple, what)
     picks = _fill(options, _pick(options, _bisect(options, budget)), budget)
     spent, all_dense = _spent(options, picks), all(p + 1 == len(o.ranks) for o, p in zip(options, picks, strict=True))
     if not has_prices and not all_dense and budget - spent > 0.005 * dense_cost:

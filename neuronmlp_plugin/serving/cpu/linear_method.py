@@ -96,8 +96,9 @@ class LowRankMethod(LinearMethodBase):
             if self.fuses:
                 return whole_shard(projection, spec, {suffix: weight.to(self.device) for suffix, weight in weights.items()})
             weights = {suffix: dequantize(weight, weights[suffix + SCALE]) for suffix, weight in quantized.items()}
-        for suffix, weight in weights.items():
-            checked_tensor(weight, f"{self.parent}.{projection}.{suffix}", pathlib.Path("checkpoint"))  # vLLM does not say which file
+        elif self.overlay is None:  # the tensors of a factor file were checked as they were read
+            for suffix, weight in weights.items():
+                checked_tensor(weight, f"{self.parent}.{projection}.{suffix}", pathlib.Path("checkpoint"))  # vLLM does not say which file
         cast = {suffix: weight.to(self.device, self.dtype) for suffix, weight in weights.items()}
         cut = shard_down if projection == "down_proj" else shard_gate_up
         return cut(spec, cast, self.collectives.size, self.collectives.rank, self.options.tp_scheme)

@@ -1,11 +1,14 @@
-"""Compress one model with several methods, sizes and calibration seeds, and judge them all on texts that none of them saw.
+"""Compress one model with several methods, sizes and calibration seeds, and judge them all on texts that none
+of them saw.
 
     python examples/compare_methods.py build/smollm2/dense --calibrate build/smollm2/calibration.jsonl \\
-        --judge wikipedia=build/smollm2/heldout.jsonl --judge news=build/smollm2/news.jsonl --out build/compare --remove 0.20 --seeds 0
+        --judge wikipedia=build/smollm2/heldout.jsonl --judge news=build/smollm2/news.jsonl --out
+        build/compare --remove 0.20 --seeds 0
 
-Every folder and every judgement is kept in --out and not made again, so that a stopped run goes on, and several can share the work by
-seed; the table is over everything that is asked for, and results.csv and results.png have the same. `MLP bytes` are those of the stored MLP
-tensors over those of a bf16 dense MLP (floating-point factors count as bf16, however they are stored).
+Every folder and every judgement is kept in --out and not made again, so that a stopped run goes on, and
+several can share the work by seed; the table is over everything that is asked for, and results.csv and
+results.png have the same. `MLP bytes` are those of the stored MLP tensors over those of a bf16 dense MLP
+(floating-point factors count as bf16, however they are stored).
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ UNIFORM_UV = ("--allocation", "uniform", "--form", "uv")
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What is run, on the result of which other method (None: the dense model), and what its result depends on."""
+    """What is run, on the result of which other method (None: the dense model), and what its result depends
+    on.
+    """
 
     command: str
     options: tuple[str, ...] = ()
@@ -48,7 +53,14 @@ METHODS = {
     "refined, int8": Method("quantize", parent="refined"),
     "int8 dense": Method("quantize", sized=False, seeded=False),
 }
-DEFAULT = ("plain SVD", "SVD-LLM (whitened, uniform)", "training-free", "refined", "int8 dense", "refined, int8")
+DEFAULT = (
+    "plain SVD",
+    "SVD-LLM (whitened, uniform)",
+    "training-free",
+    "refined",
+    "int8 dense",
+    "refined, int8",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +72,17 @@ class Cell:
     seed: int
 
     def folder(self, out: pathlib.Path) -> pathlib.Path:
-        method, slug = METHODS[self.method], "".join(c if c.isalnum() else "-" for c in self.method).strip("-")
-        return out / slug / "-".join([f"{self.removed:.2f}"] * method.sized + [f"seed{self.seed}"] * method.seeded + ["model"])
+        method, slug = (
+            METHODS[self.method],
+            "".join(c if c.isalnum() else "-" for c in self.method).strip("-"),
+        )
+        return (
+            out
+            / slug
+            / "-".join(
+                [f"{self.removed:.2f}"] * method.sized + [f"seed{self.seed}"] * method.seeded + ["model"]
+            )
+        )
 
 
 def neuronmlp(*arguments: object) -> str:
@@ -74,15 +95,36 @@ def build(cell: Cell, args: argparse.Namespace) -> pathlib.Path:
     method, target = METHODS[cell.method], cell.folder(args.out)
     if target.exists():
         return target
-    source = args.model if method.parent is None else build(dataclasses.replace(cell, method=method.parent), args)
+    source = (
+        args.model if method.parent is None else build(dataclasses.replace(cell, method=method.parent), args)
+    )
     command = [method.command, source, "--out", target, *method.options]
     if method.command == "compress":
         kind = method.options[1] if "--method" in method.options else "two-sided"
         analysis = args.out / "analysis" / (f"{kind}-{cell.seed}" if method.seeded else kind)
-        command += ["--remove", cell.removed, "--seed", cell.seed, "--text", args.calibrate, "--analysis", analysis, "--quiet"]
+        command += [
+            "--remove",
+            cell.removed,
+            "--seed",
+            cell.seed,
+            "--text",
+            args.calibrate,
+            "--analysis",
+            analysis,
+            "--quiet",
+        ]
         command += args.compress_options.split()
     if method.command == "refine":
-        command += ["--dense", args.model, "--text", args.calibrate, "--seed", cell.seed, "--quiet", *args.refine_options.split()]
+        command += [
+            "--dense",
+            args.model,
+            "--text",
+            args.calibrate,
+            "--seed",
+            cell.seed,
+            "--quiet",
+            *args.refine_options.split(),
+        ]
     print(f"{cell.method}, removed {cell.removed:.2f}, seed {cell.seed}", file=sys.stderr, flush=True)
     neuronmlp(*command)
     return target
@@ -111,23 +153,37 @@ def rows(cells: list[Cell], texts: list[str], out: pathlib.Path) -> list[Row]:
         held = json.loads(neuronmlp("inspect", folder, "--json"))
         for text in texts:
             quality = json.loads(_judged(folder, text).read_text())
-            key = {"method": cell.method, "removed": cell.removed if method.sized else 0.0, "seed": cell.seed if method.seeded else ""}
-            sizes = {"removed_ratio": round(held["removed_ratio"], 5), "mlp_bytes_over_bf16": round(held["bytes_ratio"], 4)}
-            found.append({**key, "text": text, **sizes, **{name: round(value, 5) for name, value in quality.items()}})
+            key = {
+                "method": cell.method,
+                "removed": cell.removed if method.sized else 0.0,
+                "seed": cell.seed if method.seeded else "",
+            }
+            sizes = {
+                "removed_ratio": round(held["removed_ratio"], 5),
+                "mlp_bytes_over_bf16": round(held["bytes_ratio"], 4),
+            }
+            found.append(
+                {**key, "text": text, **sizes, **{name: round(value, 5) for name, value in quality.items()}}
+            )
     return found
 
 
 def print_table(found: list[Row]) -> None:
     """Mean over the seeds, with the range of the perplexity ratio."""
-    print(f"{'method':<29}{'removed':>8}{'MLP bytes':>10}  {'text':<11}{'ppl/dense':>10}{'(range)':>16}{'KL':>9}{'top-1':>8}")
+    print(
+        f"{'method':<29}{'removed':>8}{'MLP bytes':>10}  {'text':<11}{'ppl/dense':>10}{'(range)':>16}{'KL':>9}{'top-1':>8}"
+    )
     for (method, removed, text), group in grouped(found, "method", "removed", "text").items():
         ratios = [row["perplexity_ratio"] for row in group]
         digits = ".3f" if max(ratios) < 100 else ".0f"
         spread = f"({min(ratios):{digits}}-{max(ratios):{digits}})"
         ratio, size, kl, top1 = (
-            mean(group, name) for name in ("perplexity_ratio", "mlp_bytes_over_bf16", "kl_divergence", "top1_agreement")
+            mean(group, name)
+            for name in ("perplexity_ratio", "mlp_bytes_over_bf16", "kl_divergence", "top1_agreement")
         )
-        print(f"{method:<29}{removed:>8.2f}{size:>10.3f}  {text:<11}{ratio:>10{digits}}{spread:>16}{kl:>9.4f}{top1:>8.1%}")
+        print(
+            f"{method:<29}{removed:>8.2f}{size:>10.3f}  {text:<11}{ratio:>10{digits}}{spread:>16}{kl:>9.4f}{top1:>8.1%}"
+        )
 
 
 def grouped(found: list[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
@@ -150,13 +206,19 @@ def plot(found: list[Row], path: pathlib.Path) -> None:
     from matplotlib import pyplot
 
     texts = grouped(found, "text")
-    figure, panels = pyplot.subplots(1, len(texts), figsize=(5.2 * len(texts), 4.6), layout="constrained", sharey=True, squeeze=False)
+    figure, panels = pyplot.subplots(
+        1, len(texts), figsize=(5.2 * len(texts), 4.6), layout="constrained", sharey=True, squeeze=False
+    )
     for axes, ((text,), mine) in zip(panels[0], texts.items(), strict=True):
         for index, ((name,), group) in enumerate(grouped(mine, "method").items()):
             points = [(row["mlp_bytes_over_bf16"], row["perplexity_ratio"]) for row in group]
             sizes = grouped(group, "removed").values()
-            line = sorted((mean(size, "mlp_bytes_over_bf16"), mean(size, "perplexity_ratio")) for size in sizes)
-            axes.scatter(*zip(*points, strict=True), s=22, color=f"C{index}", marker="oosD^vX"[index % 7], label=name)
+            line = sorted(
+                (mean(size, "mlp_bytes_over_bf16"), mean(size, "perplexity_ratio")) for size in sizes
+            )
+            axes.scatter(
+                *zip(*points, strict=True), s=22, color=f"C{index}", marker="oosD^vX"[index % 7], label=name
+            )
             axes.plot(*zip(*line, strict=True), color=f"C{index}", linewidth=1)
         axes.set(yscale="log", ylim=(0.95, 12), xlabel="MLP bytes over bf16 dense", title=f"judged on {text}")
         axes.yaxis.set_major_formatter("{x:g}")
@@ -174,18 +236,33 @@ def named_text(value: str) -> tuple[str, pathlib.Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=pathlib.Path)
     parser.add_argument("--calibrate", type=pathlib.Path, required=True)
-    parser.add_argument("--judge", type=named_text, action="append", required=True, metavar="NAME=FILE", help="may be given again")
+    parser.add_argument(
+        "--judge",
+        type=named_text,
+        action="append",
+        required=True,
+        metavar="NAME=FILE",
+        help="may be given again",
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULT)
     parser.add_argument("--remove", type=float, nargs="+", default=[0.20])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--judge-tokens", type=int, nargs="+", default=[16384], help="of every text, or one number a text")
+    parser.add_argument(
+        "--judge-tokens", type=int, nargs="+", default=[16384], help="of every text, or one number a text"
+    )
     parser.add_argument("--window", type=int, default=1024, help="of the judging (default %(default)s)")
-    parser.add_argument("--compress-options", default="", help="more options for `neuronmlp compress`, in one string")
-    parser.add_argument("--refine-options", default="", help="more options for `neuronmlp refine`, in one string")
+    parser.add_argument(
+        "--compress-options", default="", help="more options for `neuronmlp compress`, in one string"
+    )
+    parser.add_argument(
+        "--refine-options", default="", help="more options for `neuronmlp refine`, in one string"
+    )
     args = parser.parse_args()
     cells = list(
         dict.fromkeys(

@@ -21,12 +21,16 @@ def first_model(client: OpenAI, seconds: float) -> str:
             return client.models.list().data[0].id
         except APIConnectionError:
             if time.monotonic() > deadline:
-                sys.exit(f"{client.base_url}: expected a server within {seconds:.0f} s, found none; is `vllm serve` running?")
+                sys.exit(
+                    f"{client.base_url}: expected a server within {seconds:.0f} s, found none; is `vllm serve` running?"
+                )
             time.sleep(1.0)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for the server")
     args = parser.parse_args()
@@ -42,7 +46,9 @@ def main() -> None:
     print(f"chat        {chat.choices[0].message.content}")
 
     print("streaming   ", end="")
-    for chunk in client.chat.completions.create(model=model, messages=question, max_tokens=24, temperature=0.0, stream=True):
+    for chunk in client.chat.completions.create(
+        model=model, messages=question, max_tokens=24, temperature=0.0, stream=True
+    ):
         if chunk.choices:
             print(chunk.choices[0].delta.content or "", end="", flush=True)
     print()

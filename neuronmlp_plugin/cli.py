@@ -51,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise
-        print(f"neuronmlp {args.command}: expected the package {error.name}, found none; install {_EXTRAS[error.name]}.", file=sys.stderr)
+        print(
+            f"neuronmlp {args.command}: expected the package {error.name}, found none; install {_EXTRAS[error.name]}.",
+            file=sys.stderr,
+        )
     return 2
 
 

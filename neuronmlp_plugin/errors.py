@@ -9,8 +9,8 @@
     |- CalibrationError        text that is unreadable, or too little of it
     `- OutputError             an output folder that exists, or a disk that is full
 
-Each message is one sentence: the file or tensor, what was expected, what was found, and what to do. The command line prints it and
-exits with code 2.
+Each message is one sentence: the file or tensor, what was expected, what was found, and what to do. The
+command line prints it and exits with code 2.
 """
 
 

@@ -1,9 +1,11 @@
 """The one switch: the vendor's `nki` where it is installed, our simulator of it elsewhere.
 
-Kernels import `nl`, `nisa` and `jit` from here and nothing else of NKI. `TAKES_ACCUMULATE` says which call convention is
-in force: from 0.3 on nc_matmul is told whether it starts a sum, before that the first write of a fresh PSUM tile does.
+Kernels import `nl`, `nisa` and `jit` from here and nothing else of NKI. `TAKES_ACCUMULATE` says which call
+convention is in force: from 0.3 on nc_matmul is told whether it starts a sum, before that the first write of
+a fresh PSUM tile does.
 
-Environment: NKI_KERNELS_BACKEND=simulator chooses our simulator, with its stricter checks, even where `nki` is installed.
+Environment: NKI_KERNELS_BACKEND=simulator chooses our simulator, with its stricter checks, even where `nki`
+is installed.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ HAS_NKI = importlib.util.find_spec("nki") is not None and os.environ.get("NKI_KE
 
 def no_simulator(*_kernel: Any, **_options: Any) -> Callable[..., Any]:
     """Stands for `simulate` where the vendor's nki has none."""
-    raise RuntimeError("simulate: expected nki 0.3 or later, found one without a simulator; set NKI_KERNELS_BACKEND=simulator for ours.")
+    raise RuntimeError(
+        "simulate: expected nki 0.3 or later, found one without a simulator; set NKI_KERNELS_BACKEND=simulator for ours."
+    )
 
 
 if HAS_NKI:

@@ -1,4 +1,6 @@
-"""Shapes and inputs, once, for tests and benchmarks alike. A case names everything that it depends on and prints as one line."""
+"""Shapes and inputs, once, for tests and benchmarks alike. A case names everything that it depends on and
+prints as one line.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ import numpy as np
 from nki_kernels.layout import FORMS, Projection
 
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
-# Allowed scale-free error ||a - b|| / ||b|| against the reference, which rounds where the kernel does. It belongs to the format.
+# Allowed scale-free error ||a - b|| / ||b|| against the reference, which rounds where the kernel does. It
+# belongs to the format.
 MAX_ERROR = {"bf16": 2e-2, "fp16": 2.5e-3, "fp32": 1e-5}
 GRID_DTYPES = ("bf16", "fp32")
 TOKENS = (1, 2, 7, 64, 127, 128, 129, 512, 1000)
@@ -25,14 +28,21 @@ MODELS = {
     "Qwen3-1.7B": (2048, 6144, 1152),
 }
 # Ragged in every dimension: below, across and just beyond tile edges.
-SIZES = ((96, 200, (37, 53, 41)), (200, 392, (70, 133, 150)), (256, 640, (128, 129, 127)), (130, 257, (1, 128, 100)))
+SIZES = (
+    (96, 200, (37, 53, 41)),
+    (200, 392, (70, 133, 150)),
+    (256, 640, (128, 129, 127)),
+    (130, 257, (1, 128, 100)),
+)
 
 Weights = dict[str, dict[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
 class MLPCase:
-    """One gated MLP: T tokens, H hidden, I intermediate, and form and rank of gate, up and down (ranks of dense ones are not used)."""
+    """One gated MLP: T tokens, H hidden, I intermediate, and form and rank of gate, up and down (ranks of
+    dense ones are not used).
+    """
 
     tokens: int
     hidden: int
@@ -45,20 +55,25 @@ class MLPCase:
 
     def __str__(self) -> str:
         shape = f"T{self.tokens}-H{self.hidden}-I{self.intermediate}"
-        parts = "-".join(form if form == "dense" else f"{form}{rank}" for form, rank in zip(self.forms, self.ranks, strict=True))
+        parts = "-".join(
+            form if form == "dense" else f"{form}{rank}"
+            for form, rank in zip(self.forms, self.ranks, strict=True)
+        )
         return f"{shape}-{parts}-{self.dtype}" + "-norm" * self.norm + "-residual" * self.residual
 
     @property
     def projections(self) -> tuple[Projection, Projection, Projection]:
         """Gate, up and down as a layout wants them."""
         gate, up, down = (
-            Projection.whole(form, None if form == "dense" else rank) for form, rank in zip(self.forms, self.ranks, strict=True)
+            Projection.whole(form, None if form == "dense" else rank)
+            for form, rank in zip(self.forms, self.ranks, strict=True)
         )
         return gate, up, down
 
 
 def mlp_grid() -> Iterator[MLPCase]:
-    """Every token count, every mix of forms, every ragged size, both formats: a covering sample, not the product.
+    """Every token count, every mix of forms, every ragged size, both formats: a covering sample, not the
+    product.
 
     Each of the 27 mixes meets both dtypes and two token counts; sizes, RMSNorm and residual rotate through.
     """
@@ -66,7 +81,16 @@ def mlp_grid() -> Iterator[MLPCase]:
     sizes = itertools.cycle(SIZES)
     for number, (forms, dtype, _) in enumerate(itertools.product(MIXES, GRID_DTYPES, range(2))):
         hidden, intermediate, ranks = next(sizes)
-        yield MLPCase(next(tokens), hidden, intermediate, forms, ranks, dtype, norm=number % 3 == 0, residual=number % 4 < 2)
+        yield MLPCase(
+            next(tokens),
+            hidden,
+            intermediate,
+            forms,
+            ranks,
+            dtype,
+            norm=number % 3 == 0,
+            residual=number % 4 < 2,
+        )
 
 
 def model_grid() -> Iterator[MLPCase]:
@@ -76,16 +100,22 @@ def model_grid() -> Iterator[MLPCase]:
             yield MLPCase(tokens, hidden, intermediate, forms, (rank, rank, rank), norm=True, residual=True)
 
 
-def random_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype, scale: float = 1.0) -> np.ndarray:
+def random_array(
+    rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype, scale: float = 1.0
+) -> np.ndarray:
     """Normal numbers of standard deviation `scale`."""
     return (rng.standard_normal(shape, np.float32) * np.float32(scale)).astype(dtype)
 
 
 def random_projection(rng: np.random.Generator, name: str, case: MLPCase) -> dict[str, np.ndarray]:
-    """Weights of one projection in FORMAT.md's tensors, scaled so that every product keeps the size of its input."""
+    """Weights of one projection in FORMAT.md's tensors, scaled so that every product keeps the size of its
+    input.
+    """
     index = PROJECTIONS.index(name)
     form, rank = case.forms[index], case.ranks[index]
-    n_in, n_out = (case.intermediate, case.hidden) if name == "down_proj" else (case.hidden, case.intermediate)
+    n_in, n_out = (
+        (case.intermediate, case.hidden) if name == "down_proj" else (case.hidden, case.intermediate)
+    )
     if form == "dense":
         shapes = {"weight": (n_out, n_in)}
     elif form == "uv":
@@ -94,7 +124,10 @@ def random_projection(rng: np.random.Generator, name: str, case: MLPCase) -> dic
         shapes = {"c.weight": (rank, n_in - rank), "v.weight": (n_out, rank)}
     else:
         shapes = {"u.weight": (rank, n_in), "c.weight": (n_out - rank, rank)}
-    return {suffix: random_array(rng, shape, DTYPES[case.dtype], shape[1] ** -0.5) for suffix, shape in shapes.items()}
+    return {
+        suffix: random_array(rng, shape, DTYPES[case.dtype], shape[1] ** -0.5)
+        for suffix, shape in shapes.items()
+    }
 
 
 def random_weights(case: MLPCase, seed: int = 0) -> Weights:

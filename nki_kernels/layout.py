@@ -1,7 +1,9 @@
-"""Which products a launch computes, and in which order their weights lie in the one packed array that it streams.
+"""Which products a launch computes, and in which order their weights lie in the one packed array that it
+streams.
 
-The packed array is `[128, C]`: partition p of a row tile is row p, and the blocks follow one another along the columns in exactly the order
-in which the kernel needs them. So every DMA reads one long run per partition, however it is cut, and nothing is transposed at run time.
+The packed array is `[128, C]`: partition p of a row tile is row p, and the blocks follow one another along
+the columns in exactly the order in which the kernel needs them. So every DMA reads one long run per
+partition, however it is cut, and nothing is transposed at run time.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ FORMS = ("dense", "uv", "compact")
 class Projection:
     """One projection as one core sees it.
 
-    `rank`: length of the whole z (R, or tp * slots under tensor parallelism); `slots`: length of the share of z that this core computes
-    (gate, up) or consumes (down); `pivots`: how many of the core's intermediate channels are pivots; `shift`: where its share of z begins.
+    `rank`: length of the whole z (R, or tp * slots under tensor parallelism); `slots`: length of the share of
+    z that this core computes (gate, up) or consumes (down); `pivots`: how many of the core's intermediate
+    channels are pivots; `shift`: where its share of z begins.
     """
 
     form: str
@@ -37,7 +40,9 @@ class Projection:
     def whole(cls, form: str, rank: int | None = None) -> Projection:
         """The unsharded projection of FORMAT.md."""
         if form not in FORMS or (form == "dense") == bool(rank):
-            raise ValueError(f"projection: expected dense without a rank, or uv or compact with one, found {form!r} with rank {rank}.")
+            raise ValueError(
+                f"projection: expected dense without a rank, or uv or compact with one, found {form!r} with rank {rank}."
+            )
         size = rank or 0
         return cls(form, size, size, size if form == "compact" else 0)
 
@@ -59,7 +64,8 @@ def has_identity(matrix: Matrix) -> bool:
 class Layout:
     """The matrices of one launch by name (see STAGES); those that it does not use are None.
 
-    `external_z` names the projections ("gate", "up") whose z the launch is given, because another launch and a collective made it.
+    `external_z` names the projections ("gate", "up") whose z the launch is given, because another launch and
+    a collective made it.
     """
 
     gate_first: Matrix | None = None
@@ -73,7 +79,14 @@ class Layout:
     @property
     def products(self) -> Products:
         """The matrices alone, as kernels take them."""
-        return Products(self.gate_first, self.up_first, self.gate_second, self.up_second, self.down_first, self.down_second)
+        return Products(
+            self.gate_first,
+            self.up_first,
+            self.gate_second,
+            self.up_second,
+            self.down_first,
+            self.down_second,
+        )
 
     def matrix(self, name: str) -> Matrix | None:
         found: Matrix | None = getattr(self, name)
@@ -147,7 +160,9 @@ class Layout:
 
     @property
     def packed_cols(self) -> int:
-        """C of the packed array `[128, C]`: the weights and, if some block needs one, a 128 x 128 identity behind them."""
+        """C of the packed array `[128, C]`: the weights and, if some block needs one, a 128 x 128 identity
+        behind them.
+        """
         return self.stored_cols + (PMAX if self.needs_identity else 0)
 
 
@@ -160,8 +175,12 @@ def gate_layout(hidden: int, intermediate: int, projection: Projection) -> tuple
     return Matrix(hidden, projection.slots), second
 
 
-def down_layout(hidden: int, intermediate: int, projection: Projection, tile_cols: int = MOVING_COLS) -> tuple[Matrix | None, Matrix]:
-    """First and second matrix of a down projection; the second is moving unless the output is wanted transposed (`tile_cols` 128)."""
+def down_layout(
+    hidden: int, intermediate: int, projection: Projection, tile_cols: int = MOVING_COLS
+) -> tuple[Matrix | None, Matrix]:
+    """First and second matrix of a down projection; the second is moving unless the output is wanted
+    transposed (`tile_cols` 128).
+    """
     if projection.form == "dense":
         return None, Matrix(intermediate, hidden, tile_cols)
     axis = "rows" if projection.form == "compact" else ""
@@ -190,7 +209,9 @@ def first_stage(whole: Layout) -> Layout:
 
 
 def second_stage(whole: Layout) -> Layout:
-    """What runs between the all-gather of z and the reduce-scatter of down's z (or, where down is dense, the last all-reduce)."""
+    """What runs between the all-gather of z and the reduce-scatter of down's z (or, where down is dense, the
+    last all-reduce).
+    """
     given = tuple(name for name in ("gate", "up") if whole.has_z(name))
     last = None if whole.down_first else whole.down_second
     return dataclasses.replace(whole, gate_first=None, up_first=None, down_second=last, external_z=given)

@@ -1,10 +1,12 @@
 """Weights into the layout that kernels stream, once and offline, and back again, exactly.
 
-Works on numpy arrays and torch tensors alike: it only slices, transposes views and assigns. Pass `out` to choose the container (torch
-needs it; numpy allocates by itself). bf16 torch weights can also travel as numpy: `t.view(torch.int16).numpy().view(ml_dtypes.bfloat16)`.
+Works on numpy arrays and torch tensors alike: it only slices, transposes views and assigns. Pass `out` to
+choose the container (torch needs it; numpy allocates by itself). bf16 torch weights can also travel as numpy:
+`t.view(torch.int16).numpy().view(ml_dtypes.bfloat16)`.
 
-`weights` maps matrix names (see layout.STAGES) to what FORMAT.md stores for them, in Linear layout `[out, in]`; `factors_by_name` makes
-that mapping from a layer's projections. The identity of a compact factor is not part of the input and not returned by `unpack`.
+`weights` maps matrix names (see layout.STAGES) to what FORMAT.md stores for them, in Linear layout `[out,
+in]`; `factors_by_name` makes that mapping from a layer's projections. The identity of a compact factor is not
+part of the input and not returned by `unpack`.
 """
 
 from __future__ import annotations
@@ -38,7 +40,11 @@ MATRIX_OF = {
 
 def factors_by_name(projections: Mapping[str, Mapping[str, Array]]) -> dict[str, Array]:
     """`{"gate_proj": {"u.weight": ..., "c.weight": ...}, ...}` -> matrix name -> tensor `[out, in]`."""
-    return {MATRIX_OF[projection, suffix]: tensor for projection, tensors in projections.items() for suffix, tensor in tensors.items()}
+    return {
+        MATRIX_OF[projection, suffix]: tensor
+        for projection, tensors in projections.items()
+        for suffix, tensor in tensors.items()
+    }
 
 
 def stored_shape(matrix: Matrix) -> tuple[int, int]:
@@ -53,7 +59,8 @@ def stored_shape(matrix: Matrix) -> tuple[int, int]:
 def pack(layout: Layout, weights: Mapping[str, Array], out: Array | None = None) -> Array:
     """The packed array `[128, C]`; rows beyond the last row tile of a matrix are zero.
 
-    `out`, if given, must be `[128, layout.packed_cols]` and all zeros. Raises ValueError for a tensor of another shape than the layout's.
+    `out`, if given, must be `[128, layout.packed_cols]` and all zeros. Raises ValueError for a tensor of
+    another shape than the layout's.
     """
     _check_shapes(layout, weights)
     if out is None:
@@ -69,10 +76,14 @@ def pack(layout: Layout, weights: Mapping[str, Array], out: Array | None = None)
 
 
 def unpack(layout: Layout, packed: Array, out: dict[str, Array] | None = None) -> dict[str, Array]:
-    """The exact inverse of `pack`: matrix name -> tensor `[out, in]`. `out`, if given, is filled (torch needs it)."""
+    """The exact inverse of `pack`: matrix name -> tensor `[out, in]`. `out`, if given, is filled (torch needs
+    it).
+    """
     if out is None:
         named = [(name, layout.matrix(name)) for name in MATRICES]
-        out = {name: np.zeros(stored_shape(matrix), packed.dtype) for name, matrix in named if matrix is not None}
+        out = {
+            name: np.zeros(stored_shape(matrix), packed.dtype) for name, matrix in named if matrix is not None
+        }
     for name, matrix, n, block, offset in layout.blocks():
         _copy_block(matrix, n, block, out[name].T, packed, offset, packing=False)
     return out
@@ -94,11 +105,17 @@ def _check_shapes(layout: Layout, weights: Mapping[str, Array]) -> None:
         expected = None if matrix is None else stored_shape(matrix)
         found = tuple(weights[name].shape) if name in weights else None
         if expected != found:
-            raise ValueError(f"{name}: expected a tensor of shape {expected}, found {found}; pack with the layout of these weights.")
+            raise ValueError(
+                f"{name}: expected a tensor of shape {expected}, found {found}; pack with the layout of these weights."
+            )
 
 
-def _copy_block(matrix: Matrix, n: int, block: Block, weight: Array, packed: Array, offset: int, packing: bool) -> None:
-    """Copy what a block of column tile `n` has outside the identity; `weight` is the stored tensor as `[in, out]`."""
+def _copy_block(
+    matrix: Matrix, n: int, block: Block, weight: Array, packed: Array, offset: int, packing: bool
+) -> None:
+    """Copy what a block of column tile `n` has outside the identity; `weight` is the stored tensor as `[in,
+    out]`.
+    """
     k, rows, _ = block
     row, col = k * PMAX, n * matrix.tile_cols
     skip_rows = min(rows, max(0, matrix.pivots - row)) if matrix.pivot_axis == "rows" else 0
@@ -119,7 +136,8 @@ def _copy_block(matrix: Matrix, n: int, block: Block, weight: Array, packed: Arr
 def _write_identity(matrix: Matrix, n: int, block: Block, out: Array, offset: int) -> None:
     """The ones of a stored block that overlaps the identity of a compact factor.
 
-    In a mixed "rows" block (some pivots, some not) the pivot rows hold their identity too: the kernel sums the block as it is.
+    In a mixed "rows" block (some pivots, some not) the pivot rows hold their identity too: the kernel sums
+    the block as it is.
     """
     k, rows, _ = block
     by_column = matrix.pivot_axis == "cols"

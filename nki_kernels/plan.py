@@ -1,6 +1,8 @@
-"""A tile plan: every size and placement that a kernel needs, as data. Made by `planner`, read by the kernels and by the cost model.
+"""A tile plan: every size and placement that a kernel needs, as data. Made by `planner`, read by the kernels
+and by the cost model.
 
-Kernels read fields and call plain methods only: before NKI 0.7 a compiler of its own reads them, which knows fewer words than Python.
+Kernels read fields and call plain methods only: before NKI 0.7 a compiler of its own reads them, which knows
+fewer words than Python.
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ from nki_kernels.tiling import Products
 class Plan(nl.NKIObject):
     """One launch over `tokens` tokens, `block_tokens` at a time.
 
-    On chip there are two arenas, a ring and some small tiles, all allocated once. Sizes and offsets are elements per partition:
+    On chip there are two arenas, a ring and some small tiles, all allocated once. Sizes and offsets are
+    elements per partition:
 
-    * `wide`:   x^T from 0, h^T from `h_offset`, results on their way out from `output_offset`, raw input rows from `input_offset`. They
-                share memory wherever their lives do not meet, so that the next block's x can be loaded during this block's last product.
+    * `wide`:   x^T from 0, h^T from `h_offset`, results on their way out from `output_offset`, raw input rows
+                from `input_offset`. They share memory wherever their lives do not meet, so that the next
+                block's x can be loaded during this block's last product.
     * `narrow`: z of gate, then z of up; and, once both are used up, z of down from 0.
-    * `ring`:   `ring_slots` slots of `ring_cols` that the packed weights stream through, in chunks bounded by `chunk_bounds`. A chunk that
-                is still in its slot is not read again, so a ring that holds all chunks reads the weights once.
+    * `ring`:   `ring_slots` slots of `ring_cols` that the packed weights stream through, in chunks bounded by
+                `chunk_bounds`. A chunk that is still in its slot is not read again, so a ring that holds all
+                chunks reads the weights once.
     """
 
     products: Products
@@ -88,14 +93,22 @@ class Plan(nl.NKIObject):
         return elements * self.itemsize + small * 4
 
     def weight_cols_read(self) -> int:
-        """Columns of the packed weights that cross HBM in the whole launch, at most: a further token group may find chunks still there."""
+        """Columns of the packed weights that cross HBM in the whole launch, at most: a further token group
+        may find chunks still there.
+        """
         once = self.chunk_bounds[-1]
         shared = self.chunks() - self.ring_slots
         if shared <= 0:
             return once
         # Chunks that have a slot to themselves are read once.
-        held = self.chunk_bounds[self.ring_slots] - self.chunk_bounds[shared] if shared < self.ring_slots else 0
-        return once + (self.blocks() - 1) * (once - held) + (self._passes() - self.blocks()) * self._unheld_output_cols()
+        held = (
+            self.chunk_bounds[self.ring_slots] - self.chunk_bounds[shared] if shared < self.ring_slots else 0
+        )
+        return (
+            once
+            + (self.blocks() - 1) * (once - held)
+            + (self._passes() - self.blocks()) * self._unheld_output_cols()
+        )
 
     def _passes(self) -> int:
         """Token groups of the last product, over all blocks."""
@@ -108,7 +121,9 @@ class Plan(nl.NKIObject):
         return total
 
     def _unheld_output_cols(self) -> int:
-        """Columns of the last matrix that a further token group reads again: none if the ring holds a column tile of it."""
+        """Columns of the last matrix that a further token group reads again: none if the ring holds a column
+        tile of it.
+        """
         if not self.natural_output:
             return 0
         matrix: Any = self.products.down_second

@@ -1,7 +1,9 @@
-"""Chooses a tile plan from layout, token count and target. What it returns fits SBUF and PSUM by construction.
+"""Chooses a tile plan from layout, token count and target. What it returns fits SBUF and PSUM by
+construction.
 
-The rule here is traffic alone: of all choices that fit, take the one that reads the fewest weight bytes; of those the fewest blocks, then
-the least memory for staging. A cost model may try others through `build_plan`, which holds any choice to the same limits.
+The rule here is traffic alone: of all choices that fit, take the one that reads the fewest weight bytes; of
+those the fewest blocks, then the least memory for staging. A cost model may try others through `build_plan`,
+which holds any choice to the same limits.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ class Choice:
     ring_cols: int = 0  # 0: SLOT_BYTES[0]
     out_cols: int = 0  # 0: whole rows
     token_group: int = TOKEN_GROUPS[0]
-    shares_rows: bool = False  # input rows over staged output: less memory, but a block's load waits for the last one's stores
+    # input rows over staged output: less memory, but a block's load waits for the last one's stores
+    shares_rows: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +75,21 @@ def plan_mlp(
     residual: bool = False,
     target: Target = TRN1,
 ) -> Plan | Declined:
-    """A plan for `svd_mlp`: gate, up and down in `projections`, `tokens` >= 1 per launch, RMSNorm in front if `norm_eps` is given."""
+    """A plan for `svd_mlp`: gate, up and down in `projections`, `tokens` >= 1 per launch, RMSNorm in front if
+    `norm_eps` is given.
+    """
     layout = mlp_layout(hidden, intermediate, *projections)
     return plan_launch(Request(layout, tokens, np.dtype(dtype), norm_eps, residual), target)
 
 
 def plan_launch(request: Request, target: Target = TRN1) -> Plan | Declined:
-    """The plan tuned for this very launch or, where there is none, the one of least weight traffic; or why there is no plan."""
+    """The plan tuned for this very launch or, where there is none, the one of least weight traffic; or why
+    there is no plan.
+    """
     if request.dtype.name not in SUPPORTED_DTYPES:
-        return Declined(f"dtype: expected one of {', '.join(SUPPORTED_DTYPES)}, found {request.dtype.name}; cast the weights.")
+        return Declined(
+            f"dtype: expected one of {', '.join(SUPPORTED_DTYPES)}, found {request.dtype.name}; cast the weights."
+        )
     if request.tokens < 1:
         return Declined(f"tokens: expected at least 1, found {request.tokens}.")
     fields = tuned_choice(request, target.name)
@@ -94,20 +103,30 @@ def plan_launch(request: Request, target: Target = TRN1) -> Plan | Declined:
 
 def why_not(request: Request, target: Target) -> Declined:
     """Of a launch for which nothing fits: what the smallest plan lacks."""
-    smallest = Choice(min(PMAX, request.tokens), MIN_SLOTS, SLOT_BYTES[-1] // request.dtype.itemsize, MOVING_COLS, shares_rows=True)
+    smallest = Choice(
+        min(PMAX, request.tokens),
+        MIN_SLOTS,
+        SLOT_BYTES[-1] // request.dtype.itemsize,
+        MOVING_COLS,
+        shares_rows=True,
+    )
     declined = build_plan(request, smallest, target)
     assert isinstance(declined, Declined), "a launch whose smallest plan fits has a plan"
     return declined
 
 
 def _cost(plan: Plan) -> tuple[int, ...]:
-    """Weight traffic first; then what costs overlap: more blocks, whole PSUM in use, shared rows, short chunks, short stores."""
+    """Weight traffic first; then what costs overlap: more blocks, whole PSUM in use, shared rows, short
+    chunks, short stores.
+    """
     shares = plan.input_offset == plan.output_offset
     return plan.weight_cols_read(), plan.blocks(), plan.token_group, shares, -plan.ring_cols, -plan.out_cols
 
 
 def choices(request: Request) -> Iterator[Choice]:
-    """What `plan_launch` tries: balanced token blocks; rings that stream, hold a column tile of the last matrix, hold everything."""
+    """What `plan_launch` tries: balanced token blocks; rings that stream, hold a column tile of the last
+    matrix, hold everything.
+    """
     layout = request.layout
     last = layout.down_second
     staged = (0, 4 * MOVING_COLS, 2 * MOVING_COLS, MOVING_COLS) if last is not None else (0,)
@@ -121,7 +140,9 @@ def choices(request: Request) -> Iterator[Choice]:
 
 
 def max_block_tokens(layout: Layout) -> int:
-    """Two products side by side (gate and up) or one, each over at most 4 banks, so that half of PSUM is free for the next tile."""
+    """Two products side by side (gate and up) or one, each over at most 4 banks, so that half of PSUM is free
+    for the next tile.
+    """
     return 2 * MOVING_COLS if layout.gate_second is not None else 4 * MOVING_COLS
 
 
@@ -196,8 +217,11 @@ def _arenas(request: Request, choice: Choice) -> dict[str, Any]:
     layout, tokens = request.layout, choice.block_tokens
     x_cols, h_cols = tile_count(layout.hidden) * tokens, tile_count(layout.intermediate) * tokens
     h_offset = x_cols if layout.x_outlives_firsts else 0
-    # Rows may lie over h where h is dead by the time that results are staged, and never over x, which they are on their way to.
-    output_offset = x_cols if layout.hidden and layout.down_first is not None else max(x_cols, h_offset + h_cols)
+    # Rows may lie over h where h is dead by the time that results are staged, and never over x, which they
+    # are on their way to.
+    output_offset = (
+        x_cols if layout.hidden and layout.down_first is not None else max(x_cols, h_offset + h_cols)
+    )
     out_cols, stage_cols = _output_stage(layout, choice)
     input_offset = output_offset if choice.shares_rows else output_offset + stage_cols
     first_z = (layout.z_tiles("gate") + layout.z_tiles("up")) * tokens
@@ -206,7 +230,9 @@ def _arenas(request: Request, choice: Choice) -> dict[str, Any]:
         "h_offset": h_offset,
         "output_offset": output_offset,
         "input_offset": input_offset,
-        "wide_cols": max(1, h_offset + h_cols, output_offset + stage_cols, input_offset + _input_row_cols(request)),
+        "wide_cols": max(
+            1, h_offset + h_cols, output_offset + stage_cols, input_offset + _input_row_cols(request)
+        ),
         "narrow_cols": max(1, first_z, layout.z_tiles("down") * tokens),
     }
 
@@ -220,7 +246,9 @@ def _input_row_cols(request: Request) -> int:
 
 
 def _output_stage(layout: Layout, choice: Choice) -> tuple[int, int]:
-    """(columns of natural output staged at a time, elements that the stage takes); two turns of a column tile where it is transposed."""
+    """(columns of natural output staged at a time, elements that the stage takes); two turns of a column tile
+    where it is transposed.
+    """
     last = layout.down_second
     if last is None:
         return 0, 0
@@ -233,14 +261,22 @@ def _output_stage(layout: Layout, choice: Choice) -> tuple[int, int]:
 def _refuse_contradiction(plan: Plan) -> Declined | None:
     """Options that the launch would have to ignore or cannot follow."""
     if plan.with_norm and (not plan.hidden or plan.transposed_input):
-        return Declined("norm_eps: expected a launch that starts from natural x, found one that does not; normalise before it.")
+        return Declined(
+            "norm_eps: expected a launch that starts from natural x, found one that does not; normalise before it."
+        )
     last: Any = plan.products.down_second
     if plan.with_residual and (not plan.natural_output or plan.external_z):
-        return Declined("residual: expected a launch with natural output that is no summand, found another; add it after the launch.")
+        return Declined(
+            "residual: expected a launch with natural output that is no summand, found another; add it after the launch."
+        )
     if plan.silu and (plan.runs_gated or plan.with_residual or last is None):
-        return Declined("silu: expected a single projection without residual, found another launch; only xuv activates its result.")
+        return Declined(
+            "silu: expected a single projection without residual, found another launch; only xuv activates its result."
+        )
     if plan.natural_output and plan.out_cols % MOVING_COLS and plan.out_cols < last.cols:
-        return Declined(f"out_cols: expected a multiple of {MOVING_COLS} or whole rows of {last.cols}, found {plan.out_cols}; round it.")
+        return Declined(
+            f"out_cols: expected a multiple of {MOVING_COLS} or whole rows of {last.cols}, found {plan.out_cols}; round it."
+        )
     return None
 
 
@@ -248,7 +284,10 @@ def _refuse_oversize(plan: Plan, target: Target) -> Declined | None:
     found, usable = plan.sbuf_bytes(), target.sbuf_usable_bytes
     if found > usable:
         parts = {"wide": plan.wide_cols, "narrow": plan.narrow_cols, "ring": plan.ring_slots * plan.ring_cols}
-        held = ", ".join(f"{name} {cols * plan.itemsize} B" for name, cols in sorted(parts.items(), key=lambda item: -item[1]))
+        held = ", ".join(
+            f"{name} {cols * plan.itemsize} B"
+            for name, cols in sorted(parts.items(), key=lambda item: -item[1])
+        )
         return Declined(
             f"SBUF of {target.name}: expected at most {usable} bytes per partition, found {found} for a block of "
             f"{plan.block_tokens} tokens ({held}); use fewer tokens per block or shard the layer over more cores."
@@ -258,13 +297,17 @@ def _refuse_oversize(plan: Plan, target: Target) -> Declined | None:
     groups = min(2, tile_count(plan.block_tokens, PMAX * plan.token_group)) if plan.natural_output else 1
     banks = max(groups * plan.token_group, (products + 1) * tile_count(plan.block_tokens, plan.moving_tokens))
     if banks > target.psum_banks:
-        return Declined(f"PSUM of {target.name}: expected at most {target.psum_banks} banks at once, found {banks}; use smaller blocks.")
+        return Declined(
+            f"PSUM of {target.name}: expected at most {target.psum_banks} banks at once, found {banks}; use smaller blocks."
+        )
     return None
 
 
 @functools.lru_cache(maxsize=64)
 def chunk_bounds(layout: Layout, ring_cols: int) -> tuple[int, ...]:
-    """Ends of the chunks that the packed weights are read in: as many whole blocks as `ring_cols` (>= 512) hold."""
+    """Ends of the chunks that the packed weights are read in: as many whole blocks as `ring_cols` (>= 512)
+    hold.
+    """
     bounds = [0]
     end = 0
     for _, matrix, n, _, offset in layout.blocks():

@@ -1,21 +1,27 @@
-"""Hardware numbers of one NeuronCore per chip, each with its source. trn1 first; trn2 and trn3 so that a kernel can be checked for all.
+"""Hardware numbers of one NeuronCore per chip, each with its source. trn1 first; trn2 and trn3 so that a
+kernel can be checked for all.
 
-Sources (AWS Neuron documentation, SDK 2.26 - 2.33): [tile] nki.language.tile_size; [alloc] nki_direct_allocation_guide (16 KiB of every
-partition are the compiler's); [nkilib] nki-library's own SBUF budget; [arch] nki/guides/architecture/trainium*_arch; [dma] the DMA
-bandwidth guide; [doc] the nki.isa page of the op.
+Sources (AWS Neuron documentation, SDK 2.26 - 2.33): [tile] nki.language.tile_size; [alloc]
+nki_direct_allocation_guide (16 KiB of every partition are the compiler's); [nkilib] nki-library's own SBUF
+budget; [arch] nki/guides/architecture/trainium*_arch; [dma] the DMA bandwidth guide; [doc] the nki.isa page
+of the op.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-PMAX = 128  # partitions of SBUF and PSUM, and rows and columns of the TensorE array, on every generation [tile]
+PMAX = (
+    128  # partitions of SBUF and PSUM, and rows and columns of the TensorE array, on every generation [tile]
+)
 KIB = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What one NeuronCore offers. Sizes in bytes per partition unless the name says otherwise; clocks in GHz; rates in GB/s."""
+    """What one NeuronCore offers. Sizes in bytes per partition unless the name says otherwise; clocks in GHz;
+    rates in GB/s.
+    """
 
     name: str
     generation: int  # NeuronCore version: 2, 3, 4

@@ -1,4 +1,5 @@
-"""How one weight matrix is cut into tiles. Pure arithmetic: the same object rules the packing, the plan and the kernel.
+"""How one weight matrix is cut into tiles. Pure arithmetic: the same object rules the packing, the plan and
+the kernel.
 
 Kernels take these classes as arguments, so they keep to the words that the compilers before NKI 0.7 know.
 """
@@ -10,7 +11,9 @@ import dataclasses
 from nki_kernels.backend import nl
 from nki_kernels.targets import PMAX
 
-STATIONARY_COLS = 128  # a matrix that serves as stationary operand gives transposed results, this many columns at a time
+STATIONARY_COLS = (
+    128  # a matrix that serves as stationary operand gives transposed results, this many columns at a time
+)
 MOVING_COLS = 512  # one that serves as moving operand gives natural results
 
 
@@ -19,17 +22,19 @@ def tile_count(size: int, tile: int = PMAX) -> int:
     return -(-size // tile)
 
 
-# (k, rows, stored): rows [128 k, 128 k + rows) of a column tile. An identity is not stored: nobody needs to read one.
+# (k, rows, stored): rows [128 k, 128 k + rows) of a column tile. An identity is not stored: nobody needs to
+# read one.
 Block = tuple[int, int, bool]
 
 
 @dataclasses.dataclass(frozen=True)
 class Matrix(nl.NKIObject):
-    """The right operand W `[rows, cols]` of a product x W, cut into row tiles of 128 and column tiles of `tile_cols`.
+    """The right operand W `[rows, cols]` of a product x W, cut into row tiles of 128 and column tiles of
+    `tile_cols`.
 
-    A `compact` factor has an identity inside: with `pivot_axis` "cols", W[shift + i, i] = 1 for i < pivots and those columns are
-    otherwise zero; with "rows", W[i, shift + i] = 1 for i < pivots and those rows are otherwise zero. Blocks that are zero do not exist,
-    and blocks that are exactly an identity are not stored.
+    A `compact` factor has an identity inside: with `pivot_axis` "cols", W[shift + i, i] = 1 for i < pivots
+    and those columns are otherwise zero; with "rows", W[i, shift + i] = 1 for i < pivots and those rows are
+    otherwise zero. Blocks that are zero do not exist, and blocks that are exactly an identity are not stored.
     """
 
     rows: int
@@ -54,7 +59,9 @@ class Matrix(nl.NKIObject):
         return min(PMAX, self.rows - k * PMAX)
 
     def blocks(self, n: int) -> list[Block]:
-        """The blocks of column tile `n`, in the order in which they are stored and summed; at least one, if only of zeros."""
+        """The blocks of column tile `n`, in the order in which they are stored and summed; at least one, if
+        only of zeros.
+        """
         found = []
         for k in range(self.row_tiles()):
             kind = self._kind(k, n)
@@ -94,7 +101,9 @@ class Products(nl.NKIObject):
 
 
 def pieces(size: int, step: int) -> list[tuple[int, int]]:
-    """(start, length) of consecutive pieces, the last one ragged: pieces(300, 128) = [(0, 128), (128, 128), (256, 44)]."""
+    """(start, length) of consecutive pieces, the last one ragged: pieces(300, 128) = [(0, 128), (128, 128),
+    (256, 44)].
+    """
     found = []
     for i in range(tile_count(size, step)):
         found.append((i * step, min(step, size - i * step)))

@@ -1,4 +1,6 @@
-"""Plans that the cost model found beforehand, by what they are for: `tables/<target>.json`, made by `neuronmlp bench tune`."""
+"""Plans that the cost model found beforehand, by what they are for: `tables/<target>.json`, made by
+`neuronmlp bench tune`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ FOLDER = pathlib.Path(__file__).parent / "tables"
 
 
 def key(request: Request) -> str:
-    """One line that names everything a plan depends on besides the target, e.g. `T512 bfloat16 gate_first=2048x1310 ... norm`."""
+    """One line that names everything a plan depends on besides the target, e.g. `T512 bfloat16
+    gate_first=2048x1310 ... norm`.
+    """
     parts = [f"T{request.tokens}", request.dtype.name]
     for name in MATRICES:
         matrix = request.layout.matrix(name)

@@ -1,4 +1,6 @@
-"""Fixtures that are dear to make: tiny folders of every family, and the real SmolLM2, made once per state of the sources."""
+"""Fixtures that are dear to make: tiny folders of every family, and the real SmolLM2, made once per state of
+the sources.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,11 @@ def sources_digest() -> str:
     """Changes with anything that a compression depends on, so that no test judges what older code made."""
     rooms = ("lowrank", "calibration", "models", "checkpoint", "compressor", "commands")
     files = sorted(path for room in rooms for path in (ROOT / "neuronmlp_plugin" / room).glob("*.py"))
-    files += [ROOT / "neuronmlp_plugin" / "cli.py", ROOT / "examples" / "prepare_smollm2.py", pathlib.Path(__file__)]
+    files += [
+        ROOT / "neuronmlp_plugin" / "cli.py",
+        ROOT / "examples" / "prepare_smollm2.py",
+        pathlib.Path(__file__),
+    ]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
@@ -26,13 +32,20 @@ def neuronmlp(*arguments: object) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Begin with the test that makes the real model's statistics, minutes on one worker; tests that wait for it come last, and may wait."""
+    """Begin with the test that makes the real model's statistics, minutes on one worker; tests that wait for
+    it come last, and may wait.
+    """
     for item in items:
         if item.get_closest_marker("large") and "large" not in config.option.markexpr:
-            item.add_marker(pytest.mark.skip(reason="runs only where `-m large` names it; last run: docs/scale.md"))
+            item.add_marker(
+                pytest.mark.skip(reason="runs only where `-m large` names it; last run: docs/scale.md")
+            )
         if item.get_closest_marker("smollm2"):
             item.add_marker(pytest.mark.timeout(3000))
-    ahead = {"test_quality_in_the_served_form[compact-0.2]": 0, "test_refinement_wins_back_a_fifth_of_what_was_lost": 2}
+    ahead = {
+        "test_quality_in_the_served_form[compact-0.2]": 0,
+        "test_refinement_wins_back_a_fifth_of_what_was_lost": 2,
+    }
     items.sort(key=lambda item: ahead.get(item.name, 3 if item.get_closest_marker("smollm2") else 1))
 
 
@@ -48,10 +61,16 @@ def smollm2() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def compress_smollm2(smollm2: pathlib.Path):
-    """Function (form, removed, allocation) -> folder of the compressed real model; the statistics are shared by all of them."""
+    """Function (form, removed, allocation) -> folder of the compressed real model; the statistics are shared
+    by all of them.
+    """
     home = ROOT / "build" / f"compressed-{sources_digest()}"
     home.mkdir(parents=True, exist_ok=True)
-    first = ("compact", 0.2, "measured")  # its run leaves the statistics; after it, test processes can make sizes side by side
+    first = (
+        "compact",
+        0.2,
+        "measured",
+    )  # its run leaves the statistics; after it, test processes can make sizes side by side
 
     def make(form: str, removed: float, allocation: str = "measured") -> pathlib.Path:
         if (form, removed, allocation) != first:
@@ -61,10 +80,22 @@ def compress_smollm2(smollm2: pathlib.Path):
             if target.exists():
                 return target
             text, analysis = smollm2 / "calibration.jsonl", home / "analysis"
-            # Half of the default statistics: CI has half an hour. The README's numbers come from the defaults.
+            # Half of the default statistics: CI has half an hour. The README's numbers come from the
+            # defaults.
             fewer = ("--tokens", 49152, "--metric-tokens", 8192, "--judge-tokens", 1024, "--samples", 0)
             size = ("--remove", removed, "--form", form, "--allocation", allocation)
-            neuronmlp("compress", smollm2 / "dense", "--out", target, *size, "--text", text, "--analysis", analysis, *fewer)
+            neuronmlp(
+                "compress",
+                smollm2 / "dense",
+                "--out",
+                target,
+                *size,
+                "--text",
+                text,
+                "--analysis",
+                analysis,
+                *fewer,
+            )
         return target
 
     return make

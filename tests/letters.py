@@ -1,4 +1,6 @@
-"""A tokenizer whose tokens are single letters, and text made of them: a tiny model can be calibrated on it with no download."""
+"""A tokenizer whose tokens are single letters, and text made of them: a tiny model can be calibrated on it
+with no download.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,17 @@ def write_tokenizer(folder: pathlib.Path, *, bos: bool = True) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
 
 
 def write_text(path: pathlib.Path, length: int, *, seed: int = 0) -> pathlib.Path:
-    """A .jsonl of documents whose letters follow each other in a skewed way, so that statistics are not white."""
+    """A .jsonl of documents whose letters follow each other in a skewed way, so that statistics are not
+    white.
+    """
     rng = random.Random(seed)
     lines, place = [], 0
     for _ in range(length // 100):

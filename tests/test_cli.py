@@ -15,7 +15,20 @@ from neuronmlp_plugin.commands.compress import settings_of
 from tests.letters import write_text, write_tokenizer
 from tests.tiny_models import write_dense
 
-TINY = ["--rank-multiple", "1", "--window", "32", "--tokens", "1024", "--metric-tokens", "256", "--judge-tokens", "128", "--samples", "3"]
+TINY = [
+    "--rank-multiple",
+    "1",
+    "--window",
+    "32",
+    "--tokens",
+    "1024",
+    "--metric-tokens",
+    "256",
+    "--judge-tokens",
+    "128",
+    "--samples",
+    "3",
+]
 
 
 @pytest.fixture
@@ -54,7 +67,16 @@ def test_compress_inspect_and_evaluate(home, capsys):
     assert "compact" in capsys.readouterr().out
     assert main(["inspect", str(home / "out"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["format_version"] == 1
-    judge = ["--dense", str(home / "dense"), "--text", str(home / "text.jsonl"), "--window", "32", "--tokens", "256"]
+    judge = [
+        "--dense",
+        str(home / "dense"),
+        "--text",
+        str(home / "text.jsonl"),
+        "--window",
+        "32",
+        "--tokens",
+        "256",
+    ]
     assert main(["evaluate", str(home / "out"), *judge, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["num_tokens"] == 8 * 31
     assert main(["evaluate", str(home / "out"), *judge]) == 0
@@ -62,19 +84,57 @@ def test_compress_inspect_and_evaluate(home, capsys):
 
 
 def test_every_setting_can_be_said_and_arrives():
-    said = {"remove": 0.3, "form": "uv", "method": "whitened", "allocation": "uniform", "rank_multiple": 8, "dtype": "bfloat16"}
-    said |= {"window": 64, "tokens": 128, "metric_tokens": 32, "judge_tokens": 96, "samples": 7, "seed": 3, "analysis": pathlib.Path("an")}
+    said = {
+        "remove": 0.3,
+        "form": "uv",
+        "method": "whitened",
+        "allocation": "uniform",
+        "rank_multiple": 8,
+        "dtype": "bfloat16",
+    }
+    said |= {
+        "window": 64,
+        "tokens": 128,
+        "metric_tokens": 32,
+        "judge_tokens": 96,
+        "samples": 7,
+        "seed": 3,
+        "analysis": pathlib.Path("an"),
+    }
     words = [word for name, value in said.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    args = build_parser().parse_args(["compress", "M", "--out", "O", "--text", "t.txt", "--factors-only", *words])
+    args = build_parser().parse_args(
+        ["compress", "M", "--out", "O", "--text", "t.txt", "--factors-only", *words]
+    )
     paths = {"model": pathlib.Path("M"), "out": pathlib.Path("O"), "text": pathlib.Path("t.txt")}
-    assert dataclasses.asdict(settings_of(args)) == {**said, **paths, "factors_only": True, "target": None, "faster": None}
+    assert dataclasses.asdict(settings_of(args)) == {
+        **said,
+        **paths,
+        "factors_only": True,
+        "target": None,
+        "faster": None,
+    }
 
 
 def test_evaluate_keeps_folders_and_numbers_together(home, capsys):
     assert compress(home, "--factors-only", "--quiet") == 0
-    dense, judge = str(home / "dense"), ["--text", str(home / "text.jsonl"), "--window", "32", "--tokens", "256", "--json", "--dense"]
+    dense, judge = (
+        str(home / "dense"),
+        ["--text", str(home / "text.jsonl"), "--window", "32", "--tokens", "256", "--json", "--dense"],
+    )
     capsys.readouterr()
-    assert main(["evaluate", dense, *judge, dense, "--factors", str(home / "dense" / "neuronmlp" / "factors.safetensors")]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                dense,
+                *judge,
+                dense,
+                "--factors",
+                str(home / "dense" / "neuronmlp" / "factors.safetensors"),
+            ]
+        )
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["kl_divergence"] > 0.001
     assert compress(home, "--out", str(home / "out"), "--quiet") == 0
     capsys.readouterr()
@@ -96,7 +156,9 @@ def test_report_makes_the_same_page_again(home, capsys):
     assert capsys.readouterr().out.splitlines()[-3:] == [str(page), str(page), str(card)]
 
 
-@pytest.mark.parametrize("content", [None, "not JSON", "[]", '{"block": {}}', '{"block": {"form": 1}, "matrices": []}'])
+@pytest.mark.parametrize(
+    "content", [None, "not JSON", "[]", '{"block": {}}', '{"block": {"form": 1}, "matrices": []}']
+)
 def test_a_folder_without_a_report_is_refused(home, capsys, content):
     if content is not None:
         (home / "neuronmlp_report.json").write_text(content)
@@ -151,8 +213,16 @@ def test_a_dense_model_has_nothing_to_inspect(home, capsys):
 def test_what_is_factored_is_no_measure_of_others(home, capsys):
     assert compress(home, "--out", str(home / "out"), "--quiet") == 0
     judge = ["--dense", str(home / "out"), "--text", str(home / "text.jsonl")]
-    for command in (["evaluate", str(home / "out")], ["quantize", str(home / "out"), "--out", str(home / "int8")]):
-        refused(capsys, main([*command, *judge]), str(home / "out"), "expected the dense model, found a factored one")
+    for command in (
+        ["evaluate", str(home / "out")],
+        ["quantize", str(home / "out"), "--out", str(home / "int8")],
+    ):
+        refused(
+            capsys,
+            main([*command, *judge]),
+            str(home / "out"),
+            "expected the dense model, found a factored one",
+        )
     assert not (home / "int8").exists()
 
 
@@ -163,13 +233,23 @@ def test_a_folder_without_a_tokenizer_is_refused(home, capsys):
 
 
 def test_an_output_that_cannot_be_made_is_refused(home, capsys):
-    refused(capsys, compress(home, "--out", str(home / "text.jsonl" / "out"), "--quiet"), "text.jsonl", "expected a place to write to")
+    refused(
+        capsys,
+        compress(home, "--out", str(home / "text.jsonl" / "out"), "--quiet"),
+        "text.jsonl",
+        "expected a place to write to",
+    )
 
 
 def test_quantize_leaves_the_unfinished_run_of_another_command_alone(home, capsys):
     (home / "out.partial").mkdir()
     (home / "out.partial" / "hours").touch()
-    refused(capsys, main(["quantize", str(home / "dense"), "--out", str(home / "out")]), "out.partial", "expected no unfinished run")
+    refused(
+        capsys,
+        main(["quantize", str(home / "dense"), "--out", str(home / "out")]),
+        "out.partial",
+        "expected no unfinished run",
+    )
     assert (home / "out.partial" / "hours").exists()
 
 
@@ -191,7 +271,9 @@ def test_bench_wants_names(home, capsys):
 def test_a_missing_extra_is_named(home, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "neuronmlp_plugin.checkpoint.reader", raising=False)
-    refused(capsys, main(["inspect", str(home / "dense")]), "expected the package torch", "neuronmlp[compress]")
+    refused(
+        capsys, main(["inspect", str(home / "dense")]), "expected the package torch", "neuronmlp[compress]"
+    )
 
 
 def test_a_wrong_option_is_argparses_to_refuse(home):

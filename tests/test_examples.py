@@ -18,17 +18,43 @@ RUN_BY_SMOLLM2 = {"prepare_smollm2.py", "offline_batch.py", "openai_client.py"}
 def test_every_example_is_run_by_a_test():
     source = (ROOT / "tests" / "test_smollm2.py").read_text() + (ROOT / "tests" / "conftest.py").read_text()
     for path in (ROOT / "examples").glob("*.py"):
-        assert path.name == "compare_methods.py" or (path.name in RUN_BY_SMOLLM2 and path.name in source), path.name
+        assert path.name == "compare_methods.py" or (path.name in RUN_BY_SMOLLM2 and path.name in source), (
+            path.name
+        )
 
 
 @pytest.mark.slow
 def test_compare_methods_prints_a_row_a_method_and_text(tmp_path):
     write_tokenizer(write_dense(tmp_path / "dense", "llama"))
-    text, judge = write_text(tmp_path / "text.jsonl", 24000), write_text(tmp_path / "judge.jsonl", 4000, seed=1)
-    command = [sys.executable, "examples/compare_methods.py", str(tmp_path / "dense"), "--calibrate", str(text), "--window", "32"]
-    command += ["--judge", f"same={judge}", "--judge", f"again={judge}", "--out", str(tmp_path / "out"), "--judge-tokens", "2048"]
-    command += ["--compress-options=--rank-multiple 1 --window 32 --tokens 1024 --metric-tokens 256 --judge-tokens 1024"]
-    command += ["--refine-options=--window 64 --batch 4 --tokens 16384 --judge-tokens 1024 --learning-rate 1e-3 --arithmetic float32"]
+    text, judge = (
+        write_text(tmp_path / "text.jsonl", 24000),
+        write_text(tmp_path / "judge.jsonl", 4000, seed=1),
+    )
+    command = [
+        sys.executable,
+        "examples/compare_methods.py",
+        str(tmp_path / "dense"),
+        "--calibrate",
+        str(text),
+        "--window",
+        "32",
+    ]
+    command += [
+        "--judge",
+        f"same={judge}",
+        "--judge",
+        f"again={judge}",
+        "--out",
+        str(tmp_path / "out"),
+        "--judge-tokens",
+        "2048",
+    ]
+    command += [
+        "--compress-options=--rank-multiple 1 --window 32 --tokens 1024 --metric-tokens 256 --judge-tokens 1024"
+    ]
+    command += [
+        "--refine-options=--window 64 --batch 4 --tokens 16384 --judge-tokens 1024 --learning-rate 1e-3 --arithmetic float32"
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     with (tmp_path / "out" / "results.csv").open() as file:

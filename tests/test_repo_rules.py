@@ -1,4 +1,6 @@
-"""The house rules, as tests: modules import, arrows hold, budgets hold, public names are pinned, README commands exist."""
+"""The house rules, as tests: modules import, arrows hold, budgets hold, public names are pinned, README
+commands exist.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,21 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGES = ("neuronmlp_plugin", "nki_kernels")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-# Rooms of neuronmlp_plugin -> the rooms that they may import (docs/architecture.md). `errors` is a leaf that everyone may use.
+# Rooms of neuronmlp_plugin -> the rooms that they may import (docs/architecture.md). `errors` is a leaf that
+# everyone may use.
 ARROWS = {
     "cli": {"commands"},
-    "commands": {"refinement", "compressor", "reporting", "serving", "bench", "doctor", "calibration", "checkpoint", "models"},
+    "commands": {
+        "refinement",
+        "compressor",
+        "reporting",
+        "serving",
+        "bench",
+        "doctor",
+        "calibration",
+        "checkpoint",
+        "models",
+    },
     "refinement": {"compressor", "reporting", "calibration", "checkpoint", "models"},
     "compressor": {"calibration", "checkpoint", "models", "lowrank", "reporting", "nki_kernels"},
     "reporting": {"checkpoint", "models"},
@@ -56,7 +69,9 @@ def imports(path: pathlib.Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.module and not node.level, f"{name_of(path)}:{node.lineno}: a relative import has no arrow"
+            assert node.module and not node.level, (
+                f"{name_of(path)}:{node.lineno}: a relative import has no arrow"
+            )
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
@@ -80,7 +95,9 @@ def test_arrows_go_one_way(path):
         if own == "":
             assert target == "serving", f"the package root imports {imported}"
         else:
-            assert target in ARROWS.get(own, set()), f"{name_of(path)} imports {imported}: no arrow {own} -> {target}"
+            assert target in ARROWS.get(own, set()), (
+                f"{name_of(path)} imports {imported}: no arrow {own} -> {target}"
+            )
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -98,7 +115,9 @@ def test_every_module_imports(path):
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         assert missing in (*CONFINED, "neuronxcc"), f"{name_of(path)} needs {error.name}"
-        assert importlib.util.find_spec(missing) is None, f"{name_of(path)}: {error}"  # it is here, so that is a wrong name
+        assert importlib.util.find_spec(missing) is None, (
+            f"{name_of(path)}: {error}"
+        )  # it is here, so that is a wrong name
 
 
 def test_importing_the_package_is_cheap():
@@ -113,22 +132,46 @@ def test_public_names_are_pinned():
 
     assert neuronmlp_plugin.__all__ == ["__version__", "register"]
     assert nki_kernels.__all__ == ["source_digest"]
-    assert list(COMMANDS) == ["compress", "refine", "quantize", "inspect", "evaluate", "report", "convert", "bench", "doctor"]
+    assert list(COMMANDS) == [
+        "compress",
+        "refine",
+        "quantize",
+        "inspect",
+        "evaluate",
+        "report",
+        "convert",
+        "bench",
+        "doctor",
+    ]
 
 
 def test_a_wheel_has_every_data_file_and_both_entry_points():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     data = setup["options.package_data"]
-    packed = {path for package in PACKAGES for pattern in data[package].split() for path in (ROOT / package).glob(pattern)}
-    assert packed == {p for package in PACKAGES for p in (ROOT / package).rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    packed = {
+        path
+        for package in PACKAGES
+        for pattern in data[package].split()
+        for path in (ROOT / package).glob(pattern)
+    }
+    assert packed == {
+        p
+        for package in PACKAGES
+        for p in (ROOT / package).rglob("*")
+        if p.is_file() and p.suffix not in (".py", ".pyc")
+    }
     points = setup["options.entry_points"]
     assert points["vllm.general_plugins"].strip() == "neuronmlp = neuronmlp_plugin:register"
     assert points["console_scripts"].strip() == "neuronmlp = neuronmlp_plugin.cli:main"
 
 
 def functions(path: pathlib.Path):
-    return [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [
+        n
+        for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -162,11 +205,17 @@ def readme_commands() -> list[str]:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     joined = "\n".join(blocks).replace("\\\n", " ")
-    return [line.partition("  #")[0].strip() for line in joined.splitlines() if line.strip() and not line.startswith("#")]
+    return [
+        line.partition("  #")[0].strip()
+        for line in joined.splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
 
 
 def test_readme_commands_exist_and_parse():
-    """Scripts and examples that the README names are there, and every `neuronmlp` line is understood by the real parser."""
+    """Scripts and examples that the README names are there, and every `neuronmlp` line is understood by the
+    real parser.
+    """
     from neuronmlp_plugin.cli import build_parser
 
     commands = readme_commands()
@@ -183,10 +232,16 @@ def test_readme_commands_exist_and_parse():
 
 
 def test_no_registry_host_or_machine_path_is_named():
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    files = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     for name in files:
         path = ROOT / name
-        if name == "tests/test_repo_rules.py" or not path.is_file() or path.suffix in (".png", ".safetensors"):
+        if (
+            name == "tests/test_repo_rules.py"
+            or not path.is_file()
+            or path.suffix in (".png", ".safetensors")
+        ):
             continue
         text = path.read_text(encoding="utf-8", errors="ignore")
         for word in ("pypi.org", "download.pytorch.org", "/opt/wheels", "/work/", "repos.neuron"):

@@ -1,4 +1,6 @@
-"""The real model: how good it still is in the form that is served, and that vLLM serves just that. Articles that judge never calibrated."""
+"""The real model: how good it still is in the form that is served, and that vLLM serves just that. Articles
+that judge never calibrated.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,20 @@ from tests.conftest import ROOT, neuronmlp
 from tests.serving.engine import PROMPTS, environment, served_logits
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (see README, extra [cpu])")
-# Perplexity over dense that must not be exceeded (whitened, uniform: 2.5, 3.0, 5.3). Only the first cell has the measuring pass, which
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (see README, extra [cpu])"
+)
+# Perplexity over dense that must not be exceeded (whitened, uniform: 2.5, 3.0, 5.3). Only the first cell has
+# the measuring pass, which
 # takes minutes: the others meet the bounds without it.
-BOUNDS = {("compact", 0.05): 1.06, ("compact", 0.1): 1.15, ("compact", 0.2): 1.55, ("uv", 0.05): 1.10, ("uv", 0.1): 1.26, ("uv", 0.2): 1.90}
+BOUNDS = {
+    ("compact", 0.05): 1.06,
+    ("compact", 0.1): 1.15,
+    ("compact", 0.2): 1.55,
+    ("uv", 0.05): 1.10,
+    ("uv", 0.1): 1.26,
+    ("uv", 0.2): 1.90,
+}
 
 
 @functools.cache
@@ -39,7 +51,10 @@ def judged(home, folder) -> Quality:
 
 
 def test_no_article_both_calibrates_and_judges(smollm2):
-    first, *others = (set((smollm2 / f"{name}.jsonl").read_text().splitlines()) for name in ("calibration", "heldout", "news"))
+    first, *others = (
+        set((smollm2 / f"{name}.jsonl").read_text().splitlines())
+        for name in ("calibration", "heldout", "news")
+    )
     assert first and all(other and not first & other for other in others)
 
 
@@ -56,15 +71,21 @@ def test_quality_in_the_served_form(smollm2, compress_smollm2, form, removed):
 
 
 def test_measured_losses_choose_better_ranks_than_predicted_ones(smollm2, compress_smollm2):
-    measured, predicted = (judged(smollm2, compress_smollm2("compact", 0.2, allocation)) for allocation in ("measured", "global"))
+    measured, predicted = (
+        judged(smollm2, compress_smollm2("compact", 0.2, allocation)) for allocation in ("measured", "global")
+    )
     print(measured, predicted, sep="\n")
     assert measured.kl_divergence < 0.98 * predicted.kl_divergence
 
 
 def test_refinement_wins_back_a_fifth_of_what_was_lost(smollm2, smollm2_compressed, tmp_path):
-    """On a tenth of the tokens that `refine` takes by itself, on a fifth removed; judged on articles that neither step has seen."""
+    """On a tenth of the tokens that `refine` takes by itself, on a fifth removed; judged on articles that
+    neither step has seen.
+    """
     text = ("--dense", smollm2 / "dense", "--text", smollm2 / "calibration.jsonl", "--judge-tokens", 4096)
-    neuronmlp("refine", smollm2_compressed, "--out", tmp_path / "refined", *text, "--tokens", 24576, "--quiet")
+    neuronmlp(
+        "refine", smollm2_compressed, "--out", tmp_path / "refined", *text, "--tokens", 24576, "--quiet"
+    )
     before, after = (judged(smollm2, each) for each in (smollm2_compressed, tmp_path / "refined"))
     print(before, after, sep="\n")
     assert after.perplexity_ratio - 1.0 < 4 / 5 * (before.perplexity_ratio - 1.0)
@@ -87,7 +108,9 @@ def test_vllm_serves_what_was_judged(smollm2_compressed):
 @needs_vllm
 def test_offline_example_runs(smollm2_compressed):
     command = [sys.executable, "examples/offline_batch.py", str(smollm2_compressed), "--max-tokens", "12"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), check=False, timeout=600)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment(), check=False, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("->") == 4
 
@@ -100,12 +123,38 @@ def test_client_example_runs_against_vllm_serve(compress_smollm2, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    serve = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(compress_smollm2("compact", 0.05, "global"))]
-    options = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
+    serve = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.cli.main",
+        "serve",
+        str(compress_smollm2("compact", 0.05, "global")),
+    ]
+    options = [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "512",
+    ]
     env = {**environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with (tmp_path / "server.log").open("w") as log, subprocess.Popen([*serve, *options], stdout=log, stderr=log, env=env) as server:
+    with (
+        (tmp_path / "server.log").open("w") as log,
+        subprocess.Popen([*serve, *options], stdout=log, stderr=log, env=env) as server,
+    ):
         try:
-            client = [sys.executable, "examples/openai_client.py", "--url", f"http://127.0.0.1:{port}/v1", "--wait", "300"]
+            client = [
+                sys.executable,
+                "examples/openai_client.py",
+                "--url",
+                f"http://127.0.0.1:{port}/v1",
+                "--wait",
+                "300",
+            ]
             done = subprocess.run(client, capture_output=True, text=True, cwd=ROOT, check=False, timeout=600)
         finally:
             server.terminate()

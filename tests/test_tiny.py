@@ -1,4 +1,6 @@
-"""Every public idea once, in seconds: factorise a toy MLP, store it, load it, serve its mathematics over two ranks."""
+"""Every public idea once, in seconds: factorise a toy MLP, store it, load it, serve its mathematics over two
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,18 @@ from tests.tiny_models import MIXED_LAYERS, SHAPE, write_dense, write_mixed
 def test_a_low_rank_mlp_from_weights_to_two_ranks(tmp_path):
     torch.manual_seed(0)
     # a matrix of exact rank 9 is found, pivoted with a shared channel order, and nothing is lost
-    low = {"gate_proj": torch.randn(48, 9) @ torch.randn(9, 20), "down_proj": torch.randn(20, 9) @ torch.randn(9, 48)}
+    low = {
+        "gate_proj": torch.randn(48, 9) @ torch.randn(9, 20),
+        "down_proj": torch.randn(20, 9) @ torch.randn(9, 48),
+    }
     gate, down = (decompose(low[name]).truncate(9) for name in low)
     order = common_order([gate[1], down[0].T])
     u, c = pivot_outputs(gate[0], gate[1][order])
     torch.testing.assert_close(torch.cat((u, c @ u)).float(), low["gate_proj"][order], rtol=1e-4, atol=1e-4)
     c, v = pivot_inputs(down[0][:, order], down[1])
-    torch.testing.assert_close(torch.cat((v, v @ c), 1).float(), low["down_proj"][:, order], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.cat((v, v @ c), 1).float(), low["down_proj"][:, order], rtol=1e-4, atol=1e-4
+    )
 
     # a checkpoint of every form is written, read, and its first MLP runs over two ranks as it does on one
     model = load_model(write_mixed(tmp_path / "mixed", write_dense(tmp_path / "dense", "llama")))
@@ -32,11 +39,15 @@ def test_a_low_rank_mlp_from_weights_to_two_ranks(tmp_path):
 
     def rank(group):
         weights = {name: getattr(mlp, name).state_dict() for name in MIXED_LAYERS[1]}
-        shards = [shard_gate_up(MIXED_LAYERS[1][n], weights[n], 2, group.rank) for n in ("gate_proj", "up_proj")]
+        shards = [
+            shard_gate_up(MIXED_LAYERS[1][n], weights[n], 2, group.rank) for n in ("gate_proj", "up_proj")
+        ]
         with torch.no_grad():
             g, u = GateUp(shards, SHAPE.intermediate_size, group)(x).chunk(2, dim=-1)
             return group.all_reduce(
-                Down(shard_down(MIXED_LAYERS[1]["down_proj"], weights["down_proj"], 2, group.rank), group)(F.silu(g) * u)
+                Down(shard_down(MIXED_LAYERS[1]["down_proj"], weights["down_proj"], 2, group.rank), group)(
+                    F.silu(g) * u
+                )
             )
 
     x = torch.randn(3, SHAPE.hidden_size)

@@ -1,4 +1,6 @@
-"""Ranks as threads: the collectives of `models/collectives.py` in one process, with a count of calls and bytes."""
+"""Ranks as threads: the collectives of `models/collectives.py` in one process, with a count of calls and
+bytes.
+"""
 
 from __future__ import annotations
 

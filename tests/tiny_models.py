@@ -1,6 +1,7 @@
 """Tiny random models of every family, written as Hugging Face folders: for wiring, not for quality.
 
-Weights are drawn wide (std 0.08 and more), so that logits depend on the MLPs; still, tests compare logits, not tokens.
+Weights are drawn wide (std 0.08 and more), so that logits depend on the MLPs; still, tests compare logits,
+not tokens.
 """
 
 from __future__ import annotations
@@ -23,19 +24,36 @@ FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 SHAPE = MLPShape(hidden_size=128, intermediate_size=192, num_layers=3)
 # Every form for every projection, and ranks that 2 does not divide.
 MIXED_LAYERS = (
-    {"gate_proj": ProjectionSpec("compact", 37), "up_proj": ProjectionSpec("uv", 21), "down_proj": ProjectionSpec("dense")},
-    {"gate_proj": ProjectionSpec("dense"), "up_proj": ProjectionSpec("compact", 32), "down_proj": ProjectionSpec("compact", 45)},
-    {"gate_proj": ProjectionSpec("uv", 30), "up_proj": ProjectionSpec("dense"), "down_proj": ProjectionSpec("uv", 33)},
+    {
+        "gate_proj": ProjectionSpec("compact", 37),
+        "up_proj": ProjectionSpec("uv", 21),
+        "down_proj": ProjectionSpec("dense"),
+    },
+    {
+        "gate_proj": ProjectionSpec("dense"),
+        "up_proj": ProjectionSpec("compact", 32),
+        "down_proj": ProjectionSpec("compact", 45),
+    },
+    {
+        "gate_proj": ProjectionSpec("uv", 30),
+        "up_proj": ProjectionSpec("dense"),
+        "down_proj": ProjectionSpec("uv", 33),
+    },
 )
 # The same with int8 in every form, beside floating-point matrices of the same layer.
 INT8_LAYERS = tuple(
-    {name: dataclasses.replace(spec, dtype=INT8 if (index + i) % 3 else None) for i, (name, spec) in enumerate(layer.items())}
+    {
+        name: dataclasses.replace(spec, dtype=INT8 if (index + i) % 3 else None)
+        for i, (name, spec) in enumerate(layer.items())
+    }
     for index, layer in enumerate(MIXED_LAYERS)
 )
 
 
 def family_config(family: str, vocab_size: int = 128) -> dict:
-    """A config whose heads can be halved (tensor parallel 2), of the smallest size that the CPU attention of vLLM takes."""
+    """A config whose heads can be halved (tensor parallel 2), of the smallest size that the CPU attention of
+    vLLM takes.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(
@@ -54,10 +72,17 @@ def family_config(family: str, vocab_size: int = 128) -> dict:
         sliding_window=None,
     )
     architecture = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}[family]
-    return {**config.to_dict(), "architectures": [f"{architecture}ForCausalLM"], "torch_dtype": "float32", "dtype": "float32"}
+    return {
+        **config.to_dict(),
+        "architectures": [f"{architecture}ForCausalLM"],
+        "torch_dtype": "float32",
+        "dtype": "float32",
+    }
 
 
-def write_dense(folder: pathlib.Path, family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> pathlib.Path:
+def write_dense(
+    folder: pathlib.Path, family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> pathlib.Path:
     """A dense folder with random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -67,7 +92,11 @@ def write_dense(folder: pathlib.Path, family: str, *, seed: int = 0, dtype: torc
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     tied = config["tie_word_embeddings"]
-    state = {n: _wide(n, p).to(dtype) for n, p in model.state_dict().items() if not (tied and n == "lm_head.weight")}
+    state = {
+        n: _wide(n, p).to(dtype)
+        for n, p in model.state_dict().items()
+        if not (tied and n == "lm_head.weight")
+    }
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -79,9 +108,15 @@ def _wide(name: str, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def write_mixed(
-    folder: pathlib.Path, base_folder: pathlib.Path, *, seed: int = 1, layers: tuple[dict[str, ProjectionSpec], ...] = MIXED_LAYERS
+    folder: pathlib.Path,
+    base_folder: pathlib.Path,
+    *,
+    seed: int = 1,
+    layers: tuple[dict[str, ProjectionSpec], ...] = MIXED_LAYERS,
 ) -> pathlib.Path:
-    """A factored folder over `base_folder` with these layers; the factors are random, small enough to keep activations sane."""
+    """A factored folder over `base_folder` with these layers; the factors are random, small enough to keep
+    activations sane.
+    """
     folder.mkdir(parents=True)
     base = Checkpoint(base_folder)
     block = FormatBlock(layers, SHAPE, {}, "neuronmlp tests")

@@ -1,10 +1,12 @@
-"""The first thing to run on a new Trainium machine: is every sequence of a batch what the checkpoint says, and did the kernels run?
+"""The first thing to run on a new Trainium machine: is every sequence of a batch what the checkpoint says,
+and did the kernels run?
 
     python examples/trn1/smoke_test.py compressed-model --tensor-parallel-size 2
 
-Generates greedily for a batch of prompts, then scores each new token by the plain torch forward of the same checkpoint on the host's CPU
-(in fp32). bf16 rounds, so a token passes if its reference logit is within --margin of the best one; garbage is off by far more. Prints
-one line a sequence, which path the MLPs took, and one verdict; exit code 1 if the verdict is FAIL.
+Generates greedily for a batch of prompts, then scores each new token by the plain torch forward of the same
+checkpoint on the host's CPU (in fp32). bf16 rounds, so a token passes if its reference logit is within
+--margin of the best one; garbage is off by far more. Prints one line a sequence, which path the MLPs took,
+and one verdict; exit code 1 if the verdict is FAIL.
 """
 
 from __future__ import annotations
@@ -41,7 +43,10 @@ def generate(args: argparse.Namespace) -> list[tuple[list[int], list[int]]]:
         additional_config=json.loads(args.additional_config),
     )
     sampling = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, ignore_eos=True)
-    return [(list(out.prompt_token_ids), list(out.outputs[0].token_ids)) for out in llm.generate(list(PROMPTS), sampling)]
+    return [
+        (list(out.prompt_token_ids), list(out.outputs[0].token_ids))
+        for out in llm.generate(list(PROMPTS), sampling)
+    ]
 
 
 def worst_gap(model: Any, prompt: list[int], new: list[int]) -> float:
@@ -61,13 +66,19 @@ def dispatch() -> dict[str, list[list[Any]]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="local folder written by `neuronmlp compress`")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--max-model-len", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--enforce-eager", action="store_true", help="as for `vllm serve`: on a CPU, no compiling before the first token")
+    parser.add_argument(
+        "--enforce-eager",
+        action="store_true",
+        help="as for `vllm serve`: on a CPU, no compiling before the first token",
+    )
     parser.add_argument("--margin", type=float, default=1.0, help="logits")
     parser.add_argument("--additional-config", default="{}", help="as for `vllm serve`")
     args = parser.parse_args()
@@ -82,7 +93,9 @@ def main() -> int:
     for phase, path, reason, count in dispatch()["layers"]:
         print(f"{phase}: {count} MLP layers by {path} ({reason})")
     wrong = sum(not gap <= args.margin for gap in gaps)  # NaN agrees with nothing
-    print(f"verdict: {'FAIL' if wrong else 'PASS'}, {len(gaps) - wrong} of {len(gaps)} sequences agree with the CPU reference")
+    print(
+        f"verdict: {'FAIL' if wrong else 'PASS'}, {len(gaps) - wrong} of {len(gaps)} sequences agree with the CPU reference"
+    )
     return int(wrong > 0)
 
 

@@ -11,7 +11,9 @@ from nki_kernels.targets import TARGETS
 
 
 def one_of(names: Collection[str]) -> Callable[[str], str]:
-    """A `type` for list arguments: argparse holds `choices` against the default list too, as if it were one value."""
+    """A `type` for list arguments: argparse holds `choices` against the default list too, as if it were one
+    value.
+    """
 
     def check(value: str) -> str:
         if value not in names:
@@ -24,7 +26,9 @@ def one_of(names: Collection[str]) -> Callable[[str], str]:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Target, set of constants."""
     parser.add_argument("--target", choices=TARGETS, default="trn1")
-    parser.add_argument("--constants", choices=SETS, default="calibrated", help="set of DMA rates (default %(default)s)")
+    parser.add_argument(
+        "--constants", choices=SETS, default="calibrated", help="set of DMA rates (default %(default)s)"
+    )
 
 
 def add_csv(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,6 @@
-"""`neuronmlp bench calibrate`: the cost model against every published latency, with the error of each. Simulated beside published."""
+"""`neuronmlp bench calibrate`: the cost model against every published latency, with the error of each.
+Simulated beside published.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--constants", choices=SETS, default="calibrated", help="set of DMA rates (default %(default)s)")
+    parser.add_argument(
+        "--constants", choices=SETS, default="calibrated", help="set of DMA rates (default %(default)s)"
+    )
     add_csv(parser)
 
 
@@ -43,7 +47,10 @@ def run(args: argparse.Namespace) -> int:
     if args.csv:
         predicted = [(item.row, item.simulated_us) for item in judged if item.simulated_us is not None]
         target = f"constants {constants.name}"
-        rows = [Row(f"calibrate {row.name}", "simulated_us", "us", value, "simulated", target) for row, value in predicted]
+        rows = [
+            Row(f"calibrate {row.name}", "simulated_us", "us", value, "simulated", target)
+            for row, value in predicted
+        ]
         append_rows(args.csv, rows)
     promised = constants.name == "calibrated"
     return 0 if not promised or all(item.holds for item in judged) else 1

@@ -1,7 +1,8 @@
-"""Decode throughput of several checkpoints in real vLLM, interleaved in one run so that the machine's noise hits all alike.
+"""Decode throughput of several checkpoints in real vLLM, interleaved in one run so that the machine's noise
+hits all alike.
 
-Each model has an engine in a process of its own. A round times every model once, in an order that rotates; what is reported is the
-median over rounds, and ratios are taken within a round.
+Each model has an engine in a process of its own. A round times every model once, in an order that rotates;
+what is reported is the median over rounds, and ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -22,14 +23,20 @@ from neuronmlp_plugin.checkpoint.reader import Checkpoint, read_config
 from neuronmlp_plugin.errors import UsageError
 
 PROMPT_TOKENS, WARM_TOKENS = 32, 8
-_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
     """`tokens_per_second` and `speedup` over the first model are medians over rounds.
 
-    `ideal`: the speed-up if decoding cost nothing but reading weights, i.e. the ratio of the bytes that a step reads.
+    `ideal`: the speed-up if decoding cost nothing but reading weights, i.e. the ratio of the bytes that a
+    step reads.
     """
 
     model: str
@@ -47,11 +54,19 @@ class Decode:
 def bytes_per_step(folder: pathlib.Path, dtype: str) -> int:
     """Bytes of weights that one decode step reads: all but an embedding table of which it only looks up rows.
 
-    Floating point counts in the engine's `dtype` (vLLM makes every "auto" 16 bits wide), int8 as it is, with fp32 scales.
+    Floating point counts in the engine's `dtype` (vLLM makes every "auto" 16 bits wide), int8 as it is, with
+    fp32 scales.
     """
     checkpoint = Checkpoint(folder)
-    tied, width = bool(checkpoint.config.get("tie_word_embeddings")), 4 if dtype in ("float32", "float") else 2
-    read = {name: kind for name, kind in checkpoint.dtypes().items() if tied or name != "model.embed_tokens.weight"}
+    tied, width = (
+        bool(checkpoint.config.get("tie_word_embeddings")),
+        4 if dtype in ("float32", "float") else 2,
+    )
+    read = {
+        name: kind
+        for name, kind in checkpoint.dtypes().items()
+        if tied or name != "model.embed_tokens.weight"
+    }
     shapes = checkpoint.shapes()
     scales = checkpoint.block.expected_scales() if checkpoint.block is not None else {}
     weights = sum(math.prod(shapes[name]) * (1 if kind == "I8" else width) for name, kind in read.items())
@@ -59,7 +74,13 @@ def bytes_per_step(folder: pathlib.Path, dtype: str) -> int:
 
 
 def measure_decode(
-    folders: dict[str, pathlib.Path], batches: Sequence[int], *, new_tokens: int, rounds: int, dtype: str, tick: Callable[[int], None]
+    folders: dict[str, pathlib.Path],
+    batches: Sequence[int],
+    *,
+    new_tokens: int,
+    rounds: int,
+    dtype: str,
+    tick: Callable[[int], None],
 ) -> list[Decode]:
     """Time every model at every batch size; the first one is what the others are compared with."""
     sizes = {name: bytes_per_step(folder, dtype) for name, folder in folders.items()}
@@ -85,12 +106,16 @@ def measure_decode(
 
 
 @contextmanager
-def _engines(folders: dict[str, pathlib.Path], dtype: str, batch: int, length: int) -> Iterator[dict[str, Callable[[Any], float]]]:
+def _engines(
+    folders: dict[str, pathlib.Path], dtype: str, batch: int, length: int
+) -> Iterator[dict[str, Callable[[Any], float]]]:
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     for name, folder in folders.items():
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, str(folder), dtype, batch, length), daemon=True)
+        process = context.Process(
+            target=_serve, args=(theirs, str(folder), dtype, batch, length), daemon=True
+        )
         process.start()
         theirs.close()
         pipes[name] = ours
@@ -116,7 +141,9 @@ def _answer(name: str, pipe: Connection) -> Any:
     try:
         return pipe.recv()
     except EOFError as error:
-        raise UsageError(f"{name}: expected an engine that answers, found that it stopped; its own message stands above.") from error
+        raise UsageError(
+            f"{name}: expected an engine that answers, found that it stopped; its own message stands above."
+        ) from error
 
 
 def _serve(pipe: Connection, folder: str, dtype: Any, batch: int, length: int) -> None:
@@ -150,7 +177,10 @@ def _timed(llm: Any, vocabulary: int, batch: int, new_tokens: int) -> float:
     params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
     # Different first tokens, so that no prefix is shared or cached between sequences and calls.
     start = time.perf_counter_ns()
-    prompts = [{"prompt_token_ids": [(start + 7 * i + j) % vocabulary for j in range(PROMPT_TOKENS)]} for i in range(batch)]
+    prompts = [
+        {"prompt_token_ids": [(start + 7 * i + j) % vocabulary for j in range(PROMPT_TOKENS)]}
+        for i in range(batch)
+    ]
     begin = time.perf_counter()
     llm.generate(prompts, params, use_tqdm=False)
     return time.perf_counter() - begin

@@ -1,10 +1,12 @@
 """How long a launch takes on a NeuronCore, for `bench tune --measure`.
 
-Written from the documentation of Neuron SDK 2.28, and **never run on a device**: there was none. Its use of torch_xla 2.9 was tried on a
-CPU, with torch operations; that NKI kernels are recorded and run as those are is what the documentation says.
+Written from the documentation of Neuron SDK 2.28, and **never run on a device**: there was none. Its use of
+torch_xla 2.9 was tried on a CPU, with torch operations; that NKI kernels are recorded and run as those are is
+what the documentation says.
 
-torch_xla records launches and runs them as one graph when asked to. Recording traces the kernel anew, on the host, so it is not timed; and
-the difference between a graph of several launches and a graph of one is free of what starting a graph costs the host.
+torch_xla records launches and runs them as one graph when asked to. Recording traces the kernel anew, on the
+host, so it is not timed; and the difference between a graph of several launches and a graph of one is free of
+what starting a graph costs the host.
 """
 
 from __future__ import annotations
@@ -31,10 +33,14 @@ SCALE = 0.02  # small enough that no product leaves the range of fp16
 
 
 def neuron_runtime() -> Any:
-    """The package torch_xla, with a NeuronCore as its device. Raises UsageError where there is none to measure on."""
+    """The package torch_xla, with a NeuronCore as its device. Raises UsageError where there is none to
+    measure on.
+    """
     from nki_kernels.backend import HAS_NKI
 
-    absent = [f"no {name}" for name in ("torch_xla", "torch_neuronx") if importlib.util.find_spec(name) is None]
+    absent = [
+        f"no {name}" for name in ("torch_xla", "torch_neuronx") if importlib.util.find_spec(name) is None
+    ]
     absent += [] if HAS_NKI else ["no nki"]
     absent += [] if any(pathlib.Path("/dev").glob("neuron*")) else ["no /dev/neuron*"]
     if not absent:
@@ -54,7 +60,9 @@ def neuron_runtime() -> Any:
 
 
 def plan_us(xla: Any, dtype: np.dtype, tp: int, plan: Plan) -> float:
-    """Measured time in us of the launch that runs `plan` on one of `tp` cores; `xla` is the package torch_xla."""
+    """Measured time in us of the launch that runs `plan` on one of `tp` cores; `xla` is the package
+    torch_xla.
+    """
     from nki_kernels.cost.launches import launch_of
 
     return measure_us(XlaCore(xla, *launch_of(plan, dtype, tp)))
@@ -96,7 +104,8 @@ def _graph_us(core: Core, launches: int, clock: Callable[[], float]) -> float:
 class XlaCore:
     """torch_xla's default device. Raises UsageError where what the kernel returns is no result.
 
-    Every launch has inputs of its own, weights too, as the layers of a model have: of equal launches a compiler may keep one.
+    Every launch has inputs of its own, weights too, as the layers of a model have: of equal launches a
+    compiler may keep one.
     """
 
     def __init__(self, xla: Any, kernel: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -108,7 +117,9 @@ class XlaCore:
         self.outputs.clear()
 
     def _check(self, output: torch.Tensor) -> None:
-        """Old stacks import new kernels and return zeros without a word: those were not run, whatever they took."""
+        """Old stacks import new kernels and return zeros without a word: those were not run, whatever they
+        took.
+        """
         if not (output.isfinite().all() and output.any()):
             raise UsageError(
                 f"bench tune --measure: expected a kernel's numbers, finite and not all zero, found {output.flatten()[:3].tolist()} ...; "
@@ -120,12 +131,15 @@ class XlaCore:
 
     def run(self) -> None:
         self.xla.sync()
-        self.xla.core.xla_model.wait_device_ops()  # sync(wait=True) was seen to return before the graph's end, on a CPU
+        # sync(wait=True) was seen to return before the graph's end, on a CPU
+        self.xla.core.xla_model.wait_device_ops()
         self.outputs.clear()
 
 
 def random_inputs(arguments: tuple[Any, ...], device: Any, seed: int) -> tuple[Any, ...]:
-    """`arguments` with a tensor of small normal numbers for each placeholder, packed weights too: no time depends on values."""
+    """`arguments` with a tensor of small normal numbers for each placeholder, packed weights too: no time
+    depends on values.
+    """
     import torch
 
     from nki_kernels.simulator import Placeholder

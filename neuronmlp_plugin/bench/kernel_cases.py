@@ -1,4 +1,6 @@
-"""The cases of `neuronmlp bench kernels` and what each is compared with. All times simulated, all on one core, bf16."""
+"""The cases of `neuronmlp bench kernels` and what each is compared with. All times simulated, all on one
+core, bf16.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ REMOVED_RATIO = 0.20
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One case. `tensor_bound_us`: useful FLOPs at TensorE's rate; `traffic_bound_us`: the traffic of `best` at the DMA rate of its rows.
+    """One case. `tensor_bound_us`: useful FLOPs at TensorE's rate; `traffic_bound_us`: the traffic of `best`
+    at the DMA rate of its rows.
 
     `others`: simulated_us by name of what it is compared with.
     """
@@ -61,7 +64,9 @@ def _best(request: Request, target: Target, constants: Constants) -> Found:
     return found
 
 
-def _result(case: str, request: Request, target: Target, constants: Constants, others: dict[str, float]) -> Result:
+def _result(
+    case: str, request: Request, target: Target, constants: Constants, others: dict[str, float]
+) -> Result:
     best = _best(request, target, constants)
     work = tensor_bound_us(request.layout, request.tokens, target)
     return Result(case, request.tokens, best, work, dma_bound_us(best.plan, target, constants), others)
@@ -73,10 +78,14 @@ def _in_turn(requests: list[Request], target: Target, constants: Constants) -> f
 
 
 def chain_case(tokens: int, target: Target, constants: Constants) -> Result:
-    """x U V of the paper, x^T given as to the published kernels: ours, in two launches, and the published algorithms."""
+    """x U V of the paper, x^T given as to the published kernels: ours, in two launches, and the published
+    algorithms.
+    """
     k, r, n = CHAIN
     first = chain_layout(k, r, DENSE, transposed_output=True)
-    halves = [Request(layout, tokens, BF16, transposed_input=True) for layout in (first, chain_layout(r, n, DENSE))]
+    halves = [
+        Request(layout, tokens, BF16, transposed_input=True) for layout in (first, chain_layout(r, n, DENSE))
+    ]
     natural = Request(chain_layout(k, n, Projection.whole("uv", r)), tokens, BF16)
     others = {
         "unfused": _in_turn(halves, target, constants),
@@ -93,7 +102,10 @@ def _layouts(shape: ModelShape, form: str) -> tuple[Layout, list[tuple[Layout, b
     """The MLP in one launch, and its two halves with whether they take their input transposed."""
     projection = DENSE if form == "dense" else Projection.whole(form, rank_at(shape, REMOVED_RATIO))
     sizes = shape.hidden, shape.intermediate
-    halves = [(gated_layout(*sizes, projection, projection), False), (chain_layout(sizes[1], sizes[0], projection), True)]
+    halves = [
+        (gated_layout(*sizes, projection, projection), False),
+        (chain_layout(sizes[1], sizes[0], projection), True),
+    ]
     return mlp_layout(*sizes, projection, projection, projection), halves
 
 
@@ -101,9 +113,15 @@ def mlp_case(name: str, tokens: int, target: Target, constants: Constants) -> Re
     """A model's gated MLP at removed_ratio 0.20, form uv: in one launch, in two, and dense."""
     whole, halves = _layouts(MODELS[name], "uv")
     dense, dense_halves = _layouts(MODELS[name], "dense")
-    apart = [[Request(layout, tokens, BF16, transposed_input=t) for layout, t in pair] for pair in (halves, dense_halves)]
+    apart = [
+        [Request(layout, tokens, BF16, transposed_input=t) for layout, t in pair]
+        for pair in (halves, dense_halves)
+    ]
     dense_us = _best(Request(dense, tokens, BF16), target, constants).estimate.simulated_us
-    others = {"unfused": _in_turn(apart[0], target, constants), "dense": min(dense_us, _in_turn(apart[1], target, constants))}
+    others = {
+        "unfused": _in_turn(apart[0], target, constants),
+        "dense": min(dense_us, _in_turn(apart[1], target, constants)),
+    }
     return _result(name, Request(whole, tokens, BF16), target, constants, others)
 
 

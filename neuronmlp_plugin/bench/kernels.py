@@ -1,4 +1,6 @@
-"""`neuronmlp bench kernels`: our kernels, their bounds and the published algorithms, under one cost model. Simulated throughout."""
+"""`neuronmlp bench kernels`: our kernels, their bounds and the published algorithms, under one cost model.
+Simulated throughout.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +21,32 @@ KINDS = ("chain", "prefill", "decode")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kinds", nargs="*", default=[*KINDS], type=one_of(KINDS), metavar="KIND", help=f"{', '.join(KINDS)} (default: all)")
+    parser.add_argument(
+        "kinds",
+        nargs="*",
+        default=[*KINDS],
+        type=one_of(KINDS),
+        metavar="KIND",
+        help=f"{', '.join(KINDS)} (default: all)",
+    )
     add_model_arguments(parser)
     add_csv(parser)
     parser.add_argument(
-        "--plots", type=pathlib.Path, metavar="DIR", help="draw roofline, latency by tokens and waterfall (needs matplotlib)"
+        "--plots",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="draw roofline, latency by tokens and waterfall (needs matplotlib)",
     )
-    parser.add_argument("--trace", type=pathlib.Path, metavar="FILE", help="write the last case's timeline for Perfetto")
+    parser.add_argument(
+        "--trace", type=pathlib.Path, metavar="FILE", help="write the last case's timeline for Perfetto"
+    )
 
 
 def _line(result: Result) -> str:
     counters = result.best.estimate.counters
-    shares = " ".join(f"{name} {us:.0f} ({us / result.simulated_us:.2f}x)" for name, us in result.others.items())
+    shares = " ".join(
+        f"{name} {us:.0f} ({us / result.simulated_us:.2f}x)" for name, us in result.others.items()
+    )
     bounds = f"{result.tensor_bound_us:>10.1f}{result.traffic_bound_us:>10.1f}{result.over_bound:>8.3f}"
     traffic = f"{counters.hbm_bytes / 1e6:>10.1f}{counters.hbm_bytes / counters.hbm_unique_bytes:>7.2f}"
     plan = f"{result.best.plan.block_tokens:>7}"
@@ -53,7 +69,14 @@ def _rows(result: Result, target: str) -> Iterator[Row]:
     }
     for name, value in values.items():
         yield Row(f"kernels {case} {name}", "simulated_us", "us", value, "simulated", target)
-    yield Row(f"kernels {case} fused", "hbm_bytes", "B", result.best.estimate.counters.hbm_bytes, "simulated", target)
+    yield Row(
+        f"kernels {case} fused",
+        "hbm_bytes",
+        "B",
+        result.best.estimate.counters.hbm_bytes,
+        "simulated",
+        target,
+    )
 
 
 def _write_trace(path: pathlib.Path, result: Result, args: argparse.Namespace) -> None:
@@ -73,7 +96,9 @@ def run(args: argparse.Namespace) -> int:
     from neuronmlp_plugin.bench.kernel_cases import cases
 
     target, constants = TARGETS[args.target], SETS[args.constants]
-    print(f"simulated, one core of {target.name}, bf16, constants {constants.name} ({constants.source})\n{HEAD}")
+    print(
+        f"simulated, one core of {target.name}, bf16, constants {constants.name} ({constants.source})\n{HEAD}"
+    )
     done = []
     for kind in args.kinds:
         for result in cases(kind, target, constants):

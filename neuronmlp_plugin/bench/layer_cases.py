@@ -15,7 +15,8 @@ from nki_kernels.cost.transformer import Parts, Step, amdahl, step_time
 from nki_kernels.targets import TARGETS
 
 HEAD = (
-    f"{'model':<14}{'tp':>4} {'step':<22}{'dense us':>12}{'low-rank us':>12}{'speed-up':>9}{'MLP':>7}{'Amdahl':>8}  low-rank, share of time"
+    f"{'model':<14}{'tp':>4} {'step':<22}{'dense us':>12}{'low-rank us':>12}{'speed-up':>9}"
+    f"{'MLP':>7}{'Amdahl':>8}  low-rank, share of time"
 )
 
 
@@ -32,7 +33,11 @@ class Compared:
     def line(self) -> str:
         """As printed under HEAD."""
         parts = self.low
-        shares = {"MLP": parts.mlp, "its collectives": parts.mlp_collectives, "attention": parts.attention + parts.attention_collectives}
+        shares = {
+            "MLP": parts.mlp,
+            "its collectives": parts.mlp_collectives,
+            "attention": parts.attention + parts.attention_collectives,
+        }
         numbers = f"{self.dense.total:>12.0f}{parts.total:>12.0f}{self.dense.total / parts.total:>9.3f}"
         bound = f"{self.dense.mlp_share:>7.0%}{amdahl(self.dense.mlp_share):>8.2f}"
         text = ", ".join(f"{name} {us / parts.total:.0%}" for name, us in shares.items())
@@ -41,17 +46,26 @@ class Compared:
     def rows(self, form: str, where: str) -> list[Row]:
         case = f"layers {self.model} tp={self.tp} {self.step}"
         totals = {"dense": self.dense.total, form: self.low.total}
-        return [Row(f"{case} {name}", "simulated_us", "us", value, "simulated", where) for name, value in totals.items()]
+        return [
+            Row(f"{case} {name}", "simulated_us", "us", value, "simulated", where)
+            for name, value in totals.items()
+        ]
 
 
 def _compare(args: argparse.Namespace) -> Iterator[Compared]:
     """Every model, core count and step."""
     target, constants = TARGETS[args.target], SETS[args.constants]
-    steps = {"TTFT": Step(1, args.prompt, args.prompt)} | {f"TPOT batch {size}": Step(size, 1, args.prompt) for size in args.batch}
-    for shape, tp, (label, step) in itertools.product((MODELS[name] for name in args.models), args.tp, steps.items()):
+    steps = {"TTFT": Step(1, args.prompt, args.prompt)} | {
+        f"TPOT batch {size}": Step(size, 1, args.prompt) for size in args.batch
+    }
+    for shape, tp, (label, step) in itertools.product(
+        (MODELS[name] for name in args.models), args.tp, steps.items()
+    ):
         low = ((args.form, rank_at(shape, args.remove)),) * 3
         try:
-            dense, parts = (step_time(shape, forms, step, tp, target, constants) for forms in ((("dense", 0),) * 3, low))
+            dense, parts = (
+                step_time(shape, forms, step, tp, target, constants) for forms in ((("dense", 0),) * 3, low)
+            )
         except ValueError as error:
             raise UsageError(f"bench layers: {shape.name}, tp {tp}, {label}: {error}") from error
         yield Compared(shape.name, tp, label, dense, parts)
@@ -59,7 +73,9 @@ def _compare(args: argparse.Namespace) -> Iterator[Compared]:
 
 def report(args: argparse.Namespace) -> int:
     """Print as it goes, then append the rows."""
-    print(f"simulated, {args.target}, bf16, constants {args.constants}, MLPs {args.form} at removed_ratio {args.remove}\n{HEAD}")
+    print(
+        f"simulated, {args.target}, bf16, constants {args.constants}, MLPs {args.form} at removed_ratio {args.remove}\n{HEAD}"
+    )
     done = []
     for compared in _compare(args):
         print(compared.line(), flush=True)

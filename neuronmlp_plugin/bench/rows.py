@@ -29,7 +29,9 @@ class Row:
     origin: str
     target: str = dataclasses.field(default_factory=lambda: f"{platform.machine()} cpu")
     versions: str = dataclasses.field(
-        default_factory=lambda: f"neuronmlp {_version('neuronmlp')}, vllm {_version('vllm')}, torch {_version('torch')}"
+        default_factory=lambda: (
+            f"neuronmlp {_version('neuronmlp')}, vllm {_version('vllm')}, torch {_version('torch')}"
+        )
     )
     date: str = dataclasses.field(default_factory=lambda: datetime.date.today().isoformat())
 

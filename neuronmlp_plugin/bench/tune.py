@@ -28,16 +28,38 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "models", nargs="*", default=[*MODELS], type=one_of(MODELS), metavar="MODEL", help=f"of {', '.join(MODELS)} (default: all)"
+        "models",
+        nargs="*",
+        default=[*MODELS],
+        type=one_of(MODELS),
+        metavar="MODEL",
+        help=f"of {', '.join(MODELS)} (default: all)",
     )
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="table to write; one that exists is added to")
-    parser.add_argument("--remove", type=share, nargs="+", default=[0.20], metavar="SHARE", help="of the MLP parameters (default 0.20)")
+    parser.add_argument(
+        "--out", type=pathlib.Path, required=True, help="table to write; one that exists is added to"
+    )
+    parser.add_argument(
+        "--remove",
+        type=share,
+        nargs="+",
+        default=[0.20],
+        metavar="SHARE",
+        help="of the MLP parameters (default 0.20)",
+    )
     parser.add_argument("--form", choices=("dense", "uv", "compact"), nargs="+", default=["dense", "uv"])
     parser.add_argument(
-        "--tokens", type=positive, nargs="+", default=[1, 16, 128, 512, 2048, 8192], help="per launch (default: 1 ... 8192)"
+        "--tokens",
+        type=positive,
+        nargs="+",
+        default=[1, 16, 128, 512, 2048, 8192],
+        help="per launch (default: 1 ... 8192)",
     )
     parser.add_argument("--tp", type=positive, nargs="+", default=[1, 8], help="cores (default 1 8)")
-    parser.add_argument("--measure", action="store_true", help="time plans on this machine's Neuron device (never tried on one)")
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="time plans on this machine's Neuron device (never tried on one)",
+    )
     add_model_arguments(parser)
 
 
@@ -57,14 +79,20 @@ def _requests(args: argparse.Namespace, model: str) -> Iterator[tuple[int, Reque
                     yield tp, stage_request(layout, tokens, BF16)
 
 
-def _choose(request: Request, tp: int, args: argparse.Namespace, measure: Measure | None) -> tuple[str, dict[str, Any] | None]:
+def _choose(
+    request: Request, tp: int, args: argparse.Namespace, measure: Measure | None
+) -> tuple[str, dict[str, Any] | None]:
     """A line for the user, and the fields of the choice if there is one."""
     from nki_kernels.cost.search import search, search_measured
     from nki_kernels.planner import Declined
 
     began = time.perf_counter()
     target, constants = TARGETS[args.target], SETS[args.constants]
-    found = search_measured(request, measure, target, constants) if measure else search(request, target, constants, tp)
+    found = (
+        search_measured(request, measure, target, constants)
+        if measure
+        else search(request, target, constants, tp)
+    )
     took = f"[{time.perf_counter() - began:.1f} s]"
     if isinstance(found, Declined):
         return f"{took} no plan: {found.reason}", None
@@ -89,12 +117,16 @@ def _about(args: argparse.Namespace) -> str:
 
 
 def _stored(path: pathlib.Path, about: str) -> dict[str, Any]:
-    """Choices that are there already. Raises UsageError where they come from elsewhere: one table, one origin."""
+    """Choices that are there already. Raises UsageError where they come from elsewhere: one table, one
+    origin.
+    """
     if not path.exists():
         return {}
     table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if table["about"] != about:
-        raise UsageError(f"{path}: expected a table {about!r} to add to, found one {table['about']!r}; name another file with --out.")
+        raise UsageError(
+            f"{path}: expected a table {about!r} to add to, found one {table['about']!r}; name another file with --out."
+        )
     choices: dict[str, Any] = table["choices"]
     return choices
 
@@ -116,5 +148,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"{model} tp={tp} {name}\n    {line}", flush=True)
             if fields is not None:
                 choices[name] = fields
-            args.out.write_text(json.dumps({"about": about, "choices": dict(sorted(choices.items()))}, indent=1) + "\n", encoding="utf-8")
+            args.out.write_text(
+                json.dumps({"about": about, "choices": dict(sorted(choices.items()))}, indent=1) + "\n",
+                encoding="utf-8",
+            )
     return 0

@@ -1,17 +1,23 @@
-"""Losses at the vocabulary, with their gradient taken by hand and in pieces: logits of all positions would fill the memory."""
+"""Losses at the vocabulary, with their gradient taken by hand and in pieces: logits of all positions would
+fill the memory.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-# Logits in memory at a time, as numbers: 16 MB in fp32, which glibc keeps for the next piece instead of asking the kernel for fresh pages.
+# Logits in memory at a time, as numbers: 16 MB in fp32, which glibc keeps for the next piece instead of
+# asking the kernel for fresh pages.
 LOGITS = 2**22
 
 
 @torch.no_grad()
-def kl_gradient(hidden: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """`(sum of KL(p || q), its gradient by hidden [n, H])` for q = softmax(hidden head^T), p = softmax(teacher head^T).
+def kl_gradient(
+    hidden: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor
+) -> tuple[float, torch.Tensor]:
+    """`(sum of KL(p || q), its gradient by hidden [n, H])` for q = softmax(hidden head^T), p =
+    softmax(teacher head^T).
 
     `head [vocabulary, H]`, in whose dtype the products are taken. The gradient by the logits is q - p.
     """
@@ -25,7 +31,9 @@ def kl_gradient(hidden: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor)
 
 
 @torch.no_grad()
-def next_token_gradient(hidden: torch.Tensor, targets: torch.Tensor, head: torch.Tensor) -> tuple[float, torch.Tensor]:
+def next_token_gradient(
+    hidden: torch.Tensor, targets: torch.Tensor, head: torch.Tensor
+) -> tuple[float, torch.Tensor]:
     """`(sum of cross entropies, its gradient by hidden [n, H])` for the token ids `targets [n]`."""
     total, gradients = 0.0, []
     for h, ids in zip(*(x.split(_positions(head)) for x in (hidden, targets)), strict=True):

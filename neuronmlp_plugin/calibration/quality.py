@@ -1,4 +1,6 @@
-"""How good a model is next to its dense original, on held-out text: perplexity, KL divergence, top-1 agreement."""
+"""How good a model is next to its dense original, on held-out text: perplexity, KL divergence, top-1
+agreement.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,16 @@ from neuronmlp_plugin.calibration.statistics import run_in_place
 from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.errors import NonFiniteError
 
-POSITIONS = 64  # whose logits are in memory at a time: 33 MB in fp32 for 128256 tokens; larger pieces cost the kernel's page faults
+# whose logits are in memory at a time: 33 MB in fp32 for 128256 tokens; larger pieces cost the kernel's page
+# faults
+POSITIONS = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """Over `num_tokens` predicted tokens. KL is in nats per token, KL(reference || candidate); agreement is of the argmax."""
+    """Over `num_tokens` predicted tokens. KL is in nats per token, KL(reference || candidate); agreement is
+    of the argmax.
+    """
 
     reference_perplexity: float
     candidate_perplexity: float
@@ -34,7 +40,12 @@ class Quality:
         return {**dataclasses.asdict(self), "perplexity_ratio": self.perplexity_ratio}
 
 
-def compare(reference: LayerStream, candidate: LayerStream, windows: torch.Tensor, tick: Callable[[int], None] = lambda _: None) -> Quality:
+def compare(
+    reference: LayerStream,
+    candidate: LayerStream,
+    windows: torch.Tensor,
+    tick: Callable[[int], None] = lambda _: None,
+) -> Quality:
     """One candidate against the reference over `windows [n, S]`; `Judge` says how."""
     return Judge(reference, windows, tick).compare(candidate, tick)
 
@@ -42,11 +53,13 @@ def compare(reference: LayerStream, candidate: LayerStream, windows: torch.Tenso
 class Judge:
     """Compares candidates with a reference that runs once, over all predicted tokens of `windows [n, S]`.
 
-    One layer of one model is in memory at a time; `tick(1)` after each of any model's layers. A window with NaN or Inf logits ends the
-    run with NonFiniteError: skipping it would make a broken model look finite.
+    One layer of one model is in memory at a time; `tick(1)` after each of any model's layers. A window with
+    NaN or Inf logits ends the run with NonFiniteError: skipping it would make a broken model look finite.
     """
 
-    def __init__(self, reference: LayerStream, windows: torch.Tensor, tick: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(
+        self, reference: LayerStream, windows: torch.Tensor, tick: Callable[[int], None] = lambda _: None
+    ) -> None:
         self.reference, self.windows = reference, windows
         self._exact = last_hidden(reference, windows, tick)
 
@@ -60,7 +73,9 @@ class Judge:
             targets, p, q = (x.split(POSITIONS) for x in (window[1:], *(hidden[:-1] for hidden in pair)))
             for target, x, y in zip(targets, p, q, strict=True):
                 device = self.reference.device
-                totals.add(head_p(x.to(device)), head_q(y.to(candidate.device)), target.to(device), f"window {index}")
+                totals.add(
+                    head_p(x.to(device)), head_q(y.to(candidate.device)), target.to(device), f"window {index}"
+                )
         return totals.quality()
 
 
@@ -81,7 +96,9 @@ class _Totals:
     def __init__(self) -> None:
         self.losses, self.kl, self.agreed, self.count = [0.0, 0.0], 0.0, 0, 0
 
-    def add(self, reference: torch.Tensor, candidate: torch.Tensor, targets: torch.Tensor, where: str) -> None:
+    def add(
+        self, reference: torch.Tensor, candidate: torch.Tensor, targets: torch.Tensor, where: str
+    ) -> None:
         """Logits `[n, vocabulary]` of both models for the tokens `targets [n]`."""
         log_p = _log_probabilities(reference, f"dense model, {where}")
         log_q = _log_probabilities(candidate, f"judged model, {where}")

@@ -1,4 +1,6 @@
-"""The two statistics of shared svd.md: input moments (S0, one forward pass) and output metrics (S1, a short backward pass)."""
+"""The two statistics of shared svd.md: input moments (S0, one forward pass) and output metrics (S1, a short
+backward pass).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ DAMPING = 0.1  # share of the mean diagonal added to down's metric: a short back
 
 @dataclasses.dataclass(frozen=True)
 class LayerMoments:
-    """E[x x^T] of a layer's MLP input (gate and up share it) `[H, H]` and of down's input `[I, I]`, with the tokens behind them."""
+    """E[x x^T] of a layer's MLP input (gate and up share it) `[H, H]` and of down's input `[I, I]`, with the
+    tokens behind them.
+    """
 
     gate_up: torch.Tensor
     down: torch.Tensor
@@ -30,7 +34,9 @@ class LayerMoments:
 
 @dataclasses.dataclass(frozen=True)
 class LayerMetrics:
-    """E[g g^T] of the loss gradient at each projection's output: diagonals `[I]` for gate and up, full `[H, H]` for down."""
+    """E[g g^T] of the loss gradient at each projection's output: diagonals `[I]` for gate and up, full `[H,
+    H]` for down.
+    """
 
     gate_proj: torch.Tensor
     up_proj: torch.Tensor
@@ -55,7 +61,8 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 def layer_moments(
     stream: LayerStream, layer: nn.Module, hidden: torch.Tensor, tick: Callable[[int], None], workers: Workers
 ) -> LayerMoments:
-    """Run the layer over `hidden [windows, S, H]`, replacing it in place by the layer's output; `tick(windows)` after each batch.
+    """Run the layer over `hidden [windows, S, H]`, replacing it in place by the layer's output;
+    `tick(windows)` after each batch.
 
     The moments are over the windows of all workers, and lie on the CPU.
     """
@@ -74,7 +81,9 @@ def layer_moments(
     return LayerMoments(gate_up.mean().cpu(), down.mean().cpu(), tokens)
 
 
-def run_in_place(stream: LayerStream, layer: nn.Module, hidden: torch.Tensor, tick: Callable[[int], None] = lambda _: None) -> None:
+def run_in_place(
+    stream: LayerStream, layer: nn.Module, hidden: torch.Tensor, tick: Callable[[int], None] = lambda _: None
+) -> None:
     """Replace `hidden [windows, S, H]` by the layer's output, batch by batch."""
     with torch.no_grad():
         for batch in hidden.split(BATCH) if len(hidden) else ():
@@ -82,8 +91,11 @@ def run_in_place(stream: LayerStream, layer: nn.Module, hidden: torch.Tensor, ti
             tick(len(batch))
 
 
-def backward_in_place(stream: LayerStream, layer: nn.Module, hidden: torch.Tensor, gradient: torch.Tensor) -> None:
-    """Replace `gradient [n, S, H]`, dL/d(output of the layer on `hidden`), by dL/dhidden; gradients of the layer's weights add up.
+def backward_in_place(
+    stream: LayerStream, layer: nn.Module, hidden: torch.Tensor, gradient: torch.Tensor
+) -> None:
+    """Replace `gradient [n, S, H]`, dL/d(output of the layer on `hidden`), by dL/dhidden; gradients of the
+    layer's weights add up.
 
     The layer is run anew, batch by batch, so that only one batch of one layer keeps its activations.
     """
@@ -95,7 +107,9 @@ def backward_in_place(stream: LayerStream, layer: nn.Module, hidden: torch.Tenso
 
 
 def loss_gradient(stream: LayerStream, hidden: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
-    """dL/dhidden for the last layer's output `hidden [n, S, H]`, L the summed next-token loss over `windows [n, S]`."""
+    """dL/dhidden for the last layer's output `hidden [n, S, H]`, L the summed next-token loss over `windows
+    [n, S]`.
+    """
     head, gradients = stream.head(), []
     for states, ids in zip(hidden, windows, strict=True):
         leaf = states.detach().to(stream.device).requires_grad_()
@@ -105,16 +119,24 @@ def loss_gradient(stream: LayerStream, hidden: torch.Tensor, windows: torch.Tens
     return torch.stack(gradients)
 
 
-def layer_metrics(stream: LayerStream, layer: nn.Module, hidden: torch.Tensor, gradient: torch.Tensor, workers: Workers) -> LayerMetrics:
-    """Token-wise second moments of dL/dy at the outputs of a layer's projections, over the windows of all workers.
+def layer_metrics(
+    stream: LayerStream, layer: nn.Module, hidden: torch.Tensor, gradient: torch.Tensor, workers: Workers
+) -> LayerMetrics:
+    """Token-wise second moments of dL/dy at the outputs of a layer's projections, over the windows of all
+    workers.
 
     `gradient` is taken through the layer by `backward_in_place`.
     """
     mlp: Any = layer.mlp
-    squares = {name: torch.zeros(getattr(mlp, name).out_features, dtype=torch.float64) for name in ("gate_proj", "up_proj")}
+    squares = {
+        name: torch.zeros(getattr(mlp, name).out_features, dtype=torch.float64)
+        for name in ("gate_proj", "up_proj")
+    }
     full = SecondMoment(mlp.down_proj.out_features, stream.device)
 
-    def collect(name: str, gradient: torch.Tensor) -> None:  # a tensor hook that returns something would replace the gradient
+    def collect(
+        name: str, gradient: torch.Tensor
+    ) -> None:  # a tensor hook that returns something would replace the gradient
         if name == "down_proj":
             full.add(_flat(gradient))
         else:
@@ -126,7 +148,12 @@ def layer_metrics(stream: LayerStream, layer: nn.Module, hidden: torch.Tensor, g
 
         return hook
 
-    with hooked([getattr(mlp, name).register_forward_hook(watch(name)) for name in ("gate_proj", "up_proj", "down_proj")]):
+    with hooked(
+        [
+            getattr(mlp, name).register_forward_hook(watch(name))
+            for name in ("gate_proj", "up_proj", "down_proj")
+        ]
+    ):
         backward_in_place(stream, layer, hidden, gradient)
     squares = {name: workers.sum(square) for name, square in squares.items()}
     workers.add_up(full)

@@ -1,4 +1,6 @@
-"""Run a decoder one layer at a time, with one layer's weights in memory, straight from the checkpoint's files."""
+"""Run a decoder one layer at a time, with one layer's weights in memory, straight from the checkpoint's
+files.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ CPU = torch.device("cpu")
 class LayerStream:
     """The layers of a dense or factored checkpoint, loaded on demand in `dtype` (fp32) on `device`.
 
-    Hidden states are `[windows, S, H]`; every window starts at position 0 and attention is causal. They stay where the caller keeps
-    them: `run` takes a batch to the device and brings nothing back. `factors` is laid over a dense checkpoint.
+    Hidden states are `[windows, S, H]`; every window starts at position 0 and attention is causal. They stay
+    where the caller keeps them: `run` takes a batch to the device and brings nothing back. `factors` is laid
+    over a dense checkpoint.
     """
 
     def __init__(
@@ -39,7 +42,8 @@ class LayerStream:
         if block is not None:
             swap_projections(self.model, block)
         self.model.model.rotary_emb.to(device)
-        # Without a mask tensor sdpa takes its causal path, whole: `run` refuses what a sliding window would cut.
+        # Without a mask tensor sdpa takes its causal path, whole: `run` refuses what a sliding window would
+        # cut.
         self.model.config._attn_implementation = "sdpa"
 
     @property
@@ -56,14 +60,22 @@ class LayerStream:
         self.model.model.layers[index].to_empty(device="meta")
 
     def embed(self, windows: torch.Tensor) -> torch.Tensor:
-        """Token ids `[windows, S]` -> hidden states on the CPU. Looked up as stored: a whole table in fp32 would be 2 GB at 8B."""
+        """Token ids `[windows, S]` -> hidden states on the CPU. Looked up as stored: a whole table in fp32
+        would be 2 GB at 8B.
+        """
         return F.embedding(windows, self.checkpoint.tensor("model.embed_tokens.weight")).to(self.dtype)
 
     def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """One layer over some windows; the output lies on the stream's device."""
         limit = getattr(self.model.config, "sliding_window", None)
-        if limit is not None and getattr(self.model.config, "use_sliding_window", True) and hidden.shape[1] > limit:
-            raise UsageError(f"--window: expected at most the model's sliding window, {limit} tokens, found {hidden.shape[1]}.")
+        if (
+            limit is not None
+            and getattr(self.model.config, "use_sliding_window", True)
+            and hidden.shape[1] > limit
+        ):
+            raise UsageError(
+                f"--window: expected at most the model's sliding window, {limit} tokens, found {hidden.shape[1]}."
+            )
         hidden = hidden.to(self.device)
         positions = torch.arange(hidden.shape[1], device=self.device)[None]
         rotary = self.model.model.rotary_emb(hidden, positions)
@@ -83,7 +95,9 @@ class LayerStream:
 
     @contextlib.contextmanager
     def on_demand(self, tick: Callable[[int], None]) -> Iterator[Any]:
-        """The whole Hugging Face model, whose layers load when they are called and go when they are done; `tick(1)` after each pass."""
+        """The whole Hugging Face model, whose layers load when they are called and go when they are done;
+        `tick(1)` after each pass.
+        """
         _, output = self.head()
         self.model.lm_head, self.model.model.embed_tokens = output, _Lookup(self)
         with contextlib.ExitStack() as hooks:
@@ -101,7 +115,9 @@ class LayerStream:
         self.release(index)
 
     def _head_name(self) -> str:
-        return "lm_head.weight" if "lm_head.weight" in self.checkpoint.shapes() else "model.embed_tokens.weight"
+        return (
+            "lm_head.weight" if "lm_head.weight" in self.checkpoint.shapes() else "model.embed_tokens.weight"
+        )
 
     def _tensor(self, name: str) -> torch.Tensor:
         if self.factors is not None and name.startswith(tuple(self.factors.prefixes)):

@@ -1,6 +1,8 @@
-"""The processes of one run, as `torchrun` or `accelerate launch` started them; alone, without either, there is one.
+"""The processes of one run, as `torchrun` or `accelerate launch` started them; alone, without either, there
+is one.
 
-Each has its share of the calibration windows. Sums over tokens are added up; the first process decomposes and writes.
+Each has its share of the calibration windows. Sums over tokens are added up; the first process decomposes and
+writes.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import torch
 from neuronmlp_plugin.errors import UsageError
 from neuronmlp_plugin.lowrank.moments import BLOCK, SecondMoment
 
-# The others wait while the first decomposes a layer: minutes at 8B, where the default of half an hour could run out on a busy machine.
+# The others wait while the first decomposes a layer: minutes at 8B, where the default of half an hour could
+# run out on a busy machine.
 PATIENCE = datetime.timedelta(days=1)
 
 
@@ -24,7 +27,8 @@ class Workers:
     def __init__(self) -> None:
         from accelerate import PartialState
 
-        # Told explicitly: left alone it takes any accelerator there is, some without fp64, and without one it forms no group.
+        # Told explicitly: left alone it takes any accelerator there is, some without fp64, and without one it
+        # forms no group.
         self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         self.index: int = self._state.process_index
         self.count: int = self._state.num_processes
@@ -39,7 +43,9 @@ class Workers:
     def share(self, windows: torch.Tensor) -> torch.Tensor:
         """This process's part of `windows [n, S]`."""
         if 0 < len(windows) < self.count:
-            raise UsageError(f"expected at least one window for each of {self.count} processes, found {len(windows)}; start fewer.")
+            raise UsageError(
+                f"expected at least one window for each of {self.count} processes, found {len(windows)}; start fewer."
+            )
         return windows[self.index :: self.count]
 
     def own(self, name: str) -> str:
@@ -65,7 +71,9 @@ class Workers:
         return total.to(tensor.device)
 
     def add_up(self, moment: SecondMoment) -> None:
-        """Make `moment` that of all processes' rows; block by block, since a copy of the whole could be too much."""
+        """Make `moment` that of all processes' rows; block by block, since a copy of the whole could be too
+        much.
+        """
         for block in moment.total.split(BLOCK):
             block.copy_(self.sum(block))
         moment.count = int(self.sum(torch.tensor(moment.count)))

@@ -1,4 +1,6 @@
-"""From a folder to a torch model: the plain reading of a checkpoint, against which every serving path is judged."""
+"""From a folder to a torch model: the plain reading of a checkpoint, against which every serving path is
+judged.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,12 @@ from neuronmlp_plugin.models.low_rank_linear import build_linear
 from neuronmlp_plugin.models.projection import PROJECTIONS
 
 
-def load_model(folder: str | pathlib.Path, *, dtype: torch.dtype = torch.float32, factors: str | pathlib.Path | None = None) -> Any:
+def load_model(
+    folder: str | pathlib.Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    factors: str | pathlib.Path | None = None,
+) -> Any:
     """The Hugging Face model of a dense or factored folder, in eval mode on the CPU; never runs remote code.
 
     `factors`: a factor file to lay over a dense folder. Raises the errors of `Checkpoint` and `FactorFile`.
@@ -26,17 +33,28 @@ def load_model(folder: str | pathlib.Path, *, dtype: torch.dtype = torch.float32
         swap_projections(model, block)
     state = {name: tensor.to(dtype) for name, tensor in checkpoint.tensors() if not _replaced(name, overlay)}
     if overlay is not None:
-        state.update({name: overlay.tensor(name).to(dtype) for name in overlay.block.expected_tensors(only_changed=True)})
+        state.update(
+            {
+                name: overlay.tensor(name).to(dtype)
+                for name in overlay.block.expected_tensors(only_changed=True)
+            }
+        )
     load_exactly(model, state, str(checkpoint.folder))
     return model.eval()
 
 
-def open_folder(folder: str | pathlib.Path, factors: str | pathlib.Path | None = None) -> tuple[Checkpoint, FactorFile | None]:
-    """A folder and the factor file over it, if one is named. Raises the errors of `Checkpoint` and `FactorFile`."""
+def open_folder(
+    folder: str | pathlib.Path, factors: str | pathlib.Path | None = None
+) -> tuple[Checkpoint, FactorFile | None]:
+    """A folder and the factor file over it, if one is named. Raises the errors of `Checkpoint` and
+    `FactorFile`.
+    """
     checkpoint = Checkpoint(folder)
     overlay = FactorFile(factors, checkpoint.config) if factors is not None else None
     if overlay is not None and checkpoint.block is not None:
-        raise CheckpointError(f"{checkpoint.folder}: expected a dense folder under a factor file, found a factored one; drop the file.")
+        raise CheckpointError(
+            f"{checkpoint.folder}: expected a dense folder under a factor file, found a factored one; drop the file."
+        )
     return checkpoint, overlay
 
 

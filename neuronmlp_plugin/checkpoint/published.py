@@ -1,4 +1,6 @@
-"""The layout of SVD-LLM and NeuronMM (`*_v_proj` first, `*_u_proj` second), turned into ours. The only place that knows their letters."""
+"""The layout of SVD-LLM and NeuronMM (`*_v_proj` first, `*_u_proj` second), turned into ours. The only place
+that knows their letters.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,16 @@ from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, MLPShape, Pro
 
 
 def published_names(projection: str) -> dict[str, str]:
-    """Our suffix -> their name inside `mlp`. Theirs apply `v` `[R, in]` first and `u` `[out, R]` second; ours apply `u` first."""
+    """Our suffix -> their name inside `mlp`. Theirs apply `v` `[R, in]` first and `u` `[out, R]` second; ours
+    apply `u` first.
+    """
     stem = projection.removesuffix("_proj")
     return {"u.weight": f"{stem}_v_proj.weight", "v.weight": f"{stem}_u_proj.weight"}
 
 
 def convert_published(source: str | pathlib.Path, target: pathlib.Path) -> FormatBlock:
-    """Write `target` (a folder that exists and is empty) from a published folder; ranks are read from the shapes.
+    """Write `target` (a folder that exists and is empty) from a published folder; ranks are read from the
+    shapes.
 
     Raises CheckpointError where a factor is missing or its shapes do not meet.
     """
@@ -28,7 +33,9 @@ def convert_published(source: str | pathlib.Path, target: pathlib.Path) -> Forma
     shape = mlp_shape(base.config, str(base.folder / "config.json"))
     layers = tuple(_layer_specs(base, shape, index) for index in range(shape.num_layers))
     if all(spec.form == "dense" for layer in layers for spec in layer.values()):
-        raise CheckpointError(f"{base.folder}: expected factors named like model.layers.0.mlp.gate_v_proj.weight, found none.")
+        raise CheckpointError(
+            f"{base.folder}: expected factors named like model.layers.0.mlp.gate_v_proj.weight, found none."
+        )
     block = FormatBlock(layers, shape, {"converted_from": "published v_proj/u_proj layout"})
     for index, specs in enumerate(layers):
         write_layer(target, base, index, _layer_tensors(base, index, specs, shape))
@@ -44,12 +51,16 @@ def _layer_specs(base: Checkpoint, shape: MLPShape, index: int) -> dict[str, Pro
         name = f"{layer_prefix(index)}mlp.{published_names(projection)['u.weight']}"
         dense = f"{layer_prefix(index)}mlp.{projection}.weight"
         if name not in found and dense not in found:
-            raise CheckpointError(f"{base.folder}: expected {name} or {dense}, found neither; the folder is incomplete.")
+            raise CheckpointError(
+                f"{base.folder}: expected {name} or {dense}, found neither; the folder is incomplete."
+            )
         specs[projection] = ProjectionSpec("uv", found[name][0]) if name in found else DENSE
     return specs
 
 
-def _layer_tensors(base: Checkpoint, index: int, specs: dict[str, ProjectionSpec], shape: MLPShape) -> dict[str, torch.Tensor]:
+def _layer_tensors(
+    base: Checkpoint, index: int, specs: dict[str, ProjectionSpec], shape: MLPShape
+) -> dict[str, torch.Tensor]:
     tensors = {}
     for projection, spec in specs.items():
         names = published_names(projection) if spec.form == "uv" else {"weight": f"{projection}.weight"}
@@ -57,6 +68,8 @@ def _layer_tensors(base: Checkpoint, index: int, specs: dict[str, ProjectionSpec
             name = f"{layer_prefix(index)}mlp.{names[suffix]}"
             tensor = base.tensor(name)
             if tuple(tensor.shape) != size:
-                raise CheckpointError(f"{base.folder}: {name}: expected shape {list(size)}, found {list(tensor.shape)}.")
+                raise CheckpointError(
+                    f"{base.folder}: {name}: expected shape {list(size)}, found {list(tensor.shape)}."
+                )
             tensors[f"{layer_prefix(index)}mlp.{projection}.{suffix}"] = tensor
     return tensors

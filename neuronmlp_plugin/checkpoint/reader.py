@@ -38,8 +38,8 @@ Headers = dict[str, Header]
 class Checkpoint:
     """An opened model folder: its config, its block (None for a dense model) and its tensors by name.
 
-    An int8 weight is one tensor here, whose scales are not seen: it is dequantised when it is read. Opening reads only headers.
-    Raises CheckpointError, FormatVersionError or UnsupportedModelError.
+    An int8 weight is one tensor here, whose scales are not seen: it is dequantised when it is read. Opening
+    reads only headers. Raises CheckpointError, FormatVersionError or UnsupportedModelError.
     """
 
     def __init__(self, folder: str | pathlib.Path) -> None:
@@ -78,7 +78,9 @@ class Checkpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU, finite and in a floating dtype (fp32 where int8 is stored)."""
         if name not in self._files:
-            raise CheckpointError(f"{self.folder}: expected a tensor {name}, found none; the folder is incomplete.")
+            raise CheckpointError(
+                f"{self.folder}: expected a tensor {name}, found none; the folder is incomplete."
+            )
         return read_tensor(name, self._files, self._scales)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -87,16 +89,22 @@ class Checkpoint:
 
 
 class FactorFile:
-    """An opened factor file (FORMAT.md): its block and its MLP tensors, to be laid over `config`'s dense model."""
+    """An opened factor file (FORMAT.md): its block and its MLP tensors, to be laid over `config`'s dense
+    model.
+    """
 
     def __init__(self, path: str | pathlib.Path, config: dict[str, Any]) -> None:
         self.path = pathlib.Path(path)
         if not self.path.is_file():
-            raise CheckpointError(f"{self.path}: expected a factor file, found none; write one with `neuronmlp compress --factors-only`.")
+            raise CheckpointError(
+                f"{self.path}: expected a factor file, found none; write one with `neuronmlp compress --factors-only`."
+            )
         with open_safetensors(self.path) as handle:
             text = (handle.metadata() or {}).get(QUANT_METHOD)
         if text is None:
-            raise CheckpointError(f"{self.path}: expected `{QUANT_METHOD}` metadata in the safetensors header, found none.")
+            raise CheckpointError(
+                f"{self.path}: expected `{QUANT_METHOD}` metadata in the safetensors header, found none."
+            )
         self.block = parse_block(_parse_object(text, self.path), config, str(self.path))
         self._files = read_headers(self.path)
         _check_headers(self.block, self._files, str(self.path), only_changed=True)
@@ -116,12 +124,16 @@ def open_dense(folder: str | pathlib.Path) -> Checkpoint:
     """A folder that is to be the measure of others: a factored one is refused."""
     checkpoint = Checkpoint(folder)
     if checkpoint.block is not None:
-        raise CheckpointError(f"{folder}: expected the dense model, found a factored one; name the folder that it was made from.")
+        raise CheckpointError(
+            f"{folder}: expected the dense model, found a factored one; name the folder that it was made from."
+        )
     return checkpoint
 
 
 def dense_block(base: Checkpoint) -> FormatBlock:
-    """The block that a dense folder goes without: every matrix is its own. Raises CheckpointError where one is missing or misshapen."""
+    """The block that a dense folder goes without: every matrix is its own. Raises CheckpointError where one
+    is missing or misshapen.
+    """
     shape = mlp_shape(base.config, str(base.folder / "config.json"))
     block = FormatBlock(tuple(dict.fromkeys(PROJECTIONS, DENSE) for _ in range(shape.num_layers)), shape)
     check_names(block.expected_tensors(), base.shapes(), str(base.folder))
@@ -132,7 +144,9 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """`config.json` of a local folder, as a dict."""
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{path}: expected a Hugging Face config, found no such file; name a local model folder.")
+        raise CheckpointError(
+            f"{path}: expected a Hugging Face config, found no such file; name a local model folder."
+        )
     return _read_object(path)
 
 
@@ -141,27 +155,39 @@ def open_safetensors(path: pathlib.Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: expected a whole safetensors file, found: {error}; copy or download it again.") from error
+        raise CheckpointError(
+            f"{path}: expected a whole safetensors file, found: {error}; copy or download it again."
+        ) from error
 
 
 def checked_tensor(tensor: torch.Tensor, name: str, path: pathlib.Path) -> torch.Tensor:
     """Refuse integers and quantised types (CheckpointError), NaN and Inf (NonFiniteError)."""
     if tensor.dtype not in _DTYPES:
         raise CheckpointError(f"{path}: {name}: expected bf16, fp16 or fp32, found {tensor.dtype}.")
-    if tensor.numel() and not all(bool(torch.isfinite(end)) for end in tensor.aminmax()):  # isfinite of the whole would copy it
+    if tensor.numel() and not all(
+        bool(torch.isfinite(end)) for end in tensor.aminmax()
+    ):  # isfinite of the whole would copy it
         bad = int((~torch.isfinite(tensor)).sum())
-        raise NonFiniteError(f"{path}: {name}: expected finite weights, found {bad} of {tensor.numel()} NaN or Inf; the file is damaged.")
+        raise NonFiniteError(
+            f"{path}: {name}: expected finite weights, found {bad} of {tensor.numel()} NaN or Inf; the file is damaged."
+        )
     return tensor
 
 
 def check_int8(q: torch.Tensor, scale: torch.Tensor, source: str) -> None:
     """Refuse what FORMAT.md ("int8") refuses about a weight and its scales; `source` names file and tensor."""
     if q.dtype is not torch.int8 or scale.dtype is not torch.float32:
-        raise CheckpointError(f"{source}: expected int8 with fp32 scales (the config says so), found {q.dtype} with {scale.dtype}.")
+        raise CheckpointError(
+            f"{source}: expected int8 with fp32 scales (the config says so), found {q.dtype} with {scale.dtype}."
+        )
     if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
-        raise NonFiniteError(f"{source}: expected finite scales of at least 0, found others; the file is damaged.")
+        raise NonFiniteError(
+            f"{source}: expected finite scales of at least 0, found others; the file is damaged."
+        )
     if int(q.min()) < -LIMIT:
-        raise CheckpointError(f"{source}: expected values from -{LIMIT} to {LIMIT}, found {int(q.min())}; quantise again.")
+        raise CheckpointError(
+            f"{source}: expected values from -{LIMIT} to {LIMIT}, found {int(q.min())}; quantise again."
+        )
 
 
 def read_tensor(name: str, files: Headers, scales: Container[str]) -> torch.Tensor:
@@ -182,11 +208,17 @@ def _stored(name: str, files: Headers) -> torch.Tensor:
 def _check_headers(block: FormatBlock, files: Headers, source: str, only_changed: bool = False) -> None:
     """Names, shapes, and int8 exactly where the block says so."""
     scales = block.expected_scales()
-    check_names({**block.expected_tensors(only_changed), **scales}, {name: header.shape for name, header in files.items()}, source)
+    check_names(
+        {**block.expected_tensors(only_changed), **scales},
+        {name: header.shape for name, header in files.items()},
+        source,
+    )
     for name, header in files.items():
         expected, dtypes = _kind(name, scales)
         if header.dtype not in dtypes:
-            raise CheckpointError(f"{source}: {name}: expected {expected} (from its spec in the config), found {header.dtype}.")
+            raise CheckpointError(
+                f"{source}: {name}: expected {expected} (from its spec in the config), found {header.dtype}."
+            )
 
 
 def _kind(name: str, scales: Container[str]) -> tuple[str, tuple[str, ...]]:
@@ -197,24 +229,38 @@ def _kind(name: str, scales: Container[str]) -> tuple[str, tuple[str, ...]]:
 
 
 def _check_complete(config: dict[str, Any], files: Headers, source: str) -> None:
-    """What no config can leave out is there. Engines do not look: vLLM and NxD Inference would serve what their memory happens to hold."""
-    missing = [name for name in names_outside_mlps(config, mlp_shape(config, source).num_layers) if name not in files]
+    """What no config can leave out is there. Engines do not look: vLLM and NxD Inference would serve what
+    their memory happens to hold.
+    """
+    missing = [
+        name for name in names_outside_mlps(config, mlp_shape(config, source).num_layers) if name not in files
+    ]
     if missing:
         raise CheckpointError(
             f"{source}: expected a tensor {missing[0]} ({len(missing)} are missing), found none; the folder is incomplete, copy it again."
         )
 
 
-def check_names(expected: Mapping[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], source: str) -> None:
-    """Every factor there, with its shape, and no MLP tensor beside them (a misnamed one would load as random weights)."""
+def check_names(
+    expected: Mapping[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], source: str
+) -> None:
+    """Every factor there, with its shape, and no MLP tensor beside them (a misnamed one would load as random
+    weights).
+    """
     for name, size in expected.items():
         if name not in found:
-            raise CheckpointError(f"{source}: expected a tensor {name} {list(size)}, found none; the folder contradicts its config.")
+            raise CheckpointError(
+                f"{source}: expected a tensor {name} {list(size)}, found none; the folder contradicts its config."
+            )
         if found[name] != size:
-            raise CheckpointError(f"{source}: {name}: expected shape {list(size)} (from its form and rank), found {list(found[name])}.")
+            raise CheckpointError(
+                f"{source}: {name}: expected shape {list(size)} (from its form and rank), found {list(found[name])}."
+            )
     for name in found:
         if ".mlp." in name and name not in expected:
-            raise CheckpointError(f"{source}: expected no tensor {name} (no form in the config has it), found one.")
+            raise CheckpointError(
+                f"{source}: expected no tensor {name} (no form in the config has it), found one."
+            )
 
 
 def _read_object(path: pathlib.Path) -> dict[str, Any]:
@@ -240,7 +286,9 @@ def read_headers(path: pathlib.Path) -> Headers:
     """Every tensor of one file, by name."""
     with open_safetensors(path) as handle:
         slices = {name: handle.get_slice(name) for name in handle.keys()}
-        return {name: Header(path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+        return {
+            name: Header(path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
+        }
 
 
 def _index_tensors(files: list[pathlib.Path]) -> Headers:
@@ -248,13 +296,17 @@ def _index_tensors(files: list[pathlib.Path]) -> Headers:
     for path in files:
         for name, header in read_headers(path).items():
             if name in index:
-                raise CheckpointError(f"{path}: expected {name} once, found it in {index[name].path.name} too; remove the stale file.")
+                raise CheckpointError(
+                    f"{path}: expected {name} once, found it in {index[name].path.name} too; remove the stale file."
+                )
             index[name] = header
     return index
 
 
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The folder's weight files: those its index names, else `model.safetensors`, else all safetensors and every shard that they count."""
+    """The folder's weight files: those its index names, else `model.safetensors`, else all safetensors and
+    every shard that they count.
+    """
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         files = [folder / name for name in _indexed(index)]
@@ -263,18 +315,29 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     else:
         found = {path.name for path in folder.glob("*.safetensors")}
         counts = {int(match[1]) for match in map(_OUR_SHARD.fullmatch, found) if match}
-        files = [folder / name for name in sorted(found | {shard_name(i + 1, count) for count in counts for i in range(count)})]
+        files = [
+            folder / name
+            for name in sorted(found | {shard_name(i + 1, count) for count in counts for i in range(count)})
+        ]
     missing = [path.name for path in files if not path.is_file()]
     if missing or not files:
         what = ", ".join(missing) or "*.safetensors"
-        raise CheckpointError(f"{folder}: expected {what}, found no such file (pickled *.bin weights are never read).")
+        raise CheckpointError(
+            f"{folder}: expected {what}, found no such file (pickled *.bin weights are never read)."
+        )
     return files
 
 
 def _indexed(index: pathlib.Path) -> list[str]:
     """The files that an index names, all of which lie beside it."""
     table = _read_object(index).get("weight_map")
-    names = set(table.values()) if isinstance(table, dict) and all(isinstance(name, str) for name in table.values()) else set()
+    names = (
+        set(table.values())
+        if isinstance(table, dict) and all(isinstance(name, str) for name in table.values())
+        else set()
+    )
     if not names or any(pathlib.PurePath(name).name != name for name in names):
-        raise CheckpointError(f"{index}: expected `weight_map`, from tensors to files of this folder, found another; download it again.")
+        raise CheckpointError(
+            f"{index}: expected `weight_map`, from tensors to files of this folder, found another; download it again."
+        )
     return sorted(names)

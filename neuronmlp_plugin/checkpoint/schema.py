@@ -1,4 +1,6 @@
-"""The block of FORMAT.md as data: what a folder says about each projection, checked against the rest of its config."""
+"""The block of FORMAT.md as data: what a folder says about each projection, checked against the rest of its
+config.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ class FormatBlock:
     @property
     def bytes_ratio(self) -> float:
         """`weight_bytes` over those of the dense model in bf16: how int8 and low rank compare."""
-        return self.weight_bytes / sum(weight_bytes(p, DENSE, self.shape) for _ in self.layers for p in PROJECTIONS)
+        return self.weight_bytes / sum(
+            weight_bytes(p, DENSE, self.shape) for _ in self.layers for p in PROJECTIONS
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -86,7 +90,9 @@ class FormatBlock:
         return self.layers[int(match[1])][match[2]] if match else None
 
     def expected_tensors(self, only_changed: bool = False) -> dict[str, tuple[int, int]]:
-        """Full name -> shape of every MLP weight; `only_changed` leaves out layers that are the base's own throughout."""
+        """Full name -> shape of every MLP weight; `only_changed` leaves out layers that are the base's own
+        throughout.
+        """
         return {
             f"{name}.{suffix}": size
             for name, projection, spec in self._projections(only_changed)
@@ -115,7 +121,9 @@ def mlp_shape(config: dict[str, Any], source: str) -> MLPShape:
     for key in ("hidden_size", "intermediate_size", "num_hidden_layers"):
         value = config.get(key)
         if not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"{source}: expected a positive integer `{key}`, found {value!r}; the config is not usable.")
+            raise CheckpointError(
+                f"{source}: expected a positive integer `{key}`, found {value!r}; the config is not usable."
+            )
         sizes.append(value)
     return MLPShape(*sizes)
 
@@ -135,10 +143,14 @@ def parse_block(block: dict[str, Any], config: dict[str, Any], source: str) -> F
     layers = block.get("layers")
     if not isinstance(layers, list) or len(layers) != shape.num_layers:
         found = f"{len(layers)} entries" if isinstance(layers, list) else repr(layers)
-        raise CheckpointError(f"{source}: expected `layers` with {shape.num_layers} entries (num_hidden_layers), found {found}.")
+        raise CheckpointError(
+            f"{source}: expected `layers` with {shape.num_layers} entries (num_hidden_layers), found {found}."
+        )
     provenance = block.get("provenance") or {}
     if not isinstance(provenance, dict):
-        raise CheckpointError(f"{source}: expected `provenance` to be an object, found {type(provenance).__name__}.")
+        raise CheckpointError(
+            f"{source}: expected `provenance` to be an object, found {type(provenance).__name__}."
+        )
     parsed = tuple(_parse_layer(layer, index, shape, source) for index, layer in enumerate(layers))
     result = FormatBlock(parsed, shape, provenance, str(block.get("created_by", "unknown")))
     if version != result.format_version:
@@ -151,7 +163,9 @@ def parse_block(block: dict[str, Any], config: dict[str, Any], source: str) -> F
 
 
 def _check_ratio(claimed: Any, block: FormatBlock, source: str) -> None:
-    if not isinstance(claimed, (int, float)) or not abs(claimed - block.removed_ratio) <= 1e-3:  # NaN is near nothing
+    if (
+        not isinstance(claimed, (int, float)) or not abs(claimed - block.removed_ratio) <= 1e-3
+    ):  # NaN is near nothing
         raise CheckpointError(
             f"{source}: expected removed_ratio {block.removed_ratio:.4f} (what the forms and ranks give), found {claimed!r}; "
             "the block was edited or damaged."
@@ -161,12 +175,21 @@ def _check_ratio(claimed: Any, block: FormatBlock, source: str) -> None:
 def _parse_layer(layer: Any, index: int, shape: MLPShape, source: str) -> dict[str, ProjectionSpec]:
     if not isinstance(layer, dict) or sorted(layer) != sorted(PROJECTIONS):
         found = sorted(layer) if isinstance(layer, dict) else layer
-        raise CheckpointError(f"{source}: layers[{index}]: expected exactly {', '.join(PROJECTIONS)}, found {found!r}.")
-    return {name: _parse_spec(layer[name], f"{source}: layers[{index}].{name}", shape.in_out(name)) for name in PROJECTIONS}
+        raise CheckpointError(
+            f"{source}: layers[{index}]: expected exactly {', '.join(PROJECTIONS)}, found {found!r}."
+        )
+    return {
+        name: _parse_spec(layer[name], f"{source}: layers[{index}].{name}", shape.in_out(name))
+        for name in PROJECTIONS
+    }
 
 
 def _parse_spec(entry: Any, where: str, in_out: tuple[int, int]) -> ProjectionSpec:
-    form, rank, dtype = (entry.get("form"), entry.get("rank"), entry.get("dtype")) if isinstance(entry, dict) else (None, None, None)
+    form, rank, dtype = (
+        (entry.get("form"), entry.get("rank"), entry.get("dtype"))
+        if isinstance(entry, dict)
+        else (None, None, None)
+    )
     if form not in FORMS:
         raise CheckpointError(f"{where}: expected a form of {', '.join(FORMS)}, found {form!r}.")
     if dtype not in (None, INT8):
@@ -177,5 +200,7 @@ def _parse_spec(entry: Any, where: str, in_out: tuple[int, int]) -> ProjectionSp
         return ProjectionSpec(form, dtype=dtype)
     limit = min(in_out) - (form == "compact")
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= limit:
-        raise CheckpointError(f"{where}: expected a rank from 1 to {limit} for {form} of {in_out[1]} x {in_out[0]}, found {rank!r}.")
+        raise CheckpointError(
+            f"{where}: expected a rank from 1 to {limit} for {form} of {in_out[1]} x {in_out[0]}, found {rank!r}."
+        )
     return ProjectionSpec(form, rank, dtype)

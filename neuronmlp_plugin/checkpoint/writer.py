@@ -1,4 +1,6 @@
-"""Write a checkpoint folder (FORMAT.md): one file per layer and one for the rest, complete or not there at all."""
+"""Write a checkpoint folder (FORMAT.md): one file per layer and one for the rest, complete or not there at
+all.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +32,25 @@ _COPIED = (
 
 @contextlib.contextmanager
 def told_when_unwritable(path: pathlib.Path) -> Iterator[None]:
-    """Turn a write that fails into an OutputError that names the file and, where the disk is full, what to do."""
+    """Turn a write that fails into an OutputError that names the file and, where the disk is full, what to
+    do.
+    """
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"{path}: expected a place to write to, found: {error.strerror or error}; choose another.") from error
-        raise OutputError(f"{path}: expected room to write, found a full disk; free some and run the same command again.") from error
+            raise OutputError(
+                f"{path}: expected a place to write to, found: {error.strerror or error}; choose another."
+            ) from error
+        raise OutputError(
+            f"{path}: expected room to write, found a full disk; free some and run the same command again."
+        ) from error
     except Exception as error:  # safetensors wraps the operating system's error in its own type
         if "No space left" not in str(error):
             raise
-        raise OutputError(f"{path}: expected room to write, found a full disk; free some and run the same command again.") from error
+        raise OutputError(
+            f"{path}: expected room to write, found a full disk; free some and run the same command again."
+        ) from error
 
 
 def partial_folder(target: pathlib.Path) -> pathlib.Path:
@@ -52,13 +62,18 @@ def partial_folder(target: pathlib.Path) -> pathlib.Path:
 def whole_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """An empty folder to fill, which becomes `target` where all went well, and is removed where not.
 
-    Raises OutputError where `target` exists already, or something unfinished of that name: another command may go on from it.
+    Raises OutputError where `target` exists already, or something unfinished of that name: another command
+    may go on from it.
     """
     if target.exists():
-        raise OutputError(f"{target}: expected a path that does not exist yet, found one; choose another --out or remove it.")
+        raise OutputError(
+            f"{target}: expected a path that does not exist yet, found one; choose another --out or remove it."
+        )
     partial = partial_folder(target)
     if partial.exists():
-        raise OutputError(f"{partial}: expected no unfinished run, found one; finish it, remove it, or choose another --out.")
+        raise OutputError(
+            f"{partial}: expected no unfinished run, found one; finish it, remove it, or choose another --out."
+        )
     with told_when_unwritable(partial):
         partial.mkdir(parents=True)
     try:
@@ -68,7 +83,9 @@ def whole_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def save_tensors(path: pathlib.Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+def save_tensors(
+    path: pathlib.Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write one safetensors file whole: under a temporary name first, then renamed."""
     temporary = path.with_suffix(".tmp")
     ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
@@ -83,7 +100,9 @@ def save_json(path: pathlib.Path, value: Any) -> None:
 
 
 def save_text(path: pathlib.Path, text: str) -> None:
-    """Write UTF-8 whole, as `save_tensors` does; what is no Unicode (from a folder's name, say) becomes a question mark."""
+    """Write UTF-8 whole, as `save_tensors` does; what is no Unicode (from a folder's name, say) becomes a
+    question mark.
+    """
     temporary = path.with_suffix(".tmp")
     with told_when_unwritable(path):
         temporary.write_text(text, encoding="utf-8", errors="replace")
@@ -94,7 +113,9 @@ def layer_prefix(index: int) -> str:
     return f"model.layers.{index}."
 
 
-def write_layer(folder: pathlib.Path, base: Checkpoint, index: int, factors: dict[str, torch.Tensor]) -> pathlib.Path:
+def write_layer(
+    folder: pathlib.Path, base: Checkpoint, index: int, factors: dict[str, torch.Tensor]
+) -> pathlib.Path:
     """Write one layer: `factors` are its MLP tensors by full name, everything else comes from `base`."""
     layers = int(base.config["num_hidden_layers"])
     path = folder / shard_name(index + 1, layers + 1)
@@ -107,10 +128,14 @@ def write_rest(folder: pathlib.Path, base: Checkpoint, block: FormatBlock) -> No
     """Write what belongs to no layer, then the config and the tokenizer: after this the folder is complete."""
     count = int(base.config["num_hidden_layers"]) + 1
     tied = bool(base.config.get("tie_word_embeddings"))
-    rest = [n for n in base.names() if not n.startswith("model.layers.") and not (tied and n == "lm_head.weight")]
+    rest = [
+        n for n in base.names() if not n.startswith("model.layers.") and not (tied and n == "lm_head.weight")
+    ]
     save_tensors(folder / shard_name(count, count), {name: base.tensor(name) for name in rest})
     copy_tokenizer(base.folder, folder)
-    save_json(folder / "config.json", {**portable_config(base.config), "quantization_config": block.to_json()})
+    save_json(
+        folder / "config.json", {**portable_config(base.config), "quantization_config": block.to_json()}
+    )
 
 
 def write_factor_file(path: pathlib.Path, block: FormatBlock, tensors: dict[str, torch.Tensor]) -> None:
@@ -136,7 +161,9 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
     for pattern in _COPIED:
         for path in sorted(source.glob(pattern)):
             with told_when_unwritable(target / path.name):
-                shutil.copy(path, target / path.name) if path.is_file() else shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+                shutil.copy(path, target / path.name) if path.is_file() else shutil.copytree(
+                    path, target / path.name, dirs_exist_ok=True
+                )
     settings = target / "tokenizer_config.json"
     if settings.is_file():
         values = json.loads(settings.read_text(encoding="utf-8"))

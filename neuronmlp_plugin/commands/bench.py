@@ -1,4 +1,6 @@
-"""`neuronmlp bench`: `decode` is measured here, now, against the first model named; the others are simulated, all but `tune --measure`."""
+"""`neuronmlp bench`: `decode` is measured here, now, against the first model named; the others are simulated,
+all but `tune --measure`.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,22 @@ from neuronmlp_plugin.errors import UsageError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    decode = kinds.add_parser("decode", help="decode throughput in vLLM on this machine, models interleaved (measured)")
-    decode.add_argument("models", nargs="+", metavar="NAME=FOLDER", help="checkpoints; the first is what the others are compared with")
-    decode.add_argument("--batch", type=positive, nargs="+", default=[1, 8], help="sequences decoded together (default 1 8)")
+    decode = kinds.add_parser(
+        "decode", help="decode throughput in vLLM on this machine, models interleaved (measured)"
+    )
+    decode.add_argument(
+        "models",
+        nargs="+",
+        metavar="NAME=FOLDER",
+        help="checkpoints; the first is what the others are compared with",
+    )
+    decode.add_argument(
+        "--batch", type=positive, nargs="+", default=[1, 8], help="sequences decoded together (default 1 8)"
+    )
     decode.add_argument("--new-tokens", type=positive, default=64)
-    decode.add_argument("--rounds", type=positive, default=5, help="how often every model is timed (default %(default)s)")
+    decode.add_argument(
+        "--rounds", type=positive, default=5, help="how often every model is timed (default %(default)s)"
+    )
     decode.add_argument("--dtype", default="float32", help="as for `vllm serve` (default %(default)s)")
     decode.add_argument("--csv", type=pathlib.Path, help="append the rows to this file")
     decode.set_defaults(run_kind=_decode)
@@ -42,7 +55,9 @@ def _add_simulated(kinds: Any) -> None:
 def _folders(models: list[str]) -> dict[str, pathlib.Path]:
     pairs = [model.partition("=") for model in models]
     if any(not sep for _, sep, _ in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
-        raise UsageError(f"bench decode: expected models as NAME=FOLDER with different names, found {' '.join(models)}.")
+        raise UsageError(
+            f"bench decode: expected models as NAME=FOLDER with different names, found {' '.join(models)}."
+        )
     return {name: pathlib.Path(folder) for name, _, folder in pairs}
 
 
@@ -60,18 +75,28 @@ def _decode(args: argparse.Namespace) -> int:
 
     folders = _folders(args.models)
     if args.new_tokens < 2:
-        raise UsageError(f"--new-tokens: expected at least 2 (the first one belongs to the prefill), found {args.new_tokens}.")
+        raise UsageError(
+            f"--new-tokens: expected at least 2 (the first one belongs to the prefill), found {args.new_tokens}."
+        )
     total = args.rounds * len(folders) * len(args.batch)
     with ProgressBars(Console(stderr=True)).stage("timing", total) as tick:
-        results = measure_decode(folders, args.batch, new_tokens=args.new_tokens, rounds=args.rounds, dtype=args.dtype, tick=tick)
+        results = measure_decode(
+            folders, args.batch, new_tokens=args.new_tokens, rounds=args.rounds, dtype=args.dtype, tick=tick
+        )
     print(
         f"{'model':<16}{'batch':>6}{'tokens/s':>10}{'speed-up':>10}{'ideal':>8}{'share of the ideal gain':>25}   (measured, {args.dtype})"
     )
     for r in results:
         share = f"{r.share_of_ideal:.0%}" if r.ideal > 1 else "-"
-        print(f"{r.model:<16}{r.batch:>6}{r.tokens_per_second:>10.1f}{r.speedup:>10.3f}{r.ideal:>8.3f}{share:>25}")
+        print(
+            f"{r.model:<16}{r.batch:>6}{r.tokens_per_second:>10.1f}{r.speedup:>10.3f}{r.ideal:>8.3f}{share:>25}"
+        )
     if args.csv:
         metrics = (("tokens_per_second", "1/s"), ("speedup", "ratio"), ("ideal", "ratio"))
-        rows = [Row(f"decode {r.model} batch={r.batch}", m, unit, getattr(r, m), "measured") for r in results for m, unit in metrics]
+        rows = [
+            Row(f"decode {r.model} batch={r.batch}", m, unit, getattr(r, m), "measured")
+            for r in results
+            for m, unit in metrics
+        ]
         append_rows(args.csv, rows)
     return 0

@@ -6,27 +6,49 @@ import argparse
 import pathlib
 from typing import Any
 
-from neuronmlp_plugin.compressor.settings import ALLOCATIONS, DTYPES, FORMS, METHODS, Settings, default_allocation
+from neuronmlp_plugin.compressor.settings import (
+    ALLOCATIONS,
+    DTYPES,
+    FORMS,
+    METHODS,
+    Settings,
+    default_allocation,
+)
 from neuronmlp_plugin.errors import UsageError
 
 _DEFAULTS = {field: Settings.__dataclass_fields__[field].default for field in Settings.__dataclass_fields__}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=pathlib.Path, help="local Hugging Face folder (Llama, Qwen2, Qwen3 or Mistral)")
+    parser.add_argument(
+        "model", type=pathlib.Path, help="local Hugging Face folder (Llama, Qwen2, Qwen3 or Mistral)"
+    )
     parser.add_argument("--out", type=pathlib.Path, help="folder to write; must not exist yet")
     _add_size(parser)
-    parser.add_argument("--text", type=pathlib.Path, help="calibration text: .txt, or .jsonl with `text` or `messages` a line")
+    parser.add_argument(
+        "--text", type=pathlib.Path, help="calibration text: .txt, or .jsonl with `text` or `messages` a line"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--quiet", action="store_true", help="no plan, no progress bars")
     _add_method(parser)
     text = parser.add_argument_group("calibration")
-    text.add_argument("--tokens", type=int, default=_DEFAULTS["tokens"], help="tokens for the input statistics (default %(default)s)")
     text.add_argument(
-        "--metric-tokens", type=int, default=_DEFAULTS["metric_tokens"], help="of which the backward pass sees (default %(default)s)"
+        "--tokens",
+        type=int,
+        default=_DEFAULTS["tokens"],
+        help="tokens for the input statistics (default %(default)s)",
     )
     text.add_argument(
-        "--judge-tokens", type=int, default=_DEFAULTS["judge_tokens"], help="kept apart to report quality (default %(default)s)"
+        "--metric-tokens",
+        type=int,
+        default=_DEFAULTS["metric_tokens"],
+        help="of which the backward pass sees (default %(default)s)",
+    )
+    text.add_argument(
+        "--judge-tokens",
+        type=int,
+        default=_DEFAULTS["judge_tokens"],
+        help="kept apart to report quality (default %(default)s)",
     )
     text.add_argument(
         "--samples",
@@ -36,19 +58,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="new tokens of each of the report's four sample texts, by both models (default %(default)s; 0: none, which saves minutes on a "
         "model of billions of parameters)",
     )
-    text.add_argument("--window", type=int, default=_DEFAULTS["window"], help="tokens per window (default %(default)s)")
-    text.add_argument("--seed", type=int, default=_DEFAULTS["seed"], help="which windows are drawn where there are more than needed")
-    parser.add_argument(
-        "--analysis", type=pathlib.Path, help="keep the statistics in this folder, and use them again for another size or form"
+    text.add_argument(
+        "--window", type=int, default=_DEFAULTS["window"], help="tokens per window (default %(default)s)"
+    )
+    text.add_argument(
+        "--seed",
+        type=int,
+        default=_DEFAULTS["seed"],
+        help="which windows are drawn where there are more than needed",
     )
     parser.add_argument(
-        "--factors-only", action="store_true", help="write neuronmlp/factors.safetensors beside the dense weights instead of a folder"
+        "--analysis",
+        type=pathlib.Path,
+        help="keep the statistics in this folder, and use them again for another size or form",
+    )
+    parser.add_argument(
+        "--factors-only",
+        action="store_true",
+        help="write neuronmlp/factors.safetensors beside the dense weights instead of a folder",
     )
 
 
 def _add_size(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--remove", type=float, metavar="SHARE", help="share of the MLP parameters to take away (0.20: a fifth)")
+    size.add_argument(
+        "--remove",
+        type=float,
+        metavar="SHARE",
+        help="share of the MLP parameters to take away (0.20: a fifth)",
+    )
     size.add_argument("--keep", type=float, metavar="SHARE", help="the same, as the share that stays")
     size.add_argument(
         "--target",
@@ -57,17 +95,26 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
         "a target can be told apart: a few per cent of perplexity with 8192, less with more",
     )
     size.add_argument(
-        "--faster", type=float, metavar="FACTOR", help="as little as makes decode's MLPs FACTOR times faster on trn1; simulated"
+        "--faster",
+        type=float,
+        metavar="FACTOR",
+        help="as little as makes decode's MLPs FACTOR times faster on trn1; simulated",
     )
 
 
 def _add_method(parser: argparse.ArgumentParser) -> None:
     method = parser.add_argument_group("method")
     method.add_argument(
-        "--form", choices=FORMS, default=_DEFAULTS["form"], help="compact (default): pivoted, no break-even rank; uv: the paper's"
+        "--form",
+        choices=FORMS,
+        default=_DEFAULTS["form"],
+        help="compact (default): pivoted, no break-even rank; uv: the paper's",
     )
     method.add_argument(
-        "--method", choices=METHODS, default=_DEFAULTS["method"], help="two-sided (default) or a baseline: whitened (SVD-LLM), plain (SVD)"
+        "--method",
+        choices=METHODS,
+        default=_DEFAULTS["method"],
+        help="two-sided (default) or a baseline: whitened (SVD-LLM), plain (SVD)",
     )
     method.add_argument(
         "--allocation",
@@ -81,17 +128,23 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULTS["rank_multiple"],
         help="ranks are multiples of this (default %(default)s; the paper: 128)",
     )
-    method.add_argument("--dtype", choices=DTYPES, default=_DEFAULTS["dtype"], help="of the factors (default: the model's)")
+    method.add_argument(
+        "--dtype", choices=DTYPES, default=_DEFAULTS["dtype"], help="of the factors (default: the model's)"
+    )
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """Raises UsageError for combinations that cannot work."""
     if args.out is None and not args.factors_only:
-        raise UsageError("--out: expected a folder to write, found none; name one, or use --factors-only to write beside the model.")
+        raise UsageError(
+            "--out: expected a folder to write, found none; name one, or use --factors-only to write beside the model."
+        )
     known = {name: getattr(args, name) for name in Settings.__dataclass_fields__ if hasattr(args, name)}
     known["out"] = args.out if args.out is not None else args.model
     if args.keep is not None and not 0.0 < args.keep < 1.0:
-        raise UsageError(f"--keep: expected a share between 0 and 1 (0.80 takes a fifth away), found {args.keep}.")
+        raise UsageError(
+            f"--keep: expected a share between 0 and 1 (0.80 takes a fifth away), found {args.keep}."
+        )
     known["remove"] = args.remove if args.keep is None else 1.0 - args.keep
     known["allocation"] = args.allocation or default_allocation(args.method, args.target)
     return Settings(**known)
@@ -130,7 +183,10 @@ def summary_rows(report: dict[str, Any], target: pathlib.Path) -> list[tuple[str
     forms = [row["form"] for row in report["matrices"]]
     rows = [
         ("removed", f"{report['block']['removed_ratio']:.2%} of the MLP parameters"),
-        ("bytes", f"{report['weight_bytes'] / 1e6:.1f} MB in bf16, {report['bytes_ratio']:.1%} of the dense MLPs"),
+        (
+            "bytes",
+            f"{report['weight_bytes'] / 1e6:.1f} MB in bf16, {report['bytes_ratio']:.1%} of the dense MLPs",
+        ),
         ("forms", ", ".join(f"{forms.count(form)} {form}" for form in ("dense", *FORMS) if form in forms)),
     ]
     quality = report["quality"]
@@ -138,9 +194,14 @@ def summary_rows(report: dict[str, Any], target: pathlib.Path) -> list[tuple[str
         rows += [
             (
                 "perplexity",
-                "{candidate_perplexity:.2f} against {reference_perplexity:.2f} dense (x {perplexity_ratio:.3f})".format(**quality),
+                "{candidate_perplexity:.2f} against {reference_perplexity:.2f} dense (x {perplexity_ratio:.3f})".format(
+                    **quality
+                ),
             ),
-            ("agreement", f"{quality['top1_agreement']:.1%} of the top tokens; KL {quality['kl_divergence']:.4f} nats a token"),
+            (
+                "agreement",
+                f"{quality['top1_agreement']:.1%} of the top tokens; KL {quality['kl_divergence']:.4f} nats a token",
+            ),
         ]
     if "target" in report:
         asked = report["target"]

@@ -7,7 +7,11 @@ import pathlib
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=pathlib.Path, help="folder with model.layers.N.mlp.{gate,up,down}_{v,u}_proj.weight in safetensors")
+    parser.add_argument(
+        "model",
+        type=pathlib.Path,
+        help="folder with model.layers.N.mlp.{gate,up,down}_{v,u}_proj.weight in safetensors",
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write; must not exist yet")
 
 

@@ -1,4 +1,6 @@
-"""`neuronmlp evaluate`: a checkpoint, in the form that is served, against its dense model on text that neither was made from."""
+"""`neuronmlp evaluate`: a checkpoint, in the form that is served, against its dense model on text that
+neither was made from.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dense", type=pathlib.Path, required=True, help="the dense folder it was made from")
     parser.add_argument("--text", type=pathlib.Path, required=True, help="held-out text: .txt or .jsonl")
     parser.add_argument("--factors", type=pathlib.Path, help="a factor file to lay over MODEL")
-    parser.add_argument("--tokens", type=positive, default=32768, help="how much of the text to use, spread evenly (default %(default)s)")
-    parser.add_argument("--window", type=positive, default=1024, help="tokens per window (default %(default)s)")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="arithmetic of both models (default %(default)s)"
+        "--tokens",
+        type=positive,
+        default=32768,
+        help="how much of the text to use, spread evenly (default %(default)s)",
+    )
+    parser.add_argument(
+        "--window", type=positive, default=1024, help="tokens per window (default %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="arithmetic of both models (default %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -44,16 +56,22 @@ def run(args: argparse.Namespace) -> int:
     from neuronmlp_plugin.errors import UsageError
 
     if args.factors is not None and len(args.model) > 1:
-        raise UsageError("--factors: expected one MODEL to lay the file over, found several; judge them one at a time.")
+        raise UsageError(
+            "--factors: expected one MODEL to lay the file over, found several; judge them one at a time."
+        )
     dense = open_dense(args.dense)
     opened = [open_folder(model, args.factors) for model in args.model]
     for checkpoint, _ in opened:
         expected, found = (each.config.get("vocab_size") for each in (dense, checkpoint))
         if found != expected:
-            raise UsageError(f"{checkpoint.folder}: expected the vocabulary of --dense, {expected}, found {found}; name its own.")
+            raise UsageError(
+                f"{checkpoint.folder}: expected the vocabulary of --dense, {expected}, found {found}; name its own."
+            )
     reference, *candidates = (_stream(args, *each) for each in [(dense, None), *opened])
     windows = held_out_windows(args.dense, args.text, args.tokens, args.window)
-    with ProgressBars(Console(stderr=True), quiet=args.json).stage("layers", reference.num_layers * (1 + len(candidates))) as tick:
+    with ProgressBars(Console(stderr=True), quiet=args.json).stage(
+        "layers", reference.num_layers * (1 + len(candidates))
+    ) as tick:
         judge = Judge(reference, windows, tick)
         found = [judge.compare(candidate, tick) for candidate in candidates]
     if args.json:

@@ -8,7 +8,9 @@ import pathlib
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=pathlib.Path, help="a checkpoint folder, or a dense folder with a factor file in it")
+    parser.add_argument(
+        "model", type=pathlib.Path, help="a checkpoint folder, or a dense folder with a factor file in it"
+    )
     parser.add_argument("--json", action="store_true", help="print the block as JSON")
 
 
@@ -21,7 +23,9 @@ def run(args: argparse.Namespace) -> int:
     if block is None and (args.model / FACTOR_FILE).is_file():
         block = FactorFile(args.model / FACTOR_FILE, checkpoint.config).block
     if block is None:
-        raise CheckpointError(f"{args.model}: expected a neuronmlp checkpoint or a factor file, found a dense model; compress it first.")
+        raise CheckpointError(
+            f"{args.model}: expected a neuronmlp checkpoint or a factor file, found a dense model; compress it first."
+        )
     if args.json:
         sizes = {"weight_bytes": block.weight_bytes, "bytes_ratio": round(block.bytes_ratio, 6)}
         print(json.dumps({**block.to_json(), **sizes}, indent=2))

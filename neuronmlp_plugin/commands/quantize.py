@@ -18,11 +18,22 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=pathlib.Path, help="a dense Hugging Face folder, or one that `neuronmlp compress` wrote")
+    parser.add_argument(
+        "model", type=pathlib.Path, help="a dense Hugging Face folder, or one that `neuronmlp compress` wrote"
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write; must not exist yet")
-    parser.add_argument("--dense", type=pathlib.Path, help="with --text: the dense folder, to measure the quality for the report")
+    parser.add_argument(
+        "--dense",
+        type=pathlib.Path,
+        help="with --text: the dense folder, to measure the quality for the report",
+    )
     parser.add_argument("--text", type=pathlib.Path, help="with --dense: held-out text, .txt or .jsonl")
-    parser.add_argument("--tokens", type=positive, default=8192, help="how much of the text to use, spread evenly (default %(default)s)")
+    parser.add_argument(
+        "--tokens",
+        type=positive,
+        default=8192,
+        help="how much of the text to use, spread evenly (default %(default)s)",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -38,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
 
     bars = ProgressBars(Console(stderr=True), quiet=args.quiet)
     if (args.dense is None) != (args.text is None):
-        raise UsageError("--dense, --text: expected both or neither, found one; quality is measured against the dense folder on a text.")
+        raise UsageError(
+            "--dense, --text: expected both or neither, found one; quality is measured against the dense folder on a text."
+        )
     judge = None
     if args.dense is not None:
         if not (args.model / REPORT_FILE).is_file():
@@ -48,7 +61,9 @@ def run(args: argparse.Namespace) -> int:
         windows = held_out_windows(args.dense, args.text, args.tokens)
         judge = functools.partial(_judge, windows, open_dense(args.dense), bars)
     block = quantize_folder(args.model, args.out, bars, judge, args.text)
-    print(f"{args.out}: MLPs in int8, {block.weight_bytes / 1e6:.1f} MB, {block.bytes_ratio:.1%} of the dense ones in bf16")
+    print(
+        f"{args.out}: MLPs in int8, {block.weight_bytes / 1e6:.1f} MB, {block.bytes_ratio:.1%} of the dense ones in bf16"
+    )
     return 0
 
 

@@ -8,13 +8,20 @@ from typing import Any
 
 from neuronmlp_plugin.refinement.settings import ARITHMETIC, LOSSES, STAGES, RefineSettings
 
-_DEFAULTS: dict[str, Any] = {name: field.default for name, field in RefineSettings.__dataclass_fields__.items()}
+_DEFAULTS: dict[str, Any] = {
+    name: field.default for name, field in RefineSettings.__dataclass_fields__.items()
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=pathlib.Path, help="folder that `compress` wrote")
     parser.add_argument("--dense", type=pathlib.Path, required=True, help="the dense folder it was made from")
-    parser.add_argument("--text", type=pathlib.Path, required=True, help="the calibration text; its end judges and is not trained on")
+    parser.add_argument(
+        "--text",
+        type=pathlib.Path,
+        required=True,
+        help="the calibration text; its end judges and is not trained on",
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write; must not exist yet")
     parser.add_argument(
         "--stages",
@@ -22,15 +29,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULTS["stages"],
         help=f"of {', '.join(STAGES)}, in order: layer by layer, then the whole model (default {','.join(_DEFAULTS['stages'])})",
     )
-    parser.add_argument("--loss", choices=LOSSES, default=_DEFAULTS["loss"], help="of distill: KL to the dense model (default) or the text")
     parser.add_argument(
-        "--adapter-rank", type=int, default=0, help="train a LoRA of this rank on every factor and merge it (default 0: the factors)"
+        "--loss",
+        choices=LOSSES,
+        default=_DEFAULTS["loss"],
+        help="of distill: KL to the dense model (default) or the text",
     )
-    parser.add_argument("--learning-rate", type=float, help="of Adam (default: by how far the model is from the dense one)")
-    parser.add_argument("--tokens", type=int, default=_DEFAULTS["tokens"], help="to train on, once each (default %(default)s)")
-    parser.add_argument("--window", type=int, default=_DEFAULTS["window"], help="tokens per training window (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=_DEFAULTS["batch"], help="windows a step (default %(default)s)")
-    parser.add_argument("--judge-tokens", type=int, default=_DEFAULTS["judge_tokens"], help="kept apart to judge (default %(default)s)")
+    parser.add_argument(
+        "--adapter-rank",
+        type=int,
+        default=0,
+        help="train a LoRA of this rank on every factor and merge it (default 0: the factors)",
+    )
+    parser.add_argument(
+        "--learning-rate", type=float, help="of Adam (default: by how far the model is from the dense one)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=_DEFAULTS["tokens"], help="to train on, once each (default %(default)s)"
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=_DEFAULTS["window"],
+        help="tokens per training window (default %(default)s)",
+    )
+    parser.add_argument(
+        "--batch", type=int, default=_DEFAULTS["batch"], help="windows a step (default %(default)s)"
+    )
+    parser.add_argument(
+        "--judge-tokens",
+        type=int,
+        default=_DEFAULTS["judge_tokens"],
+        help="kept apart to judge (default %(default)s)",
+    )
     parser.add_argument(
         "--arithmetic",
         choices=ARITHMETIC,
@@ -50,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
     from neuronmlp_plugin.refinement.run import make_plan, refine
 
     console = Console(quiet=args.quiet, highlight=False)
-    plan = make_plan(RefineSettings(**{name: getattr(args, name) for name in RefineSettings.__dataclass_fields__}))
+    plan = make_plan(
+        RefineSettings(**{name: getattr(args, name) for name in RefineSettings.__dataclass_fields__})
+    )
     print_rows(console, plan.rows())
     if args.dry_run:
         return 0
@@ -61,4 +94,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _quality(quality: dict[str, float]) -> str:
-    return "perplexity x {perplexity_ratio:.4f}, KL {kl_divergence:.4f}, top-1 {top1_agreement:.1%}".format(**quality)
+    return "perplexity x {perplexity_ratio:.4f}, KL {kl_divergence:.4f}, top-1 {top1_agreement:.1%}".format(
+        **quality
+    )

@@ -7,8 +7,16 @@ import pathlib
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=pathlib.Path, help="folder with neuronmlp_report.json (MODEL/neuronmlp for a factor file)")
-    parser.add_argument("--card", action="store_true", help="write the model card (README.md) again as well, over what it says now")
+    parser.add_argument(
+        "folder",
+        type=pathlib.Path,
+        help="folder with neuronmlp_report.json (MODEL/neuronmlp for a factor file)",
+    )
+    parser.add_argument(
+        "--card",
+        action="store_true",
+        help="write the model card (README.md) again as well, over what it says now",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

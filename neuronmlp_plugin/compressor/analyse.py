@@ -30,7 +30,9 @@ def load_decomposition(tensors: dict[str, torch.Tensor], projection: str) -> Dec
 
 
 def analyse(plan: Plan, workspace: Workspace, bars: ProgressBars, workers: Workers) -> None:
-    """Bring `layer-*` (decompositions, sampled inputs) and `metrics-*` of every layer into the workspace, skipping what is there."""
+    """Bring `layer-*` (decompositions, sampled inputs) and `metrics-*` of every layer into the workspace,
+    skipping what is there.
+    """
     stream = LayerStream(plan.base, device=workers.device)
     if plan.settings.method == "two-sided":
         backward_pass(plan, workspace, stream, bars, workers)
@@ -46,8 +48,12 @@ def analyse(plan: Plan, workspace: Workspace, bars: ProgressBars, workers: Worke
     workspace.drop(workers.own(hidden_name(stream.num_layers)))
 
 
-def _hidden_states(workspace: Workspace, stream: LayerStream, start: int, parts: list[torch.Tensor], workers: Workers) -> torch.Tensor:
-    """The input of layer `start` for all windows of `parts` (none for a method that uses no text): as left by the last finished layer."""
+def _hidden_states(
+    workspace: Workspace, stream: LayerStream, start: int, parts: list[torch.Tensor], workers: Workers
+) -> torch.Tensor:
+    """The input of layer `start` for all windows of `parts` (none for a method that uses no text): as left by
+    the last finished layer.
+    """
     name = workers.own(hidden_name(start))
     if workspace.has(name):
         return workspace.load(name)["hidden"]
@@ -65,7 +71,13 @@ def hidden_name(index: int) -> str:
 
 
 def _analyse_layer(
-    plan: Plan, workspace: Workspace, stream: LayerStream, index: int, hidden: torch.Tensor, tick: Callable[[int], None], workers: Workers
+    plan: Plan,
+    workspace: Workspace,
+    stream: LayerStream,
+    index: int,
+    hidden: torch.Tensor,
+    tick: Callable[[int], None],
+    workers: Workers,
 ) -> None:
     layer = stream.load(index)
     count = len(workers.share(plan.calibration))
@@ -74,7 +86,10 @@ def _analyse_layer(
     workspace.save(workers.own(hidden_name(index + 1)), {"hidden": hidden})
     workers.wait()  # a finished layer says that every process can go on behind it
     if workers.is_first:
-        workspace.save(layer_name(index), samples | _decompositions(plan, layer, moments, metrics_of(plan, workspace, index)))
+        workspace.save(
+            layer_name(index),
+            samples | _decompositions(plan, layer, moments, metrics_of(plan, workspace, index)),
+        )
     stream.release(index)
     workers.wait()  # what led here is dropped only when the layer is on disk
     workspace.drop(workers.own(hidden_name(index)))
@@ -88,7 +103,11 @@ def _decompositions(
     for name in PROJECTIONS:
         weight = getattr(layer.mlp, name).weight.cpu()
         found = decompose(weight, _moment(plan, moments, name), metrics.get(name))
-        tensors |= {f"{name}.left": found.left.float(), f"{name}.right": found.right.float(), f"{name}.energy": found.energy}
+        tensors |= {
+            f"{name}.left": found.left.float(),
+            f"{name}.right": found.right.float(),
+            f"{name}.energy": found.energy,
+        }
     return tensors
 
 
@@ -106,8 +125,12 @@ def _moment(plan: Plan, moments: LayerMoments | None, name: str) -> torch.Tensor
 
 
 @torch.no_grad()
-def _sample_inputs(stream: LayerStream, layer: torch.nn.Module, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Evenly spread rows of what gate/up and down see on the held-out windows; runs them through the layer in place."""
+def _sample_inputs(
+    stream: LayerStream, layer: torch.nn.Module, hidden: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Evenly spread rows of what gate/up and down see on the held-out windows; runs them through the layer in
+    place.
+    """
     mlp: Any = layer.mlp
     modules = {"gate_up.sample": mlp.gate_proj, "down.sample": mlp.down_proj}
     seen: dict[str, list[torch.Tensor]] = {key: [] for key in modules}
@@ -119,7 +142,10 @@ def _sample_inputs(stream: LayerStream, layer: torch.nn.Module, hidden: torch.Te
         seen[key].append(rows[-passed[key] % step :: step].cpu().clone())  # a view would keep all rows alive
         passed[key] += len(rows)
 
-    handles = [module.register_forward_pre_hook(lambda _, args, key=key: keep(key, args[0])) for key, module in modules.items()]
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, key=key: keep(key, args[0]))
+        for key, module in modules.items()
+    ]
     with hooked(handles):
         run_in_place(stream, layer, hidden)
     return {key: torch.cat(parts)[:SAMPLE_ROWS] for key, parts in seen.items() if parts}

@@ -1,6 +1,8 @@
-"""The backward pass: the output metrics of every layer, through files, so that neither memory nor lost work grows with the model.
+"""The backward pass: the output metrics of every layer, through files, so that neither memory nor lost work
+grows with the model.
 
-Forward, each layer's input is kept as a file; backward, each layer's gradient and metrics. Every layer that is done stays done.
+Forward, each layer's input is kept as a file; backward, each layer's gradient and metrics. Every layer that
+is done stays done.
 """
 
 from __future__ import annotations
@@ -22,15 +24,21 @@ def metrics_name(index: int) -> str:
     return f"metrics-{index:05d}"
 
 
-def backward_pass(plan: Plan, workspace: Workspace, stream: LayerStream, bars: ProgressBars, workers: Workers) -> None:
-    """Bring `metrics-*` of every layer into the workspace, from the last layer to the first, skipping what is there."""
+def backward_pass(
+    plan: Plan, workspace: Workspace, stream: LayerStream, bars: ProgressBars, workers: Workers
+) -> None:
+    """Bring `metrics-*` of every layer into the workspace, from the last layer to the first, skipping what is
+    there.
+    """
     missing = [i for i in range(stream.num_layers) if not workspace.has(metrics_name(i))]
     if not missing:
         return
     windows = workers.share(spread(plan.calibration, plan.metric_windows))
     files = _Files(workspace, workers)
     with bars.stage("backward pass", 3 * stream.num_layers) as tick:
-        if not files.has("gradient", missing[-1] + 1):  # the beginning, or another number of processes than before
+        if not files.has(
+            "gradient", missing[-1] + 1
+        ):  # the beginning, or another number of processes than before
             missing = list(range(stream.num_layers))
             _forward(stream, files, windows, tick)
         for index in reversed(missing):

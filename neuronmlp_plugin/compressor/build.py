@@ -17,14 +17,17 @@ from neuronmlp_plugin.lowrank.decompose import Decomposition
 from neuronmlp_plugin.lowrank.pivots import common_order, pivot_inputs, pivot_outputs
 from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, ProjectionSpec
 
-# A compact matrix is refused where rounding to the stored dtype alone moves it by more than this share (bf16 with good pivots: 0.3-1 %).
+# A compact matrix is refused where rounding to the stored dtype alone moves it by more than this share (bf16
+# with good pivots: 0.3-1 %).
 ROUNDING_LIMIT = 0.03
 Layer = dict[str, ProjectionSpec]
 
 
 @dataclasses.dataclass(frozen=True)
 class BuiltLayer:
-    """One layer ready to be written: tensors by `projection.suffix`, the forms they really have, and what was noticed."""
+    """One layer ready to be written: tensors by `projection.suffix`, the forms they really have, and what was
+    noticed.
+    """
 
     tensors: dict[str, torch.Tensor]
     specs: Layer
@@ -47,7 +50,10 @@ def read_curves(plan: Plan, workspace: Workspace) -> list[Curve]:
 def priced(curves: list[Curve], prices: dict[str, np.ndarray]) -> list[Curve]:
     """The same curves with `prices[projection]` in place of parameters."""
     per_layer = len(PROJECTIONS)
-    return [dataclasses.replace(curve, prices=prices[PROJECTIONS[i % per_layer]]) for i, curve in enumerate(curves)]
+    return [
+        dataclasses.replace(curve, prices=prices[PROJECTIONS[i % per_layer]])
+        for i, curve in enumerate(curves)
+    ]
 
 
 def choose_ranks(settings: Settings, curves: list[Curve], keep: float) -> list[Layer]:
@@ -64,7 +70,9 @@ def build_layer(plan: Plan, workspace: Workspace, index: int, specs: Layer, dtyp
     if len(dense) == len(specs):
         return BuiltLayer({f"{name}.weight": w for name, w in weights.items()}, specs, {}, [], None)
     saved = workspace.load(layer_name(index))
-    factors = {n: _factors(load_decomposition(saved, n), spec) for n, spec in specs.items() if spec.form != "dense"}
+    factors = {
+        n: _factors(load_decomposition(saved, n), spec) for n, spec in specs.items() if spec.form != "dense"
+    }
     order = _order(factors, specs)
     result = BuiltLayer({}, {}, {}, [], order)
     for name, spec in specs.items():
@@ -72,7 +80,9 @@ def build_layer(plan: Plan, workspace: Workspace, index: int, specs: Layer, dtyp
             weight = weights[name] if order is None else _permuted(name, weights[name], order)
             stored, real = {"weight": weight}, spec
         else:
-            stored, real, rounding, note = _store(name, spec, _permuted_factors(name, factors[name], order), dtype)
+            stored, real, rounding, note = _store(
+                name, spec, _permuted_factors(name, factors[name], order), dtype
+            )
             result.rounding[name] = rounding
             result.notes.extend([f"layer {index} {name}: {note}"] if note else [])
         result.specs[name] = real
@@ -88,7 +98,11 @@ def _factors(decomposition: Decomposition, spec: ProjectionSpec) -> tuple[torch.
 
 def _order(factors: dict[str, tuple[torch.Tensor, torch.Tensor]], specs: Layer) -> torch.Tensor | None:
     """The common order of the intermediate channels, or None where nothing is compact."""
-    bases = [factors[n][0].T if n == "down_proj" else factors[n][1] for n, spec in specs.items() if spec.form == "compact"]
+    bases = [
+        factors[n][0].T if n == "down_proj" else factors[n][1]
+        for n, spec in specs.items()
+        if spec.form == "compact"
+    ]
     return common_order(bases) if bases else None
 
 
@@ -96,7 +110,9 @@ def _permuted(name: str, weight: torch.Tensor, order: torch.Tensor) -> torch.Ten
     return weight[:, order] if name == "down_proj" else weight[order]
 
 
-def _permuted_factors(name: str, pair: tuple[torch.Tensor, torch.Tensor], order: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _permuted_factors(
+    name: str, pair: tuple[torch.Tensor, torch.Tensor], order: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     if order is None:
         return pair
     first, second = pair
@@ -106,8 +122,12 @@ def _permuted_factors(name: str, pair: tuple[torch.Tensor, torch.Tensor], order:
 Stored = tuple[dict[str, torch.Tensor], ProjectionSpec, float, str]
 
 
-def _store(name: str, spec: ProjectionSpec, pair: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype) -> Stored:
-    """Tensors of one matrix in `dtype`, falling back from `compact` to `uv` at equal bytes where the pivots are not good enough."""
+def _store(
+    name: str, spec: ProjectionSpec, pair: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype
+) -> Stored:
+    """Tensors of one matrix in `dtype`, falling back from `compact` to `uv` at equal bytes where the pivots
+    are not good enough.
+    """
     first, second = pair
     if spec.form == "compact":
         try:
@@ -123,10 +143,17 @@ def _store(name: str, spec: ProjectionSpec, pair: tuple[torch.Tensor, torch.Tens
     else:
         note = ""
     stored = {"u.weight": first.to(dtype), "v.weight": second.to(dtype)}
-    return stored, spec, _change(second @ first, stored["v.weight"].double() @ stored["u.weight"].double()), note
+    return (
+        stored,
+        spec,
+        _change(second @ first, stored["v.weight"].double() @ stored["u.weight"].double()),
+        note,
+    )
 
 
-def _compact(name: str, first: torch.Tensor, second: torch.Tensor, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], float]:
+def _compact(
+    name: str, first: torch.Tensor, second: torch.Tensor, dtype: torch.dtype
+) -> tuple[dict[str, torch.Tensor], float]:
     rank, exact = first.shape[0], second @ first
     eye = torch.eye(rank, dtype=torch.float64)
     if name == "down_proj":

@@ -17,9 +17,11 @@ from neuronmlp_plugin.models.projection import PROJECTIONS, parameter_count
 
 @dataclasses.dataclass(frozen=True)
 class MatrixError:
-    """One projection. Errors are relative output errors sqrt(E|G^1/2 (W - W') x|^2 / E|G^1/2 W x|^2) in the metric of the method.
+    """One projection. Errors are relative output errors sqrt(E|G^1/2 (W - W') x|^2 / E|G^1/2 W x|^2) in the
+    metric of the method.
 
-    `predicted_loss`: the numerator squared, on the calibration moment, which the allocation adds up over matrices.
+    `predicted_loss`: the numerator squared, on the calibration moment, which the allocation adds up over
+    matrices.
     `achieved_error`: of the factors as stored, on held-out rows; None where no text was kept to judge on.
     `rounding`: relative change of the matrix itself from storing the factors in their dtype.
     """
@@ -47,21 +49,42 @@ def matrix_errors(plan: Plan, workspace: Workspace, index: int, built: BuiltLaye
         achieved = 0.0 if spec.rank is None else _achieved(plan, saved, index, name, built, metrics.get(name))
         predicted = (loss / max(float(tail[0]), 1e-300)) ** 0.5
         size = parameter_count(name, spec, plan.shape)
-        rows.append(MatrixError(index, name, spec.form, spec.rank, size, loss, predicted, achieved, built.rounding.get(name, 0.0)))
+        rows.append(
+            MatrixError(
+                index,
+                name,
+                spec.form,
+                spec.rank,
+                size,
+                loss,
+                predicted,
+                achieved,
+                built.rounding.get(name, 0.0),
+            )
+        )
     return rows
 
 
 @torch.no_grad()
 def _achieved(
-    plan: Plan, saved: dict[str, torch.Tensor], index: int, name: str, built: BuiltLayer, metric: torch.Tensor | None
+    plan: Plan,
+    saved: dict[str, torch.Tensor],
+    index: int,
+    name: str,
+    built: BuiltLayer,
+    metric: torch.Tensor | None,
 ) -> float | None:
-    """Outputs are compared through the layer's channel order: down's inputs are permuted, gate and up's outputs are put back."""
+    """Outputs are compared through the layer's channel order: down's inputs are permuted, gate and up's
+    outputs are put back.
+    """
     rows = saved.get("down.sample" if name == "down_proj" else "gate_up.sample")
     if rows is None:
         return None
     module = build_linear(name, built.specs[name], plan.shape)
     prefix = f"{name}."
-    module.load_state_dict({key.removeprefix(prefix): t.float() for key, t in built.tensors.items() if key.startswith(prefix)})
+    module.load_state_dict(
+        {key.removeprefix(prefix): t.float() for key, t in built.tensors.items() if key.startswith(prefix)}
+    )
     order = built.order
     exact = rows @ plan.base.tensor(f"model.layers.{index}.mlp.{name}.weight").float().T
     if name == "down_proj":
@@ -70,4 +93,6 @@ def _achieved(
         stored = module(rows)
         if order is not None:
             stored = stored[:, torch.argsort(order)]
-    return metric_norm(exact - stored, metric) / max(metric_norm(exact, metric), 1e-300)  # a matrix of zeros has no error
+    return metric_norm(exact - stored, metric) / max(
+        metric_norm(exact, metric), 1e-300
+    )  # a matrix of zeros has no error

@@ -1,7 +1,9 @@
-"""What each matrix is worth where it ends up: one backward pass of KL(dense || truncated) through the truncated model.
+"""What each matrix is worth where it ends up: one backward pass of KL(dense || truncated) through the
+truncated model.
 
-The allocation adds up what each matrix loses alone. With all W' in place, -<dKL/dW', W - W'> is the first-order gain of making one matrix
-whole again, with everything that the others do to it; curves are scaled by how far that is from what was predicted.
+The allocation adds up what each matrix loses alone. With all W' in place, -<dKL/dW', W - W'> is the
+first-order gain of making one matrix whole again, with everything that the others do to it; curves are scaled
+by how far that is from what was predicted.
 """
 
 from __future__ import annotations
@@ -23,22 +25,38 @@ from neuronmlp_plugin.compressor.workspace import Workspace
 from neuronmlp_plugin.lowrank.allocate import Curve
 from neuronmlp_plugin.models.projection import PROJECTIONS
 
-POWER = 0.5  # taken at its word (1.0) the measurement is too noisy for single matrices: docs/compression_experiments.md
+# taken at its word (1.0) the measurement is too noisy for single matrices: docs/compression_experiments.md
+POWER = 0.5
 LIMIT = 4.0  # no matrix counts as more than this many times as dear, or as cheap, as the mean
 
 
-def scaled(curves: Sequence[Curve], ranks: Sequence[int | None], gains: Sequence[float | None]) -> list[Curve]:
-    """The curves times (gain / predicted loss at that rank, over the mean of all)^POWER; what loses nothing keeps its own."""
-    ratios = [None if g is None or not c.loss(k) > 0.0 else g / c.loss(k) for c, k, g in zip(curves, ranks, gains, strict=True)]
+def scaled(
+    curves: Sequence[Curve], ranks: Sequence[int | None], gains: Sequence[float | None]
+) -> list[Curve]:
+    """The curves times (gain / predicted loss at that rank, over the mean of all)^POWER; what loses nothing
+    keeps its own.
+    """
+    ratios = [
+        None if g is None or not c.loss(k) > 0.0 else g / c.loss(k)
+        for c, k, g in zip(curves, ranks, gains, strict=True)
+    ]
     known = [ratio for ratio in ratios if ratio is not None]
     if not known or (mean := float(np.mean(known))) <= 0.0:
         return list(curves)
-    factors = [1.0 if ratio is None else float(np.clip(ratio / mean, 1 / LIMIT, LIMIT)) ** POWER for ratio in ratios]
-    return [dataclasses.replace(curve, tail=curve.tail * factor) for curve, factor in zip(curves, factors, strict=True)]
+    factors = [
+        1.0 if ratio is None else float(np.clip(ratio / mean, 1 / LIMIT, LIMIT)) ** POWER for ratio in ratios
+    ]
+    return [
+        dataclasses.replace(curve, tail=curve.tail * factor)
+        for curve, factor in zip(curves, factors, strict=True)
+    ]
 
 
-def measured_gains(truncated: TruncatedStream, windows: torch.Tensor, files: Workspace, bars: ProgressBars) -> list[float | None]:
-    """The gain of every matrix in nats a token of `windows [n, S]`, layer by layer in the order of PROJECTIONS; None for one that is dense.
+def measured_gains(
+    truncated: TruncatedStream, windows: torch.Tensor, files: Workspace, bars: ProgressBars
+) -> list[float | None]:
+    """The gain of every matrix in nats a token of `windows [n, S]`, layer by layer in the order of
+    PROJECTIONS; None for one that is dense.
 
     `files` holds each layer's input for the time being.
     """
@@ -59,7 +77,9 @@ def _input(index: int) -> str:
     return f"measured-{index:05d}"
 
 
-def _forward(stream: LayerStream, files: Workspace, windows: torch.Tensor, tick: Callable[[int], None]) -> torch.Tensor:
+def _forward(
+    stream: LayerStream, files: Workspace, windows: torch.Tensor, tick: Callable[[int], None]
+) -> torch.Tensor:
     """The last layer's output; the input of each layer is left as a file."""
     hidden = stream.embed(windows)
     for index in range(stream.num_layers):
@@ -88,12 +108,18 @@ def _layer_gains(
 ) -> list[float | None]:
     """-<dKL/dW', W - W'> of the layer's matrices; `gradient` is taken through the layer in place."""
     layer = truncated.load(index)
-    weights: dict[str, nn.Parameter] = {n: getattr(layer.mlp, n).weight for n in PROJECTIONS if truncated.chosen[index][n].rank is not None}
+    weights: dict[str, nn.Parameter] = {
+        n: getattr(layer.mlp, n).weight for n in PROJECTIONS if truncated.chosen[index][n].rank is not None
+    }
     for weight in weights.values():
         weight.requires_grad_(True)
     backward_in_place(truncated, layer, hidden, gradient)
     whole = dense.load(index)
-    gains = {n: -float((w.grad * (getattr(whole.mlp, n).weight - w.detach())).sum()) for n, w in weights.items() if w.grad is not None}
+    gains = {
+        n: -float((w.grad * (getattr(whole.mlp, n).weight - w.detach())).sum())
+        for n, w in weights.items()
+        if w.grad is not None
+    }
     dense.release(index)
     truncated.release(index)
     return [gains.get(name) for name in PROJECTIONS]

@@ -1,6 +1,8 @@
-"""The memory of a run, counted before it starts: the large tensors of each stage (docs/scale.md lists them at 8B).
+"""The memory of a run, counted before it starts: the large tensors of each stage (docs/scale.md lists them at
+8B).
 
-No term has the number of layers in it; tests/compressor/test_scale.py holds the sums against what real runs take.
+No term has the number of layers in it; tests/compressor/test_scale.py holds the sums against what real runs
+take.
 """
 
 from __future__ import annotations
@@ -39,8 +41,14 @@ class Footprint:
         """Peak bytes of each stage."""
         parts = {
             "backward pass": max(self._loss(), self._backward()) if self.metric_tokens else 0,
-            "statistics": self._hidden(self.calibration_tokens + self.judge_tokens) + self._layer() + self._moments() + self._forward(),
-            "factors": self._hidden(self.calibration_tokens + self.judge_tokens) + self._layer() + self._moments() + self._decompose(),
+            "statistics": self._hidden(self.calibration_tokens + self.judge_tokens)
+            + self._layer()
+            + self._moments()
+            + self._forward(),
+            "factors": self._hidden(self.calibration_tokens + self.judge_tokens)
+            + self._layer()
+            + self._moments()
+            + self._decompose(),
             "measured gains": self._measured() if self.measured_tokens else 0,
             "pivots": self._pivots(),
             "quality": self._judge() if self.judge_tokens else 0,
@@ -60,11 +68,19 @@ class Footprint:
 
     def _loss(self) -> int:
         """Input and gradient of all windows, the output matrix, and three times the logits of one window."""
-        return 2 * self._hidden(self.metric_tokens) + self.vocabulary * (self.shape.hidden_size + 3 * self.window) * _FP32
+        return (
+            2 * self._hidden(self.metric_tokens)
+            + self.vocabulary * (self.shape.hidden_size + 3 * self.window) * _FP32
+        )
 
     def _backward(self) -> int:
         metric = 2 * self.shape.hidden_size**2 * _FP64
-        return 2 * self._hidden(self.metric_tokens) + self._layer() + self._batch(self.metric_tokens, 6, 16) + metric
+        return (
+            2 * self._hidden(self.metric_tokens)
+            + self._layer()
+            + self._batch(self.metric_tokens, 6, 16)
+            + metric
+        )
 
     def _moments(self) -> int:
         h, i = self.shape.hidden_size, self.shape.intermediate_size
@@ -74,24 +90,34 @@ class Footprint:
         return self._batch(self.calibration_tokens, 4, 8) + BLOCK * self.shape.intermediate_size * _FP32
 
     def _decompose(self) -> int:
-        """Factors of two projections in fp32, four matrices of a projection's shape and six of the narrow side in fp64."""
+        """Factors of two projections in fp32, four matrices of a projection's shape and six of the narrow
+        side in fp64.
+        """
         h, i = self.shape.hidden_size, self.shape.intermediate_size
         narrow = min(h, i)
         return 2 * (h + i) * narrow * _FP32 + (4 * h * i + 6 * narrow**2) * _FP64
 
     def _measured(self) -> int:
-        """Hidden states of both models and a gradient, with the output matrix; or a layer of both, its factors and weight gradients."""
+        """Hidden states of both models and a gradient, with the output matrix; or a layer of both, its
+        factors and weight gradients.
+        """
         h, i = self.shape.hidden_size, self.shape.intermediate_size
         factors = 3 * (h + i) * min(h, i) * _FP32
-        layers = 2 * self._layer() + 3 * h * i * _FP32 + max(factors, self._batch(self.measured_tokens, 6, 16))
+        layers = (
+            2 * self._layer() + 3 * h * i * _FP32 + max(factors, self._batch(self.measured_tokens, 6, 16))
+        )
         return 3 * self._hidden(self.measured_tokens) + max(self.vocabulary * h * _FP32, layers)
 
     def _pivots(self) -> int:
-        """At full rank: factors of three projections, a basis and what is projected out of it for each, and one QR at work."""
+        """At full rank: factors of three projections, a basis and what is projected out of it for each, and
+        one QR at work.
+        """
         h, i = self.shape.hidden_size, self.shape.intermediate_size
         return (3 * (h + i) + 6 * i + 2 * i) * min(h, i) * _FP64
 
     def _judge(self) -> int:
         """Hidden states and output matrices of both models, with six times some logits; or one layer at work."""
         heads = self.vocabulary * (2 * self.shape.hidden_size + 6 * POSITIONS) * _FP32
-        return 2 * self._hidden(self.judge_tokens) + max(heads, self._layer() + self._batch(self.judge_tokens, 4, 8))
+        return 2 * self._hidden(self.judge_tokens) + max(
+            heads, self._layer() + self._batch(self.judge_tokens, 4, 8)
+        )

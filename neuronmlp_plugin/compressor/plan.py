@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from neuronmlp_plugin.calibration.text import hold_out, load_tokenizer, read_documents, spread, token_windows, windows_digest
+from neuronmlp_plugin.calibration.text import (
+    hold_out,
+    load_tokenizer,
+    read_documents,
+    spread,
+    token_windows,
+    windows_digest,
+)
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, dense_block
 from neuronmlp_plugin.checkpoint.writer import layer_prefix, partial_folder
 from neuronmlp_plugin.compressor.memory import Footprint, physical_bytes
@@ -24,7 +31,8 @@ from neuronmlp_plugin.models.projection import PROJECTIONS, MLPShape
 
 _FP32 = 4
 _LAYOUT = 2  # of the files in the analysis folder
-# What a measured allocation looks at: so many calibration windows, and of each the beginning, since attention over all of it would be most
+# What a measured allocation looks at: so many calibration windows, and of each the beginning, since attention
+# over all of it would be most
 # of the pass on a CPU.
 MEASURED_WINDOWS, MEASURED_LENGTH = 32, 256
 
@@ -77,26 +85,38 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Room for metrics (fp64), the backward pass or the decompositions (fp32) with hidden states, and the result."""
+        """Room for metrics (fp64), the backward pass or the decompositions (fp32) with hidden states, and the
+        result.
+        """
         h, i, layers = self.shape.hidden_size, self.shape.intermediate_size, self.shape.num_layers
         decompositions = layers * 3 * (h + i) * min(h, i) * _FP32
         metrics = layers * (h * h + 2 * i) * 8 if self.metric_windows else 0
         inputs = (layers + 3) * self.metric_windows * self.settings.window * h * _FP32
-        hidden = max(2 * (self.calibration.numel() + self.judge.numel()), layers * self.measured.numel()) * h * _FP32
+        hidden = (
+            max(2 * (self.calibration.numel() + self.judge.numel()), layers * self.measured.numel())
+            * h
+            * _FP32
+        )
         model = sum(path.stat().st_size for path in self.base.folder.glob("*.safetensors"))
         return metrics + max(inputs, decompositions + hidden) + model
 
     @property
     def analysis(self) -> pathlib.Path:
-        """Where statistics and decompositions are kept: apart where the user wants them again, else with the unfinished run."""
+        """Where statistics and decompositions are kept: apart where the user wants them again, else with the
+        unfinished run.
+        """
         return self.settings.analysis or self.work / "analysis"
 
     def fingerprint(self) -> str:
-        """Changes with anything that changes the result: an unfinished run is resumed only under the same one."""
+        """Changes with anything that changes the result: an unfinished run is resumed only under the same
+        one.
+        """
         return digest({"settings": self.settings.to_json(), "analysis": self.analysis_fingerprint()})
 
     def analysis_fingerprint(self) -> str:
-        """Changes with anything that changes the statistics: the text, the dense weights, the method; not with size or form."""
+        """Changes with anything that changes the statistics: the text, the dense weights, the method; not
+        with size or form.
+        """
         text = [windows_digest(self.calibration), windows_digest(self.judge)]
         return digest([_LAYOUT, self.settings.analysis_json(), weights_digest(self.base), text])
 
@@ -108,7 +128,10 @@ class Plan:
             ("layers", f"{shape.num_layers}, H {shape.hidden_size}, I {shape.intermediate_size}"),
             ("MLPs", f"{self.mlp_parameters / 1e6:.1f} M parameters"),
             ("take away", self._size_row()),
-            ("method", f"{s.method}, allocation {s.allocation}, form {s.form}, rank multiple {s.rank_multiple}"),
+            (
+                "method",
+                f"{s.method}, allocation {s.allocation}, form {s.form}, rank multiple {s.rank_multiple}",
+            ),
             (
                 "calibration",
                 f"{self.calibration.numel():,} tokens in {len(self.calibration)} windows; backward pass on {self.metric_windows}",
@@ -135,7 +158,9 @@ def digest(value: Any) -> str:
 
 
 def base_digest(base: Checkpoint) -> str:
-    """A name for the dense weights: config, tensor names and shapes, and file sizes (not their contents: those are gigabytes)."""
+    """A name for the dense weights: config, tensor names and shapes, and file sizes (not their contents:
+    those are gigabytes).
+    """
     sizes = [(path.name, path.stat().st_size) for path in sorted(base.folder.glob("*.safetensors"))]
     return digest([base.config, sorted((n, list(s)) for n, s in base.shapes().items()), sizes])
 
@@ -150,14 +175,22 @@ def make_plan(settings: Settings) -> Plan:
     """Open and check everything that a run will touch. Raises the errors of the parts, each naming its file."""
     base = Checkpoint(settings.model)
     if base.block is not None:
-        raise CheckpointError(f"{settings.model}: expected a dense model, found one that is factored already; compress the original.")
+        raise CheckpointError(
+            f"{settings.model}: expected a dense model, found one that is factored already; compress the original."
+        )
     shape = dense_block(base).shape
     _check_size(settings, shape)
     calibration, judge = _windows(settings, shape)
-    metric_windows = min(max(1, settings.metric_tokens // settings.window), len(calibration)) if settings.method == "two-sided" else 0
+    metric_windows = (
+        min(max(1, settings.metric_tokens // settings.window), len(calibration))
+        if settings.method == "two-sided"
+        else 0
+    )
     plan = Plan(settings, base, shape, calibration, judge, metric_windows)
     if plan.target.exists():
-        raise OutputError(f"{plan.target}: expected a path that does not exist yet, found one; choose another --out or remove it.")
+        raise OutputError(
+            f"{plan.target}: expected a path that does not exist yet, found one; choose another --out or remove it."
+        )
     _check_places(plan)
     _check_room(plan)
     return plan
@@ -168,7 +201,9 @@ def _windows(settings: Settings, shape: MLPShape) -> tuple[torch.Tensor, torch.T
     if settings.text is None:
         return empty, empty
     tokenizer = load_tokenizer(settings.model)
-    windows = token_windows(read_documents(settings.text, tokenizer), tokenizer, settings.window, str(settings.text))
+    windows = token_windows(
+        read_documents(settings.text, tokenizer), tokenizer, settings.window, str(settings.text)
+    )
     pool, judge = hold_out(windows, settings.judge_tokens)
     wanted = min(max(1, settings.tokens // settings.window), len(pool))
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(settings.seed))[:wanted]
@@ -185,7 +220,9 @@ def _windows(settings: Settings, shape: MLPShape) -> tuple[torch.Tensor, torch.T
 
 
 def _check_enough(settings: Settings, shape: MLPShape, found: int) -> None:
-    """Fewer tokens than twice the wider side leave the input moment singular in many directions, and the fit goes wild there."""
+    """Fewer tokens than twice the wider side leave the input moment singular in many directions, and the fit
+    goes wild there.
+    """
     needed = 2 * max(shape.hidden_size, shape.intermediate_size)
     if found < needed:
         raise CalibrationError(
@@ -195,10 +232,15 @@ def _check_enough(settings: Settings, shape: MLPShape, found: int) -> None:
 
 
 def _check_size(settings: Settings, shape: MLPShape) -> None:
-    """What no allocation could reach is refused before the analysis: what the cheapest choices cost does not hang on losses."""
+    """What no allocation could reach is refused before the analysis: what the cheapest choices cost does not
+    hang on losses.
+    """
     if settings.remove is None:
         return
-    curves = [Curve(n_out, n_in, np.linspace(1.0, 0.0, min(n_in, n_out) + 1)) for n_in, n_out in map(shape.in_out, PROJECTIONS)]
+    curves = [
+        Curve(n_out, n_in, np.linspace(1.0, 0.0, min(n_in, n_out) + 1))
+        for n_in, n_out in map(shape.in_out, PROJECTIONS)
+    ]
     keep, form, multiple = 1.0 - settings.remove, settings.form, settings.rank_multiple
     if settings.allocation == "uniform":
         uniform_ranks(curves, keep, form, multiple)
@@ -207,12 +249,16 @@ def _check_size(settings: Settings, shape: MLPShape) -> None:
 
 
 def _check_places(plan: Plan) -> None:
-    """The output appears by a rename, so nothing else may lie where it will be, or where the unfinished run is."""
+    """The output appears by a rename, so nothing else may lie where it will be, or where the unfinished run
+    is.
+    """
     if plan.settings.analysis is None:
         return
     around = plan.settings.analysis.resolve()
     if {plan.target.resolve(), plan.work.resolve()} & {around, *around.parents}:
-        raise UsageError(f"--analysis {plan.settings.analysis}: expected a folder outside --out, found one inside; name another.")
+        raise UsageError(
+            f"--analysis {plan.settings.analysis}: expected a folder outside --out, found one inside; name another."
+        )
 
 
 def _check_room(plan: Plan) -> None:
@@ -225,7 +271,9 @@ def _check_room(plan: Plan) -> None:
     while not parent.exists():
         parent = parent.parent
     here = {path for place in (plan.work, plan.analysis) for path in place.rglob("*") if path.is_file()}
-    needed = plan.disk_bytes - sum(path.stat().st_size for path in here)  # what an earlier run left need not find room again
+    needed = plan.disk_bytes - sum(
+        path.stat().st_size for path in here
+    )  # what an earlier run left need not find room again
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OutputError(

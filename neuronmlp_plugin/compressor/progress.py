@@ -6,7 +6,14 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class ProgressBars:
@@ -26,7 +33,9 @@ class ProgressBars:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console, disable=self.quiet or not self.console.is_terminal) as progress:
+        with Progress(
+            *columns, console=self.console, disable=self.quiet or not self.console.is_terminal
+        ) as progress:
             task = progress.add_task(name, total=total)
             yield lambda steps: progress.advance(task, steps)
             progress.update(task, completed=total)

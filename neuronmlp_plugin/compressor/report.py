@@ -17,7 +17,9 @@ _SPECTRUM_POINTS = 64
 
 
 def loss_by_size(curves: Sequence[Curve], settings: Settings) -> list[dict[str, float]]:
-    """The predicted loss at other sizes, as far as the form can go, with ranks from predicted losses alone: not measured, not priced."""
+    """The predicted loss at other sizes, as far as the form can go, with ranks from predicted losses alone:
+    not measured, not priced.
+    """
     points, choose = [], CHOOSERS[settings.allocation]
     for removed in sorted({*_GRID, *([] if settings.remove is None else [settings.remove])}):
         try:
@@ -32,10 +34,13 @@ def loss_by_size(curves: Sequence[Curve], settings: Settings) -> list[dict[str, 
 def spectra(curves: Sequence[Curve]) -> dict[str, Any]:
     """Share of the output energy that each matrix loses at (at most 64) ranks from 0 to full, to four digits.
 
-    `{"ranks": [...], "layers": [{projection: [...]}, ...]}`: all three matrices of a layer have the same full rank, min(H, I).
+    `{"ranks": [...], "layers": [{projection: [...]}, ...]}`: all three matrices of a layer have the same full
+    rank, min(H, I).
     """
     full = len(curves[0].tail) - 1
     ranks = np.unique(np.linspace(0, full, _SPECTRUM_POINTS).round().astype(int))
-    lost = [[float(f"{share:.4g}") for share in c.tail[ranks] / max(float(c.tail[0]), 1e-300)] for c in curves]
+    lost = [
+        [float(f"{share:.4g}") for share in c.tail[ranks] / max(float(c.tail[0]), 1e-300)] for c in curves
+    ]
     layers = [dict(zip(PROJECTIONS, lost[i : i + 3], strict=True)) for i in range(0, len(lost), 3)]
     return {"ranks": ranks.tolist(), "layers": layers}

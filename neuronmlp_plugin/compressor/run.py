@@ -19,9 +19,22 @@ from neuronmlp_plugin.calibration.workers import Workers
 from neuronmlp_plugin.checkpoint.loader import open_folder
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
-from neuronmlp_plugin.checkpoint.writer import layer_prefix, save_json, write_factor_file, write_layer, write_rest
+from neuronmlp_plugin.checkpoint.writer import (
+    layer_prefix,
+    save_json,
+    write_factor_file,
+    write_layer,
+    write_rest,
+)
 from neuronmlp_plugin.compressor.analyse import analyse
-from neuronmlp_plugin.compressor.build import BuiltLayer, Layer, build_layer, choose_ranks, priced, read_curves
+from neuronmlp_plugin.compressor.build import (
+    BuiltLayer,
+    Layer,
+    build_layer,
+    choose_ranks,
+    priced,
+    read_curves,
+)
 from neuronmlp_plugin.compressor.decode_time import model_us, priced_ranks, rank_prices
 from neuronmlp_plugin.compressor.errors import matrix_errors
 from neuronmlp_plugin.compressor.marginal import measured_gains, scaled
@@ -41,7 +54,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 class Run:
-    """The folders of a run under way: `result` becomes `plan.target` in one rename; `analysis` stays where the user keeps it."""
+    """The folders of a run under way: `result` becomes `plan.target` in one rename; `analysis` stays where
+    the user keeps it.
+    """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self.device = plan, device
@@ -68,8 +83,8 @@ class Run:
 def compress(plan: Plan, bars: ProgressBars) -> dict[str, Any] | None:
     """Compress as planned into `plan.target`, which appears whole or not at all; returns the report.
 
-    An interrupted run goes on from its last finished layer, to an identical result. Of several processes (`Workers`) all take part in
-    the analysis; the first does the rest, and the others return None.
+    An interrupted run goes on from its last finished layer, to an identical result. Of several processes
+    (`Workers`) all take part in the analysis; the first does the rest, and the others return None.
     """
     workers = Workers()
     with workers.first_ahead():
@@ -117,7 +132,9 @@ def _ranks_for(run: Run, curves: list[Curve], keep: float, bars: ProgressBars) -
 def _make(run: Run, chosen: list[Layer], bars: ProgressBars) -> dict[str, Any]:
     """Build, write and judge what `chosen` says; the report of it."""
     records = _build_layers(run, chosen, bars)
-    block = FormatBlock(tuple(_specs(record) for record in records), run.plan.shape, describe(run.plan), _created_by())
+    block = FormatBlock(
+        tuple(_specs(record) for record in records), run.plan.shape, describe(run.plan), _created_by()
+    )
     _write_whole(run, block)
     quality, samples = _judge(run, bars)
     return {
@@ -132,23 +149,30 @@ def _make(run: Run, chosen: list[Layer], bars: ProgressBars) -> dict[str, Any]:
 
 
 def _meet_target(run: Run, curves: list[Curve], asked: str, bars: ProgressBars) -> dict[str, Any]:
-    """The largest removal that meets the target both truncated and as stored; its report, with all probes as `target`."""
+    """The largest removal that meets the target both truncated and as stored; its report, with all probes as
+    `target`.
+    """
     search = Search(run.plan.work / "target.json", asked, parse_target(asked))
     settings = run.plan.settings
     most = most_removable(curves, settings.form, settings.rank_multiple)
-    sizes = [size for size in SIZES if size <= most] or SIZES[:1]  # where nothing can go, choosing ranks says so
+    sizes = [size for size in SIZES if size <= most] or SIZES[
+        :1
+    ]  # where nothing can go, choosing ranks says so
     while True:
         removed = search.candidate(sizes, _prober(run, curves, bars))
         report = _make(run, choose_ranks(settings, curves, 1.0 - removed), bars)
         if search.target.met(report["quality"]):
             search.record(removed, report["quality"], stored=True)
             return {**report, "target": search.to_json()}
-        run.start_over()  # before the failure is known, so that a rerun never takes these layers for the next size's
+        # before the failure is known, so that a rerun never takes these layers for the next size's
+        run.start_over()
         search.record(removed, report["quality"], stored=True)
 
 
 def _prober(run: Run, curves: list[Curve], bars: ProgressBars) -> Callable[[float], dict[str, float]]:
-    """The function that judges a size. The dense model runs at its first call, as a resumed run may need none."""
+    """The function that judges a size. The dense model runs at its first call, as a resumed run may need
+    none.
+    """
     base = run.plan.base
     judge = functools.cache(lambda: Judge(LayerStream(base, device=run.device), run.plan.judge))
 
@@ -161,15 +185,24 @@ def _prober(run: Run, curves: list[Curve], bars: ProgressBars) -> Callable[[floa
 
 
 def _be_faster(run: Run, curves: list[Curve], factor: float, bars: ProgressBars) -> dict[str, Any]:
-    """Least loss within 1 / factor of the dense MLPs' simulated decode time; what it comes to is in the report as `decode`."""
+    """Least loss within 1 / factor of the dense MLPs' simulated decode time; what it comes to is in the
+    report as `decode`.
+    """
     shape, settings = run.plan.shape, run.plan.settings
     with bars.stage("simulated prices", 2 * len(priced_ranks(shape))) as tick:
         prices = rank_prices(shape, settings.form, tick)
     report = _make(run, _ranks_for(run, priced(curves, prices), 1.0 / factor, bars), bars)
-    made = [{name: ProjectionSpec(**spec) for name, spec in layer.items()} for layer in report["block"]["layers"]]
+    made = [
+        {name: ProjectionSpec(**spec) for name, spec in layer.items()} for layer in report["block"]["layers"]
+    ]
     dense_us = model_us(shape, [dict.fromkeys(PROJECTIONS, DENSE)] * shape.num_layers)
     simulated_us = model_us(shape, made)
-    decode = {"asked": factor, "dense_simulated_us": dense_us, "simulated_us": simulated_us, "simulated_speedup": dense_us / simulated_us}
+    decode = {
+        "asked": factor,
+        "dense_simulated_us": dense_us,
+        "simulated_us": simulated_us,
+        "simulated_speedup": dense_us / simulated_us,
+    }
     return {**report, "decode": decode}
 
 
@@ -184,7 +217,9 @@ def _specs(record: dict[str, Any]) -> Layer:
 
 
 def _build_layers(run: Run, chosen: list[Layer], bars: ProgressBars) -> list[dict[str, Any]]:
-    """Write each layer's tensors and return one record a layer; both are skipped where an earlier run left them."""
+    """Write each layer's tensors and return one record a layer; both are skipped where an earlier run left
+    them.
+    """
     records, dtype = [], _dtype(run.plan)
     with bars.stage("pivots and writing", len(chosen)) as tick:
         for index, specs in enumerate(chosen):
@@ -200,7 +235,9 @@ def _build_layers(run: Run, chosen: list[Layer], bars: ProgressBars) -> list[dic
 
 def _dtype(plan: Plan) -> torch.dtype:
     chosen = plan.settings.dtype
-    return DTYPES[chosen] if chosen != "auto" else plan.base.tensor("model.layers.0.mlp.gate_proj.weight").dtype
+    return (
+        DTYPES[chosen] if chosen != "auto" else plan.base.tensor("model.layers.0.mlp.gate_proj.weight").dtype
+    )
 
 
 def _write_layer(run: Run, index: int, built: BuiltLayer) -> None:
@@ -215,7 +252,9 @@ def _record(run: Run, index: int, built: BuiltLayer) -> dict[str, Any]:
     return {
         "specs": {name: spec.to_json() for name, spec in built.specs.items()},
         "notes": built.notes,
-        "matrices": [dataclasses.asdict(error) for error in matrix_errors(run.plan, run.analysis, index, built)],
+        "matrices": [
+            dataclasses.asdict(error) for error in matrix_errors(run.plan, run.analysis, index, built)
+        ],
     }
 
 
@@ -231,7 +270,9 @@ def _write_whole(run: Run, block: FormatBlock) -> None:
 
 
 def _judge(run: Run, bars: ProgressBars) -> tuple[dict[str, float] | None, dict[str, Any] | None]:
-    """Quality of what will be served against the dense model, on text that was not calibrated on, and sample texts of both."""
+    """Quality of what will be served against the dense model, on text that was not calibrated on, and sample
+    texts of both.
+    """
     judge, base = run.plan.judge, run.plan.base.folder
     if not len(judge):
         return None, None
@@ -243,7 +284,9 @@ def _judge(run: Run, bars: ProgressBars) -> tuple[dict[str, float] | None, dict[
     return quality, _samples(run, dense, candidate, bars)
 
 
-def _samples(run: Run, dense: LayerStream, candidate: LayerStream, bars: ProgressBars) -> dict[str, Any] | None:
+def _samples(
+    run: Run, dense: LayerStream, candidate: LayerStream, bars: ProgressBars
+) -> dict[str, Any] | None:
     count = run.plan.settings.samples
     if not count:
         return None

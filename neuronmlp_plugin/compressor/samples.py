@@ -1,4 +1,6 @@
-"""What the text reads like: the same few prompts, continued greedily by the dense and by the compressed model."""
+"""What the text reads like: the same few prompts, continued greedily by the dense and by the compressed
+model.
+"""
 
 from __future__ import annotations
 
@@ -26,34 +28,51 @@ _BEGINNINGS = (
 def sample_texts(
     dense: LayerStream, candidate: LayerStream, tokenizer: Any, new_tokens: int, tick: Callable[[int], None]
 ) -> dict[str, Any]:
-    """Both models' continuations of built-in prompts: `{"new_tokens", "chat_template", "texts": [{"prompt", "dense", "compressed"}]}`.
+    """Both models' continuations of built-in prompts: `{"new_tokens", "chat_template", "texts": [{"prompt",
+    "dense", "compressed"}]}`.
 
-    Questions through the tokenizer's chat template, or beginnings to go on from where it has none that can be used. One layer is in
-    memory at a time; `tick(1)` after each token of each model.
+    Questions through the tokenizer's chat template, or beginnings to go on from where it has none that can be
+    used. One layer is in memory at a time; `tick(1)` after each token of each model.
     """
     rendered = _rendered(tokenizer)
     prompts = _BEGINNINGS if rendered is None else _QUESTIONS
-    inputs = tokenizer(list(prompts if rendered is None else rendered), add_special_tokens=rendered is None)["input_ids"]
+    inputs = tokenizer(list(prompts if rendered is None else rendered), add_special_tokens=rendered is None)[
+        "input_ids"
+    ]
     answers = [_continued(stream, tokenizer, inputs, new_tokens, tick) for stream in (dense, candidate)]
-    texts = [{"prompt": prompt, "dense": x, "compressed": y} for prompt, x, y in zip(prompts, *answers, strict=True)]
+    texts = [
+        {"prompt": prompt, "dense": x, "compressed": y}
+        for prompt, x, y in zip(prompts, *answers, strict=True)
+    ]
     return {"new_tokens": new_tokens, "chat_template": rendered is not None, "texts": texts}
 
 
 def _rendered(tokenizer: Any) -> list[str] | None:
-    """The questions as the tokenizer's chat template puts them; None without a template, or with one that refuses them."""
+    """The questions as the tokenizer's chat template puts them; None without a template, or with one that
+    refuses them.
+    """
     import jinja2
 
     if not getattr(tokenizer, "chat_template", None):
         return None
     chats = [[{"role": "user", "content": question}] for question in _QUESTIONS]
     try:
-        return [str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)) for chat in chats]
-    except (jinja2.TemplateError, ValueError, TypeError):  # templates raise what they like; hours of work must not end here
+        return [
+            str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+            for chat in chats
+        ]
+    except (
+        jinja2.TemplateError,
+        ValueError,
+        TypeError,
+    ):  # templates raise what they like; hours of work must not end here
         return None
 
 
 @torch.no_grad()
-def _continued(stream: LayerStream, tokenizer: Any, inputs: list[list[int]], new_tokens: int, tick: Callable[[int], None]) -> list[str]:
+def _continued(
+    stream: LayerStream, tokenizer: Any, inputs: list[list[int]], new_tokens: int, tick: Callable[[int], None]
+) -> list[str]:
     """All prompts in one batch, padded on the left, since every token costs a pass over all layers' files."""
     width = max(len(ids) for ids in inputs)
     prompt = torch.tensor([[0] * (width - len(ids)) + ids for ids in inputs], device=stream.device)
@@ -61,5 +80,7 @@ def _continued(stream: LayerStream, tokenizer: Any, inputs: list[list[int]], new
     end = stream.model.config.eos_token_id
     padding = end[0] if isinstance(end, list) else end or 0
     with stream.on_demand(tick) as model:
-        output = model.generate(prompt, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=padding)
+        output = model.generate(
+            prompt, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=padding
+        )
     return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in output[:, width:]]

@@ -1,7 +1,9 @@
-"""The largest removal whose quality on the judge's windows meets a target: bisection over sizes, every probe written down.
+"""The largest removal whose quality on the judge's windows meets a target: bisection over sizes, every probe
+written down.
 
-A probe chooses ranks and runs the dense model with the truncated matrices W' in it: a form stores the same matrix, so no pivots are
-needed to judge it. What rounding to the stored dtype adds is judged on the finished tensors, which have the last word.
+A probe chooses ranks and runs the dense model with the truncated matrices W' in it: a form stores the same
+matrix, so no pivots are needed to judge it. What rounding to the stored dtype adds is judged on the finished
+tensors, which have the last word.
 """
 
 from __future__ import annotations
@@ -29,9 +31,13 @@ SIZES = tuple(round(STEP * notch, 3) for notch in range(1, 191))
 
 
 class TruncatedStream(LayerStream):
-    """The dense model, one layer at a time, with the matrices that `chosen` stands for: W' itself in place of any factors."""
+    """The dense model, one layer at a time, with the matrices that `chosen` stands for: W' itself in place of
+    any factors.
+    """
 
-    def __init__(self, base: Checkpoint, analysis: Workspace, chosen: Sequence[Layer], device: torch.device) -> None:
+    def __init__(
+        self, base: Checkpoint, analysis: Workspace, chosen: Sequence[Layer], device: torch.device
+    ) -> None:
         super().__init__(base, device=device)
         self.analysis, self.chosen = analysis, chosen
 
@@ -42,12 +48,16 @@ class TruncatedStream(LayerStream):
         for name, rank in ranks.items():
             found = load_decomposition(saved, name)
             weight = found.left[:, :rank] @ found.right[:rank]
-            getattr(layer.mlp, name).weight = nn.Parameter(weight.to(self.device, self.dtype), requires_grad=False)
+            getattr(layer.mlp, name).weight = nn.Parameter(
+                weight.to(self.device, self.dtype), requires_grad=False
+            )
         return layer
 
 
 def largest(sizes: Sequence[float], meets: Callable[[float], bool]) -> float | None:
-    """The last of the rising `sizes` that meets, by bisection, so as if all before one that meets do; None where the first does not."""
+    """The last of the rising `sizes` that meets, by bisection, so as if all before one that meets do; None
+    where the first does not.
+    """
     low, high = -1, len(sizes)
     while high - low > 1:
         middle = (low + high) // 2
@@ -58,16 +68,26 @@ def largest(sizes: Sequence[float], meets: Callable[[float], bool]) -> float | N
 class Search:
     """Probes of one target, kept in the file `path` so that none is made twice.
 
-    A probe is a removed share, whether the tensors were judged as `stored` or truncated only, whether it met, and its quality.
+    A probe is a removed share, whether the tensors were judged as `stored` or truncated only, whether it met,
+    and its quality.
     """
 
     def __init__(self, path: pathlib.Path, asked: str, target: Target) -> None:
         self.path, self.asked, self.target = path, asked, target
-        self.probes: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        self.probes: list[dict[str, Any]] = (
+            json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        )
 
     def known(self, removed: float, *, stored: bool) -> bool | None:
         """Whether that probe met; None where it was not made."""
-        return next((probe["met"] for probe in self.probes if (probe["removed"], probe["stored"]) == (removed, stored)), None)
+        return next(
+            (
+                probe["met"]
+                for probe in self.probes
+                if (probe["removed"], probe["stored"]) == (removed, stored)
+            ),
+            None,
+        )
 
     def record(self, removed: float, quality: Mapping[str, float], *, stored: bool) -> bool:
         """Write a probe down; returns whether it met."""
@@ -78,7 +98,8 @@ class Search:
         return met
 
     def candidate(self, sizes: Sequence[float], measure: Callable[[float], Mapping[str, float]]) -> float:
-        """The size to build next: the largest that meets when truncated, then one step less for every time its stored tensors did not.
+        """The size to build next: the largest that meets when truncated, then one step less for every time
+        its stored tensors did not.
 
         Raises UsageError where no size is left.
         """
@@ -88,7 +109,11 @@ class Search:
             return self.record(removed, measure(removed), stored=False) if known is None else known
 
         best = largest(sizes, meets)
-        left = [size for size in sizes if best is not None and size <= best and self.known(size, stored=True) is not False]
+        left = [
+            size
+            for size in sizes
+            if best is not None and size <= best and self.known(size, stored=True) is not False
+        ]
         if not left:
             found = min(self.probes, key=lambda probe: probe["removed"])
             raise UsageError(
@@ -100,4 +125,9 @@ class Search:
     def to_json(self) -> dict[str, Any]:
         """For the report: what was asked and every probe, smallest removal first."""
         probes = sorted(self.probes, key=lambda probe: (probe["removed"], probe["stored"]))
-        return {"asked": self.asked, "metric": self.target.metric, "bound": self.target.bound, "probes": probes}
+        return {
+            "asked": self.asked,
+            "metric": self.target.metric,
+            "bound": self.target.bound,
+            "probes": probes,
+        }

@@ -30,17 +30,26 @@ def check_seed(seed: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """One compression. `model` and `text` are local paths; everything but `out` and `analysis` decides the bytes of the result."""
+    """One compression. `model` and `text` are local paths; everything but `out` and `analysis` decides the
+    bytes of the result.
+    """
 
     model: pathlib.Path
     out: pathlib.Path
     text: pathlib.Path | None  # calibration text (.txt or .jsonl); `plain` needs none
     # The size, exactly one of three:
     remove: float | None = None  # share of the parameters of all gate, up and down matrices to take away
-    target: str | None = None  # as much as keeps this quality on the judge's windows: ppl+2%, kl<0.05 or top1>95%
-    faster: float | None = None  # as little as makes the MLPs this many times faster in decode, simulated (compressor/decode_time.py)
+    target: str | None = (
+        None  # as much as keeps this quality on the judge's windows: ppl+2%, kl<0.05 or top1>95%
+    )
+    faster: float | None = (
+        # as little as makes the MLPs this many times faster in decode, simulated (compressor/decode_time.py)
+        None
+    )
     form: str = "compact"
-    method: str = "two-sided"  # input moment and output metric | input moment alone (SVD-LLM) | neither (plain SVD)
+    method: str = (
+        "two-sided"  # input moment and output metric | input moment alone (SVD-LLM) | neither (plain SVD)
+    )
     # ranks across all matrices, with a dense option | and losses measured in place | the same share of each
     allocation: str = "global"
     rank_multiple: int = 16
@@ -52,7 +61,9 @@ class Settings:
     samples: int = 48  # new tokens of each sample text in the report; 0 makes none
     factors_only: bool = False  # write a factor file for the dense folder instead of a folder
     seed: int = 0  # which windows are drawn when the text has more than needed
-    analysis: pathlib.Path | None = None  # where statistics and decompositions stay, to be used again for another size or form
+    analysis: pathlib.Path | None = (
+        None  # where statistics and decompositions stay, to be used again for another size or form
+    )
 
     def __post_init__(self) -> None:
         self._check_size()
@@ -66,15 +77,23 @@ class Settings:
                 raise UsageError(f"--{name}: expected one of {', '.join(allowed)}, found {value!r}.")
         for name in ("rank_multiple", "window", "tokens"):
             if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')}: expected a positive number, found {getattr(self, name)}.")
+                raise UsageError(
+                    f"--{name.replace('_', '-')}: expected a positive number, found {getattr(self, name)}."
+                )
         for name in ("metric_tokens", "judge_tokens"):
             if getattr(self, name) < 0:
-                raise UsageError(f"--{name.replace('_', '-')}: expected a number of tokens, or 0, found {getattr(self, name)}.")
+                raise UsageError(
+                    f"--{name.replace('_', '-')}: expected a number of tokens, or 0, found {getattr(self, name)}."
+                )
         check_seed(self.seed)
         if self.samples < 0:
-            raise UsageError(f"--samples: expected a number of tokens, or 0 for no sample texts, found {self.samples}.")
+            raise UsageError(
+                f"--samples: expected a number of tokens, or 0 for no sample texts, found {self.samples}."
+            )
         if self.text is None and self.method != "plain":
-            raise UsageError(f"--text: expected calibration text for --method {self.method}, found none; name a .txt or .jsonl file.")
+            raise UsageError(
+                f"--text: expected calibration text for --method {self.method}, found none; name a .txt or .jsonl file."
+            )
         if self.method != "two-sided" and self.allocation != "uniform":
             raise UsageError(
                 f"--method {self.method}: expected --allocation uniform, found {self.allocation}; without the output metric the losses of "
@@ -85,24 +104,42 @@ class Settings:
         sizes = {"--remove": self.remove, "--target": self.target, "--faster": self.faster}
         given = [name for name, value in sizes.items() if value is not None]
         if len(given) != 1:
-            raise UsageError(f"size: expected one of {', '.join(sizes)}, found {' and '.join(given) or 'none'}; give exactly one.")
+            raise UsageError(
+                f"size: expected one of {', '.join(sizes)}, found {' and '.join(given) or 'none'}; give exactly one."
+            )
         if self.remove is not None and not 0.0 < self.remove < 1.0:
-            raise UsageError(f"--remove: expected a share between 0 and 1 (0.20 takes a fifth away), found {self.remove}.")
+            raise UsageError(
+                f"--remove: expected a share between 0 and 1 (0.20 takes a fifth away), found {self.remove}."
+            )
         if self.target is not None:
             parse_target(self.target)
             if self.text is None or self.judge_tokens < self.window:
-                raise UsageError("--target: expected text to judge on, found none; give --text, and --judge-tokens of a window or more.")
+                raise UsageError(
+                    "--target: expected text to judge on, found none; give --text, and --judge-tokens of a window or more."
+                )
         if self.faster is not None and not self.faster > 1.0:
-            raise UsageError(f"--faster: expected a factor above 1 (1.15: decode's MLPs 15 % faster), found {self.faster}.")
+            raise UsageError(
+                f"--faster: expected a factor above 1 (1.15: decode's MLPs 15 % faster), found {self.faster}."
+            )
         if self.faster is not None and self.allocation == "uniform":
-            raise UsageError("--faster: expected --allocation global or measured, found uniform; leave the option out.")
+            raise UsageError(
+                "--faster: expected --allocation global or measured, found uniform; leave the option out."
+            )
         if self.target is not None and self.allocation == "measured":
-            raise UsageError("--allocation measured: expected --remove or --faster, found --target, which probes many sizes; leave it out.")
+            raise UsageError(
+                "--allocation measured: expected --remove or --faster, found --target, which probes many sizes; leave it out."
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Everything that decides the weights, as JSON: an unfinished run may go on with other `samples`."""
-        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("out", "analysis", "samples")}
-        return {key: str(value) if isinstance(value, pathlib.Path) else value for key, value in values.items()}
+        values = {
+            key: value
+            for key, value in dataclasses.asdict(self).items()
+            if key not in ("out", "analysis", "samples")
+        }
+        return {
+            key: str(value) if isinstance(value, pathlib.Path) else value for key, value in values.items()
+        }
 
     def analysis_json(self) -> dict[str, Any]:
         """The part of `to_json` that the analysis depends on."""

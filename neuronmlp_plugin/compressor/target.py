@@ -17,7 +17,9 @@ _FORMS = (
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """`metric` is a key of `Quality.to_json`: agreement has to reach `bound`, a perplexity ratio or KL (nats a token) to stay within it."""
+    """`metric` is a key of `Quality.to_json`: agreement has to reach `bound`, a perplexity ratio or KL (nats
+    a token) to stay within it.
+    """
 
     metric: str
     bound: float
@@ -28,13 +30,21 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """Raises UsageError for what is none of the three, or bounds nothing (`kl<0`, `top1>100%`: only the dense model would do)."""
+    """Raises UsageError for what is none of the three, or bounds nothing (`kl<0`, `top1>100%`: only the dense
+    model would do).
+    """
     for pattern, metric in _FORMS:
         match = pattern.fullmatch(text.replace(" ", ""))
         if match is None:
             continue
         number = float(match[1])
-        bound = {"perplexity_ratio": 1 + number / 100, "kl_divergence": number, "top1_agreement": number / 100}[metric]
+        bound = {
+            "perplexity_ratio": 1 + number / 100,
+            "kl_divergence": number,
+            "top1_agreement": number / 100,
+        }[metric]
         if number > 0 and (metric != "top1_agreement" or bound < 1):
             return Target(metric, bound)
-    raise UsageError(f'--target: expected "ppl+2%", "kl<0.05" or "top1>95%" with a number that leaves room, found {text!r}; quote it.')
+    raise UsageError(
+        f'--target: expected "ppl+2%", "kl<0.05" or "top1>95%" with a number that leaves room, found {text!r}; quote it.'
+    )

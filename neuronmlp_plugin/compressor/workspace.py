@@ -15,19 +15,25 @@ PLAN_FILE = "plan.json"
 
 
 def refuse_anothers(path: pathlib.Path, fingerprint: str) -> None:
-    """OutputError where `path` holds what a run under another fingerprint left, or what no run did: a model folder, say."""
+    """OutputError where `path` holds what a run under another fingerprint left, or what no run did: a model
+    folder, say.
+    """
     known = path / PLAN_FILE
     if not known.is_file() and path.is_dir() and any(path.iterdir()):
-        raise OutputError(f"{path}: expected an empty folder, or what a run of these same settings left, found other files; name another.")
+        raise OutputError(
+            f"{path}: expected an empty folder, or what a run of these same settings left, found other files; name another."
+        )
     if known.is_file() and json.loads(known.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
-        raise OutputError(f"{path}: expected what a run of these same settings left, found another's; name another folder or remove it.")
+        raise OutputError(
+            f"{path}: expected what a run of these same settings left, found another's; name another folder or remove it."
+        )
 
 
 class Workspace:
     """Results of finished stages as safetensors in the folder `path`.
 
-    Every file is written whole or not at all, so a stage is finished exactly when its file is there. A folder belongs to one
-    fingerprint: what another run left is never mixed in.
+    Every file is written whole or not at all, so a stage is finished exactly when its file is there. A folder
+    belongs to one fingerprint: what another run left is never mixed in.
     """
 
     def __init__(self, path: pathlib.Path, fingerprint: str) -> None:
@@ -35,7 +41,9 @@ class Workspace:
         self.path = path
         with told_when_unwritable(path):
             path.mkdir(parents=True, exist_ok=True)
-        if not (path / PLAN_FILE).is_file():  # an analysis may serve two runs at once: neither writes what is there
+        if not (
+            path / PLAN_FILE
+        ).is_file():  # an analysis may serve two runs at once: neither writes what is there
             save_json(path / PLAN_FILE, {"fingerprint": fingerprint})
 
     def has(self, name: str) -> bool:

@@ -1,4 +1,6 @@
-"""`neuronmlp doctor`: look at this machine once, and say what keeps the fast path from running, each finding with its fix."""
+"""`neuronmlp doctor`: look at this machine once, and say what keeps the fast path from running, each finding
+with its fix.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,17 @@ def run(args: argparse.Namespace) -> int:
     environment = observe()
     findings = examine(environment)
     if args.json:
-        values = {"environment": dataclasses.asdict(environment), "findings": [dataclasses.asdict(finding) for finding in findings]}
+        values = {
+            "environment": dataclasses.asdict(environment),
+            "findings": [dataclasses.asdict(finding) for finding in findings],
+        }
         print(json.dumps(values, indent=2))
     else:
         for name, version in environment.versions.items():
             print(f"{name:32} {version}")
-        print(f"{'Neuron devices':32} {', '.join(environment.devices) or 'none'}  ({environment.instance or 'unknown machine'})")
+        print(
+            f"{'Neuron devices':32} {', '.join(environment.devices) or 'none'}  ({environment.instance or 'unknown machine'})"
+        )
         for finding in findings:
             print(f"\n{finding.severity}: {finding.what}\n  fix: {finding.fix}")
         if not findings:

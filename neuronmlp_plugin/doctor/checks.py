@@ -29,16 +29,22 @@ def examine(environment: Environment) -> list[Finding]:
 def check_serving_stack(env: Environment) -> Iterator[Finding]:
     if not env.has("vllm"):
         yield Finding(
-            PROBLEM, "there is no vLLM to serve with", "on a CPU: pip install neuronmlp[cpu]; on Trainium: use the AWS image's own venv"
+            PROBLEM,
+            "there is no vLLM to serve with",
+            "on a CPU: pip install neuronmlp[cpu]; on Trainium: use the AWS image's own venv",
         )
     elif "vllm" not in env.versions:
         fix = "scripts/install adds the missing metadata; or run python -m vllm.entrypoints.openai.api_server"
-        yield Finding(PROBLEM, "vLLM has no package metadata under the name `vllm`, which `vllm serve` asks for", fix)
+        yield Finding(
+            PROBLEM, "vLLM has no package metadata under the name `vllm`, which `vllm serve` asks for", fix
+        )
     new = env.version("vllm-neuron")
     if new and new[:2] >= (0, 21):
         fix = f"use SDK {REFERENCE.sdk}.1 on trn1 (docs/trainium.md)"
         yield Finding(
-            PROBLEM, f"vllm-neuron {env.versions['vllm-neuron']} has its own models instead of NxD Inference, which we do not extend", fix
+            PROBLEM,
+            f"vllm-neuron {env.versions['vllm-neuron']} has its own models instead of NxD Inference, which we do not extend",
+            fix,
         )
     elif new and not env.has("neuronx_distributed_inference"):
         yield Finding(
@@ -51,7 +57,9 @@ def check_serving_stack(env: Environment) -> Iterator[Finding]:
 def check_registration(env: Environment) -> Iterator[Finding]:
     if "neuronmlp" not in env.plugins.get("vllm.general_plugins", ()):
         yield Finding(
-            PROBLEM, "vLLM cannot see the plugin (no entry point `neuronmlp`)", "pip install neuronmlp into the venv that runs vLLM"
+            PROBLEM,
+            "vLLM cannot see the plugin (no entry point `neuronmlp`)",
+            "pip install neuronmlp into the venv that runs vLLM",
         )
     wanted = env.variables.get("VLLM_PLUGINS")
     needed = ["neuronmlp"] + (["neuron"] if env.has("vllm_neuron") else [])
@@ -64,7 +72,11 @@ def check_registration(env: Environment) -> Iterator[Finding]:
         )
     platforms = env.plugins.get("vllm.platform_plugins", ())
     if len(platforms) > 1:
-        yield Finding(PROBLEM, f"vLLM allows one platform plugin, found {', '.join(platforms)}", "uninstall all but vllm-neuron")
+        yield Finding(
+            PROBLEM,
+            f"vLLM allows one platform plugin, found {', '.join(platforms)}",
+            "uninstall all but vllm-neuron",
+        )
 
 
 def check_devices(env: Environment) -> Iterator[Finding]:
@@ -80,7 +92,11 @@ def check_versions(env: Environment) -> Iterator[Finding]:
     stack = stack_of(nxdi, env.version("nki"))
     if stack is None:
         fix = f"install the set of SDK {REFERENCE.sdk}.1 (docs/trainium.md)"
-        yield Finding(PROBLEM, f"NxD Inference {env.versions['neuronx-distributed-inference']} is none that we know (0.6 to 0.10)", fix)
+        yield Finding(
+            PROBLEM,
+            f"NxD Inference {env.versions['neuronx-distributed-inference']} is none that we know (0.6 to 0.10)",
+            fix,
+        )
         return
     yield from _mismatches(env, stack)
     if not stack.kernels:
@@ -93,13 +109,21 @@ def check_versions(env: Environment) -> Iterator[Finding]:
 
 
 def _mismatches(env: Environment, stack: Stack) -> Iterator[Finding]:
-    expected = {"vllm": stack.vllm, "vllm-neuron": stack.vllm_neuron, "nki": (stack.nki,) if stack.nki else ()}
+    expected = {
+        "vllm": stack.vllm,
+        "vllm-neuron": stack.vllm_neuron,
+        "nki": (stack.nki,) if stack.nki else (),
+    }
     for name, versions in expected.items():
         found = env.version(name)
         if found is not None and versions and found[:2] not in versions:
             wanted = " or ".join(".".join(map(str, version)) for version in versions)
             fix = f"install {name} {wanted}.*, or another SDK as a whole; mixed sets are untested"
-            yield Finding(PROBLEM, f"{name} {env.versions[name]} does not belong to SDK {stack.sdk}, which NxD Inference is from", fix)
+            yield Finding(
+                PROBLEM,
+                f"{name} {env.versions[name]} does not belong to SDK {stack.sdk}, which NxD Inference is from",
+                fix,
+            )
 
 
 def check_artifacts(env: Environment) -> Iterator[Finding]:
@@ -108,7 +132,9 @@ def check_artifacts(env: Environment) -> Iterator[Finding]:
     folder = env.variables.get("NEURON_COMPILED_ARTIFACTS")
     if folder is None:
         fix = "export NEURON_COMPILED_ARTIFACTS=<folder of its own for each model and set of options>"
-        yield Finding(NOTE, "vllm-neuron deletes its compiled artifacts at each start and compiles again", fix)
+        yield Finding(
+            NOTE, "vllm-neuron deletes its compiled artifacts at each start and compiles again", fix
+        )
     elif pathlib.Path(folder, "neuron_config.json").is_file():
         what = f"the options compiled into {folder} are in force; override_neuron_config on the command line is ignored"
         yield Finding(NOTE, what, "name another folder after changing the model, its factors or an option")
@@ -120,7 +146,9 @@ def check_sampling(env: Environment) -> Iterator[Finding]:
     off = env.variables.get("NEURON_ON_DEVICE_SAMPLING_DISABLED", "0") not in ("", "0")
     if off and (env.version("vllm-neuron") or (0, 2))[:2] == (0, 2):
         fix = 'unset it and put "on_device_sampling_config": null into override_neuron_config'
-        yield Finding(PROBLEM, "NEURON_ON_DEVICE_SAMPLING_DISABLED makes vllm-neuron 0.2 call a module and fail", fix)
+        yield Finding(
+            PROBLEM, "NEURON_ON_DEVICE_SAMPLING_DISABLED makes vllm-neuron 0.2 call a module and fail", fix
+        )
     yield Finding(
         NOTE,
         "users report wrong text in all but one sequence of a batch under on-device sampling, with HTTP 200 (vllm-neuron issue 57)",
@@ -135,7 +163,11 @@ def check_cpu(env: Environment) -> Iterator[Finding]:
         what = "there is no C compiler, so the products of an MLP run one by one through vLLM"
         yield Finding(PROBLEM, what, "install gcc, or name a compiler in CC")
     if "VLLM_CPU_KVCACHE_SPACE" not in env.variables:
-        yield Finding(NOTE, "vLLM on a CPU takes most of the memory for its KV cache", "export VLLM_CPU_KVCACHE_SPACE=<GiB>")
+        yield Finding(
+            NOTE,
+            "vLLM on a CPU takes most of the memory for its KV cache",
+            "export VLLM_CPU_KVCACHE_SPACE=<GiB>",
+        )
 
 
 CHECKS: tuple[Callable[[Environment], Iterator[Finding]], ...] = (

@@ -1,4 +1,6 @@
-"""What the checks are made from: versions, devices, plugins and variables, read once and as plain data. Imports none of the packages."""
+"""What the checks are made from: versions, devices, plugins and variables, read once and as plain data.
+Imports none of the packages.
+"""
 
 from __future__ import annotations
 
@@ -76,8 +78,13 @@ def observe() -> Environment:
             continue
     return Environment(
         versions=versions,
-        modules=tuple(sorted({module for module in PACKAGES.values() if importlib.util.find_spec(module) is not None})),
-        plugins={group: tuple(sorted(e.name for e in importlib.metadata.entry_points(group=group))) for group in GROUPS},
+        modules=tuple(
+            sorted({module for module in PACKAGES.values() if importlib.util.find_spec(module) is not None})
+        ),
+        plugins={
+            group: tuple(sorted(e.name for e in importlib.metadata.entry_points(group=group)))
+            for group in GROUPS
+        },
         variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
         devices=tuple(sorted(glob.glob("/dev/neuron*"))),
         compiler=find_compiler() or "",

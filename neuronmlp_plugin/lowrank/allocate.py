@@ -1,9 +1,9 @@
 """Where to spend a budget: a rank for every matrix, or leave it dense.
 
-Each matrix has a curve loss(k) (comparable across matrices, because of the output metric) and a cost(k): its parameters, or any price
-that the caller puts on its ranks, such as simulated time. A dense matrix loses nothing. Minimising the summed loss under a summed cost is
-a knapsack: Lagrange's mu is found by bisection, and what is left of the budget is filled greedily by the upgrade with the most loss saved
-per unit of cost.
+Each matrix has a curve loss(k) (comparable across matrices, because of the output metric) and a cost(k): its
+parameters, or any price that the caller puts on its ranks, such as simulated time. A dense matrix loses
+nothing. Minimising the summed loss under a summed cost is a knapsack: Lagrange's mu is found by bisection,
+and what is left of the budget is filled greedily by the upgrade with the most loss saved per unit of cost.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 from neuronmlp_plugin.errors import UsageError
 
 FORMS = ("uv", "compact")
-# Below this share of the break-even rank the summed loss stops predicting: errors of one matrix get too large to be additive.
+# Below this share of the break-even rank the summed loss stops predicting: errors of one matrix get too large
+# to be additive.
 MIN_RANK_SHARE = 0.35
 
 
@@ -25,7 +26,8 @@ MIN_RANK_SHARE = 0.35
 class Curve:
     """What one matrix offers: `tail[k]` is the loss of rank k (`[min(out, in) + 1]`, fp64).
 
-    `prices[k]`, of the same shape, is what rank k costs, and its last entry what the dense matrix costs; None counts parameters.
+    `prices[k]`, of the same shape, is what rank k costs, and its last entry what the dense matrix costs; None
+    counts parameters.
     """
 
     out_features: int
@@ -41,7 +43,11 @@ class Curve:
         """Of a rank in a form, or of the dense matrix (None)."""
         if rank is None:
             return self.dense_cost
-        return cost(rank, self.in_features, self.out_features, form) if self.prices is None else float(self.prices[rank])
+        return (
+            cost(rank, self.in_features, self.out_features, form)
+            if self.prices is None
+            else float(self.prices[rank])
+        )
 
     def loss(self, rank: int | None) -> float:
         """Of a rank; a dense matrix (None) has none."""
@@ -71,14 +77,20 @@ def rank_for_share(keep: float, in_features: int, out_features: int, form: str) 
 
 
 def uniform_ranks(curves: Sequence[Curve], keep: float, form: str, multiple: int) -> list[int | None]:
-    """The same share of every matrix, rounded down to a multiple: the published baseline. Raises UsageError where that would be none."""
+    """The same share of every matrix, rounded down to a multiple: the published baseline. Raises UsageError
+    where that would be none.
+    """
     ranks = [int(rank_for_share(keep, c.in_features, c.out_features, form) + 1e-9) for c in curves]
     if min(ranks) < multiple:
-        raise UsageError(f"--rank-multiple {multiple}: expected at most the uniform rank, {min(ranks)}, found more; choose a smaller one.")
+        raise UsageError(
+            f"--rank-multiple {multiple}: expected at most the uniform rank, {min(ranks)}, found more; choose a smaller one."
+        )
     return [rank // multiple * multiple for rank in ranks]
 
 
-def check_removable(least: float, keep: float, form: str, multiple: int, what: str = "MLP parameters") -> None:
+def check_removable(
+    least: float, keep: float, form: str, multiple: int, what: str = "MLP parameters"
+) -> None:
     """UsageError where `keep` is below `least`, both shares of the dense cost, of which `what` says the kind."""
     if least > keep:
         raise UsageError(
@@ -94,18 +106,26 @@ def most_removable(curves: Sequence[Curve], form: str, multiple: int) -> float:
 
 
 def allocate(curves: Sequence[Curve], keep: float, form: str, multiple: int) -> list[int | None]:
-    """A rank for each matrix (None: dense) with the least summed loss whose cost is at most `keep` of the dense cost.
+    """A rank for each matrix (None: dense) with the least summed loss whose cost is at most `keep` of the
+    dense cost.
 
-    Raises UsageError where no choice is cheap enough, or where the multiple is too coarse to come within 0.5 % of a budget of parameters;
-    the steps of a price are not the multiple's fault, so there what is left stays unspent.
+    Raises UsageError where no choice is cheap enough, or where the multiple is too coarse to come within 0.5
+    % of a budget of parameters; the steps of a price are not the multiple's fault, so there what is left
+    stays unspent.
     """
     options = [_options(curve, form, multiple) for curve in curves]
-    dense_cost, has_prices = sum(curve.dense_cost for curve in curves), any(curve.prices is not None for curve in curves)
+    dense_cost, has_prices = (
+        sum(curve.dense_cost for curve in curves),
+        any(curve.prices is not None for curve in curves),
+    )
     what = "cost of the MLPs" if has_prices else "MLP parameters"
     budget = keep * dense_cost
     check_removable(sum(float(o.costs[0]) for o in options) / dense_cost, keep, form, multiple, what)
     picks = _fill(options, _pick(options, _bisect(options, budget)), budget)
-    spent, all_dense = _spent(options, picks), all(p + 1 == len(o.ranks) for o, p in zip(options, picks, strict=True))
+    spent, all_dense = (
+        _spent(options, picks),
+        all(p + 1 == len(o.ranks) for o, p in zip(options, picks, strict=True)),
+    )
     if not has_prices and not all_dense and budget - spent > 0.005 * dense_cost:
         raise UsageError(
             f"--rank-multiple {multiple}: expected to keep {keep:.4f} of the {what} within 0.5 %, found "
@@ -114,16 +134,24 @@ def allocate(curves: Sequence[Curve], keep: float, form: str, multiple: int) -> 
     return [int(o.ranks[p]) or None for o, p in zip(options, picks, strict=True)]
 
 
-CHOOSERS = {"global": allocate, "measured": allocate, "uniform": uniform_ranks}  # "measured" scales the curves first
+CHOOSERS = {
+    "global": allocate,
+    "measured": allocate,
+    "uniform": uniform_ranks,
+}  # "measured" scales the curves first
 
 
 def _options(curve: Curve, form: str, multiple: int) -> _Options:
     m, n = curve.out_features, curve.in_features
     least = max(1, math.ceil(MIN_RANK_SHARE * m * n / (m + n) / multiple)) * multiple
-    offered: list[tuple[float, float, int]] = [(curve.cost(k, form), curve.loss(k), k) for k in range(least, min(m, n), multiple)]
+    offered: list[tuple[float, float, int]] = [
+        (curve.cost(k, form), curve.loss(k), k) for k in range(least, min(m, n), multiple)
+    ]
     kept: list[tuple[float, float, int]] = []
     for option in sorted([*offered, (curve.dense_cost, 0.0, 0)]):
-        if not kept or option[1] < kept[-1][1]:  # what costs as much and loses more is no choice: a staircase leaves its edges
+        if (
+            not kept or option[1] < kept[-1][1]
+        ):  # what costs as much and loses more is no choice: a staircase leaves its edges
             kept.append(option)
     costs, losses, ranks = zip(*kept, strict=True)
     return _Options(np.array(ranks), np.array(costs, dtype=float), np.array(losses))

@@ -4,11 +4,13 @@ With W `[out, in]` (y = W x), input moment C = E[x x^T] and output metric G, the
 
     || G^1/2 (W - W') C^1/2 ||_F^2  =  E || G^1/2 (W - W') x ||^2,
 
-whose minimum over rank-k matrices is the truncated SVD of G^1/2 W C^1/2 (Eckart-Young), mapped back. G = I gives the whitening of
-SVD-LLM (2403.07378), G = C = I plain SVD; the two-sided form is that of GFWSVD / KFAC-SVD (facts: shared svd.md, S1-S2).
+whose minimum over rank-k matrices is the truncated SVD of G^1/2 W C^1/2 (Eckart-Young), mapped back. G = I
+gives the whitening of SVD-LLM (2403.07378), G = C = I plain SVD; the two-sided form is that of GFWSVD /
+KFAC-SVD (facts: shared svd.md, S1-S2).
 
-Nothing is inverted that can be singular: with in >= out only the small side G^1/2 W C W^T G^1/2 is formed, and C enters as a product;
-with in < out C gets a relative ridge, below which input directions carry no energy anyway.
+Nothing is inverted that can be singular: with in >= out only the small side G^1/2 W C W^T G^1/2 is formed,
+and C enters as a product; with in < out C gets a relative ridge, below which input directions carry no energy
+anyway.
 """
 
 from __future__ import annotations
@@ -20,15 +22,18 @@ import torch
 from neuronmlp_plugin.errors import NonFiniteError
 from neuronmlp_plugin.lowrank.moments import all_finite
 
-# Share of the mean diagonal that is added to C or G before a square root is inverted; relative, so that scale does not matter.
+# Share of the mean diagonal that is added to C or G before a square root is inverted; relative, so that scale
+# does not matter.
 RIDGE = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
 class Decomposition:
-    """W as a sum of min(out, in) rank-one terms in order of worth; any prefix is the best factorisation of its rank.
+    """W as a sum of min(out, in) rank-one terms in order of worth; any prefix is the best factorisation of
+    its rank.
 
-    `left [out, r]`, `right [r, in]`, `energy [r]` (fp64, descending): the loss of dropping term j is `energy[j]`.
+    `left [out, r]`, `right [r, in]`, `energy [r]` (fp64, descending): the loss of dropping term j is
+    `energy[j]`.
     """
 
     left: torch.Tensor
@@ -41,26 +46,39 @@ class Decomposition:
         return torch.cat((flipped, flipped.new_zeros(1)))
 
     def truncate(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(first [rank, in], second [out, rank])` with W' = second first, term by term of equal norm (fp16 could overflow else)."""
+        """`(first [rank, in], second [out, rank])` with W' = second first, term by term of equal norm (fp16
+        could overflow else).
+        """
         second, first = self.left[:, :rank], self.right[:rank]
         scale = (first.norm(dim=1) / second.norm(dim=0).clamp_min(1e-30)).sqrt().clamp_min(1e-30)
         return first / scale[:, None], second * scale
 
 
-def decompose(weight: torch.Tensor, moment: torch.Tensor | None = None, metric: torch.Tensor | None = None) -> Decomposition:
-    """Decompose W `[out, in]` under C = `moment [in, in]` and G = `metric` (`[out]` diagonal or `[out, out]`); None is the identity.
+def decompose(
+    weight: torch.Tensor, moment: torch.Tensor | None = None, metric: torch.Tensor | None = None
+) -> Decomposition:
+    """Decompose W `[out, in]` under C = `moment [in, in]` and G = `metric` (`[out]` diagonal or `[out,
+    out]`); None is the identity.
 
     fp64 throughout. Raises NonFiniteError for NaN or Inf in any input.
     """
     for what, tensor in (("weight", weight), ("input moment", moment), ("output metric", metric)):
         if tensor is not None and not all_finite(tensor):
-            raise NonFiniteError(f"{what}: expected finite values, found NaN or Inf; the model or its statistics are damaged.")
+            raise NonFiniteError(
+                f"{what}: expected finite values, found NaN or Inf; the model or its statistics are damaged."
+            )
     w = weight.double()
     root, inverse_root = _metric_roots(metric, w)
-    return _from_outputs(w, moment, root, inverse_root) if w.shape[0] <= w.shape[1] else _from_inputs(w, moment, root)
+    return (
+        _from_outputs(w, moment, root, inverse_root)
+        if w.shape[0] <= w.shape[1]
+        else _from_inputs(w, moment, root)
+    )
 
 
-def _from_outputs(w: torch.Tensor, moment: torch.Tensor | None, root: torch.Tensor, inverse_root: torch.Tensor) -> Decomposition:
+def _from_outputs(
+    w: torch.Tensor, moment: torch.Tensor | None, root: torch.Tensor, inverse_root: torch.Tensor
+) -> Decomposition:
     """in >= out: eigenvectors of (G^1/2 W) C (G^1/2 W)^T `[out, out]`."""
     scaled = _apply(root, w)
     energy, vectors = _descending_eigh(scaled @ (scaled.T if moment is None else moment.double() @ scaled.T))
@@ -95,7 +113,9 @@ def _metric_roots(metric: torch.Tensor | None, w: torch.Tensor) -> tuple[torch.T
 
 
 def _ridged(matrix: torch.Tensor) -> torch.Tensor:
-    return matrix + RIDGE * matrix.diagonal().mean().clamp_min(1e-30) * torch.eye(matrix.shape[0], dtype=matrix.dtype)
+    return matrix + RIDGE * matrix.diagonal().mean().clamp_min(1e-30) * torch.eye(
+        matrix.shape[0], dtype=matrix.dtype
+    )
 
 
 def _apply(root: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

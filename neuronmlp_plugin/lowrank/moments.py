@@ -6,15 +6,18 @@ import torch
 
 from neuronmlp_plugin.errors import CalibrationError, NonFiniteError
 
-# Rows of the moment that are worked on at a time. At I = 14336 the moment is 1.6 GB in fp64, and no second matrix of that size may exist.
+# Rows of the moment that are worked on at a time. At I = 14336 the moment is 1.6 GB in fp64, and no second
+# matrix of that size may exist.
 BLOCK = 2048
 
 
 class SecondMoment:
-    """Accumulates sum of x x^T in fp64 over batches of rows, with their count; a sum of batches equals one big batch.
+    """Accumulates sum of x x^T in fp64 over batches of rows, with their count; a sum of batches equals one
+    big batch.
 
-    The products are taken in the input's own precision (fp32) per batch, and only their sum is fp64: that is where the error of a long
-    stream would build up, and it keeps the cost at that of an fp32 matmul. Only the lower triangle of blocks is computed.
+    The products are taken in the input's own precision (fp32) per batch, and only their sum is fp64: that is
+    where the error of a long stream would build up, and it keeps the cost at that of an fp32 matmul. Only the
+    lower triangle of blocks is computed.
     """
 
     def __init__(self, size: int, device: torch.device | None = None) -> None:
@@ -34,7 +37,9 @@ class SecondMoment:
         self.count += rows.shape[0]
 
     def mean(self) -> torch.Tensor:
-        """E[x x^T] `[size, size]`, fp64; takes the sum with it, so that there is one matrix. Raises CalibrationError when it is empty."""
+        """E[x x^T] `[size, size]`, fp64; takes the sum with it, so that there is one matrix. Raises
+        CalibrationError when it is empty.
+        """
         if self.count == 0:
             raise CalibrationError("calibration: expected at least one token, found none; give more text.")
         mean, self.total, self.count = self.total.div_(self.count), self.total.new_zeros(0, 0), 0

@@ -1,7 +1,9 @@
-"""The compact form: R channels of a rank-R matrix stand for all, and one order of the channels serves a whole MLP.
+"""The compact form: R channels of a rank-R matrix stand for all, and one order of the channels serves a whole
+MLP.
 
-Lossless and cheaper at every R (PIFA, 2501.19090): R (in + out - R) numbers instead of R (in + out). What can go wrong is conditioning:
-c = rest pivots^-1 must stay small, or bf16 rounding of c swamps the result (32 % without pivoting, 0.3-1 % with it: shared svd.md).
+Lossless and cheaper at every R (PIFA, 2501.19090): R (in + out - R) numbers instead of R (in + out). What can
+go wrong is conditioning: c = rest pivots^-1 must stay small, or bf16 rounding of c swamps the result (32 %
+without pivoting, 0.3-1 % with it: shared svd.md).
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ CANDIDATES, ROUND = 384, 64
 
 
 class _Basis:
-    """An orthonormal basis `[I, R]` whose rows are being chosen: QR with row pivoting, kept as a pivoted Cholesky of Q Q^T.
+    """An orthonormal basis `[I, R]` whose rows are being chosen: QR with row pivoting, kept as a pivoted
+    Cholesky of Q Q^T.
 
-    `left[i]` is what remains of row i's squared norm after the chosen rows are projected out; it only ever shrinks.
+    `left[i]` is what remains of row i's squared norm after the chosen rows are projected out; it only ever
+    shrinks.
     """
 
     def __init__(self, basis: torch.Tensor) -> None:
@@ -48,11 +52,13 @@ class _Basis:
 
 
 def common_order(bases: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One permutation of I channels whose first R_i entries are good pivots for each basis i (`[I, R_i]`, any spanning columns).
+    """One permutation of I channels whose first R_i entries are good pivots for each basis i (`[I, R_i]`, any
+    spanning columns).
 
-    Greedy: each step takes the channel with the largest sum of log residual norms over the bases that still need pivots, so with
-    different ranks the sets are nested. Steps are batched: within a round a candidate is taken only while its score beats what every
-    channel outside the candidates had at the start of the round, which bounds what it has now: the result is the unbatched greedy's.
+    Greedy: each step takes the channel with the largest sum of log residual norms over the bases that still
+    need pivots, so with different ranks the sets are nested. Steps are batched: within a round a candidate is
+    taken only while its score beats what every channel outside the candidates had at the start of the round,
+    which bounds what it has now: the result is the unbatched greedy's.
     """
     with _one_thread():
         return _common_order([_Basis(basis) for basis in bases], bases[0].shape[0])
@@ -60,7 +66,9 @@ def common_order(bases: Sequence[torch.Tensor]) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Thousands of small products: a second thread gains nothing, and on a busy machine its waiting costs ten times the work."""
+    """Thousands of small products: a second thread gains nothing, and on a busy machine its waiting costs ten
+    times the work.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -110,14 +118,18 @@ def _greedy_among(grams: list[torch.Tensor], bound: float, steps: int) -> torch.
 
 
 def pivot_outputs(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(u [R, in], c [out - R, R])` of second `[out, R]` first `[R, in]`, whose first R outputs become z; fp64 inside."""
+    """`(u [R, in], c [out - R, R])` of second `[out, R]` first `[R, in]`, whose first R outputs become z;
+    fp64 inside.
+    """
     rank = first.shape[0]
     pivots, rest = second[:rank].double(), second[rank:].double()
     return pivots @ first.double(), torch.linalg.solve(pivots, rest, left=False)
 
 
 def pivot_inputs(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(c [R, in - R], v [out, R])` of second `[out, R]` first `[R, in]`, whose first R inputs pass into z as they are; fp64 inside."""
+    """`(c [R, in - R], v [out, R])` of second `[out, R]` first `[R, in]`, whose first R inputs pass into z as
+    they are; fp64 inside.
+    """
     rank = first.shape[0]
     pivots, rest = first[:, :rank].double(), first[:, rank:].double()
     return torch.linalg.solve(pivots, rest), second.double() @ pivots

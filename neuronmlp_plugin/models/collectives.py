@@ -7,7 +7,9 @@ import torch.distributed as dist
 
 
 class Collectives:
-    """Three operations on the last dimension. This base class is the single-rank case, where each is the identity."""
+    """Three operations on the last dimension. This base class is the single-rank case, where each is the
+    identity.
+    """
 
     rank: int = 0
     size: int = 1
@@ -26,7 +28,9 @@ class Collectives:
 
 
 class ProcessGroup(Collectives):
-    """The same over a torch.distributed group (gloo has no reduce-scatter, so there it is an all-reduce and a slice)."""
+    """The same over a torch.distributed group (gloo has no reduce-scatter, so there it is an all-reduce and a
+    slice).
+    """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group

@@ -16,25 +16,42 @@ def check_supported(config: dict[str, Any], source: str) -> None:
     """
     found = config.get("architectures")
     if not isinstance(found, list) or not found or found[0] not in ARCHITECTURES:
-        raise UnsupportedModelError(f"{source}: expected an architecture of {', '.join(ARCHITECTURES)}, found {found!r}.")
+        raise UnsupportedModelError(
+            f"{source}: expected an architecture of {', '.join(ARCHITECTURES)}, found {found!r}."
+        )
     if config.get("auto_map"):
-        raise UnsupportedModelError(f"{source}: expected no `auto_map`, found one; remote code is never run, use a standard config.")
+        raise UnsupportedModelError(
+            f"{source}: expected no `auto_map`, found one; remote code is never run, use a standard config."
+        )
     if config.get("mlp_bias"):
-        raise UnsupportedModelError(f"{source}: expected MLPs without bias, found mlp_bias=true; such models are not supported.")
+        raise UnsupportedModelError(
+            f"{source}: expected MLPs without bias, found mlp_bias=true; such models are not supported."
+        )
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
-        raise UnsupportedModelError(f"{source}: expected hidden_act 'silu', found {activation!r}; such models are not supported.")
+        raise UnsupportedModelError(
+            f"{source}: expected hidden_act 'silu', found {activation!r}; such models are not supported."
+        )
 
 
 def names_outside_mlps(config: dict[str, Any], num_layers: int) -> list[str]:
-    """Every tensor beside the MLPs without which a model of a supported architecture cannot run (a tied head may be left out)."""
+    """Every tensor beside the MLPs without which a model of a supported architecture cannot run (a tied head
+    may be left out).
+    """
     family = config["architectures"][0]
-    in_layer = ["input_layernorm.weight", "post_attention_layernorm.weight", *(f"self_attn.{p}_proj.weight" for p in "qkvo")]
+    in_layer = [
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+        *(f"self_attn.{p}_proj.weight" for p in "qkvo"),
+    ]
     if family == "Qwen2ForCausalLM":
         in_layer += [f"self_attn.{p}_proj.bias" for p in "qkv"]
     elif family == "Qwen3ForCausalLM":
         in_layer += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
-    if config.get("attention_bias") and family in ("LlamaForCausalLM", "Qwen3ForCausalLM"):  # the others do not ask
+    if config.get("attention_bias") and family in (
+        "LlamaForCausalLM",
+        "Qwen3ForCausalLM",
+    ):  # the others do not ask
         in_layer += [f"self_attn.{p}_proj.bias" for p in "qkvo"]
     head = [] if config.get("tie_word_embeddings") else ["lm_head.weight"]
     names = ["model.embed_tokens.weight", "model.norm.weight", *head]

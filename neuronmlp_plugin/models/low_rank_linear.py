@@ -14,7 +14,9 @@ def _linear(size: tuple[int, int]) -> nn.Linear:
 
 
 class UVLinear(nn.Module):
-    """`uv`: y = (x u^T) v^T, x `[..., in]`, y `[..., out]`; parameters `u.weight [R, in]`, `v.weight [out, R]`."""
+    """`uv`: y = (x u^T) v^T, x `[..., in]`, y `[..., out]`; parameters `u.weight [R, in]`, `v.weight [out,
+    R]`.
+    """
 
     def __init__(self, u: tuple[int, int], v: tuple[int, int]) -> None:
         super().__init__()
@@ -25,7 +27,9 @@ class UVLinear(nn.Module):
 
 
 class OutputPivotedLinear(nn.Module):
-    """`compact`, gate and up: z = x u^T, y = [z, z c^T]; parameters `u.weight [R, in]`, `c.weight [out - R, R]`."""
+    """`compact`, gate and up: z = x u^T, y = [z, z c^T]; parameters `u.weight [R, in]`, `c.weight [out - R,
+    R]`.
+    """
 
     def __init__(self, u: tuple[int, int], c: tuple[int, int]) -> None:
         super().__init__()
@@ -37,7 +41,9 @@ class OutputPivotedLinear(nn.Module):
 
 
 class InputPivotedLinear(nn.Module):
-    """`compact`, down: z = x[:R] + x[R:] c^T, y = z v^T; parameters `c.weight [R, in - R]`, `v.weight [out, R]`."""
+    """`compact`, down: z = x[:R] + x[R:] c^T, y = z v^T; parameters `c.weight [R, in - R]`, `v.weight [out,
+    R]`.
+    """
 
     def __init__(self, c: tuple[int, int], v: tuple[int, int]) -> None:
         super().__init__()
@@ -50,7 +56,10 @@ class InputPivotedLinear(nn.Module):
 
 def build_linear(projection: str, spec: ProjectionSpec, shape: MLPShape) -> nn.Module:
     """An uninitialised module whose `state_dict` keys are exactly the tensor suffixes of FORMAT.md."""
-    sizes = {suffix.removesuffix(".weight"): size for suffix, size in tensor_shapes(projection, spec, shape).items()}
+    sizes = {
+        suffix.removesuffix(".weight"): size
+        for suffix, size in tensor_shapes(projection, spec, shape).items()
+    }
     if spec.form == "dense":
         return _linear(sizes["weight"])
     if spec.form == "uv":

@@ -34,7 +34,9 @@ def all_gather_together(parts: list[torch.Tensor], collectives: Collectives) -> 
 
 
 class GateUp:
-    """Gate and up of one rank: x `[..., H]` -> `[..., 2 I_local]` (`gather`) or `[..., 2 I]` (`reduce`), gate first."""
+    """Gate and up of one rank: x `[..., H]` -> `[..., 2 I_local]` (`gather`) or `[..., 2 I]` (`reduce`), gate
+    first.
+    """
 
     def __init__(
         self,
@@ -49,12 +51,16 @@ class GateUp:
         firsts = [shard.first for shard in shards if shard.first is not None]
         self.widths = [first.shape[0] for first in firsts]
         self.first = make_linear(torch.cat(firsts))
-        self.seconds = [None if shard.second is None else make_linear(shard.second.contiguous()) for shard in shards]
+        self.seconds = [
+            None if shard.second is None else make_linear(shard.second.contiguous()) for shard in shards
+        ]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         parts = list(self.first(x).split(self.widths, dim=-1))
         if self.scheme == "reduce":
-            return self.collectives.all_reduce(torch.cat([self._partial(i, z) for i, z in enumerate(parts)], dim=-1))
+            return self.collectives.all_reduce(
+                torch.cat([self._partial(i, z) for i, z in enumerate(parts)], dim=-1)
+            )
         whole = self._gather(parts)
         outputs: list[torch.Tensor] = []
         for shard, second, part, z in zip(self.shards, self.seconds, parts, whole, strict=True):
@@ -92,7 +98,9 @@ class GateUp:
 
 
 class Down:
-    """Down of one rank: activation `[..., I_local]` (`gather`) or `[..., I]` (`reduce`) -> partial sum of y `[..., H]`."""
+    """Down of one rank: activation `[..., I_local]` (`gather`) or `[..., I]` (`reduce`) -> partial sum of y
+    `[..., H]`.
+    """
 
     def __init__(
         self,

@@ -1,4 +1,6 @@
-"""What the projections of a gated MLP are called, and the tensors that store each of their forms. No torch here."""
+"""What the projections of a gated MLP are called, and the tensors that store each of their forms. No torch
+here.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ SCALE = "_scale"  # added to a weight's name: the name of its scales
 
 @dataclasses.dataclass(frozen=True)
 class ProjectionSpec:
-    """How one matrix is stored: its form, its rank unless it is `dense`, and INT8 as `dtype` unless its weights are floating point."""
+    """How one matrix is stored: its form, its rank unless it is `dense`, and INT8 as `dtype` unless its
+    weights are floating point.
+    """
 
     form: str
     rank: int | None = None
@@ -76,6 +80,8 @@ def parameter_count(projection: str, spec: ProjectionSpec, shape: MLPShape) -> i
 
 
 def weight_bytes(projection: str, spec: ProjectionSpec, shape: MLPShape) -> int:
-    """Bytes of the projection as it is served: int8 weights with their fp32 scales, floating-point weights in bf16."""
+    """Bytes of the projection as it is served: int8 weights with their fp32 scales, floating-point weights in
+    bf16.
+    """
     scales = sum(rows for (rows,) in scale_shapes(projection, spec, shape).values())
     return parameter_count(projection, spec, shape) * (1 if spec.is_int8 else 2) + 4 * scales

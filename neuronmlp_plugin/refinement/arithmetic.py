@@ -12,9 +12,11 @@ NATIVE_BF16 = ("amx_bf16", "avx512_bf16", "bf16")
 
 
 def chosen(asked: str, capabilities: Mapping[str, Any] | None = None) -> str:
-    """`bfloat16` or `float32` as asked; for `auto`, bf16 only where the processor has it: emulated it is seven times slower than fp32.
+    """`bfloat16` or `float32` as asked; for `auto`, bf16 only where the processor has it: emulated it is
+    seven times slower than fp32.
 
-    `capabilities`: those of another processor than this one (None), as `torch.cpu.get_capabilities` gives them.
+    `capabilities`: those of another processor than this one (None), as `torch.cpu.get_capabilities` gives
+    them.
     """
     if asked != "auto":
         return asked

@@ -1,7 +1,9 @@
-"""Block reconstruction (shared svd.md S5; AA-SVD 2604.02119): each layer's factors learn what the dense layer put out.
+"""Block reconstruction (shared svd.md S5; AA-SVD 2604.02119): each layer's factors learn what the dense layer
+put out.
 
-The compressed layer is fed what it will be fed when served (the output of the compressed layers before it), and its target is the dense
-layer's output on the dense stream, so that a layer also makes up for what those before it got wrong.
+The compressed layer is fed what it will be fed when served (the output of the compressed layers before it),
+and its target is the dense layer's output on the dense stream, so that a layer also makes up for what those
+before it got wrong.
 """
 
 from __future__ import annotations
@@ -20,22 +22,32 @@ from neuronmlp_plugin.refinement.trainable import factor_linears, trainable
 
 
 class BlockStreams:
-    """Hidden states of both models moving through the layers together, for training windows and for held-out ones."""
+    """Hidden states of both models moving through the layers together, for training windows and for held-out
+    ones.
+    """
 
-    def __init__(self, dense: LayerStream, compressed: LayerStream, windows: torch.Tensor, held_out: torch.Tensor) -> None:
+    def __init__(
+        self, dense: LayerStream, compressed: LayerStream, windows: torch.Tensor, held_out: torch.Tensor
+    ) -> None:
         self.dense, self.compressed = dense, compressed
         self.exact = [dense.embed(windows), dense.embed(held_out)]
         self.given = [hidden.clone() for hidden in self.exact]
 
-    def refine_layer(self, index: int, rate: float, settings: RefineSettings) -> tuple[dict[str, torch.Tensor], float]:
-        """`(factors by name inside the layer, their held-out error)`; where training did not help, as they were.
+    def refine_layer(
+        self, index: int, rate: float, settings: RefineSettings
+    ) -> tuple[dict[str, torch.Tensor], float]:
+        """`(factors by name inside the layer, their held-out error)`; where training did not help, as they
+        were.
 
         A layer without factors only passes the streams on.
         """
         self._advance(self.dense, self.dense.load(index), index, self.exact)
         layer = self.compressed.load(index)
         linears = factor_linears(layer)
-        before, error = {name: linear.weight.detach().clone() for name, linear in linears.items()}, self._held_out_error(layer)
+        before, error = (
+            {name: linear.weight.detach().clone() for name, linear in linears.items()},
+            self._held_out_error(layer),
+        )
         reached = error
         if linears:
             self._train(layer, rate, settings)
@@ -63,7 +75,9 @@ class BlockStreams:
             return float(loss.detach())
 
         with trainable(layer, settings.adapter_rank) as parameters:
-            descend(parameters, rate, [functools.partial(step, x, y) for x, y in zip(given, exact, strict=True)])
+            descend(
+                parameters, rate, [functools.partial(step, x, y) for x, y in zip(given, exact, strict=True)]
+            )
 
     @torch.no_grad()
     def _held_out_error(self, layer: nn.Module) -> float:

@@ -24,7 +24,8 @@ def descend(
     files: Workspace | None = None,
     tick: Callable[[int], None] = lambda _: None,
 ) -> list[float]:
-    """Take all `steps`, each of which adds gradients to the parameters and returns its loss; `tick(1)` after each. Returns the losses.
+    """Take all `steps`, each of which adds gradients to the parameters and returns its loss; `tick(1)` after
+    each. Returns the losses.
 
     With `files` it goes on from where an earlier call that was interrupted left them, to the same numbers.
     """
@@ -36,7 +37,9 @@ def descend(
             group["lr"] = rate * scheduled(index, len(steps))
         loss = steps[index]()
         if not math.isfinite(loss):  # before it is in the numbers, and in what a later run goes on from
-            raise NonFiniteError(f"--learning-rate {rate:g}: expected a finite loss, found {loss} at step {index + 1}; choose a lower one.")
+            raise NonFiniteError(
+                f"--learning-rate {rate:g}: expected a finite loss, found {loss} at step {index + 1}; choose a lower one."
+            )
         losses.append(loss)
         optimiser.step()
         optimiser.zero_grad()
@@ -64,7 +67,9 @@ def _resumed(files: Workspace, parameters: list[nn.Parameter], optimiser: AdamW)
     tensors = files.load(_KEPT)
     for index, parameter in enumerate(parameters):
         prefix = f"{index}."
-        mine = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        mine = {
+            name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
+        }
         parameter.data.copy_(mine.pop("value"))
         optimiser.state[parameter] = mine
     return tensors["losses"].tolist()

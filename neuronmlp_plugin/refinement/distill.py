@@ -1,4 +1,6 @@
-"""End to end: the factors learn the dense model's next-token distribution (or, as in the paper, the text itself)."""
+"""End to end: the factors learn the dense model's next-token distribution (or, as in the paper, the text
+itself).
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,12 @@ from neuronmlp_plugin.refinement.trainable import trainable
 Tick = Callable[[int], None]
 
 
-def teacher_states(dense: LayerStream, windows: torch.Tensor, settings: RefineSettings, tick: Tick) -> torch.Tensor:
-    """What the dense model's output matrix sees, `[n, S, H]` bf16: small enough to keep, where its logits are not."""
+def teacher_states(
+    dense: LayerStream, windows: torch.Tensor, settings: RefineSettings, tick: Tick
+) -> torch.Tensor:
+    """What the dense model's output matrix sees, `[n, S, H]` bf16: small enough to keep, where its logits are
+    not.
+    """
     with products(settings.arithmetic):
         hidden = last_hidden(dense, windows, tick)
     norm, _ = dense.head()
@@ -29,12 +35,19 @@ def teacher_states(dense: LayerStream, windows: torch.Tensor, settings: RefineSe
 
 
 def distill(
-    student: Any, teacher: torch.Tensor | None, windows: torch.Tensor, rate: float, settings: RefineSettings, files: Workspace, tick: Tick
+    student: Any,
+    teacher: torch.Tensor | None,
+    windows: torch.Tensor,
+    rate: float,
+    settings: RefineSettings,
+    files: Workspace,
+    tick: Tick,
 ) -> list[float]:
-    """Train the factors of a Hugging Face model in place over `windows [n, S]`, each once; returns the loss of every step, per token.
+    """Train the factors of a Hugging Face model in place over `windows [n, S]`, each once; returns the loss
+    of every step, per token.
 
-    `teacher`: `teacher_states` of the same windows, or None for the next-token loss. `files` keeps what an interrupted run goes on from;
-    `tick(1)` after each step.
+    `teacher`: `teacher_states` of the same windows, or None for the next-token loss. `files` keeps what an
+    interrupted run goes on from; `tick(1)` after each step.
     """
     head = student.lm_head.weight.detach()
     head = head.bfloat16() if settings.arithmetic == "bfloat16" else head
@@ -53,6 +66,8 @@ def distill(
         return loss / len(rows)
 
     parts = [slice(start, start + settings.batch) for start in range(0, len(windows), settings.batch)]
-    steps = [functools.partial(step, windows[part], None if teacher is None else teacher[part]) for part in parts]
+    steps = [
+        functools.partial(step, windows[part], None if teacher is None else teacher[part]) for part in parts
+    ]
     with trainable(student.model, settings.adapter_rank) as parameters:
         return descend(parameters, rate, steps, files, tick)

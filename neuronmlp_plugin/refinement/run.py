@@ -1,4 +1,6 @@
-"""Carry a refinement out: each stage turns a checkpoint into a checkpoint, and the one nearest to the dense model is kept."""
+"""Carry a refinement out: each stage turns a checkpoint into a checkpoint, and the one nearest to the dense
+model is kept.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,24 @@ import torch
 
 from neuronmlp_plugin.calibration.quality import Judge
 from neuronmlp_plugin.calibration.stream import LayerStream
-from neuronmlp_plugin.calibration.text import bos_prefix, hold_out, load_tokenizer, read_documents, rewindow, token_windows, windows_digest
+from neuronmlp_plugin.calibration.text import (
+    bos_prefix,
+    hold_out,
+    load_tokenizer,
+    read_documents,
+    rewindow,
+    token_windows,
+    windows_digest,
+)
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
-from neuronmlp_plugin.checkpoint.writer import layer_prefix, partial_folder, save_json, write_layer, write_rest
+from neuronmlp_plugin.checkpoint.writer import (
+    layer_prefix,
+    partial_folder,
+    save_json,
+    write_layer,
+    write_rest,
+)
 from neuronmlp_plugin.compressor.plan import base_digest, digest, weights_digest
 from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.compressor.samples import sample_texts
@@ -49,7 +65,9 @@ class RefinePlan:
         return partial_folder(self.settings.out)
 
     def fingerprint(self) -> str:
-        """Changes with anything that changes the result: an unfinished run is resumed only under the same one."""
+        """Changes with anything that changes the result: an unfinished run is resumed only under the same
+        one.
+        """
         text = [windows_digest(self.windows), windows_digest(self.judge)]
         return digest([self.settings.to_json(), *map(weights_digest, (self.source, self.dense)), text])
 
@@ -60,8 +78,14 @@ class RefinePlan:
         return [
             ("refine", f"{self.source.folder}, made from {self.dense.folder}"),
             ("how", s.describe()),
-            ("trains on", f"{self.windows.numel():,} tokens, {s.batch * s.window:,} a step, {s.arithmetic} products"),
-            ("learning rate", f"{s.learning_rate:g}" if s.learning_rate else "by how far the model is from the dense one"),
+            (
+                "trains on",
+                f"{self.windows.numel():,} tokens, {s.batch * s.window:,} a step, {s.arithmetic} products",
+            ),
+            (
+                "learning rate",
+                f"{s.learning_rate:g}" if s.learning_rate else "by how far the model is from the dense one",
+            ),
             (
                 "judged on",
                 f"{self.judge.numel():,} tokens that are not trained on; the best by {by} of before and after each stage is kept",
@@ -74,9 +98,13 @@ def make_plan(settings: RefineSettings) -> RefinePlan:
     """Open and check everything that a run will touch. Raises the errors of the parts, each naming its file."""
     source, dense = Checkpoint(settings.model), Checkpoint(settings.dense)
     if source.block is None or dense.block is not None:
-        raise CheckpointError(f"{settings.model}: expected a compressed folder, and its dense one as --dense, found them otherwise.")
+        raise CheckpointError(
+            f"{settings.model}: expected a compressed folder, and its dense one as --dense, found them otherwise."
+        )
     if source.block.has_int8:
-        raise CheckpointError(f"{settings.model}: expected factors in floating point, found int8; refine first, then quantise.")
+        raise CheckpointError(
+            f"{settings.model}: expected factors in floating point, found int8; refine first, then quantise."
+        )
     made_from = source.block.provenance.get("base_digest", base_digest(dense))
     if made_from != base_digest(dense):
         raise CheckpointError(
@@ -84,10 +112,16 @@ def make_plan(settings: RefineSettings) -> RefinePlan:
             f"found another ({base_digest(dense)}); name the right folder."
         )
     if settings.model.resolve() in settings.out.resolve().parents:
-        raise UsageError(f"--out {settings.out}: expected a folder outside {settings.model}, found one inside; name another.")
+        raise UsageError(
+            f"--out {settings.out}: expected a folder outside {settings.model}, found one inside; name another."
+        )
     if settings.out.exists():
-        raise OutputError(f"{settings.out}: expected a path that does not exist yet, found one; choose another --out or remove it.")
-    settings = dataclasses.replace(settings, arithmetic=chosen(settings.arithmetic))  # the plan and the report say which it is
+        raise OutputError(
+            f"{settings.out}: expected a path that does not exist yet, found one; choose another --out or remove it."
+        )
+    settings = dataclasses.replace(
+        settings, arithmetic=chosen(settings.arithmetic)
+    )  # the plan and the report say which it is
     return RefinePlan(settings, source, dense, *_windows(settings))
 
 
@@ -96,12 +130,17 @@ def _windows(settings: RefineSettings) -> tuple[torch.Tensor, torch.Tensor]:
     tokenizer = load_tokenizer(settings.dense)
     length = max(JUDGE_WINDOW, settings.window)
     if settings.judge_tokens < length:
-        raise UsageError(f"--judge-tokens: expected at least one window of {length:,} tokens, found {settings.judge_tokens:,}.")
+        raise UsageError(
+            f"--judge-tokens: expected at least one window of {length:,} tokens, found {settings.judge_tokens:,}."
+        )
     pool, judge = hold_out(
-        token_windows(read_documents(settings.text, tokenizer), tokenizer, length, str(settings.text)), settings.judge_tokens
+        token_windows(read_documents(settings.text, tokenizer), tokenizer, length, str(settings.text)),
+        settings.judge_tokens,
     )
     if not len(judge):
-        raise CalibrationError(f"{settings.text}: expected at least {8 * length:,} tokens, so that some can judge, found fewer; give more.")
+        raise CalibrationError(
+            f"{settings.text}: expected at least {8 * length:,} tokens, so that some can judge, found fewer; give more."
+        )
     short = rewindow(pool, settings.window, len(bos_prefix(tokenizer)))
     order = torch.randperm(len(short), generator=torch.Generator().manual_seed(settings.seed))
     return short[order[: max(1, settings.tokens // settings.window)]], judge
@@ -131,9 +170,11 @@ class Run:
 
 
 def refine(plan: RefinePlan, bars: ProgressBars) -> dict[str, Any]:
-    """Refine into `settings.out`, which appears whole or not at all; returns the report (that of `compress`, with `refinement`).
+    """Refine into `settings.out`, which appears whole or not at all; returns the report (that of `compress`,
+    with `refinement`).
 
-    An interrupted run goes on from its last finished stage, or inside `distill` from the last steps kept, to an identical result.
+    An interrupted run goes on from its last finished stage, or inside `distill` from the last steps kept, to
+    an identical result.
     """
     run = Run(plan, Workspace(plan.work, plan.fingerprint()), bars)
     best, judge, badness = plan.source, _judge(run), functools.partial(_badness, plan.settings)
@@ -153,8 +194,12 @@ def refine(plan: RefinePlan, bars: ProgressBars) -> dict[str, Any]:
     return report
 
 
-def _stage(run: Run, stage: str, source: Checkpoint, rate: float, judge: Callable[[Checkpoint], Quality]) -> dict[str, Any]:
-    torch.manual_seed(run.plan.settings.seed)  # here: a resumed run may not have been through the stages before
+def _stage(
+    run: Run, stage: str, source: Checkpoint, rate: float, judge: Callable[[Checkpoint], Quality]
+) -> dict[str, Any]:
+    torch.manual_seed(
+        run.plan.settings.seed
+    )  # here: a resumed run may not have been through the stages before
     target = run.folder(stage)
     losses = _STAGES[stage](run, source, target, rate)
     return {"learning_rate": rate, "quality": judge(Checkpoint(target)), "losses": losses}
@@ -165,7 +210,9 @@ def _divergence(entry: dict[str, Any]) -> float:
 
 
 def _badness(settings: RefineSettings, entry: dict[str, Any]) -> float:
-    """By which the better one is kept: what was trained for. The next-token loss leaves the dense model on purpose."""
+    """By which the better one is kept: what was trained for. The next-token loss leaves the dense model on
+    purpose.
+    """
     return _divergence(entry) if settings.loss == "kl" else float(entry["quality"]["candidate_perplexity"])
 
 
@@ -190,7 +237,12 @@ def _refine_blocks(run: Run, source: Checkpoint, target: pathlib.Path, rate: flo
     with run.bars.stage("blocks", streams.dense.num_layers) as tick:
         for index in range(streams.dense.num_layers):
             factors, error = streams.refine_layer(index, rate, plan.settings)
-            _write_layer(target, source, index, {f"{layer_prefix(index)}{name}": tensor for name, tensor in factors.items()})
+            _write_layer(
+                target,
+                source,
+                index,
+                {f"{layer_prefix(index)}{name}": tensor for name, tensor in factors.items()},
+            )
             errors.append(error)
             tick(1)
     _write_rest(plan, source, target)
@@ -207,27 +259,44 @@ def _distill(run: Run, source: Checkpoint, target: pathlib.Path, rate: float) ->
     state = student.state_dict()
     for index in range(len(student.model.layers)):
         prefix = f"{layer_prefix(index)}mlp."
-        _write_layer(target, source, index, {name: tensor for name, tensor in state.items() if name.startswith(prefix)})
+        _write_layer(
+            target, source, index, {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+        )
     _write_rest(plan, source, target)
     return losses
 
 
 def _teacher(run: Run) -> torch.Tensor:
-    """What the dense model says to the training windows: a quarter of the work, so kept for a run that goes on."""
+    """What the dense model says to the training windows: a quarter of the work, so kept for a run that goes
+    on.
+    """
     if not run.work.has("teacher"):
         dense = LayerStream(run.plan.dense)
         with run.bars.stage("dense model's outputs", dense.num_layers) as tick:
-            run.work.save("teacher", {"states": teacher_states(dense, run.plan.windows, run.plan.settings, tick)})
+            run.work.save(
+                "teacher", {"states": teacher_states(dense, run.plan.windows, run.plan.settings, tick)}
+            )
     return run.work.load("teacher")["states"]
 
 
 _STAGES = {"blocks": _refine_blocks, "distill": _distill}
 
 
-def _write_layer(target: pathlib.Path, source: Checkpoint, index: int, refined: dict[str, torch.Tensor]) -> None:
-    """One layer; refined tensors take the dtype in which the source stores them, and what was not refined is copied."""
-    stored = {name: source.tensor(name) for name in source.names() if name.startswith(f"{layer_prefix(index)}mlp.")}
-    write_layer(target, source, index, {name: refined.get(name, tensor).to(tensor.dtype) for name, tensor in stored.items()})
+def _write_layer(
+    target: pathlib.Path, source: Checkpoint, index: int, refined: dict[str, torch.Tensor]
+) -> None:
+    """One layer; refined tensors take the dtype in which the source stores them, and what was not refined is
+    copied.
+    """
+    stored = {
+        name: source.tensor(name) for name in source.names() if name.startswith(f"{layer_prefix(index)}mlp.")
+    }
+    write_layer(
+        target,
+        source,
+        index,
+        {name: refined.get(name, tensor).to(tensor.dtype) for name, tensor in stored.items()},
+    )
 
 
 def _write_rest(plan: RefinePlan, source: Checkpoint, target: pathlib.Path) -> None:
@@ -243,8 +312,16 @@ def _report(run: Run, best: Checkpoint, tried: list[dict[str, Any]]) -> dict[str
     report = read_report(folder) if (folder / REPORT_FILE).is_file() else {"matrices": []}
     kept = min(tried, key=functools.partial(_badness, settings))
     losses: list[float] = next((entry["losses"] for entry in tried if entry["stage"] == "distill"), [])
-    history = [{"step": i, "tokens": i * settings.batch * settings.window, "loss": loss} for i, loss in enumerate(losses, start=1)]
-    refinement = {"method": settings.describe(), "kept": kept["stage"], "before": tried[0]["quality"], "after": kept["quality"]}
+    history = [
+        {"step": i, "tokens": i * settings.batch * settings.window, "loss": loss}
+        for i, loss in enumerate(losses, start=1)
+    ]
+    refinement = {
+        "method": settings.describe(),
+        "kept": kept["stage"],
+        "before": tried[0]["quality"],
+        "after": kept["quality"],
+    }
     assert best.block is not None
     return {
         **report,
@@ -262,4 +339,6 @@ def _samples(run: Run, best: Checkpoint, before: dict[str, Any] | None) -> dict[
         return None
     tokenizer = load_tokenizer(run.plan.dense.folder)
     with run.bars.stage("sample texts", 2 * before["new_tokens"]) as tick:
-        return sample_texts(LayerStream(run.plan.dense), LayerStream(best), tokenizer, before["new_tokens"], tick)
+        return sample_texts(
+            LayerStream(run.plan.dense), LayerStream(best), tokenizer, before["new_tokens"], tick
+        )

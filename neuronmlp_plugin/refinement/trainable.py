@@ -1,4 +1,6 @@
-"""Which numbers may move: the factors of matrices that are not dense, in whole or through LoRA adapters of low rank."""
+"""Which numbers may move: the factors of matrices that are not dense, in whole or through LoRA adapters of
+low rank.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ FACTORED = (UVLinear, OutputPivotedLinear, InputPivotedLinear)
 
 
 class LowRankUpdate(nn.Module):
-    """LoRA (2106.09685): weight `[out, in]` + b a, with a `[r, in]` random and b `[out, r]` zero, so that it begins as nothing."""
+    """LoRA (2106.09685): weight `[out, in]` + b a, with a `[r, in]` random and b `[out, r]` zero, so that it
+    begins as nothing.
+    """
 
     def __init__(self, size: torch.Size, rank: int) -> None:
         super().__init__()
@@ -28,22 +32,32 @@ class LowRankUpdate(nn.Module):
 
 
 def factor_linears(module: nn.Module) -> dict[str, nn.Linear]:
-    """The products of every factored projection inside `module`, by name. A pivot's identity is no tensor, and so stays one."""
+    """The products of every factored projection inside `module`, by name. A pivot's identity is no tensor,
+    and so stays one.
+    """
     found: dict[str, nn.Linear] = {}
     for name, projection in module.named_modules():
         if isinstance(projection, FACTORED):
-            found |= {f"{name}.{part}": linear for part, linear in projection.named_children() if isinstance(linear, nn.Linear)}
+            found |= {
+                f"{name}.{part}": linear
+                for part, linear in projection.named_children()
+                if isinstance(linear, nn.Linear)
+            }
     return found
 
 
 @contextlib.contextmanager
 def trainable(module: nn.Module, adapter_rank: int) -> Iterator[list[nn.Parameter]]:
-    """The parameters to train; at the end adapters are merged into the factors and everything is frozen again."""
+    """The parameters to train; at the end adapters are merged into the factors and everything is frozen
+    again.
+    """
     module.requires_grad_(False)
     linears = list(factor_linears(module).values())
     for linear in linears:
         if adapter_rank:
-            parametrize.register_parametrization(linear, "weight", LowRankUpdate(linear.weight.shape, adapter_rank))
+            parametrize.register_parametrization(
+                linear, "weight", LowRankUpdate(linear.weight.shape, adapter_rank)
+            )
         else:
             linear.requires_grad_(True)
     try:

@@ -1,1 +1,3 @@
-"""What a compression leaves for people to look at: one HTML page and a model card, both made from `neuronmlp_report.json` alone."""
+"""What a compression leaves for people to look at: one HTML page and a model card, both made from
+`neuronmlp_report.json` alone.
+"""

@@ -55,7 +55,9 @@ def _front_matter(report: dict[str, Any]) -> list[str]:
 
 def _body(report: dict[str, Any]) -> list[str]:
     removed = headline(report)[0].value
-    shown = "ranks, errors, spectra and sample texts" if report.get("samples") else "ranks, errors and spectra"
+    shown = (
+        "ranks, errors, spectra and sample texts" if report.get("samples") else "ranks, errors and spectra"
+    )
     return [
         "",
         f"# {_plain(base_name(report))}, {removed} of the MLP parameters removed",
@@ -84,13 +86,19 @@ def _made(report: dict[str, Any]) -> list[str]:
     if report.get("refinement"):
         lines.append(f"Refined afterwards: {_plain(str(report['refinement'].get('method')))}.")
     if quality:
-        lines.append(f"Judged on {quality['num_tokens']:,} tokens {_plain(judged_on(report))}; other text can fare worse.")
+        lines.append(
+            f"Judged on {quality['num_tokens']:,} tokens {_plain(judged_on(report))}; other text can fare worse."
+        )
     return [*lines, ""]
 
 
 def _serving(report: dict[str, Any]) -> list[str]:
     beside = (report["block"].get("provenance") or {}).get("factors_only")
-    command = "vllm serve MODEL --quantization neuronmlp   # MODEL: the dense folder that holds this one" if beside else "vllm serve DIR"
+    command = (
+        "vllm serve MODEL --quantization neuronmlp   # MODEL: the dense folder that holds this one"
+        if beside
+        else "vllm serve DIR"
+    )
     needs = "With vLLM and neuronmlp installed (extra `cpu`); a plain `from_pretrained` of the folder stops with an error, by design."
     return ["## How to serve it", "", needs, "", "```bash", command, "```"]
 

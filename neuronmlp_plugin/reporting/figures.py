@@ -1,4 +1,6 @@
-"""The plots of a report as matplotlib figures: numbers in, a figure and its words out. No files, no light or dark."""
+"""The plots of a report as matplotlib figures: numbers in, a figure and its words out. No files, no light or
+dark.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,30 @@ from neuronmlp_plugin.models.projection import PROJECTIONS
 
 Row = dict[str, Any]  # one entry of report["matrices"]
 
-# Stand-ins that svg.py turns into variables of the page's style sheet, so that one drawing serves the light and the dark scheme.
+# Stand-ins that svg.py turns into variables of the page's style sheet, so that one drawing serves the light
+# and the dark scheme.
 INK, GRID, MARK = "#010101", "#020202", "#030303"
 _COLOURS = {"gate_proj": "#040404", "up_proj": "#050505", "down_proj": "#060606"}
-CSS_COLOURS = {INK: "--ink", GRID: "--line", MARK: "--mark", "#040404": "--gate", "#050505": "--up", "#060606": "--down"}
+CSS_COLOURS = {
+    INK: "--ink",
+    GRID: "--line",
+    MARK: "--mark",
+    "#040404": "--gate",
+    "#050505": "--up",
+    "#060606": "--down",
+}
 # Nobody has to tell colours apart: each projection has a marker and a dash of its own.
 _MARKERS = {"gate_proj": "o", "up_proj": "s", "down_proj": "^"}
 _DASHES = {"gate_proj": "-", "up_proj": (0, (4, 1.5)), "down_proj": (0, (1.2, 1.2))}
 # First layer to last; both ends and all between keep a contrast above 3 on white and on the dark page.
 _DEPTH = ("#2f7fd6", "#d2552b")
-_SHARES = {1.0: "100%", 0.1: "10%", 0.01: "1%", 1e-3: "0.1%", 1e-4: "0.01%"}  # ticks of the spectra, which are cut off below
+_SHARES = {
+    1.0: "100%",
+    0.1: "10%",
+    0.01: "1%",
+    1e-3: "0.1%",
+    1e-4: "0.01%",
+}  # ticks of the spectra, which are cut off below
 
 STYLE: dict[Any, Any] = {
     "font.size": 11,
@@ -47,7 +63,9 @@ class Plot:
 
 
 def rank_plot(report: dict[str, Any]) -> Plot | None:
-    """Rank by layer; a matrix that stayed dense stands above the highest possible rank. None where nothing was cut."""
+    """Rank by layer; a matrix that stayed dense stands above the highest possible rank. None where nothing
+    was cut.
+    """
     cut = [row for row in report["matrices"] if row["rank"] is not None]
     if not cut:
         return None
@@ -56,13 +74,22 @@ def rank_plot(report: dict[str, Any]) -> Plot | None:
     for offset, name in enumerate(PROJECTIONS):
         _line(axes, name, ((r["layer"], r["rank"]) for r in _of(report["matrices"], name)))
         dense = [row["layer"] for row in _of(report["matrices"], name) if row["rank"] is None]
-        axes.scatter(dense, [full * (1.06 + 0.05 * offset)] * len(dense), s=16, marker=_MARKERS[name], color=_COLOURS[name], zorder=3)
+        axes.scatter(
+            dense,
+            [full * (1.06 + 0.05 * offset)] * len(dense),
+            s=16,
+            marker=_MARKERS[name],
+            color=_COLOURS[name],
+            zorder=3,
+        )
     kept = len(report["matrices"]) - len(cut)
     if kept:
         axes.axhline(full * 1.01, color=INK, linewidth=0.8, linestyle=":")
     axes.set_ylim(0, full * (1.2 if kept else 1.05))
     ticks = [tick for tick in axes.get_yticks() if tick < full * 0.96]
-    axes.set_yticks([*ticks, full * 1.11] if kept else ticks, [*(f"{t:.0f}" for t in ticks), "dense"] if kept else None)
+    axes.set_yticks(
+        [*ticks, full * 1.11] if kept else ticks, [*(f"{t:.0f}" for t in ticks), "dense"] if kept else None
+    )
     _legend(figure, axes)
     low, high = min(cut, key=lambda r: r["rank"]), max(cut, key=lambda r: r["rank"])
     alt = f"Lowest rank {low['rank']} ({_name(low)}), highest {high['rank']} ({_name(high)}); {kept} matrices stayed dense."
@@ -76,7 +103,14 @@ def error_plot(report: dict[str, Any]) -> Plot | None:
         return None
     figure, axes = _axes("layer", "relative output error, held-out")
     for name in PROJECTIONS:
-        _line(axes, name, ((r["layer"], r["achieved_error"] if r["rank"] is not None else None) for r in _of(report["matrices"], name)))
+        _line(
+            axes,
+            name,
+            (
+                (r["layer"], r["achieved_error"] if r["rank"] is not None else None)
+                for r in _of(report["matrices"], name)
+            ),
+        )
     axes.set_ylim(bottom=0)
     _legend(figure, axes)
     worst = max(measured, key=lambda r: r["achieved_error"])
@@ -95,12 +129,27 @@ def agreement_plot(report: dict[str, Any]) -> Plot | None:
     for name in PROJECTIONS:
         points = [(row["predicted_error"], row["achieved_error"]) for row in _of(measured, name)]
         if points:
-            axes.scatter(*zip(*points, strict=True), s=16, marker=_MARKERS[name], color=_COLOURS[name], label=name, zorder=3)
+            axes.scatter(
+                *zip(*points, strict=True),
+                s=16,
+                marker=_MARKERS[name],
+                color=_COLOURS[name],
+                label=name,
+                zorder=3,
+            )
     axes.set(xlim=(0, top), ylim=(0, top))
     _legend(figure, axes)
-    ratios = sorted(row["achieved_error"] / row["predicted_error"] for row in measured if row["predicted_error"] > 0)
-    between = f" from {ratios[0]:.2f} to {ratios[-1]:.2f}, median {ratios[len(ratios) // 2]:.2f}" if ratios else " unknown"
-    return Plot("agreement", "Error: predicted against achieved", figure, f"Achieved over predicted error:{between}.")
+    ratios = sorted(
+        row["achieved_error"] / row["predicted_error"] for row in measured if row["predicted_error"] > 0
+    )
+    between = (
+        f" from {ratios[0]:.2f} to {ratios[-1]:.2f}, median {ratios[len(ratios) // 2]:.2f}"
+        if ratios
+        else " unknown"
+    )
+    return Plot(
+        "agreement", "Error: predicted against achieved", figure, f"Achieved over predicted error:{between}."
+    )
 
 
 def loss_plot(report: dict[str, Any]) -> Plot | None:
@@ -133,10 +182,26 @@ def _spectrum(report: dict[str, Any], spectra: dict[str, Any], name: str) -> Plo
     figure, axes = _axes("rank", "share of output energy lost", width=3.7)
     colours, named = _depth_colours(len(layers)), {0, len(layers) // 2, len(layers) - 1}
     for index, layer in enumerate(layers):
-        shown = [share or float("nan") for share in layer[name]]  # nothing is lost at full rank, and a logarithm has no place for it
-        axes.plot(ranks, shown, color=colours[index], linewidth=1, label=f"layer {index}" if index in named else None)
-    chosen = [row for row in _of(report["matrices"], name) if row["rank"] is not None and row["predicted_error"] > 0]
-    dots = {"color": [colours[row["layer"]] for row in chosen], "edgecolor": INK, "linewidth": 0.6, "s": 14, "zorder": 3}
+        shown = [
+            share or float("nan") for share in layer[name]
+        ]  # nothing is lost at full rank, and a logarithm has no place for it
+        axes.plot(
+            ranks,
+            shown,
+            color=colours[index],
+            linewidth=1,
+            label=f"layer {index}" if index in named else None,
+        )
+    chosen = [
+        row for row in _of(report["matrices"], name) if row["rank"] is not None and row["predicted_error"] > 0
+    ]
+    dots = {
+        "color": [colours[row["layer"]] for row in chosen],
+        "edgecolor": INK,
+        "linewidth": 0.6,
+        "s": 14,
+        "zorder": 3,
+    }
     axes.scatter([row["rank"] for row in chosen], [row["predicted_error"] ** 2 for row in chosen], **dots)
     axes.set(yscale="log", ylim=(min(_SHARES), 1.3), xlim=(0, ranks[-1]))
     axes.set_yticks(list(_SHARES), _SHARES.values())
@@ -156,10 +221,18 @@ def history_plot(refinement: dict[str, Any]) -> Plot | None:
     if len(history) < 2:
         return None
     figure, axes = _axes("tokens", "loss, nats a token")
-    axes.plot([h["tokens"] for h in history], [h["loss"] for h in history], color=_COLOURS["gate_proj"], linewidth=1.5)
+    axes.plot(
+        [h["tokens"] for h in history],
+        [h["loss"] for h in history],
+        color=_COLOURS["gate_proj"],
+        linewidth=1.5,
+    )
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.locator_params(axis="x", nbins=6)
-    tenth, losses = max(1, len(history) // 10), [h["loss"] for h in history]  # steps see different text: one of them says little
+    tenth, losses = (
+        max(1, len(history) // 10),
+        [h["loss"] for h in history],
+    )  # steps see different text: one of them says little
     first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
     alt = f"Mean of the first and last tenth: {first:.4g} and {last:.4g}, over {history[-1]['tokens']:,} tokens."
     return Plot("history", "Loss during refinement", figure, alt)
@@ -185,7 +258,15 @@ def _line(axes: Any, name: str, points: Iterable[tuple[float, float | None]]) ->
     axes.xaxis.get_major_locator().set_params(integer=True)
     xs, ys = zip(*points, strict=True)
     numbers = [float("nan") if y is None else y for y in ys]
-    axes.plot(xs, numbers, marker=_MARKERS[name], linestyle=_DASHES[name], linewidth=1.3, color=_COLOURS[name], label=name)
+    axes.plot(
+        xs,
+        numbers,
+        marker=_MARKERS[name],
+        linestyle=_DASHES[name],
+        linewidth=1.3,
+        color=_COLOURS[name],
+        label=name,
+    )
 
 
 def _legend(figure: Any, axes: Any) -> None:
@@ -206,7 +287,9 @@ def _of(rows: list[Row], projection: str) -> list[Row]:
 
 
 def _measured(report: dict[str, Any]) -> list[Row]:
-    return [row for row in report["matrices"] if row["rank"] is not None and row["achieved_error"] is not None]
+    return [
+        row for row in report["matrices"] if row["rank"] is not None and row["achieved_error"] is not None
+    ]
 
 
 def _name(row: Row) -> str:
@@ -216,4 +299,6 @@ def _name(row: Row) -> str:
 def _depth_colours(count: int) -> list[Any]:
     from matplotlib.colors import LinearSegmentedColormap
 
-    return list(LinearSegmentedColormap.from_list("depth", _DEPTH)([i / max(1, count - 1) for i in range(count)]))
+    return list(
+        LinearSegmentedColormap.from_list("depth", _DEPTH)([i / max(1, count - 1) for i in range(count)])
+    )

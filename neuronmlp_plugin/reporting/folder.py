@@ -23,14 +23,20 @@ def read_report(folder: pathlib.Path) -> dict[str, Any]:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: expected the report that `neuronmlp compress` writes, found: {error}.") from error
+        raise CheckpointError(
+            f"{path}: expected the report that `neuronmlp compress` writes, found: {error}."
+        ) from error
     if not isinstance(report, dict) or not (report.get("block") and report.get("matrices")):
-        raise CheckpointError(f"{path}: expected a report with `block` and `matrices`, found another JSON file; compress again.")
+        raise CheckpointError(
+            f"{path}: expected a report with `block` and `matrices`, found another JSON file; compress again."
+        )
     return report
 
 
 def _rendered(render: Callable[[dict[str, Any]], str], report: dict[str, Any], folder: pathlib.Path) -> str:
-    """Refuses a report in which something is missing or of another kind: only a JSON edited by hand is like that."""
+    """Refuses a report in which something is missing or of another kind: only a JSON edited by hand is like
+    that.
+    """
     try:
         return render(report)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as error:

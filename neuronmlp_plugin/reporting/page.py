@@ -1,4 +1,6 @@
-"""The report as one HTML page that needs nothing else: no script, no request, everything that is not ours escaped."""
+"""The report as one HTML page that needs nothing else: no script, no request, everything that is not ours
+escaped.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from neuronmlp_plugin.reporting.svg import to_svg
 def render_page(report: dict[str, Any]) -> str:
     """The page of a report (the JSON that `compress` writes, of any age: keys added later may be missing).
 
-    `quality` is taken for the quality of the weights in the folder: a stage that changes them must measure it again.
+    `quality` is taken for the quality of the weights in the folder: a stage that changes them must measure it
+    again.
     """
     template = _environment().get_template("page.html")
     return template.render(report=report, view=view, **_plots(report), **_refined(report.get("refinement")))
@@ -51,7 +54,10 @@ def _plots(report: dict[str, Any]) -> dict[str, list[Plot]]:
 
 
 def _refined(refinement: dict[str, Any] | None) -> dict[str, Any]:
-    return {"refinement": refinement, "refinement_plots": _there(history_plot(refinement)) if refinement else []}
+    return {
+        "refinement": refinement,
+        "refinement_plots": _there(history_plot(refinement)) if refinement else [],
+    }
 
 
 def _there(*plots: Plot | None) -> list[Plot]:

@@ -1,4 +1,6 @@
-"""A figure as SVG that can stand inside a page: same bytes every time, colours from the style sheet, words for a screen reader."""
+"""A figure as SVG that can stand inside a page: same bytes every time, colours from the style sheet, words
+for a screen reader.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ def to_svg(plot: Plot) -> Markup:
     root = ET.fromstring(_drawn(plot))
     for parent in list(root.iter()):
         for child in list(parent):
-            if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):  # a style inside would rule the whole page
+            if child.tag in (
+                f"{{{_SVG}}}metadata",
+                f"{{{_SVG}}}style",
+            ):  # a style inside would rule the whole page
                 parent.remove(child)
     _drop_unused_ids(root)
     for size in ("width", "height"):  # the style sheet decides; the view box keeps the shape

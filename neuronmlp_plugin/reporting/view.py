@@ -1,4 +1,6 @@
-"""What the page says, as strings and rows ready to be set: every number is formatted here, nothing is escaped yet."""
+"""What the page says, as strings and rows ready to be set: every number is formatted here, nothing is escaped
+yet.
+"""
 
 from __future__ import annotations
 
@@ -42,10 +44,22 @@ def headline(report: dict[str, Any]) -> list[Tile]:
     kept = sum(row["parameters"] for row in report["matrices"])
     removed = report["block"]["removed_ratio"]
     dense = kept / (1 - removed)
-    tiles = [Tile("MLP parameters removed", f"{removed:.1%}", f"{dense / 1e6:,.1f} M before, {kept / 1e6:,.1f} M stored")]
+    tiles = [
+        Tile(
+            "MLP parameters removed",
+            f"{removed:.1%}",
+            f"{dense / 1e6:,.1f} M before, {kept / 1e6:,.1f} M stored",
+        )
+    ]
     quality = report.get("quality")
     if "bytes_ratio" in report:
-        tiles.append(Tile("MLP bytes", f"{report['bytes_ratio']:.1%}", f"of bf16: {report['weight_bytes'] / 1e6:,.1f} MB as served"))
+        tiles.append(
+            Tile(
+                "MLP bytes",
+                f"{report['bytes_ratio']:.1%}",
+                f"of bf16: {report['weight_bytes'] / 1e6:,.1f} MB as served",
+            )
+        )
     if not quality:
         why = "since rounding to int8" if has_int8(report) else "no text was kept to judge on"
         return [*tiles, Tile("Quality", "not measured", why)]
@@ -76,7 +90,11 @@ def asked(report: dict[str, Any]) -> str:
 def judged_on(report: dict[str, Any]) -> str:
     """Which text the quality is of."""
     named = report.get("judged_on")
-    return f"of {named}" if named else "from the end of the calibration text that nothing was calibrated on: the same kind of text"
+    return (
+        f"of {named}"
+        if named
+        else "from the end of the calibration text that nothing was calibrated on: the same kind of text"
+    )
 
 
 def forms(report: dict[str, Any]) -> str:
@@ -89,18 +107,43 @@ def forms(report: dict[str, Any]) -> str:
 def matrix_rows(report: dict[str, Any]) -> list[list[str]]:
     """The table of all matrices, under MATRIX_COLUMNS."""
     return [
-        [str(row["layer"]), row["projection"], _stored_as(report, row), f"{row['parameters']:,}", *_errors(row)]
+        [
+            str(row["layer"]),
+            row["projection"],
+            _stored_as(report, row),
+            f"{row['parameters']:,}",
+            *_errors(row),
+        ]
         for row in report["matrices"]
     ]
 
 
 def _errors(row: dict[str, Any]) -> list[str]:
     """Rank and errors; a matrix that stayed as it was has neither."""
-    shapes = {"rank": "{}", "predicted_loss": "{:.3g}", "predicted_error": "{:.4f}", "achieved_error": "{:.4f}", "rounding": "{:.1e}"}
-    return [_DASH if row["rank"] is None and not row[key] else _number(row[key], shape) for key, shape in shapes.items()]
+    shapes = {
+        "rank": "{}",
+        "predicted_loss": "{:.3g}",
+        "predicted_error": "{:.4f}",
+        "achieved_error": "{:.4f}",
+        "rounding": "{:.1e}",
+    }
+    return [
+        _DASH if row["rank"] is None and not row[key] else _number(row[key], shape)
+        for key, shape in shapes.items()
+    ]
 
 
-MATRIX_COLUMNS = ("Layer", "Matrix", "Stored as", "Parameters", "Rank", "Predicted loss", "Predicted error", "Achieved error", "Rounding")
+MATRIX_COLUMNS = (
+    "Layer",
+    "Matrix",
+    "Stored as",
+    "Parameters",
+    "Rank",
+    "Predicted loss",
+    "Predicted error",
+    "Achieved error",
+    "Rounding",
+)
 
 
 def choice(report: dict[str, Any]) -> str:
@@ -112,7 +155,9 @@ def choice(report: dict[str, Any]) -> str:
         "measured": "The ranks were chosen across all matrices for the least predicted loss, corrected by what each proved to be worth",
         "uniform": "Every matrix was cut by the same share, whatever its predicted loss",
     }
-    weighted = ", weighted by how much the model's own loss minds" if settings.get("method") == "two-sided" else ""
+    weighted = (
+        ", weighted by how much the model's own loss minds" if settings.get("method") == "two-sided" else ""
+    )
     chosen = known.get(str(allocation), f"The ranks were chosen by allocation {allocation}")
     return f"{chosen}: what the cuts do to the outputs of the matrices{weighted}."
 
@@ -145,7 +190,10 @@ _QUALITY = (
 def refinement_rows(refinement: dict[str, Any]) -> list[list[str]]:
     """Quality before and after, a row a measure; a dash for what was not measured."""
     before, after = (refinement.get(when) or {} for when in ("before", "after"))
-    return [[label, _number(before.get(key), shape), _number(after.get(key), shape)] for label, key, shape in _QUALITY]
+    return [
+        [label, _number(before.get(key), shape), _number(after.get(key), shape)]
+        for label, key, shape in _QUALITY
+    ]
 
 
 def _number(value: Any, shape: str) -> str:
@@ -156,9 +204,15 @@ def provenance_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     """Settings, calibration, digests and versions, as recorded."""
     rows = [("created by", str(report["block"].get("created_by", "unknown")))]
     for key, value in _provenance(report).items():
-        parts = {f"{key}: {part}": found for part, found in value.items()} if isinstance(value, dict) else {key: value}
+        parts = (
+            {f"{key}: {part}": found for part, found in value.items()}
+            if isinstance(value, dict)
+            else {key: value}
+        )
         rows += [(_label(part), _value(found)) for part, found in parts.items()]
-    return rows + [(f"version of {name}", str(version)) for name, version in (report.get("versions") or {}).items()]
+    return rows + [
+        (f"version of {name}", str(version)) for name, version in (report.get("versions") or {}).items()
+    ]
 
 
 def _label(key: str) -> str:

@@ -14,8 +14,9 @@ KEY = "neuronmlp"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """`factors`: a factor file to lay over a dense model. `tp_scheme`: see models/sharding.py. `fast_path`: prepacked products or
-    fused kernels; false runs plain torch, to compare with."""
+    """`factors`: a factor file to lay over a dense model. `tp_scheme`: see models/sharding.py. `fast_path`:
+    prepacked products or fused kernels; false runs plain torch, to compare with.
+    """
 
     factors: pathlib.Path | None = None
     tp_scheme: str = "gather"
@@ -23,18 +24,24 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.tp_scheme not in SCHEMES:
-            raise UsageError(f"{KEY}.tp_scheme: expected one of {', '.join(SCHEMES)}, found {self.tp_scheme!r}.")
+            raise UsageError(
+                f"{KEY}.tp_scheme: expected one of {', '.join(SCHEMES)}, found {self.tp_scheme!r}."
+            )
         if not isinstance(self.fast_path, bool):
             raise UsageError(f"{KEY}.fast_path: expected true or false, found {self.fast_path!r}.")
 
 
 def parse_options(additional_config: Any) -> Options:
-    """Options out of vLLM's `additional_config`; raises UsageError for a key or value that means nothing here."""
+    """Options out of vLLM's `additional_config`; raises UsageError for a key or value that means nothing
+    here.
+    """
     given = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
     known = [field.name for field in dataclasses.fields(Options)]
     if not isinstance(given, dict) or not set(given) <= set(known):
         found = sorted(set(given) - set(known)) if isinstance(given, dict) else given
-        raise UsageError(f"--additional-config {KEY}: expected an object with the keys {', '.join(known)}, found {found!r}.")
+        raise UsageError(
+            f"--additional-config {KEY}: expected an object with the keys {', '.join(known)}, found {found!r}."
+        )
     factors = given.get("factors")
     if not isinstance(factors, (str, type(None))):
         raise UsageError(f"{KEY}.factors: expected the path of a factor file, found {factors!r}.")

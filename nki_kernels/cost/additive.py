@@ -1,4 +1,6 @@
-"""Frozen dataclasses that add, subtract and scale field by field: totals of several launches, and steady-state extrapolation."""
+"""Frozen dataclasses that add, subtract and scale field by field: totals of several launches, and
+steady-state extrapolation.
+"""
 
 from __future__ import annotations
 

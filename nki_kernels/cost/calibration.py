@@ -26,9 +26,9 @@ FITTED, SEEN, OTHER_KERNEL, NO_KERNEL = "fitted", "seen", "other kernel", "no ke
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """One published latency. `role`: "fitted", a constant was fitted to it; "seen", it was in view while the rules of the model were
-    chosen, but no constant was fitted to it; "other kernel", an algorithm that we do not have, so only a floor; "no kernel", nothing
-    public to run.
+    """One published latency. `role`: "fitted", a constant was fitted to it; "seen", it was in view while the
+    rules of the model were chosen, but no constant was fitted to it; "other kernel", an algorithm that we do
+    not have, so only a floor; "no kernel", nothing public to run.
 
     `tolerance`: the error that we promise not to exceed, or None where the row only informs.
     """
@@ -69,13 +69,17 @@ def copy_row_block(src: object) -> object:
 
 
 def _transfer_alone(constants: Constants) -> Estimate:
-    """Busy time of one engine for the load of `copy_row_block`: half of the kernel's work, which the pipe spreads over 16 engines."""
+    """Busy time of one engine for the load of `copy_row_block`: half of the kernel's work, which the pipe
+    spreads over 16 engines.
+    """
     whole = price(copy_row_block, (Placeholder((4, 4096), baselines.BF16),), TRN2, constants)
     return Estimate(simulated_us=whole.busy.dma * TRN2.dma_engines / 2)
 
 
 def _dense_mlp(tokens: int, hidden: int, intermediate: int, target: Target, constants: Constants) -> Estimate:
-    plan = plan_mlp(hidden, intermediate, (DENSE, DENSE, DENSE), tokens, np.dtype(baselines.BF16), target=target)
+    plan = plan_mlp(
+        hidden, intermediate, (DENSE, DENSE, DENSE), tokens, np.dtype(baselines.BF16), target=target
+    )
     if not isinstance(plan, Plan):
         raise ValueError(plan.reason)
     return price_plan(plan, baselines.BF16, target, constants)
@@ -83,7 +87,11 @@ def _dense_mlp(tokens: int, hidden: int, intermediate: int, target: Target, cons
 
 def published_rows() -> list[Published]:
     """All rows, one NeuronCore, bf16."""
-    tutorial, paper, library = "AWS matmul tutorial, trn1", "arXiv 2510.25977, trn1", "nki-library test vectors, trn2, read as ps"
+    tutorial, paper, library = (
+        "AWS matmul tutorial, trn1",
+        "arXiv 2510.25977, trn1",
+        "nki-library test vectors, trn2, read as ps",
+    )
     dense, twice = CHAIN[0::2], CHAIN
 
     def step(name: str) -> Predict:

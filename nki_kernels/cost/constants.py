@@ -1,8 +1,9 @@
-"""Every constant of the cost model that is not a property of the target, with its source; and the sets that predictions are made with.
+"""Every constant of the cost model that is not a property of the target, with its source; and the sets that
+predictions are made with.
 
-Clocks and sizes are in `nki_kernels.targets`. Sources: [isa] "Estimated instruction cost" of the nki.isa pages, SDK 2.26.1; [perf] the NKI
-performance guide; [dma] the DMA bandwidth guide; [tutorial] the two published latencies of AWS's matmul tutorial; [runtime]
-neuron-runtime's collectives pages.
+Clocks and sizes are in `nki_kernels.targets`. Sources: [isa] "Estimated instruction cost" of the nki.isa
+pages, SDK 2.26.1; [perf] the NKI performance guide; [dma] the DMA bandwidth guide; [tutorial] the two
+published latencies of AWS's matmul tutorial; [runtime] neuron-runtime's collectives pages.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import math
 MIN_INTERVAL_CYCLES = 64  # shortest initiation interval of any engine [isa]
 GPSIMD_START_CYCLES = 150  # [isa] affine_select, iota
 FP32_PASSES = 4  # TensorE passes of an fp32 matmul [isa]
-# Dependent one-element ScalarE instructions were seen 264 cycles apart [perf]; 64 of them are the initiation interval.
+# Dependent one-element ScalarE instructions were seen 264 cycles apart [perf]; 64 of them are the initiation
+# interval.
 RESULT_LATENCY_CYCLES = 200
 DMA_START_NS = 1300.0  # semaphore to first byte [dma]
 DMA_PARTITIONS_PER_ENGINE = 8  # an engine serves 8 partitions of a transfer [dma]
-OVERHEAD_BOUND_ROW_BYTES = 256  # shorter rows cost as much as one of this length: "severely overhead bound" below it [dma]
+OVERHEAD_BOUND_ROW_BYTES = (
+    256  # shorter rows cost as much as one of this length: "severely overhead bound" below it [dma]
+)
 
 HOP_US = 1.5  # one step of a ring inside an instance, 1 to 2 us [runtime]
 LINK_GBPS = {"trn1": 384.0, "trn2": 1280.0, "trn3": 2560.0}  # per chip, NeuronLink [arch]
@@ -27,9 +31,9 @@ LINK_GBPS = {"trn1": 384.0, "trn2": 1280.0, "trn3": 2560.0}  # per chip, NeuronL
 class Constants:
     """One set of DMA rates; a prediction names the set it was made with.
 
-    A DMA engine moves contiguous rows of up to `short_row_bytes` at `short_share` of the target's documented achieved rate, rows of
-    `long_row_bytes` and more at that rate, and rows between at a rate that rises as a power of their length. Rows below
-    OVERHEAD_BOUND_ROW_BYTES take as long as one of that length.
+    A DMA engine moves contiguous rows of up to `short_row_bytes` at `short_share` of the target's documented
+    achieved rate, rows of `long_row_bytes` and more at that rate, and rows between at a rate that rises as a
+    power of their length. Rows below OVERHEAD_BOUND_ROW_BYTES take as long as one of that length.
     """
 
     name: str
@@ -40,7 +44,9 @@ class Constants:
     fitted: int  # how many of the three numbers were fitted to published latencies
 
     def descriptor_ns(self, row_bytes: int, engine_gbps: float) -> float:
-        """Time of one DMA engine for one contiguous row, in ns; `engine_gbps` is the documented achieved rate, in GB/s = bytes per ns."""
+        """Time of one DMA engine for one contiguous row, in ns; `engine_gbps` is the documented achieved
+        rate, in GB/s = bytes per ns.
+        """
         row = max(row_bytes, OVERHEAD_BOUND_ROW_BYTES)
         return row / (engine_gbps * self._share(row))
 
@@ -49,13 +55,24 @@ class Constants:
             return self.short_share
         if row >= self.long_row_bytes:
             return 1.0
-        return self.short_share ** (math.log(self.long_row_bytes / row) / math.log(self.long_row_bytes / self.short_row_bytes))
+        return self.short_share ** (
+            math.log(self.long_row_bytes / row) / math.log(self.long_row_bytes / self.short_row_bytes)
+        )
 
 
 EVERY_ROW = 1 << 30  # longer than any row
-DOCUMENTED = Constants("documented", 1.0, 0, 0, "17 B/ns achieved per DMA engine on trn1 [dma], for rows of any length", fitted=0)
-EFFECTIVE = Constants("effective", 104 / 272, EVERY_ROW, EVERY_ROW, "104 GB/s [tutorial], for rows of any length", fitted=1)
+DOCUMENTED = Constants(
+    "documented", 1.0, 0, 0, "17 B/ns achieved per DMA engine on trn1 [dma], for rows of any length", fitted=0
+)
+EFFECTIVE = Constants(
+    "effective", 104 / 272, EVERY_ROW, EVERY_ROW, "104 GB/s [tutorial], for rows of any length", fitted=1
+)
 CALIBRATED = Constants(
-    "calibrated", 104 / 272, 1024, 4096, "104 GB/s up to the tutorial's rows of 1 KiB, the documented rate from 4 KiB [dma]", fitted=2
+    "calibrated",
+    104 / 272,
+    1024,
+    4096,
+    "104 GB/s up to the tutorial's rows of 1 KiB, the documented rate from 4 KiB [dma]",
+    fitted=2,
 )
 SETS = {constants.name: constants for constants in (CALIBRATED, DOCUMENTED, EFFECTIVE)}

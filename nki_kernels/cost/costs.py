@@ -1,12 +1,18 @@
 """How long one instruction keeps its engine busy: the documented formulas, at the engine's own clock.
 
-The trace knows neither the value of a memset nor the second function of a scalar_tensor_tensor, so the half pass of 16-bit zeros and the
-single pass of (bf16 - scalar) x bf16 are never granted.
+The trace knows neither the value of a memset nor the second function of a scalar_tensor_tensor, so the half
+pass of 16-bit zeros and the single pass of (bf16 - scalar) x bf16 are never granted.
 """
 
 from __future__ import annotations
 
-from nki_kernels.cost.constants import DMA_PARTITIONS_PER_ENGINE, FP32_PASSES, GPSIMD_START_CYCLES, MIN_INTERVAL_CYCLES, Constants
+from nki_kernels.cost.constants import (
+    DMA_PARTITIONS_PER_ENGINE,
+    FP32_PASSES,
+    GPSIMD_START_CYCLES,
+    MIN_INTERVAL_CYCLES,
+    Constants,
+)
 from nki_kernels.simulator.trace import GPSIMD, PSUM, SBUF, TENSOR, Access, Instruction
 from nki_kernels.targets import PMAX, Target
 from nki_kernels.tiling import tile_count
@@ -16,7 +22,9 @@ HALF_PASS_REDUCE = ("add", "maximum")
 
 
 def tensor_cycles(instruction: Instruction) -> int:
-    """nc_matmul: max(min(64, N_stationary), N_moving), four times that in fp32; nc_transpose: max(P, min(64, F)). Back to back."""
+    """nc_matmul: max(min(64, N_stationary), N_moving), four times that in fp32; nc_transpose: max(P, min(64,
+    F)). Back to back.
+    """
     reads = instruction.reads
     if instruction.op == "nc_transpose":
         data = reads[0]
@@ -35,7 +43,9 @@ def _is_run(access: Access) -> bool:
 
 
 def _two_input_passes(instruction: Instruction) -> int:
-    """tensor_tensor: one pass with one operand in PSUM, or for bf16 sums and products of runs in SBUF; otherwise two."""
+    """tensor_tensor: one pass with one operand in PSUM, or for bf16 sums and products of runs in SBUF;
+    otherwise two.
+    """
     if len({operand.space for operand in instruction.reads}) == 2:
         return 1
     in_sbuf = all(operand.space == SBUF for operand in instruction.reads)
@@ -53,7 +63,11 @@ def elementwise_cycles(instruction: Instruction) -> int:
         elements *= _two_input_passes(instruction)
     elif instruction.op == "scalar_tensor_tensor":
         elements *= 2
-    elif instruction.op == "tensor_reduce" and instruction.function in HALF_PASS_REDUCE and _all_bf16(instruction):
+    elif (
+        instruction.op == "tensor_reduce"
+        and instruction.function in HALF_PASS_REDUCE
+        and _all_bf16(instruction)
+    ):
         elements /= 2
     start = GPSIMD_START_CYCLES if instruction.engine == GPSIMD else 0
     return start + max(MIN_INTERVAL_CYCLES, round(elements))
@@ -76,7 +90,9 @@ def dma_engine_ns(instruction: Instruction, target: Target, constants: Constants
 
 
 def dma_engines_used(instruction: Instruction, target: Target) -> int:
-    """Engines that a transfer can use at once: one for every 8 partitions begun, all of them between two places in HBM."""
+    """Engines that a transfer can use at once: one for every 8 partitions begun, all of them between two
+    places in HBM.
+    """
     on_chip = [access for access in (*instruction.reads, *instruction.writes) if access.space == SBUF]
     partitions = on_chip[0].shape[0] if on_chip else PMAX
     return min(target.dma_engines, tile_count(partitions, DMA_PARTITIONS_PER_ENGINE))

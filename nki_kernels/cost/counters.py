@@ -28,7 +28,9 @@ class Counters(Additive):
     scalar: EngineCount = EngineCount()
     gpsimd: EngineCount = EngineCount()
     flops: int = 0  # useful: 2 K M N of every matmul
-    flops_issued: int = 0  # what the 128 x 128 array could have done in the cycles that matmuls and transposes took
+    flops_issued: int = (
+        0  # what the 128 x 128 array could have done in the cycles that matmuls and transposes took
+    )
     dma_transfers: int = 0
     dma_descriptors: int = 0
     dma_bytes: int = 0
@@ -52,13 +54,22 @@ class Counters(Additive):
         return self.flops / max(1, self.hbm_bytes)
 
 
-SUMS = ("flops", "flops_issued", "dma_transfers", "dma_descriptors", "dma_bytes", "hbm_read_bytes", "hbm_write_bytes")
+SUMS = (
+    "flops",
+    "flops_issued",
+    "dma_transfers",
+    "dma_descriptors",
+    "dma_bytes",
+    "hbm_read_bytes",
+    "hbm_write_bytes",
+)
 
 
 class Counting:
     """A listener that counts; ask `result()` when the run is over.
 
-    Unique bytes: a region is a box of a tensor; regions that overlap without being the same are both counted, up to the tensor's size.
+    Unique bytes: a region is a box of a tensor; regions that overlap without being the same are both counted,
+    up to the tensor's size.
     """
 
     def __init__(self) -> None:
@@ -100,6 +111,9 @@ class Counting:
 
     def result(self) -> Counters:
         """The totals so far."""
-        unique = sum(min(sum(regions.values()), self._tensor_bytes[buffer]) for buffer, regions in self._regions.items())
+        unique = sum(
+            min(sum(regions.values()), self._tensor_bytes[buffer])
+            for buffer, regions in self._regions.items()
+        )
         totals: dict[str, Any] = {name: EngineCount(*counts) for name, counts in self._engines.items()}
         return Counters(**totals, **self._sums, hbm_unique_bytes=unique)

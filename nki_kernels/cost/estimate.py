@@ -35,10 +35,11 @@ class Times(Additive):
 
 @dataclasses.dataclass(frozen=True)
 class Estimate(Additive):
-    """All simulated, in us. `busy`: how long each resource works (`dma`: all engines together, at the rates of the constants).
+    """All simulated, in us. `busy`: how long each resource works (`dma`: all engines together, at the rates
+    of the constants).
 
-    `exposed`: every moment of the launch given to the first of TensorE, ScalarE, VectorE, GpSimdE and DMA that works then; it sums to
-    `simulated_us`.
+    `exposed`: every moment of the launch given to the first of TensorE, ScalarE, VectorE, GpSimdE and DMA
+    that works then; it sums to `simulated_us`.
     """
 
     simulated_us: float = 0.0
@@ -85,7 +86,9 @@ def _exposed(slots: Sequence[Slot]) -> Times:
 
 
 def critical_path(slots: Sequence[Slot]) -> list[tuple[int, str, float]]:
-    """(instruction, what for, ns) from the start of the launch to its end, without gaps: the durations sum to the latency."""
+    """(instruction, what for, ns) from the start of the launch to its end, without gaps: the durations sum to
+    the latency.
+    """
     found: list[tuple[int, str, float]] = []
     number = max(range(len(slots)), key=lambda i: slots[i].end_ns, default=-1)
     until = slots[number].end_ns if number >= 0 else 0.0
@@ -99,32 +102,46 @@ def critical_path(slots: Sequence[Slot]) -> list[tuple[int, str, float]]:
 
 
 def schedule(
-    kernel: Callable[..., Any], arguments: Sequence[Any], target: Target = TRN1, constants: Constants = CALIBRATED
+    kernel: Callable[..., Any],
+    arguments: Sequence[Any],
+    target: Target = TRN1,
+    constants: Constants = CALIBRATED,
 ) -> tuple[Scheduler, Counters]:
-    """One dry run of `kernel` on placeholders, placed in time and counted. What the simulator refuses is refused here too.
+    """One dry run of `kernel` on placeholders, placed in time and counted. What the simulator refuses is
+    refused here too.
 
     Raises RuntimeError where the vendor's `nki` is in force: its kernels leave no trace.
     """
     if HAS_NKI:
-        raise RuntimeError("cost model: expected our simulator, found the vendor's nki; set NKI_KERNELS_BACKEND=simulator.")
+        raise RuntimeError(
+            "cost model: expected our simulator, found the vendor's nki; set NKI_KERNELS_BACKEND=simulator."
+        )
     counting, scheduler = Counting(), Scheduler(target, constants)
     simulate(kernel, target, (counting, scheduler), dry=True)(*arguments)
     return scheduler, counting.result()
 
 
-def price(kernel: Callable[..., Any], arguments: Sequence[Any], target: Target = TRN1, constants: Constants = CALIBRATED) -> Estimate:
+def price(
+    kernel: Callable[..., Any],
+    arguments: Sequence[Any],
+    target: Target = TRN1,
+    constants: Constants = CALIBRATED,
+) -> Estimate:
     """The estimate of one launch."""
     scheduler, counters = schedule(kernel, arguments, target, constants)
     busy = {engine: ns / 1000 for engine, ns in scheduler.busy_ns.items()}
     latency = max((slot.end_ns for slot in scheduler.slots), default=0.0) / 1000
-    return Estimate(latency, Times(**busy, dma=scheduler.pipe.busy_ns / 1000), _exposed(scheduler.slots), counters)
+    return Estimate(
+        latency, Times(**busy, dma=scheduler.pipe.busy_ns / 1000), _exposed(scheduler.slots), counters
+    )
 
 
 def extrapolate(run: Callable[[int], Estimate], units: int, sample: int = 3) -> Estimate:
-    """`run(units)`, where a run is a prologue, `units` like rounds and an epilogue: the last of `sample` rounds stands for the rest.
+    """`run(units)`, where a run is a prologue, `units` like rounds and an epilogue: the last of `sample`
+    rounds stands for the rest.
 
-    Counters are then exact. The latency is as good as the schedule has become periodic by round `sample`: the tests hold it to full runs,
-    within 5 % for launches of microseconds and 1 % for those of real models.
+    Counters are then exact. The latency is as good as the schedule has become periodic by round `sample`: the
+    tests hold it to full runs, within 5 % for launches of microseconds and 1 % for those of real models.
     """
     if units <= sample:
         return run(units)

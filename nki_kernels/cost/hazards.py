@@ -1,4 +1,6 @@
-"""Who must wait for whom: reads after writes, writes after reads and writes, and memory that somebody else still holds."""
+"""Who must wait for whom: reads after writes, writes after reads and writes, and memory that somebody else
+still holds.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,11 @@ class _Cells:
 
 
 class Hazards:
-    """Stamps of every live buffer. A fresh buffer may be used once the memory that it got has been let go by its last user.
+    """Stamps of every live buffer. A fresh buffer may be used once the memory that it got has been let go by
+    its last user.
 
-    SBUF is handed out by size, oldest release first, as an allocator that rotates buffers would; PSUM by the banks in the trace.
+    SBUF is handed out by size, oldest release first, as an allocator that rotates buffers would; PSUM by the
+    banks in the trace.
     """
 
     def __init__(self, target: Target) -> None:
@@ -45,7 +49,11 @@ class Hazards:
         if event.space == HBM:
             self._hbm_bytes[event.buffer] = event.bytes_per_partition
         elif event.live:
-            since = self._take_sbuf(event.bytes_per_partition) if event.space == SBUF else max(self._free_banks[slice(*event.banks)])
+            since = (
+                self._take_sbuf(event.bytes_per_partition)
+                if event.space == SBUF
+                else max(self._free_banks[slice(*event.banks)])
+            )
             self._live[event.buffer] = _Cells(event.bytes_per_partition, CELL_BYTES[event.space], since)
         else:
             cells = self._live.pop(event.buffer)
@@ -71,14 +79,18 @@ class Hazards:
         return START if cells is None else max(cells.written[cells.slice(access)])
 
     def before_write(self, access: Access) -> tuple[Stamp, Stamp]:
-        """When the operand may be written, as far as (earlier writes, earlier reads) go. Stores to HBM never wait for one another."""
+        """When the operand may be written, as far as (earlier writes, earlier reads) go. Stores to HBM never
+        wait for one another.
+        """
         cells = self._live.get(access.buffer)
         if cells is None or access.space == HBM:
             return START, START
         where = cells.slice(access)
         return max(cells.written[where]), max(cells.read[where])
 
-    def after(self, reads: tuple[Access, ...], writes: tuple[Access, ...], done: Stamp, visible: Stamp) -> None:
+    def after(
+        self, reads: tuple[Access, ...], writes: tuple[Access, ...], done: Stamp, visible: Stamp
+    ) -> None:
         """An instruction has read its operands at `done`; its results can be read from `visible` on."""
         for access in reads:
             cells = self._live.get(access.buffer)

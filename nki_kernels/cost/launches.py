@@ -1,4 +1,6 @@
-"""What to price: kernels with placeholders of the right shapes, and whole launches of a plan by its repeating token block."""
+"""What to price: kernels with placeholders of the right shapes, and whole launches of a plan by its repeating
+token block.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +34,19 @@ def launch_of(plan: Plan, dtype: np.dtype, tp: int = 1) -> Launch:
     x, weights = Placeholder(shape, dtype), Placeholder((PMAX, layout.packed_cols), dtype)
     norm = Placeholder((PMAX, tile_count(layout.hidden)), np.dtype(np.float32)) if plan.with_norm else None
     last = layout.down_second
-    residual = Placeholder((plan.tokens, last.cols), dtype) if plan.with_residual and last is not None else None
+    residual = (
+        Placeholder((plan.tokens, last.cols), dtype) if plan.with_residual and last is not None else None
+    )
     if layout.external_z:
         slots = tuple(z_rows(layout, name) // tp for name in ("gate", "up"))
         z = Placeholder((tp * sum(slots), plan.tokens), dtype)
         return second_factors, (x if plan.x_tiles else None, z, slots, weights, plan, norm)
     if layout.gate_second is not None:
-        return (gated_up, (x, weights, plan, norm)) if last is None else (svd_mlp, (x, weights, plan, norm, residual))
+        return (
+            (gated_up, (x, weights, plan, norm))
+            if last is None
+            else (svd_mlp, (x, weights, plan, norm, residual))
+        )
     return (first_factors, (x, weights, plan, norm)) if last is None else (xuv, (x, weights, plan, residual))
 
 
@@ -49,9 +57,18 @@ def z_rows(layout: Layout, projection: str) -> int:
 
 
 class PlanRuns:
-    """A launch by its token blocks: a few are scheduled, the others are like the last of them; a ragged rest is scheduled with them."""
+    """A launch by its token blocks: a few are scheduled, the others are like the last of them; a ragged rest
+    is scheduled with them.
+    """
 
-    def __init__(self, plan: Plan, dtype: np.dtype, target: Target = TRN1, constants: Constants = CALIBRATED, tp: int = 1) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        dtype: np.dtype,
+        target: Target = TRN1,
+        constants: Constants = CALIBRATED,
+        tp: int = 1,
+    ) -> None:
         self.plan, self.dtype, self.target, self.constants, self.tp = plan, dtype, target, constants, tp
         self.blocks, self.rest = divmod(plan.tokens, plan.block_tokens)
         self._run = functools.cache(self._schedule)
@@ -66,7 +83,9 @@ class PlanRuns:
         return max(guess.simulated_us, guess.busiest_us)
 
     def estimate(self) -> Estimate:
-        """From three blocks or, where three have not settled (less time than the busiest resource works), from as many as it takes."""
+        """From three blocks or, where three have not settled (less time than the busiest resource works),
+        from as many as it takes.
+        """
         for sample in range(3, max(3, self.blocks) + 1):
             found = extrapolate(self._run, self.blocks, sample)
             if found.simulated_us >= found.busiest_us:
@@ -74,6 +93,8 @@ class PlanRuns:
         return found
 
 
-def price_plan(plan: Plan, dtype: np.dtype, target: Target = TRN1, constants: Constants = CALIBRATED, tp: int = 1) -> Estimate:
+def price_plan(
+    plan: Plan, dtype: np.dtype, target: Target = TRN1, constants: Constants = CALIBRATED, tp: int = 1
+) -> Estimate:
     """The estimate of a whole launch on one of `tp` cores."""
     return PlanRuns(plan, dtype, target, constants, tp).estimate()

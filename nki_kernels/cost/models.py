@@ -34,5 +34,7 @@ MODELS = {
 
 
 def rank_at(shape: ModelShape, removed_ratio: float) -> int:
-    """The largest rank at which the factors of a projection hold at most (1 - removed_ratio) of its parameters."""
+    """The largest rank at which the factors of a projection hold at most (1 - removed_ratio) of its
+    parameters.
+    """
     return int((1 - removed_ratio) * shape.hidden * shape.intermediate / (shape.hidden + shape.intermediate))

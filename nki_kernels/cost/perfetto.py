@@ -32,8 +32,15 @@ def trace_json(slots: Sequence[Slot], about: str) -> str:
     """The whole timeline; `about` says of which kernel, target and constants."""
     events = list(_events(slots))
     tracks = sorted({event["tid"] for event in events})
-    names = [ENGINES[track] if track < len(ENGINES) else f"dma lane {track - len(ENGINES)}" for track in tracks]
-    named = [{"name": "thread_name", "ph": "M", "pid": 0, "tid": t, "args": {"name": n}} for t, n in zip(tracks, names, strict=True)]
+    names = [
+        ENGINES[track] if track < len(ENGINES) else f"dma lane {track - len(ENGINES)}" for track in tracks
+    ]
+    named = [
+        {"name": "thread_name", "ph": "M", "pid": 0, "tid": t, "args": {"name": n}}
+        for t, n in zip(tracks, names, strict=True)
+    ]
     process = {"name": "process_name", "ph": "M", "pid": 0, "args": {"name": f"simulated: {about}"}}
     other = {"origin": "simulated", "about": about}
-    return json.dumps({"displayTimeUnit": "ns", "otherData": other, "traceEvents": [process, *named, *events]})
+    return json.dumps(
+        {"displayTimeUnit": "ns", "otherData": other, "traceEvents": [process, *named, *events]}
+    )

@@ -6,7 +6,9 @@ GAPS_KEPT = 64  # older idle times are forgotten: nothing becomes ready that lon
 
 
 class Pipe:
-    """Reserves time of the pipe. Earlier callers go first; what they leave idle, waiting for data, later ones may fill."""
+    """Reserves time of the pipe. Earlier callers go first; what they leave idle, waiting for data, later ones
+    may fill.
+    """
 
     def __init__(self) -> None:
         self._gaps: list[tuple[float, float]] = []
@@ -37,7 +39,9 @@ class Pipe:
                 continue
             fits = need_ns <= last - start
             end = start + need_ns if fits else last
-            need_ns = 0.0 if fits else need_ns - (last - start)  # what fits is never subtracted: rounding would leave a trace of it
+            need_ns = (
+                0.0 if fits else need_ns - (last - start)
+            )  # what fits is never subtracted: rounding would leave a trace of it
             kept += [gap for gap in ((first, start), (end, last)) if gap[1] > gap[0]]
         self._gaps = kept
         return need_ns, end

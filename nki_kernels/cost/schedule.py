@@ -1,9 +1,11 @@
-"""When everything happens: engines and DMA queues in parallel, as far as data, buffers, PSUM banks and shared ports allow.
+"""When everything happens: engines and DMA queues in parallel, as far as data, buffers, PSUM banks and shared
+ports allow.
 
-Rules, all of them documented: every engine issues its instructions in program order; an instruction keeps its engine busy for the cycles
-of `costs`, and its result can be used RESULT_LATENCY_CYCLES later; sums in PSUM follow one another without waiting; a DMA starts 1.3 us
-after what it waits for and shares 16 engines with the others; on NeuronCore-v2, VectorE and ScalarE take turns at PSUM, and VectorE and
-GpSimdE at SBUF. Not modelled: instruction fetch, activation table loads, HBM bank conflicts, the compiler's own reordering.
+Rules, all of them documented: every engine issues its instructions in program order; an instruction keeps its
+engine busy for the cycles of `costs`, and its result can be used RESULT_LATENCY_CYCLES later; sums in PSUM
+follow one another without waiting; a DMA starts 1.3 us after what it waits for and shares 16 engines with the
+others; on NeuronCore-v2, VectorE and ScalarE take turns at PSUM, and VectorE and GpSimdE at SBUF. Not
+modelled: instruction fetch, activation table loads, HBM bank conflicts, the compiler's own reordering.
 """
 
 from __future__ import annotations
@@ -14,14 +16,26 @@ from nki_kernels.cost.constants import DMA_START_NS, RESULT_LATENCY_CYCLES, Cons
 from nki_kernels.cost.costs import dma_engine_ns, dma_engines_used, engine_cycles, touches_psum
 from nki_kernels.cost.hazards import START, Hazards, Stamp
 from nki_kernels.cost.pipe import Pipe
-from nki_kernels.simulator.trace import DMA, GPSIMD, SCALAR, TENSOR, VECTOR, Access, Allocation, Event, Instruction
+from nki_kernels.simulator.trace import (
+    DMA,
+    GPSIMD,
+    SCALAR,
+    TENSOR,
+    VECTOR,
+    Access,
+    Allocation,
+    Event,
+    Instruction,
+)
 from nki_kernels.targets import Target
 
 PSUM_PORT, SBUF_PORT = "psum port", "sbuf port"
 
 
 class Slot(NamedTuple):
-    """One instruction in time. `ready_ns` is the stamp of `cause`, the instruction that it waited for last (-1: none)."""
+    """One instruction in time. `ready_ns` is the stamp of `cause`, the instruction that it waited for last
+    (-1: none).
+    """
 
     engine: str
     op: str
@@ -42,7 +56,12 @@ class Scheduler:
         self.busy_ns = dict.fromkeys((TENSOR, VECTOR, SCALAR, GPSIMD), 0.0)
         self._hazards = Hazards(target)
         self._free: dict[str, Stamp] = dict.fromkeys((*self.busy_ns, PSUM_PORT, SBUF_PORT), START)
-        self._ghz = {TENSOR: target.tensor_ghz, VECTOR: target.vector_ghz, SCALAR: target.scalar_ghz, GPSIMD: target.gpsimd_ghz}
+        self._ghz = {
+            TENSOR: target.tensor_ghz,
+            VECTOR: target.vector_ghz,
+            SCALAR: target.scalar_ghz,
+            GPSIMD: target.gpsimd_ghz,
+        }
         self._result_latency_ns = RESULT_LATENCY_CYCLES / target.scalar_ghz
 
     def __call__(self, event: Event) -> None:
@@ -107,5 +126,7 @@ class Scheduler:
 
     def _place(self, event: Instruction, ready: Stamp, start: float, end: float, visible: float) -> None:
         number = len(self.slots)
-        self.slots.append(Slot(event.engine, event.op, ready[0], start, end, ready[1], event.writes[0].partitions))
+        self.slots.append(
+            Slot(event.engine, event.op, ready[0], start, end, ready[1], event.writes[0].partitions)
+        )
         self._hazards.after(event.reads, event.writes, (end, number), (visible, number))

@@ -1,7 +1,8 @@
 """The autotuner: the tile plan that the cost model likes best, without scheduling everything.
 
-Plans that do not fit SBUF or PSUM are never built (`planner.build_plan`). The rest are ranked by arithmetic on their traffic and useful
-FLOPs, and the first few are scheduled; one whose lower bound is not below the best latency found is left out.
+Plans that do not fit SBUF or PSUM are never built (`planner.build_plan`). The rest are ranked by arithmetic
+on their traffic and useful FLOPs, and the first few are scheduled; one whose lower bound is not below the
+best latency found is left out.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ Measure = Callable[[Plan], float]
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The winner, with the choice that makes it (`build_plan(request, choice)`), and how many plans were scheduled of how many that fit."""
+    """The winner, with the choice that makes it (`build_plan(request, choice)`), and how many plans were
+    scheduled of how many that fit.
+    """
 
     choice: Choice
     plan: Plan
@@ -37,7 +40,9 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """As `Found`, by a device's clock: `measured_us` of the winner, and how many plans were measured of how many that fit."""
+    """As `Found`, by a device's clock: `measured_us` of the winner, and how many plans were measured of how
+    many that fit.
+    """
 
     choice: Choice
     plan: Plan
@@ -69,7 +74,9 @@ def _dma_us(size_bytes: float, row_bytes: int, target: Target, constants: Consta
 
 
 def dma_bound_us(plan: Plan, target: Target = TRN1, constants: Constants = CALIBRATED) -> float:
-    """The plan's weight traffic, in rows as long as its ring's slots, and each activation once, at the set's rates."""
+    """The plan's weight traffic, in rows as long as its ring's slots, and each activation once, at the set's
+    rates.
+    """
     size = plan.itemsize
     weights = _dma_us(plan.weight_cols_read() * PMAX * size, plan.ring_cols * size, target, constants)
     given = sum(z_rows(plan.layout, name) for name in ("gate", "up"))
@@ -94,9 +101,13 @@ def _deepest(request: Request, choice: Choice, target: Target) -> tuple[Choice, 
 
 
 def _behaviour(plan: Plan) -> Plan:
-    """The plan without differences that no instruction sees: groups beyond the block's token tiles, a place for rows that are not there."""
+    """The plan without differences that no instruction sees: groups beyond the block's token tiles, a place
+    for rows that are not there.
+    """
     input_offset = 0 if plan.transposed_input else plan.input_offset
-    return dataclasses.replace(plan, token_group=min(plan.token_group, tile_count(plan.block_tokens)), input_offset=input_offset)
+    return dataclasses.replace(
+        plan, token_group=min(plan.token_group, tile_count(plan.block_tokens)), input_offset=input_offset
+    )
 
 
 def fitting_plans(request: Request, target: Target = TRN1) -> Iterator[tuple[Choice, Plan]]:
@@ -111,7 +122,9 @@ def fitting_plans(request: Request, target: Target = TRN1) -> Iterator[tuple[Cho
                 yield found
 
 
-def search(request: Request, target: Target = TRN1, constants: Constants = CALIBRATED, tp: int = 1) -> Found | Declined:
+def search(
+    request: Request, target: Target = TRN1, constants: Constants = CALIBRATED, tp: int = 1
+) -> Found | Declined:
     """The best plan of those tried, for one of `tp` cores."""
     ranked = _ranked(request, target, constants)
     if not ranked:
@@ -122,8 +135,12 @@ def search(request: Request, target: Target = TRN1, constants: Constants = CALIB
     return Found(choice, plan, runs(plan).estimate(), len(tried), len(ranked))
 
 
-def search_measured(request: Request, measure: Measure, target: Target = TRN1, constants: Constants = CALIBRATED) -> Measured | Declined:
-    """As `search`, where a device is at hand: `measure` gives us instead of the schedule. The model still says which plans to try."""
+def search_measured(
+    request: Request, measure: Measure, target: Target = TRN1, constants: Constants = CALIBRATED
+) -> Measured | Declined:
+    """As `search`, where a device is at hand: `measure` gives us instead of the schedule. The model still
+    says which plans to try.
+    """
     ranked = _ranked(request, target, constants)
     if not ranked:
         return why_not(request, target)
@@ -152,7 +169,9 @@ def _try(ranked: list[tuple[float, Choice, Plan]], time_us: Measure) -> list[tup
 
 
 def _guess_us(plan: Plan, useful_us: float, traffic_us: float) -> float:
-    """Block by block the larger of work and traffic, plus a little of the smaller. A ragged last block reads as much as a full one."""
+    """Block by block the larger of work and traffic, plus a little of the smaller. A ragged last block reads
+    as much as a full one.
+    """
     full, rest = divmod(plan.tokens, plan.block_tokens)
     block_dma = traffic_us / plan.blocks()
     total = 0.0

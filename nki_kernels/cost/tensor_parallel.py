@@ -1,7 +1,9 @@
-"""One core of a tensor-parallel MLP (scheme `gather`): its launches, and the collectives between them as formulas.
+"""One core of a tensor-parallel MLP (scheme `gather`): its launches, and the collectives between them as
+formulas.
 
-Ring formulas of the runtime's collectives pages: over n cores, an all-gather or a reduce-scatter of B bytes takes (n - 1) steps and moves
-(n - 1) / n B over each core's link; an all-reduce twice that. A core's link is its share of the chip's. Nothing overlaps.
+Ring formulas of the runtime's collectives pages: over n cores, an all-gather or a reduce-scatter of B bytes
+takes (n - 1) steps and moves (n - 1) / n B over each core's link; an all-reduce twice that. A core's link is
+its share of the chip's. Nothing overlaps.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def shard(form: str, rank: int, intermediate: int, tp: int) -> Projection:
     return Projection(form, tp * slots, slots, pivots)
 
 
-def stages(hidden: int, intermediate: int, projections: tuple[Projection, Projection, Projection], tp: int) -> list[Layout]:
+def stages(
+    hidden: int, intermediate: int, projections: tuple[Projection, Projection, Projection], tp: int
+) -> list[Layout]:
     """The launches of one core; one, with everything, where there is no parallelism."""
     whole = mlp_layout(hidden, intermediate // tp, *projections)
     if tp == 1:
@@ -53,7 +57,9 @@ def stages(hidden: int, intermediate: int, projections: tuple[Projection, Projec
 
 @dataclasses.dataclass(frozen=True)
 class MLPTime:
-    """All simulated, in us. `launches`: what each kernel launch takes; `collectives_us`: the sum between and behind them."""
+    """All simulated, in us. `launches`: what each kernel launch takes; `collectives_us`: the sum between and
+    behind them.
+    """
 
     launches: tuple[Found, ...]
     collectives_us: float
@@ -67,7 +73,9 @@ class MLPTime:
         return self.kernels_us + self.collectives_us
 
 
-def collectives_us(hidden: int, projections: tuple[Projection, ...], tokens: int, tp: int, target: Target = TRN1) -> float:
+def collectives_us(
+    hidden: int, projections: tuple[Projection, ...], tokens: int, tp: int, target: Target = TRN1
+) -> float:
     """All-gather of gate's and up's z, reduce-scatter of down's, all-reduce of y (bf16)."""
     if tp == 1:
         return 0.0
@@ -80,14 +88,21 @@ def collectives_us(hidden: int, projections: tuple[Projection, ...], tokens: int
 
 def stage_request(layout: Layout, tokens: int, dtype: np.dtype) -> Request:
     """What a launch of one core has to do; the last one takes its activation transposed."""
-    return Request(layout, tokens, dtype, transposed_input=layout.gate_second is None and layout.down_first is None and layout.hidden == 0)
+    return Request(
+        layout,
+        tokens,
+        dtype,
+        transposed_input=layout.gate_second is None and layout.down_first is None and layout.hidden == 0,
+    )
 
 
 def mlp_time(
     sizes: tuple[int, int], forms: tuple[tuple[str, int], ...], tokens: int, dtype: np.dtype, tp: int = 1,
     target: Target = TRN1, constants: Constants = CALIBRATED,
 ) -> MLPTime:  # fmt: skip
-    """A gated MLP, sizes = (H, I), `forms` = (form, rank) of gate, up and down, on `tp` cores. Raises ValueError where no plan fits."""
+    """A gated MLP, sizes = (H, I), `forms` = (form, rank) of gate, up and down, on `tp` cores. Raises
+    ValueError where no plan fits.
+    """
     hidden, intermediate = sizes
     gate, up, down = (shard(form, rank, intermediate, tp) for form, rank in forms)
     launches = []

@@ -1,14 +1,18 @@
-"""A whole transformer around the MLP, so that a kernel's gain is shown end to end. Simulated: MLPs by their kernels, the rest by formulas.
+"""A whole transformer around the MLP, so that a kernel's gain is shown end to end. Simulated: MLPs by their
+kernels, the rest by formulas.
 
-The rest, per core of `tp`, each part the larger of its FLOPs at TensorE's rate and its HBM bytes at the long-row DMA rate:
+The rest, per core of `tp`, each part the larger of its FLOPs at TensorE's rate and its HBM bytes at the
+long-row DMA rate:
 
     attention projections   2 T P FLOPs, P weights        P = H (2 heads + 2 kv_heads) head_dim, sharded
-    attention               4 T C heads head_dim FLOPs (half of it in a causal prefill); K and V of C tokens per sequence
+    attention               4 T C heads head_dim FLOPs (half of it in a causal prefill); K and V of C tokens
+    per sequence
     norms                   two per layer, three ScalarE passes over T H elements on 128 lanes
     lm_head                 one token per sequence, H x vocabulary, sharded
     collectives             one all-reduce of [T, H] per layer behind attention, and those of the MLP
 
-Nothing overlaps, and what the framework adds is not modelled; both make the share of the MLP, and so Amdahl's bound, an upper one at best.
+Nothing overlaps, and what the framework adds is not modelled; both make the share of the MLP, and so Amdahl's
+bound, an upper one at best.
 """
 
 from __future__ import annotations
@@ -31,7 +35,9 @@ NORM_PASSES = 3
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """`sequences` sequences each add `new` tokens to a context that is then `context` tokens long: a prefill, or one decode step."""
+    """`sequences` sequences each add `new` tokens to a context that is then `context` tokens long: a prefill,
+    or one decode step.
+    """
 
     sequences: int
     new: int
@@ -74,7 +80,9 @@ class _Core:
     def __init__(self, target: Target, constants: Constants) -> None:
         self.target = target
         engine = target.dma_achieved_gbps / target.dma_engines
-        self.bytes_per_us = 1000 * target.dma_engines * LONG_ROW_BYTES / constants.descriptor_ns(LONG_ROW_BYTES, engine)
+        self.bytes_per_us = (
+            1000 * target.dma_engines * LONG_ROW_BYTES / constants.descriptor_ns(LONG_ROW_BYTES, engine)
+        )
         self.flops_per_us = 2 * PMAX * PMAX * target.tensor_ghz * 1000
 
     def us(self, flops: float, size_bytes: float) -> float:
@@ -96,9 +104,16 @@ def attention_us(shape: ModelShape, step: Step, tp: int, core: _Core) -> float:
 
 
 def step_time(
-    shape: ModelShape, forms: tuple[tuple[str, int], ...], step: Step, tp: int = 1, target: Target = TRN1, constants: Constants = CALIBRATED
+    shape: ModelShape,
+    forms: tuple[tuple[str, int], ...],
+    step: Step,
+    tp: int = 1,
+    target: Target = TRN1,
+    constants: Constants = CALIBRATED,
 ) -> Parts:
-    """One step of the whole model with MLPs of `forms`, (form, rank) of gate, up and down. Raises ValueError where an MLP has no plan."""
+    """One step of the whole model with MLPs of `forms`, (form, rank) of gate, up and down. Raises ValueError
+    where an MLP has no plan.
+    """
     core = _Core(target, constants)
     mlp = mlp_time((shape.hidden, shape.intermediate), forms, step.tokens, BF16, tp, target, constants)
     head = shape.hidden * shape.vocabulary / tp

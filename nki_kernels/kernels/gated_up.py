@@ -1,4 +1,6 @@
-"""silu(x Ug Vg) * (x Uu Vu): the first half of a gated MLP, its result transposed for `down` to consume without a transpose."""
+"""silu(x Ug Vg) * (x Uu Vu): the first half of a gated MLP, its result transposed for `down` to consume
+without a transpose.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ Tensor = Any
 
 @jit
 def gated_up(x: Tensor, weights: Tensor, plan: Plan, norm_weight: Tensor = None) -> Tensor:
-    """x `[T, H]` (or `[H, T]`) -> h^T `[I, T]`; gate and up of any forms and ranks, x loaded once. Layout: `gated_layout`."""
+    """x `[T, H]` (or `[H, T]`) -> h^T `[I, T]`; gate and up of any forms and ranks, x loaded once. Layout:
+    `gated_layout`.
+    """
     h = nl.ndarray((plan.intermediate, plan.tokens), dtype=x.dtype, buffer=nl.shared_hbm)
     work = Workspace(plan, weights, norm_weight)
     for first_token, tokens in pieces(plan.tokens, plan.block_tokens):

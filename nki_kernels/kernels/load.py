@@ -1,4 +1,6 @@
-"""Activations from HBM into the layout that products take: `[128, row tiles, tokens]`, features on the partitions."""
+"""Activations from HBM into the layout that products take: `[128, row tiles, tokens]`, features on the
+partitions.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,19 @@ class Norm(nl.NKIObject):
             self.sums.append(nl.ndarray((PMAX, 1), dtype=nl.float32, buffer=nl.sbuf, name=f"norm_sum{i}"))
 
     def normalise(self, row: Tensor, scratch: Tensor, turn: int) -> None:
-        """scratch = row / sqrt(mean(row^2) + eps), tokens on the partitions; the weight is applied after the transpose."""
+        """scratch = row / sqrt(mean(row^2) + eps), tokens on the partitions; the weight is applied after the
+        transpose.
+        """
         tokens, hidden = row.shape
         total = self.sums[turn % 2][0:tokens, :]
-        nisa.activation(dst=scratch, op=nl.square, data=row, reduce_op=nl.add, reduce_res=total, reduce_cmd=nisa.reduce_cmd.reset_reduce)
+        nisa.activation(
+            dst=scratch,
+            op=nl.square,
+            data=row,
+            reduce_op=nl.add,
+            reduce_res=total,
+            reduce_cmd=nisa.reduce_cmd.reset_reduce,
+        )
         nisa.activation(dst=total, op=nl.rsqrt, data=total, bias=self.eps[0:tokens, :], scale=1.0 / hidden)
         nisa.tensor_scalar(dst=scratch, data=row, op0=nl.multiply, operand0=total)
 
@@ -37,13 +48,18 @@ def load_transposed(dst: Tensor, src: Tensor, first_token: int, tokens: int) -> 
     features = src.shape[0]
     for k in range(tile_count(features)):
         rows = min(PMAX, features - k * PMAX)
-        nisa.dma_copy(dst=dst[0:rows, k, 0:tokens], src=src[k * PMAX : k * PMAX + rows, first_token : first_token + tokens])
+        nisa.dma_copy(
+            dst=dst[0:rows, k, 0:tokens],
+            src=src[k * PMAX : k * PMAX + rows, first_token : first_token + tokens],
+        )
 
 
 def load_natural(dst: Tensor, src: Tensor, first_token: int, tokens: int, rows: Tensor, norms: list) -> None:
-    """dst `[128, row tiles, tokens]` from src `[T, features]`, transposed on TensorE; normalised on the way by the one of `norms`, if any.
+    """dst `[128, row tiles, tokens]` from src `[T, features]`, transposed on TensorE; normalised on the way
+    by the one of `norms`, if any.
 
-    `rows` `[128, 2 or 3, features]` is room for two raw tiles of 128 tokens and, with a norm, one normalised tile.
+    `rows` `[128, 2 or 3, features]` is room for two raw tiles of 128 tokens and, with a norm, one normalised
+    tile.
     """
     tiles = pieces(tokens, PMAX)
     for i in range(len(tiles)):
@@ -76,20 +92,27 @@ def transpose_row(dst: Tensor, row: Tensor, norms: list) -> None:
 
 
 def evict_transposed(dst: Tensor, bank: Tensor, norms: list, first: int) -> None:
-    """PSUM `[rows, count, size]` to SBUF, times the norm's weight of each feature; `first` is the row tile of bank[:, 0]."""
+    """PSUM `[rows, count, size]` to SBUF, times the norm's weight of each feature; `first` is the row tile of
+    bank[:, 0].
+    """
     if len(norms) == 0:
         nisa.activation(dst=dst, op=nl.copy, data=bank)
         return
     rows, count, _size = bank.shape
     for j in range(count):
-        nisa.activation(dst=dst[:, j, :], op=nl.copy, data=bank[:, j, :], scale=norms[0].weight[0:rows, first + j : first + j + 1])
+        nisa.activation(
+            dst=dst[:, j, :],
+            op=nl.copy,
+            data=bank[:, j, :],
+            scale=norms[0].weight[0:rows, first + j : first + j + 1],
+        )
 
 
 def load_gathered(dst: Tensor, src: Tensor, share: tuple, first_token: int, tokens: int) -> None:
     """One projection's whole z out of an all-gather of several.
 
-    dst `[128, row tiles, tokens]`; src `[tp * stride, T]`, rank-major. With share = (base, slots, stride), row r * slots + i of z is row
-    r * stride + base + i of src.
+    dst `[128, row tiles, tokens]`; src `[tp * stride, T]`, rank-major. With share = (base, slots, stride),
+    row r * slots + i of z is row r * stride + base + i of src.
     """
     base, slots, stride = share
     for r in range(src.shape[0] // stride):
@@ -108,4 +131,7 @@ def store_transposed(dst: Tensor, src: Tensor, first_token: int, tokens: int) ->
     features = dst.shape[0]
     for k in range(tile_count(features)):
         rows = min(PMAX, features - k * PMAX)
-        nisa.dma_copy(dst=dst[k * PMAX : k * PMAX + rows, first_token : first_token + tokens], src=src[0:rows, k, 0:tokens])
+        nisa.dma_copy(
+            dst=dst[k * PMAX : k * PMAX + rows, first_token : first_token + tokens],
+            src=src[0:rows, k, 0:tokens],
+        )

@@ -1,7 +1,9 @@
-"""Matrix products as AWS's NKI tutorial teaches them, written afresh: the baselines that ours are compared with.
+"""Matrix products as AWS's NKI tutorial teaches them, written afresh: the baselines that ours are compared
+with.
 
-All take lhsT `[K, M]` and rhs `[K, N]` in HBM and return `[M, N]`. Sizes must be multiples of the tiles (128, 512) and of the blocks, as in
-the tutorial. To run one twice on factors: z^T = matmul(U, x^T), then matmul(z^T, V).
+All take lhsT `[K, M]` and rhs `[K, N]` in HBM and return `[M, N]`. Sizes must be multiples of the tiles (128,
+512) and of the blocks, as in the tutorial. To run one twice on factors: z^T = matmul(U, x^T), then
+matmul(z^T, V).
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ Tensor = Any
 
 def check_multiple(what: str, size: int, step: int) -> None:
     """Refuse sizes that the tutorial's kernels do not handle."""
-    assert size % step == 0, f"{what}: expected a multiple of {step}, found {size}; choose other sizes or blocks"
+    assert size % step == 0, (
+        f"{what}: expected a multiple of {step}, found {size}; choose other sizes or blocks"
+    )
 
 
 def load_tile(src: Tensor, row: int, col: int, cols: int, rows: int = PMAX) -> Tensor:
@@ -76,11 +80,14 @@ def matmul_hoisted(lhs_t: Tensor, rhs: Tensor) -> Tensor:
 
 
 @jit
-def matmul_blocked(lhs_t: Tensor, rhs: Tensor, m_tiles: int = 16, n_tiles: int = 2, k_tiles: int = 8) -> Tensor:
-    """Blocked in all three dimensions; the sums over blocks of K are kept in SBUF, in the inputs' element type, as the tutorial does.
+def matmul_blocked(
+    lhs_t: Tensor, rhs: Tensor, m_tiles: int = 16, n_tiles: int = 2, k_tiles: int = 8
+) -> Tensor:
+    """Blocked in all three dimensions; the sums over blocks of K are kept in SBUF, in the inputs' element
+    type, as the tutorial does.
 
-    The tutorial keeps all M rows of a block of columns on chip and relies on spilling where they do not fit. Here M is cut into as many
-    passes as SBUF needs instead, which is kinder to it.
+    The tutorial keeps all M rows of a block of columns on chip and relies on spilling where they do not fit.
+    Here M is cut into as many passes as SBUF needs instead, which is kinder to it.
     """
     k_size, m_size = lhs_t.shape
     check_multiple("K", k_size, k_tiles * PMAX)
@@ -90,11 +97,15 @@ def matmul_blocked(lhs_t: Tensor, rhs: Tensor, m_tiles: int = 16, n_tiles: int =
     rows = pass_rows(m_size, m_tiles * PMAX, n_tiles)
     for first_row in range(0, m_size, rows):
         for col in range(0, rhs.shape[1], n_tiles * MOVING_COLS):
-            blocked_columns(lhs_t, rhs, out, (first_row, min(rows, m_size - first_row), col), (m_tiles, n_tiles, k_tiles))
+            blocked_columns(
+                lhs_t, rhs, out, (first_row, min(rows, m_size - first_row), col), (m_tiles, n_tiles, k_tiles)
+            )
     return out
 
 
-PASS_BYTES = 96 * 1024  # per partition, for the running sums; the rest of SBUF is for two turns of both operands
+PASS_BYTES = (
+    96 * 1024
+)  # per partition, for the running sums; the rest of SBUF is for two turns of both operands
 
 
 def pass_rows(m_size: int, block_rows: int, n_tiles: int) -> int:
@@ -105,7 +116,9 @@ def pass_rows(m_size: int, block_rows: int, n_tiles: int) -> int:
 
 
 def blocked_columns(lhs_t: Tensor, rhs: Tensor, out: Tensor, where: tuple, block: tuple) -> None:
-    """Rows [first_row, + rows) of one block of columns: where = (first_row, rows, col), block = (m_tiles, n_tiles, k_tiles)."""
+    """Rows [first_row, + rows) of one block of columns: where = (first_row, rows, col), block = (m_tiles,
+    n_tiles, k_tiles).
+    """
     first_row, rows, col = where
     m_tiles, n_tiles, k_tiles = block
     cols = n_tiles * MOVING_COLS
@@ -115,7 +128,9 @@ def blocked_columns(lhs_t: Tensor, rhs: Tensor, out: Tensor, where: tuple, block
         for m in range(0, rows, m_tiles * PMAX):
             stationary = load_block(lhs_t, k, k_tiles, first_row + m, m_tiles * PMAX)
             for i in range(m_tiles):
-                add_block_products(results[:, m // PMAX + i, :], stationary[:, :, i * PMAX : (i + 1) * PMAX], moving, k == 0)
+                add_block_products(
+                    results[:, m // PMAX + i, :], stationary[:, :, i * PMAX : (i + 1) * PMAX], moving, k == 0
+                )
     for i in range(rows // PMAX):
         row = first_row + i * PMAX
         nisa.dma_copy(dst=out[row : row + PMAX, col : col + cols], src=results[:, i, :])

@@ -1,8 +1,10 @@
-"""The two matrix products that everything is built of. Sums stay in fp32 in PSUM from the first block to the last.
+"""The two matrix products that everything is built of. Sums stay in fp32 in PSUM from the first block to the
+last.
 
-Transposed: stationary = weight block [K 128, M 128], moving = activation^T tile [K 128, N <= 512 tokens], so that the result is the
-transposed activation that the next product takes as it is. Natural: stationary = activation^T tile [K 128, M 128 tokens], moving = weight
-block [K 128, N 512], for results that leave in [tokens, columns].
+Transposed: stationary = weight block [K 128, M 128], moving = activation^T tile [K 128, N <= 512 tokens], so
+that the result is the transposed activation that the next product takes as it is. Natural: stationary =
+activation^T tile [K 128, M 128 tokens], moving = weight block [K 128, N 512], for results that leave in
+[tokens, columns].
 """
 
 from __future__ import annotations
@@ -18,15 +20,20 @@ Tensor = Any
 
 
 def matmul(dst: Tensor, stationary: Tensor, moving: Tensor, first: bool) -> None:
-    """One nc_matmul under either call convention; before 0.3 the first one into a fresh tile starts the sum by itself."""
+    """One nc_matmul under either call convention; before 0.3 the first one into a fresh tile starts the sum
+    by itself.
+    """
     if backend.TAKES_ACCUMULATE:
         nisa.nc_matmul(dst, stationary, moving, accumulate=not first)
     else:
         nisa.nc_matmul(dst, stationary, moving)
 
 
-def transposed_tile(stream: WeightStream, matrix: Matrix, n: int, source: Tensor, widths: list, identity: Tensor) -> list:
-    """Column tile `n` of (source W), transposed: PSUM tiles [cols, width], one for each (start, width) of `widths` over the tokens.
+def transposed_tile(
+    stream: WeightStream, matrix: Matrix, n: int, source: Tensor, widths: list, identity: Tensor
+) -> list:
+    """Column tile `n` of (source W), transposed: PSUM tiles [cols, width], one for each (start, width) of
+    `widths` over the tokens.
 
     `source` is an activation^T `[128, row tiles, tokens]` in SBUF.
     """
@@ -45,12 +52,16 @@ def transposed_tile(stream: WeightStream, matrix: Matrix, n: int, source: Tensor
 
 
 def is_source_itself(matrix: Matrix, n: int) -> bool:
-    """Whether column tile `n` of (source W) is a row tile of source: the pivots of an output-pivoted projection."""
+    """Whether column tile `n` of (source W) is a row tile of source: the pivots of an output-pivoted
+    projection.
+    """
     blocks = matrix.blocks(n)
     return len(blocks) == 1 and not blocks[0][2]
 
 
-def column_tile(stream: WeightStream, matrix: Matrix, n: int, source: Tensor, widths: list, identity: Tensor) -> list:
+def column_tile(
+    stream: WeightStream, matrix: Matrix, n: int, source: Tensor, widths: list, identity: Tensor
+) -> list:
     """As `transposed_tile`, but without arithmetic where the result is there already."""
     if not is_source_itself(matrix, n):
         return transposed_tile(stream, matrix, n, source, widths, identity)
@@ -61,17 +72,23 @@ def column_tile(stream: WeightStream, matrix: Matrix, n: int, source: Tensor, wi
     return tiles
 
 
-def transposed_product(stream: WeightStream, matrix: Matrix, source: Tensor, dst: Tensor, widths: list, identity: Tensor) -> None:
+def transposed_product(
+    stream: WeightStream, matrix: Matrix, source: Tensor, dst: Tensor, widths: list, identity: Tensor
+) -> None:
     """dst `[128, column tiles, tokens]` = (source W)^T, rounded once to its element type."""
     for n in range(matrix.col_tiles()):
         sums = transposed_tile(stream, matrix, n, source, widths, identity)
         for j in range(len(widths)):
             start, width = widths[j]
-            nisa.activation(dst=dst[0 : matrix.tile_width(n), n, start : start + width], op=nl.copy, data=sums[j])
+            nisa.activation(
+                dst=dst[0 : matrix.tile_width(n), n, start : start + width], op=nl.copy, data=sums[j]
+            )
 
 
 def natural_tile(stream: WeightStream, matrix: Matrix, n: int, source: Tensor, tiles: list) -> list:
-    """Column tile `n` of (source W): PSUM tiles [size, cols], one for each (start, size) of `tiles`, each of at most 128 tokens."""
+    """Column tile `n` of (source W): PSUM tiles [size, cols], one for each (start, size) of `tiles`, each of
+    at most 128 tokens.
+    """
     cols = matrix.tile_width(n)
     sums = []
     for _start, size in tiles:

@@ -1,9 +1,11 @@
-"""Two more published algorithms, written afresh, for the cost model to be held against: what the paper measured, on either side.
+"""Two more published algorithms, written afresh, for the cost model to be held against: what the paper
+measured, on either side.
 
-`matmul_spilling` is AWS's fully optimised matmul (as `plain_matmul.matmul_blocked`) where the running sums of a block of columns do not fit
-on chip: a compiler then keeps them in HBM and every block of K reads, adds and writes them. `matmul_wide` is the tutorial's step before it.
-`blocked_xuv` is the paper's fused kernel: x^T U of a block of tokens cached on chip, sums over blocks of K and R kept in SBUF in bf16.
-Sizes must be multiples of the blocks.
+`matmul_spilling` is AWS's fully optimised matmul (as `plain_matmul.matmul_blocked`) where the running sums of
+a block of columns do not fit on chip: a compiler then keeps them in HBM and every block of K reads, adds and
+writes them. `matmul_wide` is the tutorial's step before it. `blocked_xuv` is the paper's fused kernel: x^T U
+of a block of tokens cached on chip, sums over blocks of K and R kept in SBUF in bf16. Sizes must be multiples
+of the blocks.
 """
 
 from __future__ import annotations
@@ -11,7 +13,14 @@ from __future__ import annotations
 from typing import Any
 
 from nki_kernels.backend import jit, nisa, nl
-from nki_kernels.kernels.plain_matmul import add_block_products, check_multiple, check_tiles, load_block, load_tile, store_sum
+from nki_kernels.kernels.plain_matmul import (
+    add_block_products,
+    check_multiple,
+    check_tiles,
+    load_block,
+    load_tile,
+    store_sum,
+)
 from nki_kernels.kernels.products import matmul
 from nki_kernels.targets import PMAX
 from nki_kernels.tiling import MOVING_COLS
@@ -36,7 +45,9 @@ def matmul_wide(lhs_t: Tensor, rhs: Tensor, m_tiles: int = 2, n_tiles: int = 2) 
 
 
 def wide_rows(lhs_t: Tensor, rhs: Tensor, out: Tensor, row: tuple, cols: int) -> None:
-    """Rows (start, size) of the output; a function of its own so that its strip is let go before the next is loaded."""
+    """Rows (start, size) of the output; a function of its own so that its strip is let go before the next is
+    loaded.
+    """
     stationary = load_strip(lhs_t, row[0], row[1])
     for n in range(0, rhs.shape[1], cols):
         wide_block(stationary, rhs, out, row, (n, cols))
@@ -62,7 +73,9 @@ def load_strip(src: Tensor, col: int, cols: int) -> list:
 
 
 @jit
-def matmul_spilling(lhs_t: Tensor, rhs: Tensor, m_tiles: int = 8, n_tiles: int = 2, k_tiles: int = 8) -> Tensor:
+def matmul_spilling(
+    lhs_t: Tensor, rhs: Tensor, m_tiles: int = 8, n_tiles: int = 2, k_tiles: int = 8
+) -> Tensor:
     """lhsT `[K, M]`, rhs `[K, N]` -> `[M, N]`; the running sums go by way of the output tensor in HBM."""
     k_size, m_size = lhs_t.shape
     rows, cols = m_tiles * PMAX, n_tiles * MOVING_COLS
@@ -76,7 +89,12 @@ def matmul_spilling(lhs_t: Tensor, rhs: Tensor, m_tiles: int = 8, n_tiles: int =
             for m in range(0, m_size, rows):
                 stationary = load_block(lhs_t, k, k_tiles, m, rows)
                 for i in range(0, rows, PMAX):
-                    add_spilled(out[m + i : m + i + PMAX, col : col + cols], stationary[:, :, i : i + PMAX], moving, k == 0)
+                    add_spilled(
+                        out[m + i : m + i + PMAX, col : col + cols],
+                        stationary[:, :, i : i + PMAX],
+                        moving,
+                        k == 0,
+                    )
     return out
 
 
@@ -109,7 +127,9 @@ def first_phase(x_t: Tensor, u: Tensor, token: int) -> Tensor:
         for r in range(0, u.shape[1], BLOCK):
             stationary = load_block(u, k, BLOCK_TILES, r, BLOCK)
             for i in range(BLOCK_TILES):
-                add_block_products(z_t[:, r // PMAX + i, :], stationary[:, :, i * PMAX : (i + 1) * PMAX], moving, k == 0)
+                add_block_products(
+                    z_t[:, r // PMAX + i, :], stationary[:, :, i * PMAX : (i + 1) * PMAX], moving, k == 0
+                )
     return z_t
 
 

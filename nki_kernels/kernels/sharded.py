@@ -4,8 +4,9 @@
     zd = second_factors(x, z)     reduce-scatter of zd along its rows
     y = last_factor(zd)           all-reduce of y
 
-z is `[slots of gate + slots of up, T]`, so that both share one collective and every collective works on the first dimension. Where down
-is dense, `second_factors` returns its part of y and `last_factor` is not called; where gate and up are dense, `first_factors` is not.
+z is `[slots of gate + slots of up, T]`, so that both share one collective and every collective works on the
+first dimension. Where down is dense, `second_factors` returns its part of y and `last_factor` is not called;
+where gate and up are dense, `first_factors` is not.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ from typing import Any
 
 from nki_kernels.backend import jit, nl
 from nki_kernels.kernels.load import load_gathered, store_transposed
-from nki_kernels.kernels.stages import Workspace, down_first_product, finish, first_products, gated_product, load_input
+from nki_kernels.kernels.stages import (
+    Workspace,
+    down_first_product,
+    finish,
+    first_products,
+    gated_product,
+    load_input,
+)
 from nki_kernels.kernels.xuv import down
 from nki_kernels.plan import Plan
 from nki_kernels.tiling import pieces
@@ -42,14 +50,21 @@ def first_factors(x: Tensor, weights: Tensor, plan: Plan, norm_weight: Tensor = 
 
 
 @jit
-def second_factors(x: Tensor, z: Tensor, slots: tuple, weights: Tensor, plan: Plan, norm_weight: Tensor = None) -> Tensor:
-    """Gathered z^T `[tp (slots of gate + slots of up), T]` -> this core's summand of down's z^T `[R, T]`; of y `[T, H]` if down is dense.
+def second_factors(
+    x: Tensor, z: Tensor, slots: tuple, weights: Tensor, plan: Plan, norm_weight: Tensor = None
+) -> Tensor:
+    """Gathered z^T `[tp (slots of gate + slots of up), T]` -> this core's summand of down's z^T `[R, T]`; of
+    y `[T, H]` if down is dense.
 
-    `slots` = (slots of gate, slots of up) of one core, 0 for a dense projection. x `[T, H]` is what dense ones start from; pass None for x
-    or z if no projection needs it. Plan: of `second_stage(layout)`.
+    `slots` = (slots of gate, slots of up) of one core, 0 for a dense projection. x `[T, H]` is what dense
+    ones start from; pass None for x or z if no projection needs it. Plan: of `second_stage(layout)`.
     """
     products: Any = plan.products
-    shape = (products.down_first.cols, plan.tokens) if plan.runs_down_first else (plan.tokens, products.down_second.cols)
+    shape = (
+        (products.down_first.cols, plan.tokens)
+        if plan.runs_down_first
+        else (plan.tokens, products.down_second.cols)
+    )
     out = nl.ndarray(shape, dtype=weights.dtype, buffer=nl.shared_hbm)
     work = Workspace(plan, weights, norm_weight)
     stride = slots[0] + slots[1]
@@ -70,5 +85,6 @@ def second_factors(x: Tensor, z: Tensor, slots: tuple, weights: Tensor, plan: Pl
     return out
 
 
-# What follows the reduce-scatter is a product from a transposed activation, which there is already. Plan: of `last_stage(layout)`.
+# What follows the reduce-scatter is a product from a transposed activation, which there is already. Plan: of
+# `last_stage(layout)`.
 last_factor = down

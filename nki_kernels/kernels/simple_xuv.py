@@ -20,7 +20,10 @@ def product_tile(lhs_t: Tensor, rhs: Tensor, row: tuple, col: tuple) -> Tensor:
     """(lhsT^T rhs)[row, col] in PSUM, both operands read from HBM tile by tile."""
     total = nl.ndarray((row[1], col[1]), dtype=nl.float32, buffer=nl.psum)
     for depth in pieces(lhs_t.shape[0], PMAX):
-        left, right = load_tile(lhs_t, depth[0], row[0], row[1], depth[1]), load_tile(rhs, depth[0], col[0], col[1], depth[1])
+        left, right = (
+            load_tile(lhs_t, depth[0], row[0], row[1], depth[1]),
+            load_tile(rhs, depth[0], col[0], col[1], depth[1]),
+        )
         matmul(total, left, right, depth[0] == 0)
     return total
 

@@ -16,7 +16,8 @@ Tensor = Any
 
 
 class Workspace(nl.NKIObject):
-    """Everything that a launch holds in SBUF, allocated once and exactly as the plan says, and the views of it by what they hold.
+    """Everything that a launch holds in SBUF, allocated once and exactly as the plan says, and the views of
+    it by what they hold.
 
     x, h and z are `[128, row tiles, block_tokens]`. Views that the launch does not use are None.
     """
@@ -34,7 +35,11 @@ class Workspace(nl.NKIObject):
         self.activated = []
         if plan.runs_gated:
             for i in range(2):
-                self.activated.append(nl.ndarray((PMAX, plan.moving_tokens), dtype=nl.float32, buffer=nl.sbuf, name=f"activated{i}"))
+                self.activated.append(
+                    nl.ndarray(
+                        (PMAX, plan.moving_tokens), dtype=nl.float32, buffer=nl.sbuf, name=f"activated{i}"
+                    )
+                )
         self.norms = []
         if plan.with_norm:
             self.norms.append(Norm(norm_weight, plan.norm_eps))
@@ -78,11 +83,15 @@ def check_given(name: str, operand: Tensor, wanted: bool) -> None:
     """Refuse an operand that the plan does not use, and a plan whose operand is missing."""
     # Compilers before NKI 0.7 know no `is`.
     given = operand != None  # noqa: E711
-    assert given == wanted, f"{name}: expected {wanted} by the plan, found {given}; plan and operands must agree"
+    assert given == wanted, (
+        f"{name}: expected {wanted} by the plan, found {given}; plan and operands must agree"
+    )
 
 
 def load_input(work: Workspace, dst: Tensor, src: Tensor, first_token: int, tokens: int) -> None:
-    """A block of `src` as activation^T on chip; from `[T, features]`, normalised if the plan says so, or from `[features, T]`."""
+    """A block of `src` as activation^T on chip; from `[T, features]`, normalised if the plan says so, or from
+    `[features, T]`.
+    """
     if work.plan.transposed_input:
         load_transposed(dst, src, first_token, tokens)
     else:
@@ -113,7 +122,9 @@ def gated_product(work: Workspace, tokens: int) -> None:
             start, width = widths[j]
             activated = work.activated[(n * len(widths) + j) % 2][0:cols, 0:width]
             nisa.activation(dst=activated, op=nl.silu, data=gate[j])
-            nisa.tensor_tensor(dst=work.h[0:cols, n, start : start + width], data1=activated, data2=up[j], op=nl.multiply)
+            nisa.tensor_tensor(
+                dst=work.h[0:cols, n, start : start + width], data1=activated, data2=up[j], op=nl.multiply
+            )
 
 
 def down_first_product(work: Workspace, tokens: int) -> None:
@@ -123,8 +134,12 @@ def down_first_product(work: Workspace, tokens: int) -> None:
     transposed_product(work.stream, products.down_first, work.h, work.down_z, widths, work.identity)
 
 
-def natural_output(work: Workspace, source: Tensor, out: Tensor, residual: Tensor, first_token: int, tokens: int) -> None:
-    """out `[T, columns]` = source W (+ residual), staged in rows of `out_cols` columns so that stores are long."""
+def natural_output(
+    work: Workspace, source: Tensor, out: Tensor, residual: Tensor, first_token: int, tokens: int
+) -> None:
+    """out `[T, columns]` = source W (+ residual), staged in rows of `out_cols` columns so that stores are
+    long.
+    """
     matrix: Any = work.plan.products.down_second
     tiles = pieces(tokens, PMAX)
     stage = work.output_rows(len(tiles))
@@ -153,7 +168,9 @@ def natural_column(work: Workspace, source: Tensor, stage: Tensor, n: int, at: i
                 nisa.activation(dst=row, op=nl.silu if work.plan.silu else nl.copy, data=sums[j])
 
 
-def copy_rows(stage: Tensor, hbm: Tensor, first_token: int, tiles: list, first_col: int, cols: int, to_hbm: bool) -> None:
+def copy_rows(
+    stage: Tensor, hbm: Tensor, first_token: int, tiles: list, first_col: int, cols: int, to_hbm: bool
+) -> None:
     """Staged rows to HBM `[T, columns]`, or from there."""
     for i in range(len(tiles)):
         start, size = tiles[i]
@@ -175,8 +192,12 @@ def transposed_output(work: Workspace, source: Tensor, out: Tensor, first_token:
         sums = transposed_tile(work.stream, matrix, n, source, widths, work.identity)
         for j in range(len(widths)):
             start, width = widths[j]
-            nisa.activation(dst=stage[:, start : start + width], op=nl.silu if work.plan.silu else nl.copy, data=sums[j])
-        nisa.dma_copy(dst=out[n * PMAX : n * PMAX + cols, first_token : first_token + tokens], src=stage[:, 0:tokens])
+            nisa.activation(
+                dst=stage[:, start : start + width], op=nl.silu if work.plan.silu else nl.copy, data=sums[j]
+            )
+        nisa.dma_copy(
+            dst=out[n * PMAX : n * PMAX + cols, first_token : first_token + tokens], src=stage[:, 0:tokens]
+        )
 
 
 def finish(work: Workspace, out: Tensor, residual: Tensor, first_token: int, tokens: int) -> None:

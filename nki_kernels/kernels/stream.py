@@ -10,10 +10,12 @@ Tensor = Any  # an NKI tensor, or the simulator's
 
 
 class WeightStream(nl.NKIObject):
-    """Hands out the stored blocks of `packed` `[128, C]` in order, reading a chunk when its first block is asked for.
+    """Hands out the stored blocks of `packed` `[128, C]` in order, reading a chunk when its first block is
+    asked for.
 
-    A chunk always goes to the same slot of the ring. One that is still there is not read again: that is how a ring that holds everything
-    reads the weights once for all token blocks, and how a second token group reuses what the first has read.
+    A chunk always goes to the same slot of the ring. One that is still there is not read again: that is how a
+    ring that holds everything reads the weights once for all token blocks, and how a second token group
+    reuses what the first has read.
     """
 
     def __init__(self, packed: Tensor, bounds: tuple[int, ...], slots: int, slot_cols: int) -> None:
@@ -22,7 +24,9 @@ class WeightStream(nl.NKIObject):
         self.slots = []
         self.held = []
         for i in range(slots):
-            self.slots.append(nl.ndarray((packed.shape[0], slot_cols), dtype=packed.dtype, buffer=nl.sbuf, name=f"ring{i}"))
+            self.slots.append(
+                nl.ndarray((packed.shape[0], slot_cols), dtype=packed.dtype, buffer=nl.sbuf, name=f"ring{i}")
+            )
             self.held.append(-1)
         self.seek(0)
 

@@ -1,7 +1,9 @@
-"""The whole gated MLP in one launch: y = down(silu(gate(x)) * up(x)), RMSNorm in front and residual behind if wanted.
+"""The whole gated MLP in one launch: y = down(silu(gate(x)) * up(x)), RMSNorm in front and residual behind if
+wanted.
 
-x^T, the z of all three projections and the activation h^T of a block of tokens stay on chip; x and y cross HBM once and the weights once
-per block of tokens. Prefill and decode are the same program: with few tokens it streams weights and waits for DMA, with many it computes.
+x^T, the z of all three projections and the activation h^T of a block of tokens stay on chip; x and y cross
+HBM once and the weights once per block of tokens. Prefill and decode are the same program: with few tokens it
+streams weights and waits for DMA, with many it computes.
 """
 
 from __future__ import annotations
@@ -9,7 +11,14 @@ from __future__ import annotations
 from typing import Any
 
 from nki_kernels.backend import jit, nl
-from nki_kernels.kernels.stages import Workspace, check_given, finish, first_products, gated_product, load_input
+from nki_kernels.kernels.stages import (
+    Workspace,
+    check_given,
+    finish,
+    first_products,
+    gated_product,
+    load_input,
+)
 from nki_kernels.plan import Plan
 from nki_kernels.tiling import pieces
 
@@ -17,11 +26,14 @@ Tensor = Any
 
 
 @jit
-def svd_mlp(x: Tensor, weights: Tensor, plan: Plan, norm_weight: Tensor = None, residual: Tensor = None) -> Tensor:
+def svd_mlp(
+    x: Tensor, weights: Tensor, plan: Plan, norm_weight: Tensor = None, residual: Tensor = None
+) -> Tensor:
     """x `[T, H]` (`[H, T]` if `plan.transposed_input`) -> y `[T, H]`, in the element type of the weights.
 
-    `weights`: `[128, C]` from `packing.pack(plan.layout, ...)`. `norm_weight`, if `plan.with_norm`: `[128, ceil(H / 128)]` fp32 from
-    `packing.pack_norm`. `residual` `[T, H]`, if `plan.with_residual`, is added to y in fp32 before y is rounded; for a Llama layer it is x.
+    `weights`: `[128, C]` from `packing.pack(plan.layout, ...)`. `norm_weight`, if `plan.with_norm`: `[128,
+    ceil(H / 128)]` fp32 from `packing.pack_norm`. `residual` `[T, H]`, if `plan.with_residual`, is added to y
+    in fp32 before y is rounded; for a Llama layer it is x.
     """
     check_given("residual", residual, plan.with_residual)
     products: Any = plan.products

@@ -1,6 +1,8 @@
-"""O = X U V, the product that the paper fuses: X U of a block of tokens stays on chip, transposed by construction, for V to consume.
+"""O = X U V, the product that the paper fuses: X U of a block of tokens stays on chip, transposed by
+construction, for V to consume.
 
-`down` is the same program: with `plan.transposed_input` it takes the h^T of `gated_up`, and nothing is transposed.
+`down` is the same program: with `plan.transposed_input` it takes the h^T of `gated_up`, and nothing is
+transposed.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ Tensor = Any
 
 @jit
 def xuv(x: Tensor, weights: Tensor, plan: Plan, residual: Tensor = None) -> Tensor:
-    """x `[T, K]` (`[K, T]` if `plan.transposed_input`) -> `[T, N]`, or `[N, T]` for a layout with transposed output.
+    """x `[T, K]` (`[K, T]` if `plan.transposed_input`) -> `[T, N]`, or `[N, T]` for a layout with transposed
+    output.
 
-    The layout comes from `chain_layout`: `uv`, input-pivoted `compact`, or one `dense` matrix. SiLU behind if `plan.silu`; `residual`
-    `[T, N]`, if `plan.with_residual`, is added to natural output in fp32.
+    The layout comes from `chain_layout`: `uv`, input-pivoted `compact`, or one `dense` matrix. SiLU behind if
+    `plan.silu`; `residual` `[T, N]`, if `plan.with_residual`, is added to natural output in fp32.
     """
     check_given("residual", residual, plan.with_residual)
     products: Any = plan.products

@@ -1,6 +1,8 @@
-"""The reference of every kernel: the formula, rounded to the storage type exactly where the kernels store (z, h, y), fp32 elsewhere.
+"""The reference of every kernel: the formula, rounded to the storage type exactly where the kernels store (z,
+h, y), fp32 elsewhere.
 
-Arrays are natural `[T, features]`; a projection is a mapping from FORMAT.md's suffixes to weights `[out, in]`.
+Arrays are natural `[T, features]`; a projection is a mapping from FORMAT.md's suffixes to weights `[out,
+in]`.
 """
 
 from __future__ import annotations
@@ -77,4 +79,6 @@ def svd_mlp(
     """x `[T, H]` -> y `[T, H]`; `norm` is (weight `[H]`, eps)."""
     if norm is not None:
         x = rms_norm(x, *norm)
-    return down(gated_up(x, projections["gate_proj"], projections["up_proj"]), projections["down_proj"], residual)
+    return down(
+        gated_up(x, projections["gate_proj"], projections["up_proj"]), projections["down_proj"], residual
+    )

@@ -1,4 +1,6 @@
-"""Element types: the names that kernels use, as numpy types. tfloat32 is not modelled (numpy has no storage for it)."""
+"""Element types: the names that kernels use, as numpy types. tfloat32 is not modelled (numpy has no storage
+for it).
+"""
 
 from __future__ import annotations
 

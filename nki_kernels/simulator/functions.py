@@ -1,4 +1,6 @@
-"""What the activation functions and ALU operators compute, in fp32. The hardware's piecewise approximations are not modelled."""
+"""What the activation functions and ALU operators compute, in fp32. The hardware's piecewise approximations
+are not modelled.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +45,9 @@ REDUCE: dict[str, Callable[..., np.ndarray]] = {"add": np.sum, "maximum": np.max
 
 def lookup(table: dict[str, Callable], op: object, instruction: str) -> Callable:
     """The numpy twin of `op`; refuses, by name, what the instruction cannot do."""
-    require(isinstance(op, Function) and op in table, f"{instruction} does not support op {op!r}: expected one of {sorted(table)}")
+    require(
+        isinstance(op, Function) and op in table,
+        f"{instruction} does not support op {op!r}: expected one of {sorted(table)}",
+    )
     assert isinstance(op, Function)
     return table[op]

@@ -1,4 +1,6 @@
-"""The part of `nki.language` that is modelled: element types, memories, ranges, and the names of functions and operators."""
+"""The part of `nki.language` that is modelled: element types, memories, ranges, and the names of functions
+and operators.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from nki_kernels.simulator.dtypes import bfloat16, float8_e4m3, float8_e5m2, float16, float32, int8, int16, int32, uint8, uint16, uint32
+from nki_kernels.simulator.dtypes import (
+    bfloat16,
+    float8_e4m3,
+    float8_e5m2,
+    float16,
+    float32,
+    int8,
+    int16,
+    int32,
+    uint8,
+    uint16,
+    uint32,
+)
 from nki_kernels.simulator.functions import BINARY, UNARY, Function
 from nki_kernels.simulator.memory import current
 from nki_kernels.simulator.tensor import Tensor
@@ -66,7 +80,9 @@ tile_size = _TileSize()
 
 
 def __getattr__(name: str) -> Any:
-    raise AttributeError(f"nki.language.{name} is outside the subset that nki 0.2 to 0.7 share and that the simulator models")
+    raise AttributeError(
+        f"nki.language.{name} is outside the subset that nki 0.2 to 0.7 share and that the simulator models"
+    )
 
 
 def ndarray(shape: Sequence[int], dtype: np.dtype, buffer: str = sbuf, name: str = "") -> Tensor:

@@ -14,15 +14,17 @@ from nki_kernels.simulator.rules import CapacityError, require
 from nki_kernels.simulator.trace import HBM, PSUM, SBUF, Allocation, Listener
 from nki_kernels.targets import PMAX, Target
 
-# State of an element. A PSUM element that a matmul wrote can be added to; one that was read since starts no new sum by itself.
+# State of an element. A PSUM element that a matmul wrote can be added to; one that was read since starts no
+# new sum by itself.
 UNWRITTEN, WRITTEN, BY_MATMUL, MATMUL_READ = 0, 1, 2, 3
 
 
 class Storage:
-    """One allocated buffer. It lives until no tensor refers to it any more: CPython's reference count is the scope rule.
+    """One allocated buffer. It lives until no tensor refers to it any more: CPython's reference count is the
+    scope rule.
 
-    `data` and `state` are flat arrays with one entry per element, or None in a dry run. `state` is None for kernel inputs, which are
-    written throughout and may not be written again.
+    `data` and `state` are flat arrays with one entry per element, or None in a dry run. `state` is None for
+    kernel inputs, which are written throughout and may not be written again.
     """
 
     __slots__ = (
@@ -40,7 +42,9 @@ class Storage:
         "state",
     )
 
-    def __init__(self, machine: Machine, shape: tuple[int, ...], dtype: np.dtype, space: str, name: str) -> None:
+    def __init__(
+        self, machine: Machine, shape: tuple[int, ...], dtype: np.dtype, space: str, name: str
+    ) -> None:
         self.machine, self.shape, self.dtype, self.space = machine, shape, dtype, space
         self.dtype_name = dtype.name  # numpy computes it anew each time, which shows in a trace of millions
         self.identity = machine.next_identity()
@@ -68,7 +72,9 @@ class Storage:
 class Machine:
     """The state of one run: target, listeners, live buffers and their peak."""
 
-    def __init__(self, target: Target, listeners: Sequence[Listener] = (), dry: bool = False, api: str = "0.6") -> None:
+    def __init__(
+        self, target: Target, listeners: Sequence[Listener] = (), dry: bool = False, api: str = "0.6"
+    ) -> None:
         self.target, self.listeners, self.dry, self.api = target, tuple(listeners), dry, api
         self.instructions = 0
         self._identities = 0
@@ -88,8 +94,13 @@ class Machine:
         shape = tuple(int(size) for size in shape)
         require(all(size > 0 for size in shape), f"tensor shapes must be positive, got {shape}")
         if space in (SBUF, PSUM):
-            require(len(shape) >= 2, "SBUF and PSUM tensors must have at least 2 dimensions (partition-dim and free-dim)")
-            require(shape[0] <= PMAX, f"number of partitions {shape[0]} exceed architecture limitation of {PMAX}")
+            require(
+                len(shape) >= 2,
+                "SBUF and PSUM tensors must have at least 2 dimensions (partition-dim and free-dim)",
+            )
+            require(
+                shape[0] <= PMAX, f"number of partitions {shape[0]} exceed architecture limitation of {PMAX}"
+            )
         storage = Storage(self, shape, np.dtype(dtype), space, name)
         if not self.dry:
             storage.fill()
@@ -113,7 +124,17 @@ class Machine:
     def _announce(self, storage: Storage, live: bool) -> None:
         space = HBM if storage.space.endswith(HBM) else storage.space
         for listener in self.listeners:
-            listener(Allocation(self.instructions, live, storage.identity, storage.name, space, storage.bytes_per_partition, storage.banks))
+            listener(
+                Allocation(
+                    self.instructions,
+                    live,
+                    storage.identity,
+                    storage.name,
+                    space,
+                    storage.bytes_per_partition,
+                    storage.banks,
+                )
+            )
 
     def _acquire_sbuf(self, storage: Storage) -> None:
         wanted = self.sbuf_live_bytes + storage.bytes_per_partition
@@ -128,7 +149,9 @@ class Machine:
         self.sbuf_peak_bytes = max(self.sbuf_peak_bytes, wanted)
 
     def _acquire_banks(self, storage: Storage) -> None:
-        """The next free run of banks after the last one given out, so that consecutive tiles rotate through PSUM."""
+        """The next free run of banks after the last one given out, so that consecutive tiles rotate through
+        PSUM.
+        """
         count = -(-storage.bytes_per_partition // self.target.psum_bank_bytes)
         total = self.target.psum_banks
         for step in range(total):
@@ -137,7 +160,9 @@ class Machine:
                 storage.banks = (first, first + count)
                 self._banks[first : first + count] = [storage.name] * count
                 self._next_bank = (first + count) % total
-                self.psum_peak_banks = max(self.psum_peak_banks, sum(bank is not None for bank in self._banks))
+                self.psum_peak_banks = max(
+                    self.psum_peak_banks, sum(bank is not None for bank in self._banks)
+                )
                 return
         raise CapacityError(
             f"PSUM on {self.target.name}: expected {count} free banks in a row for '{storage.name}', found none of {total}; "
@@ -164,7 +189,9 @@ _machines: list[Machine] = []
 def current() -> Machine:
     """The machine of the running simulation."""
     if not _machines:
-        raise RuntimeError("NKI calls need a running simulation: call simulate(kernel)(...), not kernel(...).")
+        raise RuntimeError(
+            "NKI calls need a running simulation: call simulate(kernel)(...), not kernel(...)."
+        )
     return _machines[-1]
 
 

@@ -20,7 +20,8 @@ class UninitializedError(NkiValidationError):
 def require(condition: bool, message: str) -> None:
     """Raise NkiValidationError(message) unless `condition` holds.
 
-    Where it would run several times per instruction, write `if not ...: refuse(...)`: building the message costs more than the check.
+    Where it would run several times per instruction, write `if not ...: refuse(...)`: building the message
+    costs more than the check.
     """
     if not condition:
         raise NkiValidationError(message)

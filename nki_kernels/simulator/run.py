@@ -25,13 +25,18 @@ class Placeholder:
 
 
 def simulate(
-    kernel: Callable[..., Any], target: Target = TRN1, listeners: Sequence[Listener] = (), dry: bool = False, api: str = "0.6"
+    kernel: Callable[..., Any],
+    target: Target = TRN1,
+    listeners: Sequence[Listener] = (),
+    dry: bool = False,
+    api: str = "0.6",
 ) -> Callable[..., Any]:
     """A callable that runs `kernel` on numpy arrays and returns numpy arrays.
 
-    `dry` walks the same instructions and checks without contents: shapes, types, limits and capacity are held, unwritten reads and sums are
-    not, and the result is None. There, arrays may be `Placeholder`s. `api` is "0.2" or "0.6": the call signatures that are enforced.
-    Raises NkiValidationError (rules), CapacityError (on-chip memory), UninitializedError, or TypeError (a call that `api` does not have).
+    `dry` walks the same instructions and checks without contents: shapes, types, limits and capacity are
+    held, unwritten reads and sums are not, and the result is None. There, arrays may be `Placeholder`s. `api`
+    is "0.2" or "0.6": the call signatures that are enforced. Raises NkiValidationError (rules), CapacityError
+    (on-chip memory), UninitializedError, or TypeError (a call that `api` does not have).
     """
     if api not in SIGNATURES:
         raise ValueError(f"api: expected one of {sorted(SIGNATURES)}, found {api!r}.")
@@ -48,7 +53,10 @@ def simulate(
 def _to_device(machine: Machine, value: Any, name: str) -> Any:
     if not isinstance(value, (np.ndarray, Placeholder)):
         return value
-    require(machine.dry or isinstance(value, np.ndarray), f"{name}: a Placeholder has no contents and needs a dry run")
+    require(
+        machine.dry or isinstance(value, np.ndarray),
+        f"{name}: a Placeholder has no contents and needs a dry run",
+    )
     storage = machine.allocate(value.shape, np.dtype(value.dtype), HBM, name)
     storage.data, storage.state = None, None
     if isinstance(value, np.ndarray) and not machine.dry:

@@ -1,7 +1,9 @@
-"""The parameter lists of both generations of the `nki` namespace, to which every call of a simulated kernel is held.
+"""The parameter lists of both generations of the `nki` namespace, to which every call of a simulated kernel
+is held.
 
-0.2 is the last NKI with documented trn1 support; 0.6 stands for 0.3 and later (the two agree on what our kernels use). Kernels must call
-in a way that both accept: required operands first, the rest by names that exist in the version at hand.
+0.2 is the last NKI with documented trn1 support; 0.6 stands for 0.3 and later (the two agree on what our
+kernels use). Kernels must call in a way that both accept: required operands first, the rest by names that
+exist in the version at hand.
 """
 
 from __future__ import annotations

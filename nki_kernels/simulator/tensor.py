@@ -16,11 +16,15 @@ Key = Any  # int, slice, Ellipsis, or a tuple of them
 
 
 class Tensor:
-    """`shape`, `strides` and `offset` (in elements) over a `Storage`; indexing and reshaping give new views, never copies."""
+    """`shape`, `strides` and `offset` (in elements) over a `Storage`; indexing and reshaping give new views,
+    never copies.
+    """
 
     __slots__ = ("_access", "offset", "shape", "storage", "strides")
 
-    def __init__(self, storage: Storage, shape: tuple[int, ...], strides: tuple[int, ...], offset: int = 0) -> None:
+    def __init__(
+        self, storage: Storage, shape: tuple[int, ...], strides: tuple[int, ...], offset: int = 0
+    ) -> None:
         self.storage, self.shape, self.strides, self.offset = storage, shape, strides, offset
         self._access: Access | None = None
 
@@ -65,7 +69,9 @@ class Tensor:
         return Tensor(self.storage, tuple(shape), tuple(strides), offset)
 
     def _range(self, index: int | slice, dim: int, size: int) -> tuple[int, int | None, int]:
-        """First index, count (None for an integer, which drops the dimension) and step; out of bounds is refused, never clipped."""
+        """First index, count (None for an integer, which drops the dimension) and step; out of bounds is
+        refused, never clipped.
+        """
         if not isinstance(index, slice):
             if dim == 0 and self.on_chip:
                 refuse(f"the partition dimension of '{self.name}' must be sliced, got the index {index}")
@@ -83,8 +89,14 @@ class Tensor:
     def _strided_range(self, index: slice, dim: int, size: int) -> tuple[int, int, int]:
         """As `_range`, for a step other than 1."""
         on_partitions = self.on_chip and dim == 0
-        require(not on_partitions, f"no stride is possible on the partition dimension of '{self.name}', got step {index.step}")
-        require(index.step > 0, f"slices must have a positive step, got {index.step} on dimension {dim} of '{self.name}'")
+        require(
+            not on_partitions,
+            f"no stride is possible on the partition dimension of '{self.name}', got step {index.step}",
+        )
+        require(
+            index.step > 0,
+            f"slices must have a positive step, got {index.step} on dimension {dim} of '{self.name}'",
+        )
         count = len(range(index.start, index.stop, index.step))
         require(count > 0, f"empty slice [{index.start}, {index.stop}) on dimension {dim} of '{self.name}'")
         self._check_bounds(index.start, index.start + (count - 1) * index.step, dim, size)
@@ -100,25 +112,38 @@ class Tensor:
     def reshape(self, shape: Sequence[int]) -> Tensor:
         """The same elements in the same order; refused where that would need a copy."""
         shape = tuple(shape)
-        require(math.prod(shape) == self.size, f"reshape must keep the number of elements, got {self.shape} -> {shape}")
+        require(
+            math.prod(shape) == self.size,
+            f"reshape must keep the number of elements, got {self.shape} -> {shape}",
+        )
         if self.on_chip:
-            require(shape[0] == self.shape[0], f"Partition dim size must be preserved, got {self.shape[0]} -> {shape[0]}")
+            require(
+                shape[0] == self.shape[0],
+                f"Partition dim size must be preserved, got {self.shape[0]} -> {shape[0]}",
+            )
             free = _restride(self.shape[1:], self.strides[1:], shape[1:])
             strides = None if free is None else (self.strides[0], *free)
         else:
             strides = _restride(self.shape, self.strides, shape)
-        require(strides is not None, f"reshape of '{self.name}' {self.shape} -> {shape} would copy: its elements are not contiguous")
+        require(
+            strides is not None,
+            f"reshape of '{self.name}' {self.shape} -> {shape} would copy: its elements are not contiguous",
+        )
         assert strides is not None
         return Tensor(self.storage, shape, strides, self.offset)
 
     def _refuse_arithmetic(self, _other: object) -> Tensor:
         raise TypeError(f"tensors have no Python arithmetic: use nki.isa instructions on '{self.name}'")
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __matmul__ = _refuse_arithmetic
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __matmul__ = (
+        _refuse_arithmetic
+    )
 
     def _numpy(self, flat: np.ndarray) -> np.ndarray:
         item = flat.itemsize
-        return np.ndarray(self.shape, flat.dtype, flat, self.offset * item, tuple(stride * item for stride in self.strides))
+        return np.ndarray(
+            self.shape, flat.dtype, flat, self.offset * item, tuple(stride * item for stride in self.strides)
+        )
 
     def read(self) -> np.ndarray:
         """The contents as stored; refuses what was never written. Marks matmul results as read."""
@@ -208,7 +233,9 @@ def contiguous_run(sizes: Sequence[int], strides: Sequence[int]) -> int:
 
 
 def merged_dims(sizes: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
-    """(size, stride) of the dimensions that an access pattern needs, innermost first, once neighbours that form one run are merged."""
+    """(size, stride) of the dimensions that an access pattern needs, innermost first, once neighbours that
+    form one run are merged.
+    """
     dims: list[tuple[int, int]] = []
     for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
         if size == 1:

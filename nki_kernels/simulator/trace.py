@@ -1,12 +1,15 @@
 """What a run tells its listeners: one record per instruction and one per buffer that appears or goes.
 
-The simulator does not know who listens. A listener is any callable that takes an `Event`; records are plain named tuples (there may be
-millions), hold no reference to the simulated memory, and say enough to schedule the run afterwards:
+The simulator does not know who listens. A listener is any callable that takes an `Event`; records are plain
+named tuples (there may be millions), hold no reference to the simulated memory, and say enough to schedule
+the run afterwards:
 
-* dependencies: two instructions conflict if one writes a box of a buffer that the other touches (`Access.overlaps`);
+* dependencies: two instructions conflict if one writes a box of a buffer that the other touches
+  (`Access.overlaps`);
 * buffer reuse: the same rule, since a rotating buffer is one `buffer` id written again and again;
 * PSUM banks: `Access.banks`;
-* cost: engine, op, element type, partitions and elements per partition of every operand, DMA payload, descriptors and row length, FLOPs.
+* cost: engine, op, element type, partitions and elements per partition of every operand, DMA payload,
+  descriptors and row length, FLOPs.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ SBUF, PSUM, HBM = "sbuf", "psum", "hbm"
 class Access(NamedTuple):
     """The box of one buffer that an operand covers.
 
-    On chip (`sbuf`, `psum`) the box is `partitions` x `span`, the latter in bytes from the start of the buffer within each partition. In
-    `hbm` the box is `span` alone, in bytes from the start of the tensor, and `partitions` is (0, 1). Boxes are the smallest that hold
-    the operand, so a strided operand may claim more than it touches.
+    On chip (`sbuf`, `psum`) the box is `partitions` x `span`, the latter in bytes from the start of the
+    buffer within each partition. In `hbm` the box is `span` alone, in bytes from the start of the tensor, and
+    `partitions` is (0, 1). Boxes are the smallest that hold the operand, so a strided operand may claim more
+    than it touches.
     """
 
     buffer: int  # unique in the run
@@ -65,8 +69,8 @@ class Access(NamedTuple):
 class Instruction(NamedTuple):
     """One instruction, in program order.
 
-    `reads` come in the order of the op's operands (nc_matmul: stationary, moving; tensor_tensor: data1, data2). An accumulating matmul
-    also reads `writes[0]`. The three DMA figures are 0 on the other engines.
+    `reads` come in the order of the op's operands (nc_matmul: stationary, moving; tensor_tensor: data1,
+    data2). An accumulating matmul also reads `writes[0]`. The three DMA figures are 0 on the other engines.
     """
 
     number: int  # position in the program, from 0

@@ -21,7 +21,11 @@ def test_a_step_reads_everything_but_a_table_it_only_looks_up(tmp_path):
         folder = write_dense(tmp_path / family, family)
         total = sum(t.numel() for _, t in Checkpoint(folder).tensors())
         read = total - (0 if tied else 128 * 128)
-        assert [bytes_per_step(folder, dtype) for dtype in ("float32", "bfloat16", "auto")] == [4 * read, 2 * read, 2 * read]
+        assert [bytes_per_step(folder, dtype) for dtype in ("float32", "bfloat16", "auto")] == [
+            4 * read,
+            2 * read,
+            2 * read,
+        ]
 
 
 def test_a_step_reads_int8_as_it_is_stored(tmp_path):
@@ -55,7 +59,9 @@ def test_rows_append_under_one_header(tmp_path):
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (see README, extra [cpu])")
+@pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (see README, extra [cpu])"
+)
 def test_models_are_timed_side_by_side(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     base = write_dense(tmp_path / "dense", "llama")

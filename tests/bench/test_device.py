@@ -1,4 +1,6 @@
-"""`bench tune --measure` without a device: its refusal, its arithmetic on a clock of ours, its inputs through the simulator."""
+"""`bench tune --measure` without a device: its refusal, its arithmetic on a clock of ours, its inputs through
+the simulator.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ COMMAND = ["bench", "tune", "Llama-3.2-1B", "--form", "uv", "--tp", "1", "--toke
 
 
 class FakeCore:
-    """Recording takes 5 ms a launch, a run 700 us and `launch_us` a launch, the first of a size a minute, and every seventh hiccups."""
+    """Recording takes 5 ms a launch, a run 700 us and `launch_us` a launch, the first of a size a minute, and
+    every seventh hiccups.
+    """
 
     def __init__(self, launch_us):
         self.launch_us, self.seconds, self.recorded, self.sizes = launch_us, 0.0, [], []
@@ -54,14 +58,19 @@ def test_the_time_is_a_launchs_own():
 
 def test_what_noise_hides_is_no_measurement():
     core = FakeCore(launch_us=-1.0)
-    with pytest.raises(UsageError, match=r"expected 5 launches to take longer than one, found a launch of -1.0 us; measure while"):
+    with pytest.raises(
+        UsageError,
+        match=r"expected 5 launches to take longer than one, found a launch of -1.0 us; measure while",
+    ):
         measure_us(core, core.clock)
 
 
 def fake_xla():
     """torch_xla over the CPU, where everything has run by the time that it is asked for."""
     model = types.SimpleNamespace(wait_device_ops=lambda: None)
-    return types.SimpleNamespace(device=lambda: torch.device("cpu"), sync=lambda: None, core=types.SimpleNamespace(xla_model=model))
+    return types.SimpleNamespace(
+        device=lambda: torch.device("cpu"), sync=lambda: None, core=types.SimpleNamespace(xla_model=model)
+    )
 
 
 def launches(tp):
@@ -100,7 +109,11 @@ def test_without_a_device_it_refuses_in_one_sentence(capsys, tmp_path):
     out = tmp_path / "table.json"
     assert main([*COMMAND, "--measure", "--out", str(out)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "expected a Neuron device" in line and "no torch_neuronx, no nki" in line and "leave out --measure to simulate" in line
+    assert (
+        "expected a Neuron device" in line
+        and "no torch_neuronx, no nki" in line
+        and "leave out --measure to simulate" in line
+    )
     assert not out.exists()
 
 
@@ -110,7 +123,9 @@ def timed(monkeypatch):
     plans = []
     monkeypatch.setattr(device, "neuron_runtime", lambda: "xla")
     monkeypatch.setattr(decisions, "installed_nki", lambda: "0.2.0")
-    monkeypatch.setattr(device, "plan_us", lambda xla, dtype, tp, plan: plans.append(plan) or 41.0 - len(plans))
+    monkeypatch.setattr(
+        device, "plan_us", lambda xla, dtype, tp, plan: plans.append(plan) or 41.0 - len(plans)
+    )
     return plans
 
 

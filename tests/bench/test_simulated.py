@@ -1,4 +1,6 @@
-"""The simulated kinds of `neuronmlp bench`: what they print, write and promise. Small cases; the whole tables are in docs/cost_model.md."""
+"""The simulated kinds of `neuronmlp bench`: what they print, write and promise. Small cases; the whole tables
+are in docs/cost_model.md.
+"""
 
 import argparse
 import csv
@@ -18,7 +20,9 @@ from nki_kernels.plan import Plan
 from nki_kernels.planner import Choice, build_plan
 from nki_kernels.targets import TRN1
 
-pytestmark = pytest.mark.skipif(HAS_NKI, reason="the cost model listens to our simulator; set NKI_KERNELS_BACKEND=simulator")
+pytestmark = pytest.mark.skipif(
+    HAS_NKI, reason="the cost model listens to our simulator; set NKI_KERNELS_BACKEND=simulator"
+)
 
 
 def rows_of(path):
@@ -29,7 +33,9 @@ def rows_of(path):
 @pytest.fixture
 def published(monkeypatch):
     """One small promise, and one row without a kernel."""
-    promise = calibration.Published("small", "a test", 100.0, "fitted", 0.15, lambda c: tutorial("tiled", 128, 128, 512, constants=c))
+    promise = calibration.Published(
+        "small", "a test", 100.0, "fitted", 0.15, lambda c: tutorial("tiled", 128, 128, 512, constants=c)
+    )
     silent = calibration.Published("closed", "a test", 7.0, "no kernel")
     rows = [promise, silent]
     monkeypatch.setattr(calibration, "published_rows", lambda: rows)
@@ -60,18 +66,44 @@ def small_cases(monkeypatch):
 
 def test_kernels_writes_table_rows_pictures_and_a_timeline(small_cases, capsys, tmp_path):
     rows, trace = tmp_path / "rows.csv", tmp_path / "trace.json"
-    assert main(["bench", "kernels", "decode", "--csv", str(rows), "--plots", str(tmp_path / "plots"), "--trace", str(trace)]) == 0
+    assert (
+        main(
+            [
+                "bench",
+                "kernels",
+                "decode",
+                "--csv",
+                str(rows),
+                "--plots",
+                str(tmp_path / "plots"),
+                "--trace",
+                str(trace),
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("simulated, one core of trn1") and len(out) == 4
     written = rows_of(rows)
-    assert {row["origin"] for row in written} == {"simulated"} and {row["metric"] for row in written} == {"simulated_us", "hbm_bytes"}
-    assert len(written) == 2 * 6 and all(float(row["value"]) > 0 and row["date"] and row["versions"] for row in written)
-    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["latency.png", "roofline.png", "waterfall.png"]
+    assert {row["origin"] for row in written} == {"simulated"} and {row["metric"] for row in written} == {
+        "simulated_us",
+        "hbm_bytes",
+    }
+    assert len(written) == 2 * 6 and all(
+        float(row["value"]) > 0 and row["date"] and row["versions"] for row in written
+    )
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
+        "latency.png",
+        "roofline.png",
+        "waterfall.png",
+    ]
     assert "simulated: Llama-3.2-1B T=64" in json.dumps(json.loads(trace.read_text())["traceEvents"][0])
 
 
 def test_decode_reaches_its_bound_and_beats_dense(small_cases):
-    """Counted, not timed: within 1.10 of the weight traffic at the set's rate, never slower than two launches or dense."""
+    """Counted, not timed: within 1.10 of the weight traffic at the set's rate, never slower than two launches
+    or dense.
+    """
     for result in kernel_cases.cases("decode", TRN1, CALIBRATED):
         assert result.over_bound < 1.10 and result.winner == "fused"
         assert result.best.estimate.counters.hbm_bytes == result.best.estimate.counters.hbm_unique_bytes
@@ -82,7 +114,10 @@ def test_tune_writes_choices_and_adds_to_them(capsys, tmp_path):
     command = ["bench", "tune", "Llama-3.2-1B", "--form", "uv", "--tp", "1", "--out", str(out), "--tokens"]
     assert main([*command, "1"]) == 0 and main([*command, "1", "16"]) == 0
     table = json.loads(out.read_text())
-    assert "simulated" in table["about"] and [name.split()[0] for name in sorted(table["choices"])] == ["T1", "T16"]
+    assert "simulated" in table["about"] and [name.split()[0] for name in sorted(table["choices"])] == [
+        "T1",
+        "T16",
+    ]
     assert all(Choice(**fields).block_tokens in (1, 16) for fields in table["choices"].values())
     assert capsys.readouterr().out.count("plans scheduled") == 2  # the second run searched only what was new
 
@@ -91,7 +126,9 @@ def test_the_shipped_table_is_what_tune_asks_for_by_default_and_every_choice_of_
     parser = argparse.ArgumentParser()
     tune.add_arguments(parser)
     args = parser.parse_args(["--out", "unused.json"])
-    requests = {tuned.key(request): request for model in args.models for _, request in tune._requests(args, model)}
+    requests = {
+        tuned.key(request): request for model in args.models for _, request in tune._requests(args, model)
+    }
     table = tuned.table("trn1")
     assert requests.keys() == table.keys()
     for name, fields in table.items():
@@ -120,7 +157,11 @@ def test_unknown_names_are_refused_in_words(capsys):
     assert "expected one of chain, prefill, decode, found 'prefil'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [["--tp", "0"], ["--prompt", "-5"], ["--batch", "0"], ["--remove", "2"], ["--remove", "-1"]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [["--tp", "0"], ["--prompt", "-5"], ["--batch", "0"], ["--remove", "2"], ["--remove", "-1"]],
+    ids=str,
+)
 def test_sizes_that_mean_nothing_are_refused(options, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["bench", "layers", "Llama-3.2-1B", f"{options[0]}={options[1]}"])

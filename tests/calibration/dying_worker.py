@@ -1,4 +1,6 @@
-"""The command line in a process that dies without a word: the second process, in its second call of the FUNCTION named first."""
+"""The command line in a process that dies without a word: the second process, in its second call of the
+FUNCTION named first.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,12 @@ def small_pieces(monkeypatch):
 def test_kl_and_its_gradient():
     torch.manual_seed(0)
     hidden, teacher, head = torch.randn(10, 8, requires_grad=True), torch.randn(10, 8), torch.randn(50, 8)
-    expected = F.kl_div((hidden @ head.T).log_softmax(-1), (teacher @ head.T).log_softmax(-1), log_target=True, reduction="sum")
+    expected = F.kl_div(
+        (hidden @ head.T).log_softmax(-1),
+        (teacher @ head.T).log_softmax(-1),
+        log_target=True,
+        reduction="sum",
+    )
     expected.backward()
     loss, gradient = output_loss.kl_gradient(hidden.detach(), teacher, head)
     assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
@@ -32,7 +37,11 @@ def test_no_divergence_from_itself_and_no_gradient():
 
 def test_next_token_loss_and_its_gradient():
     torch.manual_seed(1)
-    hidden, head, targets = torch.randn(10, 8, requires_grad=True), torch.randn(50, 8), torch.randint(0, 50, (10,))
+    hidden, head, targets = (
+        torch.randn(10, 8, requires_grad=True),
+        torch.randn(50, 8),
+        torch.randint(0, 50, (10,)),
+    )
     expected = F.cross_entropy(hidden @ head.T, targets, reduction="sum")
     expected.backward()
     loss, gradient = output_loss.next_token_gradient(hidden.detach(), targets, head)

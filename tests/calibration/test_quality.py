@@ -34,14 +34,23 @@ def test_streams_give_what_whole_models_give(tmp_path, monkeypatch):
     monkeypatch.setattr("neuronmlp_plugin.calibration.quality.POSITIONS", 5)
     windows = torch.randint(3, 128, (6, 12), generator=torch.Generator().manual_seed(5))
     for family in FAMILIES:
-        folders = write_dense(tmp_path / family, family), write_mixed(tmp_path / f"{family}-mixed", tmp_path / family)
-        log_p, log_q = (load_model(folder)(windows).logits[:, :-1].detach().log_softmax(-1) for folder in folders)
+        folders = (
+            write_dense(tmp_path / family, family),
+            write_mixed(tmp_path / f"{family}-mixed", tmp_path / family),
+        )
+        log_p, log_q = (
+            load_model(folder)(windows).logits[:, :-1].detach().log_softmax(-1) for folder in folders
+        )
         found = compare(*(LayerStream(Checkpoint(folder)) for folder in folders), windows)
         losses = [F.nll_loss(log.flatten(0, 1), windows[:, 1:].flatten()).item() for log in (log_p, log_q)]
         assert found.reference_perplexity == pytest.approx(math.exp(losses[0]), rel=1e-4)
         assert found.candidate_perplexity == pytest.approx(math.exp(losses[1]), rel=1e-4)
-        assert found.kl_divergence == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-3)
-        assert found.top1_agreement == pytest.approx((log_p.argmax(-1) == log_q.argmax(-1)).float().mean().item())
+        assert found.kl_divergence == pytest.approx(
+            (log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-3
+        )
+        assert found.top1_agreement == pytest.approx(
+            (log_p.argmax(-1) == log_q.argmax(-1)).float().mean().item()
+        )
         assert found.kl_divergence > 0.01 and found.num_tokens == 66
 
 

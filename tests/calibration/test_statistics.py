@@ -8,7 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from neuronmlp_plugin.calibration.statistics import DAMPING, layer_metrics, layer_moments, loss_gradient, run_in_place
+from neuronmlp_plugin.calibration.statistics import (
+    DAMPING,
+    layer_metrics,
+    layer_moments,
+    loss_gradient,
+    run_in_place,
+)
 from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.calibration.workers import Workers
 from neuronmlp_plugin.checkpoint.loader import load_model
@@ -41,8 +47,12 @@ def test_moments_equal_those_of_the_whole_model(folder):
     windows, model = ids(), load_model(folder)
     seen = {}
     for index, layer in enumerate(model.model.layers):
-        layer.mlp.gate_proj.register_forward_pre_hook(lambda _, args, i=index: seen.__setitem__(("gate_up", i), args[0]))
-        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, i=index: seen.__setitem__(("down", i), args[0]))
+        layer.mlp.gate_proj.register_forward_pre_hook(
+            lambda _, args, i=index: seen.__setitem__(("gate_up", i), args[0])
+        )
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda _, args, i=index: seen.__setitem__(("down", i), args[0])
+        )
     with torch.no_grad():
         model(windows)
     stream = LayerStream(Checkpoint(folder))
@@ -51,7 +61,9 @@ def test_moments_equal_those_of_the_whole_model(folder):
         moments = layer_moments(stream, stream.load(index), hidden, lambda _: None, Workers())
         for name in ("gate_up", "down"):
             rows = seen[name, index].flatten(0, 1).double()
-            torch.testing.assert_close(getattr(moments, name), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                getattr(moments, name), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5
+            )
         stream.release(index)
     assert moments.num_tokens == windows.numel()
 
@@ -82,7 +94,11 @@ def test_metrics_equal_autograd_through_the_whole_model(folder):
         torch.testing.assert_close(found.down_proj, exact, rtol=1e-3, atol=1e-8)
 
 
-@pytest.mark.parametrize(("family", "changes"), [("mistral", {}), ("qwen2", {"use_sliding_window": True, "max_window_layers": 0})], ids=str)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("mistral", {}), ("qwen2", {"use_sliding_window": True, "max_window_layers": 0})],
+    ids=str,
+)
 def test_windows_beyond_a_sliding_one_are_refused(tmp_path, family, changes):
     folder = write_dense(tmp_path, family)
     config = json.loads((folder / "config.json").read_text())
@@ -91,7 +107,9 @@ def test_windows_beyond_a_sliding_one_are_refused(tmp_path, family, changes):
     stream = LayerStream(Checkpoint(folder))
     layer = stream.load(0)
     stream.run(layer, torch.randn(1, 8, 128))
-    with pytest.raises(UsageError, match="--window: expected at most the model's sliding window, 8 tokens, found 9"):
+    with pytest.raises(
+        UsageError, match="--window: expected at most the model's sliding window, 8 tokens, found 9"
+    ):
         stream.run(layer, torch.randn(1, 9, 128))
 
 

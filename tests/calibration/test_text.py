@@ -5,7 +5,13 @@ import json
 import pytest
 import torch
 
-from neuronmlp_plugin.calibration.text import bos_prefix, read_documents, spread, token_windows, windows_digest
+from neuronmlp_plugin.calibration.text import (
+    bos_prefix,
+    read_documents,
+    spread,
+    token_windows,
+    windows_digest,
+)
 from neuronmlp_plugin.errors import CalibrationError
 from tests.letters import write_tokenizer
 
@@ -31,7 +37,9 @@ def test_a_tokenizer_without_bos_gets_none(tmp_path):
 
 
 def test_too_little_text_for_one_window_is_refused(tmp_path):
-    with pytest.raises(CalibrationError, match="text: expected at least 99 tokens, which fill one window, found 2"):
+    with pytest.raises(
+        CalibrationError, match="text: expected at least 99 tokens, which fill one window, found 2"
+    ):
         token_windows(["ab"], tokenizer(tmp_path), 100)
 
 
@@ -46,7 +54,11 @@ def test_text_jsonl_and_chat_are_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "b.jsonl:1: expected one JSON object"), ('{"body": "x"}', "expected a `text` string or a `messages` list"), ("3", "found 3")],
+    [
+        ("{", "b.jsonl:1: expected one JSON object"),
+        ('{"body": "x"}', "expected a `text` string or a `messages` list"),
+        ("3", "found 3"),
+    ],
 )
 def test_a_bad_line_is_named(tmp_path, content, message):
     (tmp_path / "b.jsonl").write_text(content)
@@ -62,7 +74,9 @@ def test_a_byte_order_mark_is_no_text(tmp_path, name, content):
 
 def test_lines_end_at_newlines_alone(tmp_path):
     texts = ["one\u2028two", "a\x85b", "c\x0bd\x1ce"]
-    (tmp_path / "b.jsonl").write_text("\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts), newline="")
+    (tmp_path / "b.jsonl").write_text(
+        "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts), newline=""
+    )
     assert read_documents(tmp_path / "b.jsonl", tokenizer(tmp_path)) == texts
 
 

@@ -21,16 +21,38 @@ from tests.tiny_models import write_dense
 
 TWO = ("--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
 CLI = ("-m", "neuronmlp_plugin.cli")
-SIZES = ("--window=32", "--tokens=1056", "--metric-tokens=288", "--judge-tokens=128")  # an odd number of windows for both passes
+SIZES = (
+    "--window=32",
+    "--tokens=1056",
+    "--metric-tokens=288",
+    "--judge-tokens=128",
+)  # an odd number of windows for both passes
 
 
 def compress(home: pathlib.Path, out: str, *program: str) -> pathlib.Path:
     """With one process, or with two that run `program`."""
-    options = ("--out", home / out, "--remove=0.2", "--rank-multiple=1", "--text", home / "text.jsonl", *SIZES)
+    options = (
+        "--out",
+        home / out,
+        "--remove=0.2",
+        "--rank-multiple=1",
+        "--text",
+        home / "text.jsonl",
+        *SIZES,
+    )
     if not program:
         neuronmlp("compress", home / "dense", *options)
         return home / out
-    command = [sys.executable, "-m", "torch.distributed.run", *TWO, *program, "compress", home / "dense", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *TWO,
+        *program,
+        "compress",
+        home / "dense",
+        *options,
+    ]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run([str(word) for word in command], check=True, cwd=ROOT, env=environment, timeout=800)
     return home / out
@@ -59,10 +81,16 @@ def test_two_processes_make_the_folder_of_one(home):
     for layer, specs in enumerate(first.block.layers):
         for name, spec in specs.items():
             prefix = f"model.layers.{layer}.mlp.{name}."
-            pairs = {key: (first.tensor(key), second.tensor(key)) for key in first.names() if key.startswith(prefix)}
+            pairs = {
+                key: (first.tensor(key), second.tensor(key))
+                for key in first.names()
+                if key.startswith(prefix)
+            }
             for key, (a, b) in pairs.items():
                 assert a.shape == b.shape
-                torch.testing.assert_close(b, a, rtol=1e-2, atol=1e-3 * float(a.abs().max()), msg=f"{key} {spec}")
+                torch.testing.assert_close(
+                    b, a, rtol=1e-2, atol=1e-3 * float(a.abs().max()), msg=f"{key} {spec}"
+                )
     assert numbers(two) == pytest.approx(numbers(one), rel=1e-3)
 
 

@@ -82,7 +82,9 @@ def test_the_config_speaks_to_transformers_4_and_5():
     old = portable_config(new)
     assert (old["rope_theta"], old["torch_dtype"]) == (5e5, "bfloat16")
     assert old["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
-    assert "rope_scaling" not in portable_config({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}})
+    assert "rope_scaling" not in portable_config(
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
+    )
 
 
 def test_sharded_dense_folders_are_read(tmp_path):
@@ -110,7 +112,10 @@ NAME = "model.layers.0.mlp.up_proj.u.weight"
         (lambda t: t.pop(NAME), f"expected a tensor {NAME} .*found none"),
         (lambda t: t.update({NAME.replace("u.w", "a.w"): t.pop(NAME)}), f"expected a tensor {NAME}"),
         (lambda t: t.update({NAME: t[NAME][:-1].clone()}), r"expected shape \[21, 128\] .*found \[20, 128\]"),
-        (lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(192, 128)}), "expected no tensor"),
+        (
+            lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(192, 128)}),
+            "expected no tensor",
+        ),
     ],
     ids=["missing", "misnamed", "misshapen", "beside"],
 )
@@ -123,8 +128,12 @@ def test_factors_that_contradict_the_config_are_refused(mixed, edit, message):
 def test_any_tensor_outside_the_mlps_that_is_missing_is_refused(tmp_path, family):
     """An engine would serve what its memory happens to hold."""
     folder = write_mixed(tmp_path / "mixed", write_dense(tmp_path / "dense", family))
-    kept = {name: path for path in folder.glob("*.safetensors") for name in load_file(path) if ".mlp." not in name}
-    assert sorted(kept) == sorted(n for n in Checkpoint(folder).names() if ".mlp." not in n) and len(kept) >= 20
+    kept = {
+        name: path for path in folder.glob("*.safetensors") for name in load_file(path) if ".mlp." not in name
+    }
+    assert (
+        sorted(kept) == sorted(n for n in Checkpoint(folder).names() if ".mlp." not in n) and len(kept) >= 20
+    )
     for name, path in kept.items():
         whole = path.read_bytes()
         edit_shard(folder, lambda t, name=name: t.pop(name), path.name)
@@ -192,7 +201,9 @@ def test_non_finite_factors_are_refused(mixed, value):
         load_model(mixed)
 
 
-@pytest.mark.parametrize(("dtype", "found"), [(torch.int8, "I8"), (torch.int32, "I32"), (torch.float8_e4m3fn, "F8_E4M3")], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "found"), [(torch.int8, "I8"), (torch.int32, "I32"), (torch.float8_e4m3fn, "F8_E4M3")], ids=str
+)
 def test_weights_of_other_kinds_are_refused(mixed, dtype, found):
     edit_shard(mixed, lambda t: t.update({NAME: t[NAME].to(dtype)}))
     with pytest.raises(CheckpointError, match=f"expected bf16, fp16 or fp32 .*found {found}"):

@@ -51,7 +51,13 @@ def test_without_int8_the_block_is_that_of_version_1():
 
 def test_bytes_count_scales_and_take_floating_point_as_bf16():
     int8 = ProjectionSpec("dense", dtype="int8")
-    layers = ({"gate_proj": int8, "up_proj": ProjectionSpec("uv", 10), "down_proj": ProjectionSpec("compact", 7, "int8")},)
+    layers = (
+        {
+            "gate_proj": int8,
+            "up_proj": ProjectionSpec("uv", 10),
+            "down_proj": ProjectionSpec("compact", 7, "int8"),
+        },
+    )
     block = FormatBlock(layers, type(SHAPE)(128, 192, 1))
     assert block.weight_bytes == 192 * (128 + 4) + 2 * 10 * (128 + 192) + 7 * (192 - 7 + 4) + 128 * (7 + 4)
     assert block.bytes_ratio == block.weight_bytes / (2 * 3 * 128 * 192)
@@ -61,8 +67,14 @@ def test_bytes_count_scales_and_take_floating_point_as_bf16():
     ("change", "message"),
     [
         (lambda b: b.update(format_version=1), r"expected format_version 2 .*found 1"),
-        (lambda b: b.update(layers=[{n: s.to_json() for n, s in layer.items()} for layer in MIXED_LAYERS]), r"expected format_version 1"),
-        (lambda b: b["layers"][0]["up_proj"].update(dtype="int4"), "expected dtype 'int8' or none, found 'int4'"),
+        (
+            lambda b: b.update(layers=[{n: s.to_json() for n, s in layer.items()} for layer in MIXED_LAYERS]),
+            r"expected format_version 1",
+        ),
+        (
+            lambda b: b["layers"][0]["up_proj"].update(dtype="int4"),
+            "expected dtype 'int8' or none, found 'int4'",
+        ),
     ],
 )
 def test_blocks_that_contradict_themselves_are_refused(change, message):
@@ -85,19 +97,31 @@ def test_the_model_is_exactly_that_of_the_dequantised_weights(folder):
 def test_a_factor_file_holds_int8_too(folder, tmp_path):
     checkpoint, base = Checkpoint(folder), tmp_path / "dense"
     (base / FACTOR_FILE).parent.mkdir()
-    write_factor_file(base / FACTOR_FILE, checkpoint.block, {name: t for name, t in raw(folder).items() if ".mlp." in name})
+    write_factor_file(
+        base / FACTOR_FILE, checkpoint.block, {name: t for name, t in raw(folder).items() if ".mlp." in name}
+    )
     ids = torch.randint(3, 128, (2, 11))
     with torch.no_grad():
-        assert torch.equal(load_model(base, factors=base / FACTOR_FILE)(ids).logits, load_model(folder)(ids).logits)
+        assert torch.equal(
+            load_model(base, factors=base / FACTOR_FILE)(ids).logits, load_model(folder)(ids).logits
+        )
 
 
 @pytest.mark.parametrize(
     ("edit", "error", "message"),
     [
         (lambda t: t.pop(NAME + SCALE), CheckpointError, f"expected a tensor {NAME}_scale .*found none"),
-        (lambda t: t.update({NAME + SCALE: torch.ones(20)}), CheckpointError, r"expected shape \[21\] .*found \[20\]"),
+        (
+            lambda t: t.update({NAME + SCALE: torch.ones(20)}),
+            CheckpointError,
+            r"expected shape \[21\] .*found \[20\]",
+        ),
         (lambda t: t.update({NAME: t[NAME].float()}), CheckpointError, r"expected int8 .*found F32"),
-        (lambda t: t.update({NAME + SCALE: t[NAME + SCALE].half()}), CheckpointError, "expected fp32 .*found F16"),
+        (
+            lambda t: t.update({NAME + SCALE: t[NAME + SCALE].half()}),
+            CheckpointError,
+            "expected fp32 .*found F16",
+        ),
         (lambda t: t[NAME + SCALE].fill_(float("nan")), NonFiniteError, "finite scales of at least 0"),
         (lambda t: t[NAME + SCALE].fill_(float("inf")), NonFiniteError, "finite scales of at least 0"),
         (lambda t: t[NAME + SCALE][3:4].neg_(), NonFiniteError, "finite scales of at least 0"),

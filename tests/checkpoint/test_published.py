@@ -23,8 +23,12 @@ def published(tmp_path):
     for layer in range(SHAPE.num_layers - 1):
         for stem, rank in RANKS.items():
             weight = tensors.pop(f"model.layers.{layer}.mlp.{stem}_proj.weight")
-            tensors[f"model.layers.{layer}.mlp.{stem}_v_proj.weight"] = torch.randn(rank, weight.shape[1]) * 0.1
-            tensors[f"model.layers.{layer}.mlp.{stem}_u_proj.weight"] = torch.randn(weight.shape[0], rank) * 0.1
+            tensors[f"model.layers.{layer}.mlp.{stem}_v_proj.weight"] = (
+                torch.randn(rank, weight.shape[1]) * 0.1
+            )
+            tensors[f"model.layers.{layer}.mlp.{stem}_u_proj.weight"] = (
+                torch.randn(weight.shape[0], rank) * 0.1
+            )
     save_file(tensors, folder / "model.safetensors")
     return folder
 

@@ -41,10 +41,18 @@ def edited(path: list, value):
         (["removed_ratio"], 0.9, "removed_ratio"),
         (["removed_ratio"], None, "removed_ratio"),
         (["layers"], BLOCK["layers"][:2], "expected `layers` with 3 entries"),
-        (["layers", 0], {"gate_proj": {"form": "dense"}}, r"layers\[0\]: expected exactly gate_proj, up_proj, down_proj"),
+        (
+            ["layers", 0],
+            {"gate_proj": {"form": "dense"}},
+            r"layers\[0\]: expected exactly gate_proj, up_proj, down_proj",
+        ),
         (["layers", 1, "up_proj", "form"], "tucker", "expected a form of dense, uv, compact, found 'tucker'"),
         (["layers", 1, "gate_proj"], {"form": "dense", "rank": 3}, "expected no rank for a dense matrix"),
-        (["layers", 1, "up_proj", "rank"], 128, "expected a rank from 1 to 127 for compact of 192 x 128, found 128"),
+        (
+            ["layers", 1, "up_proj", "rank"],
+            128,
+            "expected a rank from 1 to 127 for compact of 192 x 128, found 128",
+        ),
         (["layers", 0, "up_proj", "rank"], 129, "expected a rank from 1 to 128 for uv"),
         (["layers", 0, "up_proj", "rank"], 0, "found 0"),
         (["layers", 0, "up_proj", "rank"], True, "found True"),
@@ -58,7 +66,9 @@ def test_contradictions_are_refused(path, value, message):
 
 @pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_another_version_is_refused_and_named(version):
-    with pytest.raises(FormatVersionError, match=f"expected neuronmlp format_version 1 or 2, found {version!r}"):
+    with pytest.raises(
+        FormatVersionError, match=f"expected neuronmlp format_version 1 or 2, found {version!r}"
+    ):
         parse_block(edited(["format_version"], version), CONFIG, "config.json")
 
 

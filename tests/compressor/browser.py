@@ -39,7 +39,12 @@ class Browser:
 
     def open(self, page: pathlib.Path, width: int, scheme: str, media: str = "screen") -> None:
         phone = width < 500
-        metrics = {"width": width, "height": 844 if phone else 900, "deviceScaleFactor": 2 if phone else 1, "mobile": phone}
+        metrics = {
+            "width": width,
+            "height": 844 if phone else 900,
+            "deviceScaleFactor": 2 if phone else 1,
+            "mobile": phone,
+        }
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
@@ -54,8 +59,17 @@ class Browser:
     def requests(self) -> list[str]:
         """What the page asked for, itself and what is inside it (data:) left out."""
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-        return [url for url in urls if not url.startswith("data:") and url.partition("#")[0] != self.driver.current_url.partition("#")[0]]
+        urls = [
+            event["params"]["request"]["url"]
+            for event in events
+            if event["method"] == "Network.requestWillBeSent"
+        ]
+        return [
+            url
+            for url in urls
+            if not url.startswith("data:")
+            and url.partition("#")[0] != self.driver.current_url.partition("#")[0]
+        ]
 
     def complaints(self) -> list[str]:
         """Everything on the console."""

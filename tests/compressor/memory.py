@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all storages that operations return, while they are alive; exact, and the same on every machine."""
+    """Counts the bytes of all storages that operations return, while they are alive; exact, and the same on
+    every machine.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +44,9 @@ class LiveTensors(TorchDispatchMode):
 
 
 def peak_rss_bytes(command: list[str], **options: Any) -> int:
-    """Run a command to its end and return its largest resident size, mapped files included; CalledProcessError unless it succeeds."""
+    """Run a command to its end and return its largest resident size, mapped files included;
+    CalledProcessError unless it succeeds.
+    """
     child = subprocess.Popen(command, **options)
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)

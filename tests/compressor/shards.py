@@ -1,4 +1,6 @@
-"""A checkpoint of any size with random weights, written shard by shard as the big ones come: for counting bytes, not for quality."""
+"""A checkpoint of any size with random weights, written shard by shard as the big ones come: for counting
+bytes, not for quality.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ LLAMA_8B = MLPShape(hidden_size=4096, intermediate_size=14336, num_layers=32)
 
 
 def write_sharded(folder: pathlib.Path, shape: MLPShape, *, vocabulary: int = VOCABULARY) -> pathlib.Path:
-    """A Llama of Llama 3's proportions (heads of 128, a quarter of them for keys and values) in bf16, with a tokenizer."""
+    """A Llama of Llama 3's proportions (heads of 128, a quarter of them for keys and values) in bf16, with a
+    tokenizer.
+    """
     folder.mkdir(parents=True)
     heads = shape.hidden_size // 128
     config = {
@@ -39,9 +43,15 @@ def write_sharded(folder: pathlib.Path, shape: MLPShape, *, vocabulary: int = VO
     generator = torch.Generator().manual_seed(0)
     for shard, sizes in enumerate(_shards(shape, vocabulary)):
         name = f"model-{shard:05d}.safetensors"
-        save_file({key: _random(size, generator) for key, size in sizes.items()}, folder / name, metadata={"format": "pt"})
+        save_file(
+            {key: _random(size, generator) for key, size in sizes.items()},
+            folder / name,
+            metadata={"format": "pt"},
+        )
         weight_map |= dict.fromkeys(sizes, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return folder
 
 
@@ -58,8 +68,14 @@ def _shards(shape: MLPShape, vocabulary: int) -> list[dict[str, tuple[int, ...]]
         "mlp.up_proj": (i, h),
         "mlp.down_proj": (h, i),
     }
-    layers = [{f"model.layers.{n}.{name}.weight": size for name, size in layer.items()} for n in range(shape.num_layers)]
-    ends = [{"model.embed_tokens.weight": (vocabulary, h)}, {"model.norm.weight": (h,), "lm_head.weight": (vocabulary, h)}]
+    layers = [
+        {f"model.layers.{n}.{name}.weight": size for name, size in layer.items()}
+        for n in range(shape.num_layers)
+    ]
+    ends = [
+        {"model.embed_tokens.weight": (vocabulary, h)},
+        {"model.norm.weight": (h,), "lm_head.weight": (vocabulary, h)},
+    ]
     return [ends[0], *layers, ends[1]]
 
 

@@ -1,4 +1,6 @@
-"""The whole pipeline on tiny models: what it promises about bytes, resumption, refusals and leaving nothing half-written."""
+"""The whole pipeline on tiny models: what it promises about bytes, resumption, refusals and leaving nothing
+half-written.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,11 @@ def settings_for(home: pathlib.Path, **changes) -> Settings:
 
 
 def files(folder: pathlib.Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -72,12 +78,18 @@ def test_every_family_compresses_to_its_budget(tmp_path, family, form):
     stored = sum(row["parameters"] for row in report["matrices"])
     assert stored == sum(t.numel() for n, t in checkpoint.tensors() if ".mlp." in n)
     assert report["quality"]["num_tokens"] == 4 * 31
-    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"neuronmlp_report.json", "neuronmlp_report.html", "README.md"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {
+        "neuronmlp_report.json",
+        "neuronmlp_report.html",
+        "README.md",
+    }
     assert not list(tmp_path.glob("*.partial"))
 
 
 def test_predicted_errors_hold_on_the_calibrated_rows(home):
-    """Judged on the very rows that were calibrated, achieved must equal predicted: the whole chain of forms and orders is right."""
+    """Judged on the very rows that were calibrated, achieved must equal predicted: the whole chain of forms
+    and orders is right.
+    """
     plan = make_plan(settings_for(home))
     plan = type(plan)(**{**plan.__dict__, "judge": plan.calibration})
     analyse_module.SAMPLE_ROWS, kept = 10**9, analyse_module.SAMPLE_ROWS
@@ -93,7 +105,10 @@ def test_predicted_errors_hold_on_the_calibrated_rows(home):
 
 def test_two_sided_global_beats_the_published_method_at_equal_bytes(home):
     ours = compress(make_plan(settings_for(home, form="uv")), QUIET)
-    theirs = compress(make_plan(settings_for(home, form="uv", method="whitened", allocation="uniform", out=home / "w")), QUIET)
+    theirs = compress(
+        make_plan(settings_for(home, form="uv", method="whitened", allocation="uniform", out=home / "w")),
+        QUIET,
+    )
     assert theirs["block"]["removed_ratio"] == pytest.approx(ours["block"]["removed_ratio"], abs=0.01)
     assert ours["quality"]["kl_divergence"] < 0.8 * theirs["quality"]["kl_divergence"]
 
@@ -105,7 +120,10 @@ def test_plain_svd_needs_no_text(home):
 
 
 def test_rank_multiple_aligns_the_ranks(home):
-    report = compress(make_plan(settings_for(home, method="whitened", allocation="uniform", form="uv", rank_multiple=8)), QUIET)
+    report = compress(
+        make_plan(settings_for(home, method="whitened", allocation="uniform", form="uv", rank_multiple=8)),
+        QUIET,
+    )
     assert all(row["rank"] % 8 == 0 for row in report["matrices"])
 
 
@@ -120,7 +138,12 @@ def test_dense_matrices_stay_as_they_were(home):
     """In a layer of its own or beside factors: another dtype is for the factors."""
     compress(make_plan(settings_for(home, dtype="bfloat16", form="uv", remove=0.05)), QUIET)
     stored, base = Checkpoint(home / "out"), Checkpoint(home / "dense")
-    dense = [f"model.layers.{i}.mlp.{n}.weight" for i, layer in enumerate(stored.block.layers) for n, s in layer.items() if s.rank is None]
+    dense = [
+        f"model.layers.{i}.mlp.{n}.weight"
+        for i, layer in enumerate(stored.block.layers)
+        for n, s in layer.items()
+        if s.rank is None
+    ]
     assert 0 < len(dense) < 9 and all(torch.equal(stored.tensor(name), base.tensor(name)) for name in dense)
 
 
@@ -178,12 +201,16 @@ def test_the_text_that_judges_is_not_calibrated_on(home):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"method": "whitened", "allocation": "uniform"}, {"metric_tokens": 128}, {"seed": 1}, {"window": 16}], ids=str
+    "changes",
+    [{"method": "whitened", "allocation": "uniform"}, {"metric_tokens": 128}, {"seed": 1}, {"window": 16}],
+    ids=str,
 )
 def test_an_analysis_is_of_its_statistics_alone(home, changes):
     known = make_plan(settings_for(home)).analysis_fingerprint()
     assert make_plan(settings_for(home, **changes)).analysis_fingerprint() != known
-    assert make_plan(settings_for(home, remove=0.4, form="uv", dtype="bfloat16")).analysis_fingerprint() == known
+    assert (
+        make_plan(settings_for(home, remove=0.4, form="uv", dtype="bfloat16")).analysis_fingerprint() == known
+    )
 
 
 def test_finished_layers_are_not_done_again(home, monkeypatch):
@@ -354,7 +381,10 @@ def test_damaged_weights_are_refused_by_name(home):
         ({"samples": -1}, "--samples: expected a number of tokens, or 0"),
         ({"tokens": 256}, "expected at least 384 calibration tokens .*found 256"),
         ({"remove": 0.9}, "expected at most"),
-        ({"method": "whitened", "allocation": "uniform", "form": "uv", "rank_multiple": 128}, "--rank-multiple 128: .*choose a smaller"),
+        (
+            {"method": "whitened", "allocation": "uniform", "form": "uv", "rank_multiple": 128},
+            "--rank-multiple 128: .*choose a smaller",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused(home, changes, message):
@@ -392,7 +422,11 @@ def test_the_report_is_json_with_every_matrix(home):
     assert losses == sorted(losses) and len(losses) >= 5
 
 
-@pytest.mark.parametrize("options", [{"allocation": "measured"}, {"form": "uv"}, {"method": "whitened", "allocation": "uniform"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"allocation": "measured"}, {"form": "uv"}, {"method": "whitened", "allocation": "uniform"}],
+    ids=str,
+)
 def test_a_matrix_of_zeros_is_no_obstacle(home, options):
     weights = home / "dense" / "model.safetensors"
     tensors = load_file(weights)
@@ -403,7 +437,9 @@ def test_a_matrix_of_zeros_is_no_obstacle(home, options):
     quantize_folder(home / "out", home / "int8", QUIET)
     ids = torch.randint(3, 128, (2, 9))
     with torch.no_grad():
-        assert all(bool(torch.isfinite(load_model(home / name)(ids).logits).all()) for name in ("out", "int8"))
+        assert all(
+            bool(torch.isfinite(load_model(home / name)(ids).logits).all()) for name in ("out", "int8")
+        )
 
 
 def test_rows_are_sampled_evenly_whatever_the_batches(home, monkeypatch):
@@ -413,7 +449,13 @@ def test_rows_are_sampled_evenly_whatever_the_batches(home, monkeypatch):
     seen = []
     monkeypatch.setattr(analyse_module, "SAMPLE_ROWS", 50)
     layer = stream.load(0)
-    with hooked([layer.mlp.gate_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1])))]):
+    with hooked(
+        [
+            layer.mlp.gate_proj.register_forward_pre_hook(
+                lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1]))
+            )
+        ]
+    ):
         rows = analyse_module._sample_inputs(stream, layer, hidden)["gate_up.sample"]
     everything = torch.cat(seen)
     assert len(seen) > 1 and torch.equal(rows, everything[:: len(everything) // 50][:50])

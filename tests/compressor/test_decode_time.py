@@ -45,10 +45,18 @@ def test_prices_rise_by_row_tiles(prices):
 
 def test_the_sum_of_prices_is_near_the_time_of_the_launch(prices):
     """Within a tenth where a launch takes 13 us, much of it latency; real sizes below."""
-    made = [{"gate_proj": ProjectionSpec("uv", 256), "up_proj": ProjectionSpec("uv", 128), "down_proj": ProjectionSpec("uv", 256)}]
+    made = [
+        {
+            "gate_proj": ProjectionSpec("uv", 256),
+            "up_proj": ProjectionSpec("uv", 128),
+            "down_proj": ProjectionSpec("uv", 256),
+        }
+    ]
     summed = sum(float(prices[name][spec.rank]) for name, spec in made[0].items())
     assert summed == pytest.approx(model_us(SHAPE, made), rel=0.1)
-    assert sum(float(prices[name][-1]) for name in PROJECTIONS) == pytest.approx(model_us(SHAPE, [dict.fromkeys(PROJECTIONS, DENSE)]))
+    assert sum(float(prices[name][-1]) for name in PROJECTIONS) == pytest.approx(
+        model_us(SHAPE, [dict.fromkeys(PROJECTIONS, DENSE)])
+    )
 
 
 def one_low(name: str, form: str, rank: int) -> float:
@@ -58,18 +66,24 @@ def one_low(name: str, form: str, rank: int) -> float:
 
 @pytest.mark.parametrize("name", ["gate_proj", "down_proj"])
 def test_between_the_ends_of_a_tile_time_is_a_straight_line(name):
-    assert one_low(name, "uv", 1216) == pytest.approx((one_low(name, "uv", 1153) + one_low(name, "uv", 1280)) / 2, rel=0.002)
+    assert one_low(name, "uv", 1216) == pytest.approx(
+        (one_low(name, "uv", 1153) + one_low(name, "uv", 1280)) / 2, rel=0.002
+    )
 
 
 def test_on_real_sizes_the_sum_of_prices_is_the_launch_within_half_a_percent():
     dense = model_us(LLAMA_1B, [dict.fromkeys(PROJECTIONS, DENSE)])
     summed = 2 * one_low("gate_proj", "uv", 1280) + one_low("down_proj", "uv", 1280) - 2 * dense
-    assert summed == pytest.approx(model_us(LLAMA_1B, [dict.fromkeys(PROJECTIONS, ProjectionSpec("uv", 1280))]), rel=0.005)
+    assert summed == pytest.approx(
+        model_us(LLAMA_1B, [dict.fromkeys(PROJECTIONS, ProjectionSpec("uv", 1280))]), rel=0.005
+    )
 
 
 @pytest.mark.parametrize("removed", [0.15, 0.3])
 def test_time_aware_ranks_are_no_slower_and_no_better_than_plain_ones(prices, removed):
-    """Each wins at its own measure: at equal time the priced ranks lose no more, at equal parameters the plain ones lose no more."""
+    """Each wins at its own measure: at equal time the priced ranks lose no more, at equal parameters the
+    plain ones lose no more.
+    """
     plain = curves_of(SHAPE)
     timed = priced(plain, prices)
     by_size = allocate(plain, 1 - removed, "uv", 16)
@@ -83,7 +97,9 @@ def test_time_aware_ranks_are_no_slower_and_no_better_than_plain_ones(prices, re
 
 
 def test_llama_1b_ranks_land_on_row_tiles():
-    """Of the real launches' staircase in uv only edges are worth taking; the last fill may spend a rest elsewhere."""
+    """Of the real launches' staircase in uv only edges are worth taking; the last fill may spend a rest
+    elsewhere.
+    """
     edges = [1152, 1153, 1280, 1281, 1408]
     assert set(edges) <= set(priced_ranks(LLAMA_1B))
     dense = model_us(LLAMA_1B, [dict.fromkeys(PROJECTIONS, DENSE)])
@@ -92,7 +108,9 @@ def test_llama_1b_ranks_land_on_row_tiles():
         low = [one_low(name, "uv", rank) - dense * 2 / 3 for rank in edges]
         tables[name] = np.append(np.interp(np.arange(2048), edges, low, right=dense / 3), dense / 3)
     tables["up_proj"] = tables["gate_proj"]
-    ranks = [rank for rank in allocate(priced(curves_of(LLAMA_1B), tables), 0.9, "uv", 16) if rank is not None]
+    ranks = [
+        rank for rank in allocate(priced(curves_of(LLAMA_1B), tables), 0.9, "uv", 16) if rank is not None
+    ]
     assert len(ranks) > 10
     assert sum(rank % 128 == 0 for rank in ranks) >= len(ranks) - 2
     plain = [rank for rank in allocate(curves_of(LLAMA_1B), 0.9, "uv", 16) if rank is not None]
@@ -104,7 +122,9 @@ def test_a_run_reports_the_simulated_time_it_was_asked_for(tmp_path, monkeypatch
     monkeypatch.setattr(tiny_models, "SHAPE", MLPShape(256, 512, 2))
     write_tokenizer(tiny_models.write_dense(tmp_path / "dense", "llama"))
     write_text(tmp_path / "text.jsonl", 3000)
-    report = compress(make_plan(settings_for(tmp_path, remove=None, faster=1.05, form="uv", allocation=allocation)), QUIET)
+    report = compress(
+        make_plan(settings_for(tmp_path, remove=None, faster=1.05, form="uv", allocation=allocation)), QUIET
+    )
     decode = report["decode"]
     assert decode["asked"] == 1.05
     assert decode["simulated_speedup"] > 1.04  # prices are lines between the steps of the row tiles

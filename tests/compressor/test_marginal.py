@@ -27,9 +27,13 @@ def test_gains_are_the_gradient_of_kl_through_the_whole_truncated_model(home):  
     plan, cpu = make_plan(settings_for(home, allocation="measured")), torch.device("cpu")
     run = Run(plan, cpu)
     analyse(plan, run.analysis, QUIET, Workers())
-    chosen = [{name: ProjectionSpec("compact", 20) for name in PROJECTIONS} for _ in range(plan.shape.num_layers)]
+    chosen = [
+        {name: ProjectionSpec("compact", 20) for name in PROJECTIONS} for _ in range(plan.shape.num_layers)
+    ]
     chosen[1]["up_proj"] = DENSE
-    gains = measured_gains(TruncatedStream(plan.base, run.analysis, chosen, cpu), plan.measured, run.work, QUIET)
+    gains = measured_gains(
+        TruncatedStream(plan.base, run.analysis, chosen, cpu), plan.measured, run.work, QUIET
+    )
 
     dense = load_model(home / "dense")
     truncated, changes = copy.deepcopy(dense).requires_grad_(False), []
@@ -44,8 +48,12 @@ def test_gains_are_the_gradient_of_kl_through_the_whole_truncated_model(home):  
     with torch.no_grad():
         log_p = dense(windows).logits.log_softmax(-1)
     (log_p.exp() * (log_p - truncated(windows).logits.log_softmax(-1))).sum().backward()
-    expected = [-float((weight.grad * (exact - weight.detach())).sum()) / windows.numel() for weight, exact in changes]
-    assert [gain is None for gain in gains] == [spec.rank is None for layer in chosen for spec in layer.values()]
+    expected = [
+        -float((weight.grad * (exact - weight.detach())).sum()) / windows.numel() for weight, exact in changes
+    ]
+    assert [gain is None for gain in gains] == [
+        spec.rank is None for layer in chosen for spec in layer.values()
+    ]
     assert [gain for gain in gains if gain is not None] == pytest.approx(expected, rel=1e-3, abs=1e-7)
     assert not list(run.work.path.glob("measured-*"))
 
@@ -88,13 +96,16 @@ def test_a_measured_allocation_keeps_its_budget_and_is_measured_once(home, monke
     ],
 )
 def test_ranks_are_chosen_by_measurement_unless_told_otherwise(options, allocation):
-    args = build_parser().parse_args(["compress", "MODEL", "--out", "DIR", "--text", "text.txt", *options.split()])
+    args = build_parser().parse_args(
+        ["compress", "MODEL", "--out", "DIR", "--text", "text.txt", *options.split()]
+    )
     assert settings_of(args).allocation == allocation
 
 
 def test_a_matrix_that_loses_nothing_does_not_decide_for_the_others():
     curves = [Curve(8, 8, np.linspace(1.0, 0.0, 9) * height) for height in (0.0, 1.0, 1.0)]
     factors = [
-        after.tail[0] / max(before.tail[0], 1e-9) for before, after in zip(curves, scaled(curves, [4, 4, 4], [1e-9, 1.0, 2.0]), strict=True)
+        after.tail[0] / max(before.tail[0], 1e-9)
+        for before, after in zip(curves, scaled(curves, [4, 4, 4], [1e-9, 1.0, 2.0]), strict=True)
     ]
     assert factors[0] == 0.0 and factors[1:] == pytest.approx([(2 / 3) ** POWER, (4 / 3) ** POWER])

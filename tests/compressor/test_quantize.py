@@ -43,7 +43,9 @@ def test_all_mlp_matrices_are_rounded_and_nothing_else_changes(home, source):
     specs = [layer[name] for layer in after.block.layers for name in PROJECTIONS]
     assert all(spec.is_int8 for spec in specs)
     if source == "mixed":
-        assert [(s.form, s.rank) for s in specs] == [(layer[n].form, layer[n].rank) for layer in MIXED_LAYERS for n in PROJECTIONS]
+        assert [(s.form, s.rank) for s in specs] == [
+            (layer[n].form, layer[n].rank) for layer in MIXED_LAYERS for n in PROJECTIONS
+        ]
     assert (home / "out" / "tokenizer.json").read_bytes() == (home / "dense" / "tokenizer.json").read_bytes()
     assert not list(home.glob("*.partial"))
 
@@ -64,7 +66,9 @@ def test_factors_rounded_together_move_their_matrix_less_than_each_for_itself(pr
     weights = [torch.randn(size) for size in tensor_shapes(projection, spec, SHAPE).values()]
     exact = matrix(projection, spec, weights)
     apart = matrix(projection, spec, [dequantize(*quantize(w)) for w in weights])
-    together = matrix(projection, spec, [dequantize(*pair) for pair in quantize_pair(projection, spec, *weights)])
+    together = matrix(
+        projection, spec, [dequantize(*pair) for pair in quantize_pair(projection, spec, *weights)]
+    )
     assert float((together - exact).norm()) < gain * float((apart - exact).norm())
 
 
@@ -85,18 +89,51 @@ def test_the_rounded_model_is_close_and_half_as_large(home, capsys):
 def test_a_report_goes_with_the_rounded_weights(home):
     text = write_text(home / "text.jsonl", 24000)
     shared = ["--text", str(text), "--quiet"]
-    sizes = ["--remove", "0.2", "--rank-multiple", "1", "--window", "32", "--tokens", "1024", "--metric-tokens", "256", "--samples", "4"]
+    sizes = [
+        "--remove",
+        "0.2",
+        "--rank-multiple",
+        "1",
+        "--window",
+        "32",
+        "--tokens",
+        "1024",
+        "--metric-tokens",
+        "256",
+        "--samples",
+        "4",
+    ]
     main(["compress", str(home / "dense"), "--out", str(home / "c"), *sizes, *shared])
     assert main(["quantize", str(home / "c"), "--out", str(home / "unjudged"), "--quiet"]) == 0
-    assert main(["quantize", str(home / "c"), "--out", str(home / "judged"), "--dense", str(home / "dense"), *shared]) == 0
+    assert (
+        main(
+            [
+                "quantize",
+                str(home / "c"),
+                "--out",
+                str(home / "judged"),
+                "--dense",
+                str(home / "dense"),
+                *shared,
+            ]
+        )
+        == 0
+    )
     before, unjudged, judged = (read_report(home / name) for name in ("c", "unjudged", "judged"))
-    assert unjudged["quality"] is None and unjudged["samples"] is None and "not measured" in (home / "unjudged" / PAGE_FILE).read_text()
+    assert (
+        unjudged["quality"] is None
+        and unjudged["samples"] is None
+        and "not measured" in (home / "unjudged" / PAGE_FILE).read_text()
+    )
     assert judged["quality"]["kl_divergence"] > 0.0 and judged["quality"]["num_tokens"] == 8 * 1023
     assert judged["block"] == Checkpoint(home / "judged").block.to_json() != before["block"]
     assert judged["bytes_ratio"] < 0.6 * before["bytes_ratio"]
     card, page = (home / "judged" / CARD_FILE).read_text(), (home / "judged" / PAGE_FILE).read_text()
     assert "compact int8" in card and "tokens of text.jsonl" in card and "sample texts" not in card
-    assert "tokens of text.jsonl" in page and "since rounding to int8" in (home / "unjudged" / PAGE_FILE).read_text()
+    assert (
+        "tokens of text.jsonl" in page
+        and "since rounding to int8" in (home / "unjudged" / PAGE_FILE).read_text()
+    )
 
 
 def test_a_text_that_cannot_be_judged_on_is_refused_before_the_work(home, capsys):
@@ -113,7 +150,11 @@ def test_a_text_that_cannot_be_judged_on_is_refused_before_the_work(home, capsys
 
 def test_what_cannot_be_quantised_is_refused(home, capsys):
     main(["quantize", str(home / "dense"), "--out", str(home / "out")])
-    for source, target, message in (("out", "again", "found int8"), ("dense", "out", "does not exist yet"), ("none", "new", "config.json")):
+    for source, target, message in (
+        ("out", "again", "found int8"),
+        ("dense", "out", "does not exist yet"),
+        ("none", "new", "config.json"),
+    ):
         assert main(["quantize", str(home / source), "--out", str(home / target)]) == 2
         assert message in capsys.readouterr().err
     assert main(["quantize", str(home / "dense"), "--out", str(home / "new"), "--text", "t.txt"]) == 2

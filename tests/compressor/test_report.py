@@ -62,9 +62,13 @@ def test_samples_are_each_models_own_greedy_text(pair):
     dense, mixed, tokenizer = pair
     ticks = []
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # users have no use for what transformers may think of layers that come and go
+        warnings.simplefilter(
+            "error", UserWarning
+        )  # users have no use for what transformers may think of layers that come and go
         found = sample_texts(*streams(dense, mixed), tokenizer, 5, ticks.append)
-    assert found["new_tokens"] == 5 and found["chat_template"] and len(found["texts"]) == 4 and len(ticks) == 10
+    assert (
+        found["new_tokens"] == 5 and found["chat_template"] and len(found["texts"]) == 4 and len(ticks) == 10
+    )
     models = load_model(dense), load_model(mixed)
     for entry in found["texts"]:
         ids = tokenizer(f"user:{entry['prompt']};", add_special_tokens=False)["input_ids"]
@@ -81,7 +85,9 @@ def test_one_layer_at_a_time_is_in_memory(pair):
     seen = []
 
     def loaded(stream):
-        return [i for i, layer in enumerate(stream.model.model.layers) if not next(layer.parameters()).is_meta]
+        return [
+            i for i, layer in enumerate(stream.model.model.layers) if not next(layer.parameters()).is_meta
+        ]
 
     for stream in both:
         for layer in stream.model.model.layers:
@@ -118,4 +124,6 @@ def test_without_a_usable_chat_template_texts_are_gone_on_from(pair, monkeypatch
     assert not found["chat_template"] and not any(entry["prompt"].endswith("?") for entry in found["texts"])
     ids = tokenizer(found["texts"][0]["prompt"])["input_ids"]
     assert ids[0] == tokenizer.bos_token_id
-    assert found["texts"][0]["dense"] == tokenizer.decode(greedy(load_model(dense), ids, 2), skip_special_tokens=True)
+    assert found["texts"][0]["dense"] == tokenizer.decode(
+        greedy(load_model(dense), ids, 2), skip_special_tokens=True
+    )

@@ -1,4 +1,5 @@
-"""The report as a person meets it: opened from a file in a real browser, on a desktop and on a phone, by day and by night.
+"""The report as a person meets it: opened from a file in a real browser, on a desktop and on a phone, by day
+and by night.
 
 The probes are tested first: each finds the damage that it is there to find.
 """
@@ -18,7 +19,10 @@ from tests.tiny_models import write_dense
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(None in (CHROMIUM, DRIVER), reason="no chromium and chromedriver on PATH (Debian: chromium, chromium-driver)"),
+    pytest.mark.skipif(
+        None in (CHROMIUM, DRIVER),
+        reason="no chromium and chromedriver on PATH (Debian: chromium, chromium-driver)",
+    ),
 ]
 DESKTOP, TABLET, PHONE = 1280, 820, 390
 VIEWS = [(DESKTOP, "light"), (DESKTOP, "dark"), (TABLET, "light"), (PHONE, "light"), (PHONE, "dark")]
@@ -31,14 +35,20 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Pages by name: everything that a report can hold, the first release's keys, and what `compress` really writes."""
+    """Pages by name: everything that a report can hold, the first release's keys, and what `compress` really
+    writes.
+    """
     home = tmp_path_factory.mktemp("pages")
     for name, report in (("full", full_report()), ("old", first_release_report())):
         (home / f"{name}.html").write_text(render_page(report), encoding="utf-8")
     write_tokenizer(write_dense(home / "dense", "llama"))
     write_text(home / "text.jsonl", 3000)
     compress(make_plan(settings_for(home, samples=24)), QUIET)
-    return {"full": home / "full.html", "old": home / "old.html", "compressed": home / "out" / "neuronmlp_report.html"}
+    return {
+        "full": home / "full.html",
+        "old": home / "old.html",
+        "compressed": home / "out" / "neuronmlp_report.html",
+    }
 
 
 @pytest.mark.parametrize(("width", "scheme"), VIEWS)
@@ -48,7 +58,15 @@ def test_the_page_is_whole_and_readable(browser, pages, name, width, scheme):
     assert browser.ask("innerWidth") == width
     assert browser.ask("matchMedia('(prefers-color-scheme: dark)').matches") == (scheme == "dark")
     assert browser.ask("luminance(ground(document.body)) < 0.05") == (scheme == "dark")
-    for probe in ("sidewaysOverflow", "emptySections", "badLabels", "faintText", "faintLines", "deafBoxes", "silentPlots"):
+    for probe in (
+        "sidewaysOverflow",
+        "emptySections",
+        "badLabels",
+        "faintText",
+        "faintLines",
+        "deafBoxes",
+        "silentPlots",
+    ):
         assert browser.ask(f"{probe}()") == [], probe
     assert browser.ask("all('main > section').length") >= 6
     assert browser.ask("all('svg').length") == {"full": 8, "old": 4, "compressed": 7}[name]
@@ -87,22 +105,31 @@ def test_the_keyboard_reaches_every_link_and_table(browser, pages):
     reached = []
     for _ in range(30):
         ActionChains(browser.driver).send_keys(Keys.TAB).perform()
-        reached.append(browser.ask("document.activeElement.getAttribute('href') || document.activeElement.ariaLabel"))
+        reached.append(
+            browser.ask("document.activeElement.getAttribute('href') || document.activeElement.ariaLabel")
+        )
     assert reached[0] == "#main"
-    assert set(browser.ask("all('a, .scroll').map((e) => e.getAttribute('href') || e.ariaLabel)")) <= set(reached)
+    assert set(browser.ask("all('a, .scroll').map((e) => e.getAttribute('href') || e.ariaLabel)")) <= set(
+        reached
+    )
     assert browser.ask("all('nav a').every((e) => document.getElementById(e.hash.slice(1)))")
 
 
 def test_paper_is_white_and_shows_whole_tables(browser, pages):
     browser.open(pages["full"], 700, "dark", media="print")  # A4 within its margins
     assert browser.ask("luminance(ground(document.body))") > 0.9 and browser.ask("faintText()") == []
-    assert browser.ask("all('.scroll').every((e) => e.scrollHeight <= e.clientHeight && e.scrollWidth <= e.clientWidth)")
+    assert browser.ask(
+        "all('.scroll').every((e) => e.scrollHeight <= e.clientHeight && e.scrollWidth <= e.clientWidth)"
+    )
     assert browser.ask("sidewaysOverflow()") == [] and browser.ask("badLabels()") == []
     assert not browser.ask("document.querySelector('nav').checkVisibility()")
 
 
 DAMAGE = {
-    "sidewaysOverflow": ("</main>", "<p style='width: 3000px; max-width: none'>far too wide a line</p></main>"),
+    "sidewaysOverflow": (
+        "</main>",
+        "<p style='width: 3000px; max-width: none'>far too wide a line</p></main>",
+    ),
     "emptySections": ("</main>", "<section id='hollow'></section></main>"),
     "badLabels": ("</text>", " and far too long a label for its place</text>"),
     "faintText": ("</main>", "<p style='color: #888'>hardly readable</p></main>"),
@@ -123,7 +150,9 @@ def test_a_probe_finds_the_damage_that_it_is_for(browser, tmp_path, probe):
 
 
 def test_a_request_would_be_stopped_and_noticed(browser, tmp_path):
-    damaged = render_page(full_report()).replace("</main>", "<img src='http://127.0.0.1:9/pixel.png' alt=''></main>")
+    damaged = render_page(full_report()).replace(
+        "</main>", "<img src='http://127.0.0.1:9/pixel.png' alt=''></main>"
+    )
     (tmp_path / "damaged.html").write_text(damaged, encoding="utf-8")
     browser.open(tmp_path / "damaged.html", DESKTOP, "light")
     assert any("Content Security Policy" in line for line in browser.complaints())

@@ -24,7 +24,8 @@ from tests.conftest import ROOT
 from tests.letters import write_text
 
 GB = 10**9
-# Parameters of one layer of Llama-3.1-8B: the MLP, four attention matrices (keys and values a quarter), two norms.
+# Parameters of one layer of Llama-3.1-8B: the MLP, four attention matrices (keys and values a quarter), two
+# norms.
 LAYER_8B = 3 * 4096 * 14336 + 4096 * 4096 * 5 // 2 + 2 * 4096
 
 
@@ -58,17 +59,31 @@ def test_what_lies_in_files_is_written_without_a_copy(tmp_path):
 
 
 def test_llama_8b_is_planned_as_scale_md_says_far_below_16_gb():
-    tokens = {"calibration_tokens": 98304, "metric_tokens": 16384, "measured_tokens": 8192, "judge_tokens": 8192}
+    tokens = {
+        "calibration_tokens": 98304,
+        "metric_tokens": 16384,
+        "measured_tokens": 8192,
+        "judge_tokens": 8192,
+    }
     full = Footprint(LLAMA_8B, LAYER_8B, VOCABULARY, window=1024, **tokens)
     found = {name: round(size / GB, 1) for name, size in full.stages().items()}
-    assert found == {"backward pass": 4.7, "statistics": 6.5, "factors": 8.2, "measured gains": 5.8, "pivots": 6.1, "quality": 5.2}
+    assert found == {
+        "backward pass": 4.7,
+        "statistics": 6.5,
+        "factors": 8.2,
+        "measured gains": 5.8,
+        "pivots": 6.1,
+        "quality": 5.2,
+    }
 
 
 def test_a_machine_that_is_too_small_is_refused(tmp_path, monkeypatch):
     write_sharded(tmp_path / "dense", MLPShape(512, 640, 1), vocabulary=128)
     monkeypatch.setattr("neuronmlp_plugin.compressor.plan.physical_bytes", lambda: 2**28)
     with pytest.raises(UsageError, match=r"dense: expected a machine with .* GiB of memory, found 0\.2 GiB"):
-        make_plan(Settings(tmp_path / "dense", tmp_path / "out", None, 0.2, method="plain", allocation="uniform"))
+        make_plan(
+            Settings(tmp_path / "dense", tmp_path / "out", None, 0.2, method="plain", allocation="uniform")
+        )
 
 
 def check_peak(home: pathlib.Path, shape: MLPShape, bound: int, sizes: dict[str, int]) -> None:
@@ -77,7 +92,19 @@ def check_peak(home: pathlib.Path, shape: MLPShape, bound: int, sizes: dict[str,
     text = write_text(home / "text.jsonl", int(1.3 * sum(sizes.values())))
     plan = make_plan(Settings(model, home / "out", text, 0.2, allocation="measured", **sizes))
     options = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
-    run = [sys.executable, "-m", "neuronmlp_plugin.cli", "compress", model, "--out", home / "out", "--text", text, "--remove=0.2", *options]
+    run = [
+        sys.executable,
+        "-m",
+        "neuronmlp_plugin.cli",
+        "compress",
+        model,
+        "--out",
+        home / "out",
+        "--text",
+        text,
+        "--remove=0.2",
+        *options,
+    ]
     peak = peak_rss_bytes([str(word) for word in run], cwd=ROOT)
     print(f"H {shape.hidden_size}: peak {peak / GB:.2f} GB, planned {plan.memory_bytes / GB:.2f} GB")
     assert (home / "out" / "config.json").is_file()
@@ -88,7 +115,9 @@ def check_peak(home: pathlib.Path, shape: MLPShape, bound: int, sizes: dict[str,
 @pytest.mark.slow
 def test_a_quarter_of_8b_takes_a_quarter_of_the_memory(tmp_path):
     shape = dataclasses.replace(LLAMA_8B, hidden_size=1024, intermediate_size=3584, num_layers=2)
-    check_peak(tmp_path, shape, 4 * GB, {"tokens": 7168, "metric_tokens": 1024, "judge_tokens": 1024, "samples": 2})
+    check_peak(
+        tmp_path, shape, 4 * GB, {"tokens": 7168, "metric_tokens": 1024, "judge_tokens": 1024, "samples": 2}
+    )
 
 
 @pytest.mark.large
@@ -96,4 +125,6 @@ def test_a_quarter_of_8b_takes_a_quarter_of_the_memory(tmp_path):
 def test_two_layers_of_8b_stay_below_16_gb(tmp_path):
     """The fewest tokens that the plan allows (twice I); their number adds 16 KB each, which the plan counts."""
     shape = dataclasses.replace(LLAMA_8B, num_layers=2)
-    check_peak(tmp_path, shape, 16 * GB, {"tokens": 28672, "metric_tokens": 4096, "judge_tokens": 2048, "samples": 2})
+    check_peak(
+        tmp_path, shape, 16 * GB, {"tokens": 28672, "metric_tokens": 4096, "judge_tokens": 2048, "samples": 2}
+    )

@@ -1,4 +1,6 @@
-"""A quality in place of a size: what is parsed, what is searched, and that a report never claims more than the stored folder does."""
+"""A quality in place of a size: what is parsed, what is searched, and that a report never claims more than
+the stored folder does.
+"""
 
 from __future__ import annotations
 
@@ -26,22 +28,33 @@ def asked(home, **changes):  # noqa: F811
 
 @pytest.mark.parametrize(
     ("text", "metric", "bound"),
-    [("ppl+2%", "perplexity_ratio", 1.02), ("kl < 0.05", "kl_divergence", 0.05), ("top1>95%", "top1_agreement", 0.95)],
+    [
+        ("ppl+2%", "perplexity_ratio", 1.02),
+        ("kl < 0.05", "kl_divergence", 0.05),
+        ("top1>95%", "top1_agreement", 0.95),
+    ],
 )
 def test_targets_are_understood(text, metric, bound):
     target = parse_target(text)
     assert target.metric == metric and target.bound == pytest.approx(bound)
 
 
-@pytest.mark.parametrize("text", ["", "ppl", "ppl+0%", "ppl-2%", "ppl+2", "kl<0", "kl>0.1", "top1>100%", "top1>0%", "top1<95%", "ppl+2%%"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "ppl", "ppl+0%", "ppl-2%", "ppl+2", "kl<0", "kl>0.1", "top1>100%", "top1>0%", "top1<95%", "ppl+2%%"],
+)
 def test_what_bounds_nothing_is_refused(text):
     with pytest.raises(UsageError, match="--target: expected"):
         parse_target(text)
 
 
 def test_agreement_is_met_from_above_and_the_others_from_below():
-    assert parse_target("top1>90%").met({"top1_agreement": 0.91}) and not parse_target("top1>90%").met({"top1_agreement": 0.89})
-    assert parse_target("kl<0.1").met({"kl_divergence": 0.09}) and not parse_target("kl<0.1").met({"kl_divergence": 0.11})
+    assert parse_target("top1>90%").met({"top1_agreement": 0.91}) and not parse_target("top1>90%").met(
+        {"top1_agreement": 0.89}
+    )
+    assert parse_target("kl<0.1").met({"kl_divergence": 0.09}) and not parse_target("kl<0.1").met(
+        {"kl_divergence": 0.11}
+    )
 
 
 @pytest.mark.parametrize("bound", range(0, 12))
@@ -93,7 +106,9 @@ def test_a_probe_is_the_model_that_is_stored(home):  # noqa: F811
 
 
 def test_stored_tensors_that_miss_are_not_reported_as_met(home, monkeypatch):  # noqa: F811
-    """Rounding made worse on purpose: the first folder misses, the one that is kept is smaller a cut and meets."""
+    """Rounding made worse on purpose: the first folder misses, the one that is kept is smaller a cut and
+    meets.
+    """
     first = compress(asked(home, out=home / "first"), QUIET)
     real, judged = run_module._judge, []
 
@@ -145,7 +160,10 @@ def test_a_form_that_can_take_nothing_away_says_so(home):  # noqa: F811
         ({"remove": None}, "found none; give exactly one"),
         ({"remove": None, "target": TARGET, "judge_tokens": 0}, "--target: expected text to judge on"),
         ({"remove": None, "faster": 0.9}, "--faster: expected a factor above 1"),
-        ({"remove": None, "faster": 1.1, "method": "whitened", "allocation": "uniform"}, "--faster: expected --allocation global"),
+        (
+            {"remove": None, "faster": 1.1, "method": "whitened", "allocation": "uniform"},
+            "--faster: expected --allocation global",
+        ),
     ],
 )
 def test_sizes_that_contradict_each_other_are_refused(home, changes, message):  # noqa: F811
@@ -155,4 +173,7 @@ def test_sizes_that_contradict_each_other_are_refused(home, changes, message):  
 
 def test_the_plan_says_what_will_happen(home):  # noqa: F811
     assert "as much as keeps kl<0.02" in dict(asked(home).rows())["take away"]
-    assert "1.1 times faster in decode, simulated" in dict(asked(home, target=None, faster=1.1).rows())["take away"]
+    assert (
+        "1.1 times faster in decode, simulated"
+        in dict(asked(home, target=None, faster=1.1).rows())["take away"]
+    )

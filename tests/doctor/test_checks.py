@@ -14,7 +14,13 @@ from neuronmlp_plugin.doctor.environment import Environment, numbers, observe
 from neuronmlp_plugin.doctor.stacks import STACKS, stack_of
 
 TRN1 = Environment(
-    versions={"neuronmlp": "0.1.0", "vllm": "0.13.0", "vllm-neuron": "0.4.1", "neuronx-distributed-inference": "0.8.16251", "nki": "0.2.0"},
+    versions={
+        "neuronmlp": "0.1.0",
+        "vllm": "0.13.0",
+        "vllm-neuron": "0.4.1",
+        "neuronx-distributed-inference": "0.8.16251",
+        "nki": "0.2.0",
+    },
     modules=("neuronmlp_plugin", "neuronx_distributed_inference", "nki", "vllm", "vllm_neuron"),
     plugins={"vllm.general_plugins": ("neuronmlp",), "vllm.platform_plugins": ("neuron",)},
     variables={"NEURON_COMPILED_ARTIFACTS": "/nonexistent/artifacts"},
@@ -22,12 +28,18 @@ TRN1 = Environment(
     instance="trn1.2xlarge",
 )
 CPU = Environment(
-    {"vllm": "0.32.0"}, ("vllm",), {"vllm.general_plugins": ("neuronmlp",)}, {"VLLM_CPU_KVCACHE_SPACE": "1"}, compiler="/usr/bin/cc"
+    {"vllm": "0.32.0"},
+    ("vllm",),
+    {"vllm.general_plugins": ("neuronmlp",)},
+    {"VLLM_CPU_KVCACHE_SPACE": "1"},
+    compiler="/usr/bin/cc",
 )
 
 
 def change(base: Environment, **fields) -> Environment:
-    return dataclasses.replace(base, **{n: {**getattr(base, n), **v} if isinstance(v, dict) else v for n, v in fields.items()})
+    return dataclasses.replace(
+        base, **{n: {**getattr(base, n), **v} if isinstance(v, dict) else v for n, v in fields.items()}
+    )
 
 
 def problems(environment: Environment) -> list[str]:
@@ -50,18 +62,31 @@ def test_a_sound_machine_has_no_problem(environment):
         (change(TRN1, variables={"VLLM_PLUGINS": "neuron"}), "VLLM_PLUGINS=neuron filters out neuronmlp"),
         (change(TRN1, variables={"VLLM_PLUGINS": "neuronmlp"}), "VLLM_PLUGINS=neuronmlp filters out neuron"),
         (dataclasses.replace(CPU, compiler=""), "no C compiler"),
-        (change(TRN1, plugins={"vllm.platform_plugins": ("neuron", "optimum_neuron")}), "one platform plugin"),
+        (
+            change(TRN1, plugins={"vllm.platform_plugins": ("neuron", "optimum_neuron")}),
+            "one platform plugin",
+        ),
         (change(TRN1, devices=()), "no /dev/neuron*"),
         (change(TRN1, versions={"vllm": "0.16.0"}), "does not belong to SDK 2.28"),
         (
-            change(TRN1, versions={"neuronx-distributed-inference": "0.9.17334", "nki": "0.3.0", "vllm": "0.16.0", "vllm-neuron": "0.5.0"}),
+            change(
+                TRN1,
+                versions={
+                    "neuronx-distributed-inference": "0.9.17334",
+                    "nki": "0.3.0",
+                    "vllm": "0.16.0",
+                    "vllm-neuron": "0.5.0",
+                },
+            ),
             "trn2 and later",
         ),
         (change(TRN1, versions={"neuronx-distributed-inference": "0.5.1"}), "none that we know"),
         (change(TRN1, versions={"vllm-neuron": "0.24.0.1.1.0"}), "its own models"),
         (change(TRN1, modules=("vllm", "vllm_neuron")), "NxD Inference is not"),
         (
-            change(TRN1, versions={"vllm-neuron": "0.2.0"}, variables={"NEURON_ON_DEVICE_SAMPLING_DISABLED": "1"}),
+            change(
+                TRN1, versions={"vllm-neuron": "0.2.0"}, variables={"NEURON_ON_DEVICE_SAMPLING_DISABLED": "1"}
+            ),
             "NEURON_ON_DEVICE_SAMPLING_DISABLED",
         ),
     ],
@@ -105,6 +130,8 @@ def test_the_command_looks_at_this_machine(as_json, capsys):
     findings = examine(observe())
     assert code == int(any(finding.severity == PROBLEM for finding in findings))
     if as_json:
-        assert [finding["what"] for finding in json.loads(printed)["findings"]] == [finding.what for finding in findings]
+        assert [finding["what"] for finding in json.loads(printed)["findings"]] == [
+            finding.what for finding in findings
+        ]
     else:
         assert "python" in printed and all(finding.fix in printed for finding in findings)

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import HealthCheck, given, reject, settings
 
 from neuronmlp_plugin.errors import UsageError
-from neuronmlp_plugin.lowrank.allocate import Curve, allocate, cost, most_removable, rank_for_share, uniform_ranks
+from neuronmlp_plugin.lowrank.allocate import (
+    Curve,
+    allocate,
+    cost,
+    most_removable,
+    rank_for_share,
+    uniform_ranks,
+)
 
 
 def curve(out: int, n_in: int, decay: float, weight: float = 1.0) -> Curve:
@@ -17,7 +24,10 @@ def curve(out: int, n_in: int, decay: float, weight: float = 1.0) -> Curve:
 
 
 def spent(curves, ranks, form) -> int:
-    return sum(c.dense_cost if r is None else cost(r, c.in_features, c.out_features, form) for c, r in zip(curves, ranks, strict=True))
+    return sum(
+        c.dense_cost if r is None else cost(r, c.in_features, c.out_features, form)
+        for c, r in zip(curves, ranks, strict=True)
+    )
 
 
 def loss(curves, ranks) -> float:
@@ -48,8 +58,13 @@ def test_small_removals_leave_most_matrices_dense_in_uv_form():
     assert sum(r is None for r in ranks) > len(CURVES) / 2
 
 
-@given(st.lists(st.tuples(st.floats(0.005, 0.3), st.floats(0.1, 10)), min_size=3, max_size=3), st.floats(0.05, 0.4))
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.filter_too_much])  # 7 draws in 10 miss the 0.5 %
+@given(
+    st.lists(st.tuples(st.floats(0.005, 0.3), st.floats(0.1, 10)), min_size=3, max_size=3),
+    st.floats(0.05, 0.4),
+)
+@settings(
+    deadline=None, max_examples=30, suppress_health_check=[HealthCheck.filter_too_much]
+)  # 7 draws in 10 miss the 0.5 %
 def test_allocation_is_close_to_the_best_of_all_choices(shapes, removed):
     curves = [curve(24, 16, decay, weight) for decay, weight in shapes]
     keep = 1 - removed
@@ -59,7 +74,9 @@ def test_allocation_is_close_to_the_best_of_all_choices(shapes, removed):
         reject()
     choices = [[None, *range(4, 16)] for _ in curves]
     budget = keep * sum(c.dense_cost for c in curves)
-    best = min(loss(curves, pick) for pick in itertools.product(*choices) if spent(curves, pick, "compact") <= budget)
+    best = min(
+        loss(curves, pick) for pick in itertools.product(*choices) if spent(curves, pick, "compact") <= budget
+    )
     # A greedy fill on a knapsack is not exact: it may lose what one step of one matrix is worth.
     step = max(float(np.max(-np.diff(c.tail[4:]))) for c in curves)
     assert loss(curves, ranks) <= best + 2 * step + 1e-9

@@ -1,4 +1,6 @@
-"""What the factorisation claims: its loss is what it predicts, no other of its rank is better, and nothing singular stops it."""
+"""What the factorisation claims: its loss is what it predicts, no other of its rank is better, and nothing
+singular stops it.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def test_no_perturbation_of_the_same_rank_is_better(size, rank, seed):
     first, second = decompose(weight, x.T @ x / len(x)).truncate(rank)
     best = output_loss(weight, first, second, x)
     moment = x.T @ x / len(x)
-    refit = torch.linalg.solve(first @ moment @ first.T, (weight @ moment @ first.T).T).T  # the best partner that `first` can have
+    refit = torch.linalg.solve(
+        first @ moment @ first.T, (weight @ moment @ first.T).T
+    ).T  # the best partner that `first` can have
     assert output_loss(weight, first, refit, x) >= best * (1 - 1e-3)
     g = torch.Generator().manual_seed(seed)
     for step in (1e-2, 1e-1):

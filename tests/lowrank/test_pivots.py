@@ -8,11 +8,15 @@ from neuronmlp_plugin.lowrank.pivots import common_order, pivot_inputs, pivot_ou
 
 def factors(out: int, rank: int, n_in: int, seed: int = 0):
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(rank, n_in, generator=g, dtype=torch.float64), torch.randn(out, rank, generator=g, dtype=torch.float64)
+    return torch.randn(rank, n_in, generator=g, dtype=torch.float64), torch.randn(
+        out, rank, generator=g, dtype=torch.float64
+    )
 
 
 def plain_greedy(bases) -> list[int]:
-    """One row at a time: the largest summed log residual norm over the bases that still need pivots, then deflate them all."""
+    """One row at a time: the largest summed log residual norm over the bases that still need pivots, then
+    deflate them all.
+    """
     qs = [torch.linalg.qr(b.double()).Q for b in bases]
     left, taken, order = [q.clone() for q in qs], [0] * len(qs), []
     while any(t < b.shape[1] for t, b in zip(taken, bases, strict=True)):

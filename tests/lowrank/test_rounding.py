@@ -30,7 +30,9 @@ def plain(weight, step):
 
 def test_under_a_diagonal_gram_it_is_plain_rounding():
     weight, step, _ = case()
-    assert torch.equal(round_under(weight, step, torch.diag(torch.rand(90) + 0.1), LIMIT), plain(weight, step))
+    assert torch.equal(
+        round_under(weight, step, torch.diag(torch.rand(90) + 0.1), LIMIT), plain(weight, step)
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -53,13 +55,18 @@ def test_steps_may_go_with_the_columns_and_be_zero():
     weight[:, 3] = 0
     step = weight.abs().amax(0) / LIMIT
     q = round_under(weight, step, gram, LIMIT)
-    assert loss(weight, q * step, gram) < loss(weight, (weight / step.where(step > 0, 1.0)).round() * step, gram)
+    assert loss(weight, q * step, gram) < loss(
+        weight, (weight / step.where(step > 0, 1.0)).round() * step, gram
+    )
 
 
 @pytest.mark.parametrize("pivoted", [False, True])
 def test_refit_is_the_least_squares_solution(pivoted):
     generator = torch.Generator().manual_seed(0)
-    first, second = torch.randn(9, 30, generator=generator).double(), torch.randn(20, 9, generator=generator).double()
+    first, second = (
+        torch.randn(9, 30, generator=generator).double(),
+        torch.randn(20, 9, generator=generator).double(),
+    )
     moved = first + 0.1 * torch.randn(9, 30, generator=generator)
     unit = torch.eye(9, dtype=torch.float64)
     before, after = (torch.cat((unit, f), 1) if pivoted else f for f in (first, moved))

@@ -16,10 +16,15 @@ MIXES = list(itertools.product(FORMS, repeat=3))
 
 
 def mix_specs(mix: tuple[str, ...]) -> dict[str, ProjectionSpec]:
-    return {p: ProjectionSpec(form, None if form == "dense" else RANKS[p]) for p, form in zip(PROJECTIONS, mix, strict=True)}
+    return {
+        p: ProjectionSpec(form, None if form == "dense" else RANKS[p])
+        for p, form in zip(PROJECTIONS, mix, strict=True)
+    }
 
 
-def random_modules(specs: dict[str, ProjectionSpec], shape: MLPShape = SHAPE, seed: int = 0) -> dict[str, torch.nn.Module]:
+def random_modules(
+    specs: dict[str, ProjectionSpec], shape: MLPShape = SHAPE, seed: int = 0
+) -> dict[str, torch.nn.Module]:
     torch.manual_seed(seed)
     return {p: build_linear(p, spec, shape) for p, spec in specs.items()}
 

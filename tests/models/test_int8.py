@@ -43,9 +43,12 @@ def test_a_scale_a_channel_keeps_the_small_channels_that_one_for_the_matrix_lose
     weight = weight / weight.abs().amax(dim=1, keepdim=True) * torch.logspace(0, -3, rows)[:, None]
     step = weight.abs().max() / LIMIT
     by_channel, whole = [
-        (weight - other).norm(dim=1) / weight.norm(dim=1) for other in (dequantize(*quantize(weight)), (weight / step).round() * step)
+        (weight - other).norm(dim=1) / weight.norm(dim=1)
+        for other in (dequantize(*quantize(weight)), (weight / step).round() * step)
     ]
-    assert by_channel.max() < 0.5 * columns**0.5 / LIMIT  # half a step everywhere, against at least the largest element
+    assert (
+        by_channel.max() < 0.5 * columns**0.5 / LIMIT
+    )  # half a step everywhere, against at least the largest element
     assert whole[-1] == 1.0
 
 

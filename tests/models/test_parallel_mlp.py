@@ -19,7 +19,9 @@ def rank_output(specs, modules, x, collectives: Collectives, scheme: str) -> tor
     tp, rank = collectives.size, collectives.rank
     shards = [shard_gate_up(specs[p], weights[p], tp, rank, scheme) for p in ("gate_proj", "up_proj")]
     gate, up = GateUp(shards, SHAPE.intermediate_size, collectives, scheme)(x).chunk(2, dim=-1)
-    partial = Down(shard_down(specs["down_proj"], weights["down_proj"], tp, rank, scheme), collectives, scheme)(F.silu(gate) * up)
+    partial = Down(
+        shard_down(specs["down_proj"], weights["down_proj"], tp, rank, scheme), collectives, scheme
+    )(F.silu(gate) * up)
     return collectives.all_reduce(partial)
 
 
@@ -41,7 +43,9 @@ def collectives_of(scheme: str) -> list[tuple[str, int]]:
     specs = mix_specs(("compact", "uv", "compact"))
     modules = random_modules(specs)
     group = ThreadGroup(2)
-    group.run(lambda c: torch.no_grad()(rank_output)(specs, modules, torch.randn(5, SHAPE.hidden_size), c, scheme))
+    group.run(
+        lambda c: torch.no_grad()(rank_output)(specs, modules, torch.randn(5, SHAPE.hidden_size), c, scheme)
+    )
     return group.log
 
 

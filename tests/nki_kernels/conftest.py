@@ -2,7 +2,9 @@ import os
 
 import pytest
 
-os.environ.setdefault("NEURON_PLATFORM_TARGET_OVERRIDE", "trn1")  # the vendor's simulator is one of trn3 unless told before it is imported
+os.environ.setdefault(
+    "NEURON_PLATFORM_TARGET_OVERRIDE", "trn1"
+)  # the vendor's simulator is one of trn3 unless told before it is imported
 
 from nki_kernels.backend import HAS_NKI
 

@@ -25,19 +25,30 @@ def inputs(case: MLPCase, seed: int = 1) -> tuple[np.ndarray, np.ndarray, np.nda
 
 def plan_case(case: MLPCase) -> Plan:
     plan = plan_mlp(
-        case.hidden, case.intermediate, case.projections, case.tokens, DTYPES[case.dtype], EPS if case.norm else None, case.residual
+        case.hidden,
+        case.intermediate,
+        case.projections,
+        case.tokens,
+        DTYPES[case.dtype],
+        EPS if case.norm else None,
+        case.residual,
     )
     assert isinstance(plan, Plan), plan
     return plan
 
 
-def run_svd_mlp(case: MLPCase, plan: Plan | None = None, weights: Weights | None = None, **options) -> tuple[np.ndarray, np.ndarray]:
+def run_svd_mlp(
+    case: MLPCase, plan: Plan | None = None, weights: Weights | None = None, **options
+) -> tuple[np.ndarray, np.ndarray]:
     """(kernel's y, reference's y); `options` go to our simulator."""
     weights = random_weights(case) if weights is None else weights
     plan = plan_case(case) if plan is None else plan
     x, norm_weight, residual = inputs(case)
     packed = pack(plan.layout, factors_by_name(weights))
-    arguments = {"norm_weight": pack_norm(norm_weight) if case.norm else None, "residual": residual if case.residual else None}
+    arguments = {
+        "norm_weight": pack_norm(norm_weight) if case.norm else None,
+        "residual": residual if case.residual else None,
+    }
     found = simulate(svd_mlp, **options)(x, packed, plan, **arguments)
     norm = (norm_weight, EPS) if case.norm else None
     return found, reference.svd_mlp(x, weights, norm, residual if case.residual else None)

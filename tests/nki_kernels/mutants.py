@@ -1,4 +1,6 @@
-"""Deliberate mistakes in correct kernels, by hand and by rule, and the machinery that puts one in place and takes it out again."""
+"""Deliberate mistakes in correct kernels, by hand and by rule, and the machinery that puts one in place and
+takes it out again.
+"""
 
 from __future__ import annotations
 
@@ -42,13 +44,38 @@ BY_HAND = (
         "source[0:rows, k, start : start + width], i == 0",
         "source[0:rows, max(0, k - 1), start : start + width], i == 0",
     ),
-    ("products", "stale token offset", "source[0:rows, k, start : start + width], i == 0", "source[0:rows, k, 0:width], i == 0"),
-    ("products", "last row tile read whole", "block = stream.take(cols)[0:rows, :] if stored", "block = stream.take(cols) if stored"),
-    ("products", "one row too few", "rows, stored = blocks[i]", "rows, stored = blocks[i]; rows = max(1, rows - 1)"),
+    (
+        "products",
+        "stale token offset",
+        "source[0:rows, k, start : start + width], i == 0",
+        "source[0:rows, k, 0:width], i == 0",
+    ),
+    (
+        "products",
+        "last row tile read whole",
+        "block = stream.take(cols)[0:rows, :] if stored",
+        "block = stream.take(cols) if stored",
+    ),
+    (
+        "products",
+        "one row too few",
+        "rows, stored = blocks[i]",
+        "rows, stored = blocks[i]; rows = max(1, rows - 1)",
+    ),
     ("products", "last block left out", "range(len(blocks))", "range(max(1, len(blocks) - 1))"),
     ("products", "first test of natural sums on the wrong index", "block, k == 0", "block, j == 0"),
-    ("products", "natural token offset", "source[0:rows, k, start : start + size]", "source[0:rows, k, 0:size]"),
-    ("products", "pivots read from the wrong row tile", "k, rows, _stored = matrix.blocks(n)[0]", "k, rows, _stored = matrix.blocks(0)[0]"),
+    (
+        "products",
+        "natural token offset",
+        "source[0:rows, k, start : start + size]",
+        "source[0:rows, k, 0:size]",
+    ),
+    (
+        "products",
+        "pivots read from the wrong row tile",
+        "k, rows, _stored = matrix.blocks(n)[0]",
+        "k, rows, _stored = matrix.blocks(0)[0]",
+    ),
     (
         "products",
         "result column tile off by one",
@@ -57,7 +84,12 @@ BY_HAND = (
     ),
     ("stream", "next block starts late", "self.position += cols", "self.position += cols + 1"),
     ("stream", "a stale slot is trusted", "if self.held[slot] != self.chunk", "if self.held[slot] < 0"),
-    ("stream", "chunk read short", "self.bounds[self.chunk + 1] - start", "self.bounds[self.chunk + 1] - start - 1"),
+    (
+        "stream",
+        "chunk read short",
+        "self.bounds[self.chunk + 1] - start",
+        "self.bounds[self.chunk + 1] - start - 1",
+    ),
     (
         "stream",
         "chunk read from one column further",
@@ -73,10 +105,20 @@ BY_HAND = (
         "self.sums[turn % 2][0:tokens, :]\n",
         "self.sums[turn % 2][0:tokens, :]; row = row if turn == 0 else scratch\n",
     ),
-    ("load", "norm weight of the wrong channels", "weight[0:rows, first + j : first + j + 1]", "weight[0:rows, first : first + 1]"),
+    (
+        "load",
+        "norm weight of the wrong channels",
+        "weight[0:rows, first + j : first + j + 1]",
+        "weight[0:rows, first : first + 1]",
+    ),
     ("load", "norm weight forgotten", "if len(norms) == 0", "if True"),
     ("load", "raw tile instead of the normalised one", "row = rows[0:size, 2, :]\n", "pass\n"),
-    ("load", "token tile at the wrong place", "dst[:, :, start : start + size], row, norms", "dst[:, :, 0:size], row, norms"),
+    (
+        "load",
+        "token tile at the wrong place",
+        "dst[:, :, start : start + size], row, norms",
+        "dst[:, :, 0:size], row, norms",
+    ),
     (
         "load",
         "block loaded from the first token",
@@ -85,7 +127,12 @@ BY_HAND = (
     ),
     ("load", "ragged features dropped", "if left:", "if False:"),
     ("load", "transposes into one place", "dst=bank[:, j, :], data=row", "dst=bank[:, 0, :], data=row"),
-    ("load", "transpose reads its neighbour", "(first + j) * PMAX : (first + j + 1) * PMAX", "first * PMAX : (first + 1) * PMAX"),
+    (
+        "load",
+        "transpose reads its neighbour",
+        "(first + j) * PMAX : (first + j + 1) * PMAX",
+        "first * PMAX : (first + 1) * PMAX",
+    ),
     ("stages", "gate and up swapped", "op=nl.silu, data=gate[j]", "op=nl.silu, data=up[j]"),
     ("stages", "no activation", "op=nl.silu, data=gate[j]", "op=nl.copy, data=gate[j]"),
     ("stages", "sum instead of product", "data2=up[j], op=nl.multiply", "data2=up[j], op=nl.add"),
@@ -112,11 +159,26 @@ BY_HAND = (
         "hbm[first_token + start : first_token + start + size, first_col",
         "hbm[start : start + size, first_col",
     ),
-    ("stages", "z of up over z of gate", "plan.gate_z_tiles * plan.block_tokens, plan.up_z_tiles", "0, plan.up_z_tiles"),
-    ("stages", "h over x", "self.tiles(self.wide, plan.h_offset, plan.h_tiles)", "self.tiles(self.wide, 0, plan.h_tiles)"),
+    (
+        "stages",
+        "z of up over z of gate",
+        "plan.gate_z_tiles * plan.block_tokens, plan.up_z_tiles",
+        "0, plan.up_z_tiles",
+    ),
+    (
+        "stages",
+        "h over x",
+        "self.tiles(self.wide, plan.h_offset, plan.h_tiles)",
+        "self.tiles(self.wide, 0, plan.h_tiles)",
+    ),
     ("stages", "raw rows over x", "at = self.plan.input_offset", "at = 0"),
     ("load", "shares of two cores swapped", "at = r * stride + base", "at = (1 - r) * stride + base"),
-    ("load", "shares of two projections mixed", "base, slots, stride = share", "base, slots, stride = 0, share[1], share[2]"),
+    (
+        "load",
+        "shares of two projections mixed",
+        "base, slots, stride = share",
+        "base, slots, stride = 0, share[1], share[2]",
+    ),
     ("load", "gathered rows across a tile edge", "min(end - row, PMAX - partition)", "min(end - row, PMAX)"),
     (
         "load",
@@ -140,7 +202,9 @@ BY_HAND = (
 )
 MODULES = ("products", "stream", "load", "stages", "svd_mlp", "sharded")
 # Changes by rule that no run can tell from the original -> why they are no mistakes.
-TURNS = "two turns are there to overlap one tile's use with the next one's making; in program order one will do"
+TURNS = (
+    "two turns are there to overlap one tile's use with the next one's making; in program order one will do"
+)
 ALWAYS_STORED = "an identity lies behind the weights, so its place is never 0"
 NO_SLOTS = "without slots the loop over a share's rows does nothing"
 EQUIVALENT: dict[str, str] = {
@@ -173,7 +237,14 @@ def by_hand() -> Iterator[Mutant]:
 
 
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv}
-COMPARE = {ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.LtE: ast.Lt}
+COMPARE = {
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Lt: ast.LtE,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.LtE: ast.Lt,
+}
 
 
 def by_rule(module: str) -> Iterator[Mutant]:
@@ -196,7 +267,12 @@ def by_rule(module: str) -> Iterator[Mutant]:
 
 def _mutations(node: ast.AST) -> list:
     if isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
-        return [(f"{type(node.op).__name__} -> {SWAPS[type(node.op)].__name__}", lambda n: setattr(n, "op", SWAPS[type(n.op)]()))]
+        return [
+            (
+                f"{type(node.op).__name__} -> {SWAPS[type(node.op)].__name__}",
+                lambda n: setattr(n, "op", SWAPS[type(n.op)]()),
+            )
+        ]
     if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARE:
         return [
             (
@@ -229,5 +305,9 @@ def in_place(mutant: Mutant) -> Iterator[None]:
 
 
 def _classes(module: types.ModuleType, namespace: dict) -> list:
-    own = [name for name, value in vars(module).items() if isinstance(value, type) and value.__module__ == module.__name__]
+    own = [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, type) and value.__module__ == module.__name__
+    ]
     return [(vars(getattr(module, name)), vars(namespace[name])) for name in own]

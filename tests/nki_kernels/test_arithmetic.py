@@ -1,4 +1,6 @@
-"""What each modelled instruction computes, against numpy written out by hand; rounding and element types included."""
+"""What each modelled instruction computes, against numpy written out by hand; rounding and element types
+included.
+"""
 
 import ml_dtypes
 import numpy as np
@@ -54,7 +56,10 @@ VALUES = {
     "add": (lambda d, a: nisa.tensor_tensor(d, a, a, nl.add), A + A),
     "subtract a number": (lambda d, a: nisa.tensor_scalar(d, a, nl.subtract, 2.0), A - 2),
     "subtract from a number": (lambda d, a: nisa.tensor_scalar(d, a, nl.subtract, 2.0, reverse0=True), 2 - A),
-    "two steps": (lambda d, a: nisa.tensor_scalar(d, a, nl.multiply, 3.0, False, nl.subtract, 1.0, True), 1 - 3 * A),
+    "two steps": (
+        lambda d, a: nisa.tensor_scalar(d, a, nl.multiply, 3.0, False, nl.subtract, 1.0, True),
+        1 - 3 * A,
+    ),
     "maximum": (lambda d, a: nisa.tensor_scalar(d, a, nl.maximum, 0.25), np.maximum(A, 0.25)),
     "memset": (lambda d, a: nisa.memset(d, 1.5), np.full_like(A, 1.5)),
     "copy on GpSimd": (lambda d, a: nisa.tensor_copy(d, a, engine=nisa.engine.gpsimd), A),
@@ -77,7 +82,9 @@ def test_columns_scale_and_bias_each_partition():
 def test_fused_scalar_tensor():
     found = compute(lambda d, a, b: nisa.scalar_tensor_tensor(d, a, nl.multiply, 2.0, nl.subtract, b), A, B)
     np.testing.assert_allclose(found, 2 * A - B, rtol=1e-6)
-    found = compute(lambda d, a, b: nisa.scalar_tensor_tensor(d, a, nl.subtract, 2.0, nl.subtract, b, True, True), A, B)
+    found = compute(
+        lambda d, a, b: nisa.scalar_tensor_tensor(d, a, nl.subtract, 2.0, nl.subtract, b, True, True), A, B
+    )
     np.testing.assert_allclose(found, B - (2 - A), rtol=1e-5, atol=1e-6)
 
 
@@ -85,15 +92,23 @@ def test_reductions():
     cube = A.reshape(16, 3, 4)
     found = compute(lambda d, a: nisa.tensor_reduce(d, nl.add, a, axis=2), cube, shape=(16, 3))
     np.testing.assert_allclose(found, cube.sum(2), rtol=1e-5, atol=1e-6)
-    found = compute(lambda d, a: nisa.tensor_reduce(d, nl.maximum, a, axis=(1, 2), negate=True, keepdims=True), cube, shape=(16, 1, 1))
+    found = compute(
+        lambda d, a: nisa.tensor_reduce(d, nl.maximum, a, axis=(1, 2), negate=True, keepdims=True),
+        cube,
+        shape=(16, 1, 1),
+    )
     np.testing.assert_array_equal(found[:, 0, 0], -cube.max((1, 2)))
 
     def sum_of_squares(dst, a):
         scratch = nl.ndarray(a.shape, dtype=BF16, buffer=nl.sbuf)
-        nisa.activation(scratch, nl.square, a, reduce_op=nl.add, reduce_res=dst, reduce_cmd=nisa.reduce_cmd.reset_reduce)
+        nisa.activation(
+            scratch, nl.square, a, reduce_op=nl.add, reduce_res=dst, reduce_cmd=nisa.reduce_cmd.reset_reduce
+        )
 
     found = compute(sum_of_squares, A, shape=(16, 1))
-    np.testing.assert_allclose(found[:, 0], (A * A).sum(1), rtol=1e-5)  # summed before the results are rounded to bf16
+    np.testing.assert_allclose(
+        found[:, 0], (A * A).sum(1), rtol=1e-5
+    )  # summed before the results are rounded to bf16
 
 
 def test_matmul_sums_in_fp32_and_bf16_operands_are_exact():
@@ -130,7 +145,11 @@ def test_rounding_is_to_nearest_even_and_integers_saturate():
 def test_dma_casts_by_way_of_fp32_and_reads_both_sides_in_order():
     found = compute(nisa.dma_copy, A, dtype=BF16)
     np.testing.assert_array_equal(found, A.astype(BF16))
-    strided = compute(lambda d, a: nisa.dma_copy(d[:, 0:12:2], a) or nisa.dma_copy(d[:, 1:12:2], a), A[:, :6], shape=(16, 12))
+    strided = compute(
+        lambda d, a: nisa.dma_copy(d[:, 0:12:2], a) or nisa.dma_copy(d[:, 1:12:2], a),
+        A[:, :6],
+        shape=(16, 12),
+    )
     np.testing.assert_array_equal(strided, np.repeat(A[:, :6], 2, axis=1))
 
 
@@ -142,7 +161,9 @@ def test_fp8_keeps_the_range_of_the_first_two_chips():
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
 @settings(max_examples=100, deadline=None)
 def test_strides_of_a_reshape_are_numpys(shape, data):
-    """Where our arithmetic finds strides they address the same elements; where numpy needs no copy we find some."""
+    """Where our arithmetic finds strides they address the same elements; where numpy needs no copy we find
+    some.
+    """
     base = np.arange(int(np.prod(shape)) * 2).reshape(*shape, 2)
     view = base[..., data.draw(st.integers(0, 1))] if data.draw(st.booleans()) else base
     sizes, strides = view.shape, tuple(s // base.itemsize for s in view.strides)
@@ -158,7 +179,9 @@ def test_strides_of_a_reshape_are_numpys(shape, data):
 def test_runs_and_merged_dimensions():
     assert row_major((2, 3, 4)) == (12, 4, 1)
     assert (
-        contiguous_run((2, 3, 4), (12, 4, 1)) == 24 and contiguous_run((2, 3, 4), (24, 8, 1)) == 4 and contiguous_run((5, 1), (7, 1)) == 1
+        contiguous_run((2, 3, 4), (12, 4, 1)) == 24
+        and contiguous_run((2, 3, 4), (24, 8, 1)) == 4
+        and contiguous_run((5, 1), (7, 1)) == 1
     )
     assert merged_dims((2, 3, 4), (12, 4, 1)) == [(24, 1)] and merged_dims((1, 1), (9, 9)) == [(1, 1)]
     assert merged_dims((2, 3, 4), (24, 8, 1)) == [(4, 1), (6, 8)]

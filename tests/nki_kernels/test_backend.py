@@ -22,17 +22,31 @@ def nki_0_2(tmp_path):
     for name, text in STAND_IN.items():
         (tmp_path / "nki" / name).write_text(text)
     paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {name: value for name, value in os.environ.items() if name != "NKI_KERNELS_BACKEND"} | {"PYTHONPATH": os.pathsep.join(paths)}
+    return {name: value for name, value in os.environ.items() if name != "NKI_KERNELS_BACKEND"} | {
+        "PYTHONPATH": os.pathsep.join(paths)
+    }
 
 
 def test_an_nki_without_a_simulator_says_so(nki_0_2):
     program = "from nki_kernels.backend import HAS_NKI, simulate; assert HAS_NKI; simulate(print)"
-    done = subprocess.run([sys.executable, "-c", program], env=nki_0_2, capture_output=True, text=True, check=False)
-    assert done.stderr.splitlines()[-1].startswith("RuntimeError: simulate: expected nki 0.3 or later, found one without a simulator")
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=nki_0_2, capture_output=True, text=True, check=False
+    )
+    assert done.stderr.splitlines()[-1].startswith(
+        "RuntimeError: simulate: expected nki 0.3 or later, found one without a simulator"
+    )
 
 
 def test_tests_of_our_simulator_are_skipped_beside_the_vendors(nki_0_2):
     """Their kernels would call the vendor's instructions."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/nki_kernels/test_planner.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/nki_kernels/test_planner.py",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=nki_0_2, capture_output=True, text=True, check=False)
     assert "skipped" in done.stdout.splitlines()[-1] and done.returncode == 0, done.stdout

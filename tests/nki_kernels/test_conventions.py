@@ -1,4 +1,6 @@
-"""Every call of every kernel is held to the signatures of nki 0.2 and of 0.3 and later, and to the words that older compilers know."""
+"""Every call of every kernel is held to the signatures of nki 0.2 and of 0.3 and later, and to the words that
+older compilers know.
+"""
 
 import ast
 import pathlib
@@ -30,14 +32,18 @@ def api(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("forms", [("uv", "compact", "dense"), ("compact", "dense", "compact"), ("dense", "uv", "uv")])
+@pytest.mark.parametrize(
+    "forms", [("uv", "compact", "dense"), ("compact", "dense", "compact"), ("dense", "uv", "uv")]
+)
 def test_svd_mlp_computes_the_same_under_both_conventions(api, forms):
     case = MLPCase(130, 200, 392, forms, (70, 133, 150), "fp32", norm=True, residual=True)
     found, expected = run_svd_mlp(case, api=api)
     assert error(found, expected) <= MAX_ERROR["fp32"]
 
 
-@pytest.mark.parametrize("kernel", [matmul_tiled, matmul_hoisted, matmul_blocked], ids=lambda kernel: kernel.__name__)
+@pytest.mark.parametrize(
+    "kernel", [matmul_tiled, matmul_hoisted, matmul_blocked], ids=lambda kernel: kernel.__name__
+)
 def test_the_tutorial_matmuls_compute_the_same_under_both_conventions(api, kernel):
     rng = np.random.default_rng(6)
     lhs_t, rhs = (random_array(rng, shape, DTYPES["fp32"]) for shape in ((256, 512), (256, 1024)))
@@ -46,7 +52,9 @@ def test_the_tutorial_matmuls_compute_the_same_under_both_conventions(api, kerne
 
 
 def test_the_blocked_tutorial_matmul_accepts_its_own_blocks_in_bf16():
-    """Its running sums are kept in bf16, so long sums err by more than storing does; AWS's kernel shares that."""
+    """Its running sums are kept in bf16, so long sums err by more than storing does; AWS's kernel shares
+    that.
+    """
     rng = np.random.default_rng(6)
     lhs_t, rhs = (random_array(rng, shape, DTYPES["bf16"]) for shape in ((2048, 2048), (2048, 1024)))
     found = error(simulate(matmul_blocked)(lhs_t, rhs), lhs_t.astype(np.float32).T @ rhs.astype(np.float32))
@@ -57,7 +65,10 @@ def test_the_blocked_tutorial_matmul_accepts_its_own_blocks_in_bf16():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_simple_kernels_compute_the_same_under_both_conventions(api, kernel, dtype):
     rng = np.random.default_rng(7)
-    x, u, v = (random_array(rng, shape, DTYPES[dtype], shape[0] ** -0.5) for shape in ((200, 130), (200, 140), (140, 600)))
+    x, u, v = (
+        random_array(rng, shape, DTYPES[dtype], shape[0] ** -0.5)
+        for shape in ((200, 130), (200, 140), (140, 600))
+    )
     wide = [a.astype(np.float32) for a in (x, u, v)]
     z = (wide[0].T @ wide[1]).astype(DTYPES[dtype]).astype(np.float32)
     assert error(simulate(kernel, api=api)(x, u, v), z @ wide[2]) <= MAX_ERROR[dtype]
@@ -66,7 +77,10 @@ def test_the_simple_kernels_compute_the_same_under_both_conventions(api, kernel,
 def test_each_convention_refuses_the_words_of_the_other():
     def told(dst, src):
         nisa.nc_matmul(
-            nl.ndarray((4, 4), nl.float32, nl.psum), nl.zeros((4, 4), nl.float32), nl.zeros((4, 4), nl.float32), accumulate=False
+            nl.ndarray((4, 4), nl.float32, nl.psum),
+            nl.zeros((4, 4), nl.float32),
+            nl.zeros((4, 4), nl.float32),
+            accumulate=False,
         )
 
     with pytest.raises(TypeError, match=r"nc_matmul of nki 0\.2 has no argument 'accumulate'"):
@@ -112,12 +126,16 @@ FORBIDDEN = (
 
 @pytest.mark.parametrize("path", KERNELS + SHARED, ids=lambda path: path.stem)
 def test_kernels_keep_to_the_words_of_the_compilers_before_0_7(path):
-    """No generators, comprehensions, lambdas, `is`, exceptions or context managers, and no keyword-only arguments."""
+    """No generators, comprehensions, lambdas, `is`, exceptions or context managers, and no keyword-only
+    arguments.
+    """
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         assert not isinstance(node, FORBIDDEN), f"{path.name}:{node.lineno}: {type(node).__name__}"
         if isinstance(node, ast.FunctionDef):
-            assert not node.args.kwonlyargs and not node.args.vararg and not node.args.kwarg, f"{path.name}:{node.lineno}"
+            assert not node.args.kwonlyargs and not node.args.vararg and not node.args.kwarg, (
+                f"{path.name}:{node.lineno}"
+            )
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)

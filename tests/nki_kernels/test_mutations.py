@@ -1,4 +1,6 @@
-"""Deliberate mistakes are caught, by a refusal of the simulator or by the result. `-s` shows the list and the catch rate."""
+"""Deliberate mistakes are caught, by a refusal of the simulator or by the result. `-s` shows the list and the
+catch rate.
+"""
 
 import functools
 from collections.abc import Callable
@@ -20,10 +22,14 @@ from tests.nki_kernels.harness import EPS, run_svd_mlp
 from tests.nki_kernels.mutants import EQUIVALENT, MODULES, Mutant, by_hand, by_rule, in_place, source_of
 from tests.nki_kernels.test_planner import Peak
 
-# Room for each mistake to show: ragged token blocks and edges, several tiles of everything, a ring that wraps, two token groups, two
+# Room for each mistake to show: ragged token blocks and edges, several tiles of everything, a ring that
+# wraps, two token groups, two
 # moving tiles, staged rows both short and whole, whole pivot tiles. Small, since every mutant runs them.
 SMALL = (
-    (MLPCase(300, 700, 392, ("uv", "compact", "compact"), (70, 150, 290), "fp32", True, True), Choice(256, 2, 512, 512, 1)),
+    (
+        MLPCase(300, 700, 392, ("uv", "compact", "compact"), (70, 150, 290), "fp32", True, True),
+        Choice(256, 2, 512, 512, 1),
+    ),
     (MLPCase(5, 300, 420, ("dense", "compact", "uv"), (0, 290, 150), "bf16"), Choice(5, 9, 1024)),
     (MLPCase(3, 130, 140, ("uv", "dense", "compact"), (40, 0, 50), "fp32"), Choice(3, 1, 512)),
     (MLPCase(530, 600, 140, ("uv", "uv", "dense"), (70, 20, 0), "fp32", True), Choice(520, 2, 512, 0, 3)),
@@ -32,7 +38,11 @@ SMALL = (
 
 TOKENS = 530
 # Form of gate and of up, H, rank of down, cores, and the slots of gate and up on each core.
-SHARDS = (("uv", "uv", 160, 140, 2, 70, 90), ("dense", "uv", 100, 90, 1, 0, 1), ("uv", "dense", 100, 90, 1, 1, 0))
+SHARDS = (
+    ("uv", "uv", 160, 140, 2, 70, 90),
+    ("dense", "uv", 100, 90, 1, 0, 1),
+    ("uv", "dense", 100, 90, 1, 1, 0),
+)
 
 
 class Work:
@@ -54,27 +64,40 @@ class Work:
 def run_whole(case: MLPCase, choice: Choice, work: Work) -> float:
     """Error of svd_mlp, over what the format allows."""
     layout = mlp_layout(case.hidden, case.intermediate, *case.projections)
-    plan = build_plan(Request(layout, case.tokens, DTYPES[case.dtype], EPS if case.norm else None, case.residual), choice)
+    plan = build_plan(
+        Request(layout, case.tokens, DTYPES[case.dtype], EPS if case.norm else None, case.residual), choice
+    )
     found, expected = run_svd_mlp(case, plan, random_weights(case), listeners=[work])
     return error(found, expected) / MAX_ERROR[case.dtype]
 
 
 @functools.lru_cache
 def sharded_case(gate_form: str, up_form: str, hidden: int, rank: int, cores: int, *slots: int) -> tuple:
-    """(case, launches of the three stages as (plan, packed weights), x, gathered z^T of all cores, expected y)."""
-    case = MLPCase(TOKENS, hidden, 300, (gate_form, up_form, "uv"), (cores * slots[0], cores * slots[1], rank), "fp32")
-    whole, factors = mlp_layout(case.hidden, case.intermediate, *case.projections), factors_by_name(random_weights(case))
+    """(case, launches of the three stages as (plan, packed weights), x, gathered z^T of all cores, expected
+    y).
+    """
+    case = MLPCase(
+        TOKENS, hidden, 300, (gate_form, up_form, "uv"), (cores * slots[0], cores * slots[1], rank), "fp32"
+    )
+    whole, factors = (
+        mlp_layout(case.hidden, case.intermediate, *case.projections),
+        factors_by_name(random_weights(case)),
+    )
     launches = []
     for stage in (first_stage(whole), second_stage(whole), last_stage(whole)):
         request = Request(stage, TOKENS, DTYPES["fp32"], transposed_input=stage.down_second is not None)
-        packed = pack(stage, {name: tensor for name, tensor in factors.items() if stage.matrix(name) is not None})
+        packed = pack(
+            stage, {name: tensor for name, tensor in factors.items() if stage.matrix(name) is not None}
+        )
         launches.append((build_plan(request, Choice(520, 2, 512)), packed))
     rng = np.random.default_rng(8)
     x = random_array(rng, (TOKENS, case.hidden), DTYPES["fp32"])
     shares = [random_array(rng, (cores, size, TOKENS), DTYPES["fp32"]) for size in slots]
     z = np.concatenate([share[core] for core in range(cores) for share in shares])
     gate, up = (x if share.size == 0 else share.reshape(-1, TOKENS).T for share in shares)
-    h = silu(reference.mlp.matmul(gate, factors["gate_second"])) * reference.mlp.matmul(up, factors["up_second"])
+    h = silu(reference.mlp.matmul(gate, factors["gate_second"])) * reference.mlp.matmul(
+        up, factors["up_second"]
+    )
     return case, launches, x, z, reference.down(h, random_weights(case)["down_proj"])
 
 
@@ -85,13 +108,19 @@ def run_pieces(shards: tuple, work: Work) -> float:
     weights = random_weights(case)
     firsts = [weights[name]["u.weight"] for name in ("gate_proj", "up_proj") if "u.weight" in weights[name]]
     off = error(own.T, np.concatenate([reference.mlp.matmul(x, first) for first in firsts], axis=1))
-    zd = simulate(second_factors, listeners=[work])(x if second.hidden else None, z, shards[5:], packed_2, second)
-    return (off + error(simulate(last_factor, listeners=[work])(zd, packed_3, last), expected)) / MAX_ERROR["fp32"]
+    zd = simulate(second_factors, listeners=[work])(
+        x if second.hidden else None, z, shards[5:], packed_2, second
+    )
+    return (off + error(simulate(last_factor, listeners=[work])(zd, packed_3, last), expected)) / MAX_ERROR[
+        "fp32"
+    ]
 
 
 @functools.lru_cache
 def transposed_chain() -> tuple:
-    """(plan, packed weights, x, expected) of a dense projection with transposed output: it reads h while it stages results."""
+    """(plan, packed weights, x, expected) of a dense projection with transposed output: it reads h while it
+    stages results.
+    """
     case = MLPCase(TOKENS, 300, 160, ("uv", "uv", "dense"), (140, 140, 0), "fp32")
     weights = random_weights(case)
     layout = chain_layout(160, 300, case.projections[2], transposed_output=True)
@@ -129,7 +158,14 @@ def catcher(mutant: Mutant) -> str | None:
         with in_place(mutant):
             try:
                 off = judge(work)
-            except (AssertionError, TypeError, IndexError, AttributeError, ValueError, ZeroDivisionError) as refusal:
+            except (
+                AssertionError,
+                TypeError,
+                IndexError,
+                AttributeError,
+                ValueError,
+                ZeroDivisionError,
+            ) as refusal:
                 return f"{type(refusal).__name__}: {str(refusal)[:90]}"
         if not off <= 1:
             return f"error {off:.1e} times what the format allows"
@@ -156,5 +192,7 @@ def test_a_mistake_made_by_hand_is_caught(mutant):
 def test_mistakes_made_by_rule_are_caught(module):
     mutants = list(by_rule(module))
     missed = [mutant for mutant in mutants if catcher(mutant) is None]
-    print(f"{module}: {len(mutants) - len(missed)} of {len(mutants)} caught; missed: {[str(mutant) for mutant in missed]}")
+    print(
+        f"{module}: {len(mutants) - len(missed)} of {len(mutants)} caught; missed: {[str(mutant) for mutant in missed]}"
+    )
     assert {mutant.told for mutant in missed} <= EQUIVALENT.keys()

@@ -40,10 +40,14 @@ def test_unpack_inverts_pack_bit_for_bit(case):
 @given(mlp_cases())
 @settings(max_examples=40, deadline=None)
 def test_what_is_stored_is_the_weights_and_the_edges_of_tiles(case):
-    """Padding: under one row tile and one column tile per matrix, besides one identity where a compact factor needs it."""
+    """Padding: under one row tile and one column tile per matrix, besides one identity where a compact factor
+    needs it.
+    """
     layout, weights = layout_of(case), random_weights(case)
     needed = sum(w.size for tensors in weights.values() for w in tensors.values())
-    edges = sum(128 * (m.rows + m.cols) for m in map(layout.matrix, factors_by_name(weights)) if m is not None)
+    edges = sum(
+        128 * (m.rows + m.cols) for m in map(layout.matrix, factors_by_name(weights)) if m is not None
+    )
     pivots = sum(m.pivots * 128 for m in map(layout.matrix, factors_by_name(weights)) if m is not None)
     assert needed <= 128 * layout.stored_cols + pivots <= needed + edges + 2 * pivots
 
@@ -54,13 +58,19 @@ def test_blocks_cover_every_number_of_the_logical_matrix_once(case):
     """Summing the blocks, identities included, gives the whole matrix [I | C^T] or [I ; C^T]."""
     layout, weights = layout_of(case), factors_by_name(random_weights(case))
     packed = pack(layout, weights)
-    totals = {name: np.zeros((m.rows, m.cols), np.float32) for name in weights if (m := layout.matrix(name)) is not None}
+    totals = {
+        name: np.zeros((m.rows, m.cols), np.float32)
+        for name in weights
+        if (m := layout.matrix(name)) is not None
+    }
     for name, matrix, n, first in layout.tiles():
         offset = first
         for k, rows, stored in matrix.blocks(n):
             width = matrix.tile_width(n)
             block = packed[:rows, offset : offset + width] if stored else np.eye(rows, width)
-            totals[name][128 * k : 128 * k + rows, n * matrix.tile_cols : n * matrix.tile_cols + width] += block
+            totals[name][128 * k : 128 * k + rows, n * matrix.tile_cols : n * matrix.tile_cols + width] += (
+                block
+            )
             offset += width * stored
     for name, weight in weights.items():
         np.testing.assert_array_equal(totals[name], logical(layout.matrix(name), weight), err_msg=name)
@@ -88,7 +98,9 @@ def test_tensors_of_another_shape_are_refused_by_name():
     case = MLPCase(1, 64, 96, ("uv",) * 3, (10, 11, 12), "fp32")
     weights = factors_by_name(random_weights(case))
     weights["up_second"] = weights["up_second"].T
-    with pytest.raises(ValueError, match=r"up_second: expected a tensor of shape \(96, 11\), found \(11, 96\)"):
+    with pytest.raises(
+        ValueError, match=r"up_second: expected a tensor of shape \(96, 11\), found \(11, 96\)"
+    ):
         pack(layout_of(case), weights)
     del weights["up_second"]
     with pytest.raises(ValueError, match="found None"):
@@ -104,7 +116,9 @@ def test_every_format_tensor_has_a_matrix():
 
 
 def test_rows_are_long():
-    """A chunk of any length is one contiguous run per partition, because the packed array is streamed in column order."""
+    """A chunk of any length is one contiguous run per partition, because the packed array is streamed in
+    column order.
+    """
     layout = mlp_layout(2048, 8192, *[Projection.whole("uv", 1408)] * 3)
     assert layout.stored_cols * 128 == 3 * 1408 * (2048 + 8192)
 

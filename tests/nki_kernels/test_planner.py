@@ -98,15 +98,30 @@ def test_any_choice_that_is_accepted_fits(request_, data):
 @given(st.data())
 @settings(max_examples=25, deadline=None)
 def test_any_choice_gives_the_right_answer(data):
-    request_ = dataclasses.replace(data.draw(requests()), tokens=data.draw(st.integers(1, 300)), dtype=DTYPES["fp32"])
+    request_ = dataclasses.replace(
+        data.draw(requests()), tokens=data.draw(st.integers(1, 300)), dtype=DTYPES["fp32"]
+    )
     layout = request_.layout
     matrices = (layout.gate_first, layout.up_first, layout.down_first)
-    compact = (layout.gate_second.pivot_axis, layout.up_second.pivot_axis, layout.down_first.pivot_axis if layout.down_first else "")
-    forms = tuple("dense" if m is None else "compact" if axis else "uv" for m, axis in zip(matrices, compact, strict=True))
+    compact = (
+        layout.gate_second.pivot_axis,
+        layout.up_second.pivot_axis,
+        layout.down_first.pivot_axis if layout.down_first else "",
+    )
+    forms = tuple(
+        "dense" if m is None else "compact" if axis else "uv"
+        for m, axis in zip(matrices, compact, strict=True)
+    )
     ranks = tuple(0 if m is None else m.cols for m in matrices)
     norm, residual = request_.norm_eps is not None, request_.residual
     case = MLPCase(request_.tokens, layout.hidden, layout.intermediate, forms, ranks, "fp32", norm, residual)
-    choice = Choice(data.draw(st.sampled_from(block_sizes(request_))), data.draw(st.integers(1, 4)), 512, 512, data.draw(st.integers(1, 8)))
+    choice = Choice(
+        data.draw(st.sampled_from(block_sizes(request_))),
+        data.draw(st.integers(1, 4)),
+        512,
+        512,
+        data.draw(st.integers(1, 8)),
+    )
     plan = build_plan(request_, choice)
     assert isinstance(plan, Plan), plan
     found, expected = run_svd_mlp(case, plan, random_weights(case))
@@ -119,7 +134,14 @@ def test_any_choice_gives_the_right_answer(data):
 def test_models_get_plans_for_decode_and_for_long_prefill(model, tokens):
     hidden, intermediate, rank = MODELS[model]
     for form in FORMS:
-        plan = plan_mlp(hidden, intermediate, (Projection.whole(form, rank if form != "dense" else None),) * 3, tokens, BF16, 1e-5)
+        plan = plan_mlp(
+            hidden,
+            intermediate,
+            (Projection.whole(form, rank if form != "dense" else None),) * 3,
+            tokens,
+            BF16,
+            1e-5,
+        )
         assert isinstance(plan, Plan), plan
         assert plan.blocks() * plan.block_tokens >= tokens
 
@@ -162,18 +184,25 @@ def test_weight_reads_are_counted_chunk_by_chunk(choice, moved, counted):
 def test_what_does_not_fit_is_declined_with_the_reason():
     declined = plan_mlp(16384, 53248, (DENSE,) * 3, 512, BF16)
     assert isinstance(declined, Declined) and not declined
-    assert "SBUF of trn1: expected at most 180224 bytes per partition, found" in declined.reason and "wide" in declined.reason
+    assert (
+        "SBUF of trn1: expected at most 180224 bytes per partition, found" in declined.reason
+        and "wide" in declined.reason
+    )
     assert "shard the layer" in declined.reason
     assert "tokens: expected at least 1, found 0" in plan_mlp(64, 64, (DENSE,) * 3, 0, BF16).reason
     assert "dtype: expected one of" in plan_mlp(64, 64, (DENSE,) * 3, 1, np.dtype(np.int8)).reason
-    too_many_banks = build_plan(Request(mlp_layout(64, 64, *(DENSE,) * 3), 2000, BF16), Choice(128, token_group=9))
+    too_many_banks = build_plan(
+        Request(mlp_layout(64, 64, *(DENSE,) * 3), 2000, BF16), Choice(128, token_group=9)
+    )
     assert "PSUM of trn1: expected at most 8 banks at once, found 9" in too_many_banks.reason
 
 
 @pytest.mark.parametrize(("block_tokens", "banks"), [(1024, 6), (1025, 9), (1536, 9), (2048, 12)])
 def test_sums_of_a_column_tile_are_counted_beside_those_of_the_next(block_tokens, banks):
     uv = Projection.whole("uv", 64)
-    plan = build_plan(Request(mlp_layout(128, 256, uv, uv, uv), 2048, BF16), Choice(block_tokens, token_group=1))
+    plan = build_plan(
+        Request(mlp_layout(128, 256, uv, uv, uv), 2048, BF16), Choice(block_tokens, token_group=1)
+    )
     if banks > TRN1.psum_banks:
         assert f"PSUM of trn1: expected at most 8 banks at once, found {banks}" in plan.reason
         return
@@ -216,12 +245,16 @@ def test_the_machine_keeps_the_same_count_as_the_listener():
 @given(requests(), st.data())
 @settings(max_examples=60, deadline=None)
 def test_regions_that_are_alive_together_do_not_overlap(request_, data):
-    """x and rows never do; h and rows only where z of down stands between; x and h only where x is used up first."""
+    """x and rows never do; h and rows only where z of down stands between; x and h only where x is used up
+    first.
+    """
     whole = request_.layout
     gated = dataclasses.replace(whole, down_first=None, down_second=None)
     layout = data.draw(st.sampled_from([whole, second_stage(whole), gated]))
     plan = build_plan(
-        dataclasses.replace(request_, layout=layout, tokens=1500), Choice(data.draw(st.sampled_from([128, 512]))), TARGETS["trn3"]
+        dataclasses.replace(request_, layout=layout, tokens=1500),
+        Choice(data.draw(st.sampled_from([128, 512]))),
+        TARGETS["trn3"],
     )
     if not isinstance(plan, Plan):
         return
@@ -239,7 +272,9 @@ def test_regions_that_are_alive_together_do_not_overlap(request_, data):
 def test_prefill_of_32768_tokens_runs_block_by_block_within_all_limits(model):
     """Dry: every instruction of the launch is checked; weights are read once per block, activations once."""
     hidden, intermediate, rank = MODELS[model]
-    case = MLPCase(32768, hidden, intermediate, ("uv", "compact", "uv"), (rank,) * 3, norm=True, residual=True)
+    case = MLPCase(
+        32768, hidden, intermediate, ("uv", "compact", "uv"), (rank,) * 3, norm=True, residual=True
+    )
     plan = plan_case(case)
     moved = [0]
 
@@ -259,11 +294,26 @@ CHAIN = chain_layout(200, 130, UV)
     ("request_", "words"),
     [
         (Request(CHAIN, 4, BF16, norm_eps=EPS), "norm_eps: expected a launch that starts from natural x"),
-        (Request(mlp_layout(64, 96, *(DENSE,) * 3), 4, BF16, norm_eps=EPS, transposed_input=True), "norm_eps: expected"),
-        (Request(chain_layout(200, 130, DENSE, True), 4, BF16, residual=True), "residual: expected a launch with natural output"),
-        (Request(CHAIN, 4, BF16, residual=True, silu=True), "silu: expected a single projection without residual"),
-        (Request(mlp_layout(64, 96, *(DENSE,) * 3), 4, BF16, silu=True), "silu: expected a single projection"),
-        (Request(first_stage(mlp_layout(64, 96, *(UV,) * 3)), 4, BF16, silu=True), "silu: expected a single projection"),
+        (
+            Request(mlp_layout(64, 96, *(DENSE,) * 3), 4, BF16, norm_eps=EPS, transposed_input=True),
+            "norm_eps: expected",
+        ),
+        (
+            Request(chain_layout(200, 130, DENSE, True), 4, BF16, residual=True),
+            "residual: expected a launch with natural output",
+        ),
+        (
+            Request(CHAIN, 4, BF16, residual=True, silu=True),
+            "silu: expected a single projection without residual",
+        ),
+        (
+            Request(mlp_layout(64, 96, *(DENSE,) * 3), 4, BF16, silu=True),
+            "silu: expected a single projection",
+        ),
+        (
+            Request(first_stage(mlp_layout(64, 96, *(UV,) * 3)), 4, BF16, silu=True),
+            "silu: expected a single projection",
+        ),
         (
             Request(second_stage(mlp_layout(64, 96, UV, UV, DENSE)), 4, BF16, residual=True),
             "residual: expected a launch with natural output",

@@ -1,4 +1,6 @@
-"""xuv, gated_up and down by themselves: every orientation, SiLU, residual, every form; and their handing over to one another."""
+"""xuv, gated_up and down by themselves: every orientation, SiLU, residual, every form; and their handing over
+to one another.
+"""
 
 import itertools
 
@@ -28,7 +30,14 @@ def chain(
 ) -> tuple[Plan, np.ndarray]:
     """(plan, packed weights) of the case's down projection by itself."""
     layout = chain_layout(case.intermediate, case.hidden, case.projections[2], transposed_output)
-    request = Request(layout, case.tokens, DTYPES[case.dtype], residual=residual, silu=silu, transposed_input=transposed_input)
+    request = Request(
+        layout,
+        case.tokens,
+        DTYPES[case.dtype],
+        residual=residual,
+        silu=silu,
+        transposed_input=transposed_input,
+    )
     plan = plan_launch(request)
     assert isinstance(plan, Plan), plan
     return plan, pack(layout, down_only(random_weights(case)))
@@ -36,8 +45,13 @@ def chain(
 
 @pytest.mark.parametrize(("form", "dtype"), list(itertools.product(FORMS, DTYPES)))
 @pytest.mark.parametrize(("transposed_input", "transposed_output"), ORIENTATIONS)
-@pytest.mark.parametrize(("tokens", "hidden", "intermediate", "rank"), [(1, 130, 257, 100), (129, 200, 392, 150), (600, 96, 200, 41)])
-def test_xuv_in_every_orientation(form, dtype, transposed_input, transposed_output, tokens, hidden, intermediate, rank):
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "intermediate", "rank"),
+    [(1, 130, 257, 100), (129, 200, 392, 150), (600, 96, 200, 41)],
+)
+def test_xuv_in_every_orientation(
+    form, dtype, transposed_input, transposed_output, tokens, hidden, intermediate, rank
+):
     case = MLPCase(tokens, hidden, intermediate, (form,) * 3, (rank,) * 3, dtype)
     silu = tokens > 1
     plan, packed = chain(case, transposed_input, transposed_output, silu)
@@ -47,7 +61,9 @@ def test_xuv_in_every_orientation(form, dtype, transposed_input, transposed_outp
     assert error(found.T if transposed_output else found, expected) <= MAX_ERROR[dtype], case
 
 
-@pytest.mark.parametrize("forms", [("uv", "uv", "uv"), ("compact", "dense", "compact"), ("uv", "compact", "dense")])
+@pytest.mark.parametrize(
+    "forms", [("uv", "uv", "uv"), ("compact", "dense", "compact"), ("uv", "compact", "dense")]
+)
 @pytest.mark.parametrize("transposed_input", [False, True])
 @pytest.mark.parametrize("sizes", [(200, 392), (392, 200)])
 def test_gated_up_hands_its_transposed_result_to_down(forms, transposed_input, sizes):
@@ -66,7 +82,9 @@ def test_gated_up_hands_its_transposed_result_to_down(forms, transposed_input, s
 
 
 def test_gate_and_up_are_not_interchangeable():
-    """The reference with the two swapped is far off, so agreement above means that the kernel has them the right way round."""
+    """The reference with the two swapped is far off, so agreement above means that the kernel has them the
+    right way round.
+    """
     case = MLPCase(9, 96, 200, ("uv",) * 3, (37, 53, 41), "fp32")
     weights = random_weights(case)
     x = random_array(np.random.default_rng(3), (9, 96), DTYPES["fp32"])

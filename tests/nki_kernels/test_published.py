@@ -16,7 +16,9 @@ def arrays():
     return lambda *shape: random_array(rng, shape, FP32, shape[0] ** -0.5)
 
 
-@pytest.mark.parametrize(("kernel", "options"), [(matmul_wide, {}), (matmul_spilling, {"m_tiles": 2, "n_tiles": 1, "k_tiles": 2})])
+@pytest.mark.parametrize(
+    ("kernel", "options"), [(matmul_wide, {}), (matmul_spilling, {"m_tiles": 2, "n_tiles": 1, "k_tiles": 2})]
+)
 def test_matmuls_are_matmuls(arrays, kernel, options):
     a, b = arrays(512, 512), arrays(512, 1024)
     assert error(simulate(kernel)(a, b, **options), a.T @ b) < 1e-5

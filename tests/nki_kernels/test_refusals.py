@@ -58,7 +58,11 @@ def act(dst=None, data=None, op=nl.copy, **kwargs):
 FP32 = np.dtype(np.float32)
 # rule -> (kernel that obeys, kernel that breaks it, words of the refusal)
 PAIRS = {
-    "partitions": (lambda: sbuf(128, 4), lambda: sbuf(129, 4), "number of partitions 129 exceed architecture limitation of 128"),
+    "partitions": (
+        lambda: sbuf(128, 4),
+        lambda: sbuf(129, 4),
+        "number of partitions 129 exceed architecture limitation of 128",
+    ),
     "dimensions": (
         lambda: sbuf(128, 1),
         lambda: nl.ndarray((128,), dtype=BF16, buffer=nl.sbuf),
@@ -79,25 +83,41 @@ PAIRS = {
         lambda: mm(dst=lambda: psum(128, 1024, written=False), n=1024),
         "Matmul moving free dimension 1024 exceeds max 512",
     ),
-    "matmul shape": (lambda: mm(m=64), lambda: mm(m=64, dst=lambda: psum(128, 512, written=False)), "nc_matmul dst must be [64, 512]"),
+    "matmul shape": (
+        lambda: mm(m=64),
+        lambda: mm(m=64, dst=lambda: psum(128, 512, written=False)),
+        "nc_matmul dst must be [64, 512]",
+    ),
     "matmul dst dtype": (
         mm,
         lambda: mm(dst=lambda: psum(128, 512, dtype=BF16, written=False)),
         "nc_matmul dst dtype must be float32 on gen2, got bfloat16",
     ),
-    "matmul dst buffer": (mm, lambda: mm(dst=lambda: sbuf(128, 512, dtype=FP32)), "dst must be in ['psum'], got sbuf"),
+    "matmul dst buffer": (
+        mm,
+        lambda: mm(dst=lambda: sbuf(128, 512, dtype=FP32)),
+        "dst must be in ['psum'], got sbuf",
+    ),
     "matmul operand buffer": (
         mm,
         lambda: mm(m=4, n=4, k=128, moving=lambda: psum(128, 4)),
         "moving must be in ['sbuf'], got psum",
     ),
-    "matmul operand from hbm": (mm, lambda: mm(moving=lambda: hbm(128, 512)), "moving must be in ['sbuf'], got shared_hbm"),
+    "matmul operand from hbm": (
+        mm,
+        lambda: mm(moving=lambda: hbm(128, 512)),
+        "moving must be in ['sbuf'], got shared_hbm",
+    ),
     "dtype pairing": (
         lambda: mm(stationary=lambda: sbuf(128, 128, dtype=FP32), moving=lambda: sbuf(128, 512, dtype=FP32)),
         lambda: mm(stationary=lambda: sbuf(128, 128, dtype=FP32)),
         "float32 must pair with float32, got stationary=float32, moving=bfloat16",
     ),
-    "integer matmul": (mm, lambda: mm(moving=lambda: sbuf(128, 512, dtype=nl.int32)), "moving dtype must be one of"),
+    "integer matmul": (
+        mm,
+        lambda: mm(moving=lambda: sbuf(128, 512, dtype=nl.int32)),
+        "moving dtype must be one of",
+    ),
     "one bank": (
         lambda: mm(n=256, dst=lambda: psum(128, 1024, written=False)[:, 256:512]),
         lambda: mm(n=512, dst=lambda: psum(128, 1024, written=False)[:, 256:768]),
@@ -123,20 +143,36 @@ PAIRS = {
         lambda: act(sbuf(128, 4)[32:128], sbuf(128, 4)[0:96]),
         "start partition 32 is not possible for 96 partitions, expected one of [0]",
     ),
-    "partition stride": (lambda: sbuf(128, 8)[:, 0:8:2], lambda: sbuf(128, 8)[0:128:2], "no stride is possible on the partition dimension"),
+    "partition stride": (
+        lambda: sbuf(128, 8)[:, 0:8:2],
+        lambda: sbuf(128, 8)[0:128:2],
+        "no stride is possible on the partition dimension",
+    ),
     "out of bounds": (
         lambda: sbuf(128, 8)[:, 4:8],
         lambda: sbuf(128, 8)[:, 4:9],
         "on dimension 1: index range [4, 8] exceed dimension size of 8",
     ),
-    "negative index": (lambda: hbm(4, 4)[3], lambda: hbm(4, 4)[-1], "on dimension 0: index range [-1, -1] exceed dimension size of 4"),
+    "negative index": (
+        lambda: hbm(4, 4)[3],
+        lambda: hbm(4, 4)[-1],
+        "on dimension 0: index range [-1, -1] exceed dimension size of 4",
+    ),
     "reshape partitions": (
         lambda: sbuf(4, 6).reshape((4, 2, 3)),
         lambda: sbuf(4, 6).reshape((8, 3)),
         "Partition dim size must be preserved, got 4 -> 8",
     ),
-    "reshape count": (lambda: hbm(4, 6).reshape((24,)), lambda: hbm(4, 6).reshape((23,)), "reshape must keep the number of elements"),
-    "reshape without a copy": (lambda: hbm(4, 6)[0:2].reshape((12,)), lambda: hbm(4, 6)[:, 0:2].reshape((8,)), "would copy"),
+    "reshape count": (
+        lambda: hbm(4, 6).reshape((24,)),
+        lambda: hbm(4, 6).reshape((23,)),
+        "reshape must keep the number of elements",
+    ),
+    "reshape without a copy": (
+        lambda: hbm(4, 6)[0:2].reshape((12,)),
+        lambda: hbm(4, 6)[:, 0:2].reshape((8,)),
+        "would copy",
+    ),
     "dma partitions": (
         lambda: nisa.dma_copy(dst=hbm(128, 4), src=sbuf(128, 4)),
         lambda: nisa.dma_copy(dst=hbm(256, 4), src=nl.ndarray((256, 4), dtype=BF16, buffer=nl.sbuf)),
@@ -209,12 +245,16 @@ PAIRS = {
     ),
     "gpsimd and an operand in psum": (
         lambda: nisa.tensor_scalar(sbuf(128, 4), sbuf(128, 4), nl.add, psum(128, 1)),
-        lambda: nisa.tensor_scalar(sbuf(128, 4), sbuf(128, 4), nl.add, psum(128, 1), engine=nisa.engine.gpsimd),
+        lambda: nisa.tensor_scalar(
+            sbuf(128, 4), sbuf(128, 4), nl.add, psum(128, 1), engine=nisa.engine.gpsimd
+        ),
         "tensor_scalar on engine.gpsimd cannot access psum",
     ),
     "gpsimd and a second operand in psum": (
         lambda: nisa.tensor_scalar(sbuf(4, 4), sbuf(4, 4), nl.add, 1.0, op1=nl.add, operand1=psum(4, 1)),
-        lambda: nisa.tensor_scalar(sbuf(4, 4), sbuf(4, 4), nl.add, 1.0, op1=nl.add, operand1=psum(4, 1), engine=nisa.engine.gpsimd),
+        lambda: nisa.tensor_scalar(
+            sbuf(4, 4), sbuf(4, 4), nl.add, 1.0, op1=nl.add, operand1=psum(4, 1), engine=nisa.engine.gpsimd
+        ),
         "tensor_scalar on engine.gpsimd cannot access psum",
     ),
     "tensor_copy buffer": (
@@ -232,8 +272,16 @@ PAIRS = {
         lambda: act(bias=sbuf(128, 8)),
         "bias must have a free dimension of 1, got [128, 8]",
     ),
-    "bias is a tensor": (lambda: act(bias=sbuf(128, 1)), lambda: act(bias=1.0), "activation bias must be a [P, 1] tensor, got float"),
-    "bias dtype": (lambda: act(bias=sbuf(128, 1)), lambda: act(bias=sbuf(128, 1, dtype=nl.int32)), "bias dtype must be one of"),
+    "bias is a tensor": (
+        lambda: act(bias=sbuf(128, 1)),
+        lambda: act(bias=1.0),
+        "activation bias must be a [P, 1] tensor, got float",
+    ),
+    "bias dtype": (
+        lambda: act(bias=sbuf(128, 1)),
+        lambda: act(bias=sbuf(128, 1, dtype=nl.int32)),
+        "bias dtype must be one of",
+    ),
     "scale dtype": (
         lambda: act(scale=sbuf(128, 1, dtype=FP32)),
         lambda: act(scale=sbuf(128, 1)),
@@ -244,15 +292,23 @@ PAIRS = {
         lambda: act(op=nl.reciprocal, bias=sbuf(128, 1)),
         "activation(op=reciprocal) does not support bias on gen2",
     ),
-    "activation op": (lambda: act(op=nl.silu), lambda: act(op=nl.add), "activation does not support op 'add'"),
+    "activation op": (
+        lambda: act(op=nl.silu),
+        lambda: act(op=nl.add),
+        "activation does not support op 'add'",
+    ),
     "alu op": (
         lambda: nisa.tensor_tensor(sbuf(4, 4), sbuf(4, 4), sbuf(4, 4), nl.multiply),
         lambda: nisa.tensor_tensor(sbuf(4, 4), sbuf(4, 4), sbuf(4, 4), nl.silu),
         "tensor_tensor does not support op 'silu'",
     ),
     "reduction result": (
-        lambda: act(reduce_op=nl.add, reduce_res=sbuf(128, 1, dtype=FP32), reduce_cmd=nisa.reduce_cmd.reset_reduce),
-        lambda: act(reduce_op=nl.add, reduce_res=sbuf(128, 8, dtype=FP32), reduce_cmd=nisa.reduce_cmd.reset_reduce),
+        lambda: act(
+            reduce_op=nl.add, reduce_res=sbuf(128, 1, dtype=FP32), reduce_cmd=nisa.reduce_cmd.reset_reduce
+        ),
+        lambda: act(
+            reduce_op=nl.add, reduce_res=sbuf(128, 8, dtype=FP32), reduce_cmd=nisa.reduce_cmd.reset_reduce
+        ),
         "activation reduce_res must be [128, 1], got [128, 8]",
     ),
     "reduce axis": (
@@ -285,7 +341,11 @@ PAIRS = {
         lambda: nisa.memset(nl.ndarray((2, 2, 32768), dtype=nl.int8)[:, :, 0:1], 1),
         "has a stride of 32768 elements in its access pattern, at most 32767 are possible",
     ),
-    "one-zero operands": (mm, lambda: mm(is_moving_onezero=True), "nc_matmul is_stationary_onezero and is_moving_onezero are not modelled"),
+    "one-zero operands": (
+        mm,
+        lambda: mm(is_moving_onezero=True),
+        "nc_matmul is_stationary_onezero and is_moving_onezero are not modelled",
+    ),
     "a queue of one's own": (
         lambda: nisa.dma_copy(dst=hbm(4, 4), src=sbuf(4, 4)),
         lambda: nisa.dma_copy(dst=hbm(4, 4), src=sbuf(4, 4), engine=nisa.engine.scalar),
@@ -327,7 +387,9 @@ def test_the_kernel_that_breaks_the_rule_is_refused_in_words(rule):
 
 
 def test_a_sum_that_was_read_is_not_continued_by_chance():
-    """Before NKI 0.3 the first write of a fresh tile starts a sum; reusing a tile would silently add to the old one."""
+    """Before NKI 0.3 the first write of a fresh tile starts a sum; reusing a tile would silently add to the
+    old one.
+    """
 
     def again(**kwargs):
         total = psum(128, 512, written=False)
@@ -411,7 +473,9 @@ def test_sbuf_capacity_counts_what_is_alive_and_names_its_holders():
             nl.ndarray((128, 80 * kib), dtype=nl.int8, buffer=nl.sbuf, name="turn")
 
     run(fits)
-    with pytest.raises(CapacityError, match=r"expected at most 180224 bytes per partition, found 180225 .*Held: big 180224 B"):
+    with pytest.raises(
+        CapacityError, match=r"expected at most 180224 bytes per partition, found 180225 .*Held: big 180224 B"
+    ):
         run(
             lambda: (
                 nl.ndarray((1, 176 * kib), dtype=nl.int8, buffer=nl.sbuf, name="big"),
@@ -427,7 +491,9 @@ def test_psum_capacity_counts_banks():
 
     run(lambda: hold(8))
     run(lambda: hold(4, 1024))
-    with pytest.raises(CapacityError, match=r"expected 1 free banks in a row .* found none of 8; .*bank 0 psum"):
+    with pytest.raises(
+        CapacityError, match=r"expected 1 free banks in a row .* found none of 8; .*bank 0 psum"
+    ):
         run(lambda: hold(9))
     run(lambda: [psum(128, 512, written=False) and None for _ in range(20)])
 

@@ -1,4 +1,6 @@
-"""The pieces between collectives, on every rank, against the unsharded reference; shards come from the plugin's own sharding."""
+"""The pieces between collectives, on every rank, against the unsharded reference; shards come from the
+plugin's own sharding.
+"""
 
 import itertools
 
@@ -35,7 +37,9 @@ class Core:
             spec = ProjectionSpec(form, None if form == "dense" else size)
             tensors = {suffix: torch.from_numpy(tensor) for suffix, tensor in weights[name].items()}
             shards[name] = (shard_down if name == "down_proj" else shard_gate_up)(spec, tensors, tp, rank)
-        projections = [Projection(s.form, tp * s.slots, s.slots, s.pivots, rank * s.slots) for s in shards.values()]
+        projections = [
+            Projection(s.form, tp * s.slots, s.slots, s.pivots, rank * s.slots) for s in shards.values()
+        ]
         self.slots = tuple(p.slots for p in projections)
         self.layout = mlp_layout(case.hidden, case.intermediate // tp, *projections)
         self.tensors = {}
@@ -51,7 +55,9 @@ class Core:
         eps = None if norm is None or not stage.hidden else EPS
         plan = plan_launch(Request(stage, self.case.tokens, FP32, eps, transposed_input=transposed_input))
         assert plan, plan
-        packed = pack(stage, {name: t.numpy() for name, t in self.tensors.items() if stage.matrix(name) is not None})
+        packed = pack(
+            stage, {name: t.numpy() for name, t in self.tensors.items() if stage.matrix(name) is not None}
+        )
         keywords = {} if eps is None else {"norm_weight": pack_norm(norm)}
         return simulate(kernel)(*arrays, packed, plan, **keywords)
 
@@ -60,11 +66,15 @@ def sharded_mlp(cores: list, x: np.ndarray, norm: np.ndarray) -> np.ndarray:
     """Scheme `gather` with the collectives done by hand."""
     z = None
     if first_stage(cores[0].layout).hidden:
-        z = np.concatenate([core.launch(first_factors, first_stage(core.layout), x, norm=norm) for core in cores])
+        z = np.concatenate(
+            [core.launch(first_factors, first_stage(core.layout), x, norm=norm) for core in cores]
+        )
     parts = []
     for core in cores:
         stage = second_stage(core.layout)
-        parts.append(core.launch(second_factors, stage, x if stage.hidden else None, z, core.slots[:2], norm=norm))
+        parts.append(
+            core.launch(second_factors, stage, x if stage.hidden else None, z, core.slots[:2], norm=norm)
+        )
     if cores[0].layout.down_first is None:
         return sum(parts)
     shares = np.split(sum(parts), len(cores))

@@ -1,4 +1,6 @@
-"""The real compressed SmolLM2: every MLP form in its checkpoint, through the kernel, against the torch module on real activations."""
+"""The real compressed SmolLM2: every MLP form in its checkpoint, through the kernel, against the torch module
+on real activations.
+"""
 
 import json
 
@@ -32,10 +34,14 @@ def captured(request, smollm2, smollm2_compressed):
     for index in LAYERS:
         layer = model.model.layers[index]
         # A hook that returns something replaces what it was shown: append returns None.
-        layer.post_attention_layernorm.register_forward_pre_hook(lambda _module, args, i=index: seen[i].append(args[0][0]))
+        layer.post_attention_layernorm.register_forward_pre_hook(
+            lambda _module, args, i=index: seen[i].append(args[0][0])
+        )
         layer.mlp.register_forward_hook(lambda _module, _args, out, i=index: seen[i].append(out[0]))
     text = json.loads((smollm2 / "heldout.jsonl").read_text().splitlines()[0])["text"]
-    tokens = AutoTokenizer.from_pretrained(smollm2_compressed)(text, return_tensors="pt").input_ids[:, :TOKENS]
+    tokens = AutoTokenizer.from_pretrained(smollm2_compressed)(text, return_tensors="pt").input_ids[
+        :, :TOKENS
+    ]
     with torch.no_grad():
         model(tokens)
     return request.param, model, seen
@@ -77,5 +83,9 @@ def test_real_layers_run_through_the_kernel_and_match_torch(captured, index):
 
 def test_the_checkpoint_has_low_rank_layers_to_show(captured):
     _, model, _ = captured
-    forms = {projection_of(getattr(layer.mlp, name))[0].form for layer in model.model.layers for name in PROJECTIONS}
+    forms = {
+        projection_of(getattr(layer.mlp, name))[0].form
+        for layer in model.model.layers
+        for name in PROJECTIONS
+    }
     assert forms - {"dense"}

@@ -1,4 +1,6 @@
-"""The digest in the key of a compiled artifact changes with anything that decides what the artifact computes, and with nothing else."""
+"""The digest in the key of a compiled artifact changes with anything that decides what the artifact computes,
+and with nothing else.
+"""
 
 import ast
 import shutil
@@ -20,14 +22,26 @@ def copied(tmp_path, monkeypatch):
 
 def program() -> list[str]:
     """The files that the digest covers."""
-    return sorted(path.relative_to(source.ROOT).as_posix() for pattern in source.PROGRAM for path in source.ROOT.glob(pattern))
+    return sorted(
+        path.relative_to(source.ROOT).as_posix()
+        for pattern in source.PROGRAM
+        for path in source.ROOT.glob(pattern)
+    )
 
 
 def imported(name: str) -> set[str]:
     """Our files that a file imports, types alone included."""
     tree = ast.parse((source.ROOT / name).read_text())
-    modules = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nki_kernels")]
-    dotted = {f"{node.module}{part}" for node in modules for part in ("", *(f".{alias.name}" for alias in node.names))}
+    modules = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nki_kernels")
+    ]
+    dotted = {
+        f"{node.module}{part}"
+        for node in modules
+        for part in ("", *(f".{alias.name}" for alias in node.names))
+    }
     files = {name.replace(".", "/").removeprefix("nki_kernels/") + ".py" for name in dotted}
     return {file for file in files if (source.ROOT / file).exists()}
 

@@ -1,4 +1,6 @@
-"""The whole gated MLP against its reference: every mix of forms, ragged sizes, both formats, and shapes of real models."""
+"""The whole gated MLP against its reference: every mix of forms, ragged sizes, both formats, and shapes of
+real models.
+"""
 
 import numpy as np
 import pytest
@@ -21,7 +23,12 @@ def test_the_grid_meets_every_token_count_and_mix_in_both_formats():
     grid = list(mlp_grid())
     assert {case.tokens for case in grid} == set(TOKENS)
     assert len({(case.forms, case.dtype) for case in grid}) == 27 * 2
-    assert {(case.norm, case.residual) for case in grid} == {(False, False), (False, True), (True, False), (True, True)}
+    assert {(case.norm, case.residual) for case in grid} == {
+        (False, False),
+        (False, True),
+        (True, False),
+        (True, True),
+    }
 
 
 @pytest.mark.slow
@@ -41,14 +48,26 @@ def test_bf16_is_as_close_to_exact_arithmetic_as_storing_in_bf16_allows():
 
 
 def _as_fp32(weights):
-    return {name: {suffix: w.astype(np.float32) for suffix, w in tensors.items()} for name, tensors in weights.items()}
+    return {
+        name: {suffix: w.astype(np.float32) for suffix, w in tensors.items()}
+        for name, tensors in weights.items()
+    }
 
 
 def test_token_blocks_rings_and_groups_do_not_change_the_result():
-    case = MLPCase(300, 130, 257, ("compact", "uv", "compact"), (60, 70, 150), "fp32", norm=True, residual=True)
-    request = Request(mlp_layout(case.hidden, case.intermediate, *case.projections), case.tokens, DTYPES["fp32"], EPS, True)
+    case = MLPCase(
+        300, 130, 257, ("compact", "uv", "compact"), (60, 70, 150), "fp32", norm=True, residual=True
+    )
+    request = Request(
+        mlp_layout(case.hidden, case.intermediate, *case.projections), case.tokens, DTYPES["fp32"], EPS, True
+    )
     results = []
-    for block_tokens, group, out_cols, slots in ((300, 4, 0, 9), (128, 1, 0, 1), (256, 2, 512, 2), (97, 8, 0, 2)):
+    for block_tokens, group, out_cols, slots in (
+        (300, 4, 0, 9),
+        (128, 1, 0, 1),
+        (256, 2, 512, 2),
+        (97, 8, 0, 2),
+    ):
         plan = build_plan(request, Choice(block_tokens, slots, 512, out_cols, group))
         results.append(run_svd_mlp(case, plan)[0])
     for other in results[1:]:

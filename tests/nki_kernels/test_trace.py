@@ -39,19 +39,32 @@ def test_records_carry_engine_operands_boxes_and_descriptors():
     assert [record.engine for record in (load, scale, store)] == [DMA, SCALAR, DMA]
     assert [record.number for record in (load, scale, store)] == [0, 1, 2]
     tile = load.writes[0]
-    assert (tile.space, tile.name, tile.partitions, tile.span, tile.row_bytes) == (SBUF, "tile", (0, 4), (16, 48), 32)
+    assert (tile.space, tile.name, tile.partitions, tile.span, tile.row_bytes) == (
+        SBUF,
+        "tile",
+        (0, 4),
+        (16, 48),
+        32,
+    )
     source = load.reads[0]
     assert (source.space, source.span, source.row_bytes) == (HBM, (32, 160), 128)
     # HBM offers one run of 128 bytes, SBUF one of 32 per partition: 4 descriptors.
     assert (load.transfer_bytes, load.descriptors, load.descriptor_bytes) == (128, 4, 32)
-    assert scale.function == "copy" and scale.reads[0].overlaps(load.writes[0]) and not scale.reads[0].overlaps(source)
+    assert (
+        scale.function == "copy"
+        and scale.reads[0].overlaps(load.writes[0])
+        and not scale.reads[0].overlaps(source)
+    )
     assert (tile.free_elements, tile.elements, tile.itemsize, tile.dtype) == (8, 32, 4, "float32")
 
 
 def test_buffers_come_and_go():
     _, allocations = trace_of(scale_kernel, np.ones((6, 8), np.float32))
     tile = [event for event in allocations if event.name == "tile"]
-    assert [(event.live, event.number, event.bytes_per_partition) for event in tile] == [(True, 0, 64), (False, 3, 64)]
+    assert [(event.live, event.number, event.bytes_per_partition) for event in tile] == [
+        (True, 0, 64),
+        (False, 3, 64),
+    ]
     assert all(event.space in (SBUF, PSUM, HBM) for event in allocations)
 
 
@@ -89,21 +102,30 @@ def test_a_dry_run_leaves_the_same_trace_as_a_real_one():
     wet, dry = [], []
     run_svd_mlp(CASE, listeners=[wet.append])
     dry_run(plan_case(CASE), dry.append)
-    anonymous = [[e._replace(number=0) if isinstance(e, Allocation) else strip(e) for e in events] for events in (wet, dry)]
+    anonymous = [
+        [e._replace(number=0) if isinstance(e, Allocation) else strip(e) for e in events]
+        for events in (wet, dry)
+    ]
     instructions = [[e for e in events if isinstance(e, Instruction)] for events in anonymous]
-    assert instructions[0] == instructions[1] and len(instructions[0]) == len(dry) - sum(isinstance(e, Allocation) for e in dry)
+    assert instructions[0] == instructions[1] and len(instructions[0]) == len(dry) - sum(
+        isinstance(e, Allocation) for e in dry
+    )
 
 
 def strip(record: Instruction) -> Instruction:
     """Names of kernel inputs differ between positional and keyword arguments, identities with them."""
     reads = tuple(access._replace(buffer=0, name="") for access in record.reads)
-    return record._replace(reads=reads, writes=tuple(access._replace(buffer=0, name="") for access in record.writes))
+    return record._replace(
+        reads=reads, writes=tuple(access._replace(buffer=0, name="") for access in record.writes)
+    )
 
 
 @pytest.mark.parametrize("forms", [("dense",) * 3, ("uv",) * 3, ("compact",) * 3, ("uv", "dense", "compact")])
 @pytest.mark.parametrize("tokens", [1, 512, 2048])
 def test_flops_and_bytes_are_those_of_the_formula(forms, tokens):
-    """Llama-3.2-1B's sizes, dry: no work beyond the factors, and weights and activations cross HBM as often as the plan says."""
+    """Llama-3.2-1B's sizes, dry: no work beyond the factors, and weights and activations cross HBM as often
+    as the plan says.
+    """
     rank = 1280
     case = MLPCase(tokens, 2048, 8192, forms, (rank,) * 3)
     plan = plan_case(case)
@@ -130,22 +152,32 @@ def test_weight_rows_are_long(tokens):
     plan = plan_case(MLPCase(tokens, 2048, 8192, ("compact", "uv", "uv"), (1500, 1280, 1280)))
     events = []
     dry_run(plan, events.append)
-    rows = [e.descriptor_bytes for e in events if isinstance(e, Instruction) and e.op == "dma_copy" and e.writes[0].name.startswith("ring")]
+    rows = [
+        e.descriptor_bytes
+        for e in events
+        if isinstance(e, Instruction) and e.op == "dma_copy" and e.writes[0].name.startswith("ring")
+    ]
     assert min(rows) >= 2048 and sum(size == 8192 for size in rows) > 0.9 * len(rows)
 
 
 def test_nothing_but_x_is_transposed_at_run_time():
     events = []
     dry_run(plan_case(dataclasses.replace(CASE, tokens=512, hidden=256)), events.append)
-    transposes = [e for e in events if isinstance(e, Instruction) and e.op in ("nc_transpose", "dma_transpose")]
+    transposes = [
+        e for e in events if isinstance(e, Instruction) and e.op in ("nc_transpose", "dma_transpose")
+    ]
     assert len(transposes) == 4 * 2 and all(e.op == "nc_transpose" for e in transposes)
 
 
 @pytest.mark.parametrize(("kernel", "expected_gb"), [(matmul_tiled, 5.436), (matmul_hoisted, 4.429)])
 def test_the_tutorial_kernels_move_what_theirs_move(kernel, expected_gb):
-    """HBM traffic of [4096, 8192] @ [8192, 8192] in bf16, as counted for AWS's own (facts/nki.md section 4), on an eighth of M."""
+    """HBM traffic of [4096, 8192] @ [8192, 8192] in bf16, as counted for AWS's own (facts/nki.md section 4),
+    on an eighth of M.
+    """
     slices = 8
-    records, _ = trace_of(kernel, Placeholder((8192, 4096 // slices), BF16), Placeholder((8192, 8192), BF16), dry=True)
+    records, _ = trace_of(
+        kernel, Placeholder((8192, 4096 // slices), BF16), Placeholder((8192, 8192), BF16), dry=True
+    )
     moved = sum(record.transfer_bytes for record in records)
     assert moved * slices / 1e9 == pytest.approx(expected_gb, abs=5e-4)
 
@@ -163,4 +195,7 @@ def test_listeners_do_not_keep_memory_alive():
         return out
 
     records, _ = trace_of(kernel, random_array(np.random.default_rng(0), (1, 1), FP32))
-    assert len(records) == 128 and len(set(itertools.chain(*[[a.buffer for a in r.writes] for r in records]))) == 65
+    assert (
+        len(records) == 128
+        and len(set(itertools.chain(*[[a.buffer for a in r.writes] for r in records]))) == 65
+    )

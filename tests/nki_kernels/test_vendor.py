@@ -1,4 +1,6 @@
-"""Where the vendor's `nki` is installed: the same cases on its own simulator (marker `nki`; elsewhere there is nothing to run)."""
+"""Where the vendor's `nki` is installed: the same cases on its own simulator (marker `nki`; elsewhere there
+is nothing to run).
+"""
 
 import inspect
 
@@ -12,7 +14,8 @@ from tests.nki_kernels.harness import run_svd_mlp
 pytestmark = [
     pytest.mark.nki,
     pytest.mark.skipif(
-        not backend.HAS_NKI or backend.simulate is backend.no_simulator, reason="needs the vendor's nki, 0.3 or later, with its simulator"
+        not backend.HAS_NKI or backend.simulate is backend.no_simulator,
+        reason="needs the vendor's nki, 0.3 or later, with its simulator",
     ),
 ]
 

@@ -1,4 +1,6 @@
-"""Refinement on a tiny model: closer to the dense model on text it never saw, same shapes, and no harm where it cannot help."""
+"""Refinement on a tiny model: closer to the dense model on text it never saw, same shapes, and no harm where
+it cannot help.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ from neuronmlp_plugin.compressor.plan import make_plan as make_compression
 from neuronmlp_plugin.compressor.quantize import quantize_folder
 from neuronmlp_plugin.compressor.run import compress
 from neuronmlp_plugin.compressor.settings import Settings
-from neuronmlp_plugin.errors import CalibrationError, CheckpointError, NeuronMLPError, NonFiniteError, OutputError, UsageError
+from neuronmlp_plugin.errors import (
+    CalibrationError,
+    CheckpointError,
+    NeuronMLPError,
+    NonFiniteError,
+    OutputError,
+    UsageError,
+)
 from neuronmlp_plugin.refinement import descent
 from neuronmlp_plugin.refinement.arithmetic import chosen
 from neuronmlp_plugin.refinement.run import make_plan, refine
@@ -32,8 +41,18 @@ def home(tmp_path_factory) -> pathlib.Path:
     write_tokenizer(write_dense(home / "dense", "llama"))
     write_text(home / "text.jsonl", 24000)
     for name, form in (("compressed", "uv"), ("pivoted", "compact")):
-        options = {"remove": 0.3, "form": form, "rank_multiple": 1, "window": 32, "tokens": 2048, "metric_tokens": 512, "judge_tokens": 128}
-        compress(make_compression(Settings(home / "dense", home / name, home / "text.jsonl", **options)), QUIET)
+        options = {
+            "remove": 0.3,
+            "form": form,
+            "rank_multiple": 1,
+            "window": 32,
+            "tokens": 2048,
+            "metric_tokens": 512,
+            "judge_tokens": 128,
+        }
+        compress(
+            make_compression(Settings(home / "dense", home / name, home / "text.jsonl", **options)), QUIET
+        )
     return home
 
 
@@ -52,7 +71,9 @@ def settings_for(home: pathlib.Path, out: pathlib.Path, model: str = "pivoted", 
 
 @pytest.mark.parametrize("model", ["compressed", "pivoted"])
 def test_both_stages_bring_the_model_closer(home, tmp_path, model):
-    report = refine(make_plan(settings_for(home, tmp_path / "out", model, stages=("blocks", "distill"))), QUIET)
+    report = refine(
+        make_plan(settings_for(home, tmp_path / "out", model, stages=("blocks", "distill"))), QUIET
+    )
     before, blocks, distilled = (entry["quality"]["kl_divergence"] for entry in report["refinement"]["tried"])
     assert blocks < before and distilled < 0.9 * before
     assert report["quality"]["kl_divergence"] == min(before, blocks, distilled)
@@ -64,7 +85,11 @@ def test_both_stages_bring_the_model_closer(home, tmp_path, model):
     assert not list(tmp_path.glob("*.partial*"))
 
 
-@pytest.mark.parametrize("changes", [{"loss": "next-token"}, {"adapter_rank": 4}, {"adapter_rank": 4, "loss": "next-token"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"loss": "next-token"}, {"adapter_rank": 4}, {"adapter_rank": 4, "loss": "next-token"}],
+    ids=str,
+)
 def test_other_losses_and_adapters_reach_what_they_train_for(home, tmp_path, changes):
     report = refine(make_plan(settings_for(home, tmp_path / "out", **changes)), QUIET)
     before, after = (entry["quality"] for entry in report["refinement"]["tried"])
@@ -75,7 +100,9 @@ def test_other_losses_and_adapters_reach_what_they_train_for(home, tmp_path, cha
 
 def test_of_a_source_without_a_report_none_is_invented(home, tmp_path):
     (shutil.copytree(home / "pivoted", tmp_path / "source") / "neuronmlp_report.json").unlink()
-    report = refine(make_plan(settings_for(home, tmp_path / "out", str(tmp_path / "source"), tokens=256)), QUIET)
+    report = refine(
+        make_plan(settings_for(home, tmp_path / "out", str(tmp_path / "source"), tokens=256)), QUIET
+    )
     assert len(report["refinement"]["tried"]) == 2
     assert not list((tmp_path / "out").glob("neuronmlp_report*"))
 
@@ -87,10 +114,15 @@ def test_a_descent_that_diverges_is_told_by_its_rate(home, tmp_path):
 
 
 def test_what_does_harm_is_not_kept(home, tmp_path):
-    report = refine(make_plan(settings_for(home, tmp_path / "out", stages=("blocks", "distill"), learning_rate=3.0)), QUIET)
+    report = refine(
+        make_plan(settings_for(home, tmp_path / "out", stages=("blocks", "distill"), learning_rate=3.0)),
+        QUIET,
+    )
     tried = report["refinement"]["tried"]
     assert report["refinement"]["kept"] == "before"
-    assert tried[1]["quality"]["kl_divergence"] == pytest.approx(tried[0]["quality"]["kl_divergence"])  # every layer kept its factors
+    assert tried[1]["quality"]["kl_divergence"] == pytest.approx(
+        tried[0]["quality"]["kl_divergence"]
+    )  # every layer kept its factors
     assert tried[2]["quality"]["kl_divergence"] > tried[0]["quality"]["kl_divergence"]
     source, refined = Checkpoint(home / "pivoted"), Checkpoint(tmp_path / "out")
     assert all(torch.equal(source.tensor(name), refined.tensor(name)) for name in source.names())
@@ -98,7 +130,12 @@ def test_what_does_harm_is_not_kept(home, tmp_path):
 
 def test_a_rerun_gives_the_same_tensors(home, tmp_path):
     for name in ("a", "b"):
-        refine(make_plan(settings_for(home, tmp_path / name, tokens=1024, stages=("blocks", "distill"), adapter_rank=2)), QUIET)
+        refine(
+            make_plan(
+                settings_for(home, tmp_path / name, tokens=1024, stages=("blocks", "distill"), adapter_rank=2)
+            ),
+            QUIET,
+        )
     a, b = Checkpoint(tmp_path / "a"), Checkpoint(tmp_path / "b")
     assert all(torch.equal(a.tensor(name), b.tensor(name)) for name in a.names())
 
@@ -143,7 +180,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(home, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         refine(make_plan(settings_for(home, tmp_path / "out", **known)), QUIET)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("neuronmlp_plugin.refinement.run.teacher_states", lambda *_: pytest.fail("the dense model ran again"))
+    monkeypatch.setattr(
+        "neuronmlp_plugin.refinement.run.teacher_states", lambda *_: pytest.fail("the dense model ran again")
+    )
     refine(make_plan(settings_for(home, tmp_path / "out", **known)), QUIET)
     assert seen[36:] == [6, *range(4, 10)]
     assert files(tmp_path / "out") == files(tmp_path / "whole")

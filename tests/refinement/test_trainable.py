@@ -14,7 +14,11 @@ SHAPE = MLPShape(12, 20, 1)
 
 def mlp() -> nn.ModuleDict:
     torch.manual_seed(0)
-    specs = {"gate_proj": ProjectionSpec("uv", 4), "up_proj": ProjectionSpec("dense"), "down_proj": ProjectionSpec("compact", 5)}
+    specs = {
+        "gate_proj": ProjectionSpec("uv", 4),
+        "up_proj": ProjectionSpec("dense"),
+        "down_proj": ProjectionSpec("compact", 5),
+    }
     return nn.ModuleDict({name: build_linear(name, spec, SHAPE) for name, spec in specs.items()})
 
 
@@ -45,7 +49,9 @@ def test_adapters_begin_as_nothing_change_at_most_their_rank_and_are_merged():
         torch.testing.assert_close(module["gate_proj"](x), plain)
         assert sum(parameter.numel() for parameter in parameters) == 2 * (12 + 4 + 4 + 20 + 15 + 5 + 5 + 12)
         step(module, parameters)
-    assert {name: tensor.shape for name, tensor in module.state_dict().items()} == {name: t.shape for name, t in before.items()}
+    assert {name: tensor.shape for name, tensor in module.state_dict().items()} == {
+        name: t.shape for name, t in before.items()
+    }
     torch.testing.assert_close(module["up_proj"].weight, before["up_proj.weight"])
     move = module["gate_proj"].v.weight - before["gate_proj.v.weight"]
     assert 0 < int(torch.linalg.matrix_rank(move, rtol=1e-4)) <= 2

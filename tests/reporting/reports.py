@@ -1,4 +1,6 @@
-"""Reports to make pages of: one with everything in it, text that tries to be markup included, and one as the first release wrote it."""
+"""Reports to make pages of: one with everything in it, text that tries to be markup included, and one as the
+first release wrote it.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,31 @@ LAYERS, FULL = 24, 576
 def first_release_report() -> dict[str, Any]:
     """The keys that every report has had."""
     rows = [_row(layer, name) for layer in range(LAYERS) for name in PROJECTIONS]
-    specs = [{"form": row["form"]} if row["rank"] is None else {"form": row["form"], "rank": row["rank"]} for row in rows]
+    specs = [
+        {"form": row["form"]} if row["rank"] is None else {"form": row["form"], "rank": row["rank"]}
+        for row in rows
+    ]
     layers = [dict(zip(PROJECTIONS, specs[i : i + 3], strict=True)) for i in range(0, len(specs), 3)]
-    provenance = {"model": "/models/tiny", "method": "two-sided", "allocation": "global", "seed": 0, "calibration_tokens": 98304}
+    provenance = {
+        "model": "/models/tiny",
+        "method": "two-sided",
+        "allocation": "global",
+        "seed": 0,
+        "calibration_tokens": 98304,
+    }
     return {
-        "block": {"created_by": "neuronmlp 0.1.0", "removed_ratio": 0.2, "layers": layers, "provenance": provenance},
+        "block": {
+            "created_by": "neuronmlp 0.1.0",
+            "removed_ratio": 0.2,
+            "layers": layers,
+            "provenance": provenance,
+        },
         "matrices": rows,
         "notes": [],
         "quality": quality(1.36),
-        "loss_by_size": [{"removed_ratio": r / 10, "predicted_loss": (r / 10) ** 2 * 10} for r in range(1, 7)],
+        "loss_by_size": [
+            {"removed_ratio": r / 10, "predicted_loss": (r / 10) ** 2 * 10} for r in range(1, 7)
+        ],
     }
 
 
@@ -38,7 +56,9 @@ def full_report() -> dict[str, Any]:
         "factors_only": False,
     }
     ranks = [round(i * FULL / 63) for i in range(64)]
-    spectrum = {name: [round((1 - k / FULL) ** 2 * math.exp(-k / 200), 6) for k in ranks] for name in PROJECTIONS}
+    spectrum = {
+        name: [round((1 - k / FULL) ** 2 * math.exp(-k / 200), 6) for k in ranks] for name in PROJECTIONS
+    }
     story = "Once upon a time, a lighthouse keeper lit the lamp and "
     return report | {
         "notes": [f"layer 1 up_proj: {IMAGE}"],
@@ -47,7 +67,11 @@ def full_report() -> dict[str, Any]:
             "new_tokens": 48,
             "chat_template": True,
             "texts": [
-                {"prompt": f"Tell me {SCRIPT}", "dense": story + "slept well " * 20, "compressed": story + IMAGE + " " + SCRIPT},
+                {
+                    "prompt": f"Tell me {SCRIPT}",
+                    "dense": story + "slept well " * 20,
+                    "compressed": story + IMAGE + " " + SCRIPT,
+                },
                 {"prompt": "A word", "dense": "x" * 300, "compressed": ""},
             ],
         },

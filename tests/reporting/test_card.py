@@ -1,4 +1,6 @@
-"""The model card: front matter that Hugging Face reads, the base's license, and nothing that a name can break."""
+"""The model card: front matter that Hugging Face reads, the base's license, and nothing that a name can
+break.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def test_a_name_cannot_become_markup():
 def test_the_card_links_the_page_and_gives_the_numbers():
     card = render_card(full_report())
     assert "(neuronmlp_report.html)" in card
-    assert "× 1.360" in card and "98,304 tokens" in card and "Refined afterwards: block reconstruction" in card
+    assert (
+        "× 1.360" in card and "98,304 tokens" in card and "Refined afterwards: block reconstruction" in card
+    )
     assert "vllm serve DIR" in card
 
 

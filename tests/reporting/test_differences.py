@@ -28,9 +28,14 @@ def test_pieces_joined_are_the_texts(left, right):
     ],
 )
 def test_only_what_the_other_lacks_is_marked(left, right, marked):
-    assert tuple([piece for piece, differs in parts if differs] for parts in word_differences(left, right)) == marked
+    assert (
+        tuple([piece for piece, differs in parts if differs] for parts in word_differences(left, right))
+        == marked
+    )
 
 
-@pytest.mark.parametrize(("left", "right", "count"), [("a b c", "a b d", 2), ("a b", "a b c", 2), ("x", "y", 0), ("", "", 0)])
+@pytest.mark.parametrize(
+    ("left", "right", "count"), [("a b c", "a b d", 2), ("a b", "a b c", 2), ("x", "y", 0), ("", "", 0)]
+)
 def test_common_beginning(left, right, count):
     assert common_words(left, right) == count

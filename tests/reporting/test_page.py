@@ -1,4 +1,6 @@
-"""The page from the JSON: it says what the numbers say, keeps strange text as text, asks no one for anything; old reports still work."""
+"""The page from the JSON: it says what the numbers say, keeps strange text as text, asks no one for anything;
+old reports still work.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def test_names_inside_the_page_are_unique_and_links_lead_somewhere(page):
     parsed = Parsed(page)
     ids = parsed.values("id")
     assert len(ids) == len(set(ids))
-    assert {value[1:] for value in (*parsed.values("href"), *parsed.values("xlink:href")) if value[0] == "#"} <= set(ids)
+    assert {
+        value[1:] for value in (*parsed.values("href"), *parsed.values("xlink:href")) if value[0] == "#"
+    } <= set(ids)
     assert set(re.findall(r"url\(#(\w+)\)", page)) <= set(ids)
 
 
@@ -71,7 +75,11 @@ def test_every_process_makes_the_same_bytes(page):
     program = "import sys; from tests.reporting.reports import full_report; from neuronmlp_plugin.reporting.page import render_page;"
     program += "sys.stdout.buffer.write(render_page(full_report()).encode())"
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, cwd=ROOT, check=True, env={**os.environ, "PYTHONHASHSEED": "7"}
+        [sys.executable, "-c", program],
+        capture_output=True,
+        cwd=ROOT,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
     )
     assert done.stdout.decode() == page
 
@@ -84,7 +92,11 @@ def test_the_headline_says_what_was_removed_and_what_it_cost(page):
 
 
 def test_refinement_is_told_where_there_was_one(page):
-    assert view.refinement_rows(full_report()["refinement"])[1] == ["Perplexity over dense", "× 1.360", "× 1.180"]
+    assert view.refinement_rows(full_report()["refinement"])[1] == [
+        "Perplexity over dense",
+        "× 1.360",
+        "× 1.180",
+    ]
     assert "block reconstruction" in page and "Loss during refinement" in page
     assert 'id="refinement"' not in render_page(first_release_report())
 
@@ -140,7 +152,9 @@ def test_a_model_with_every_matrix_dense_has_a_page():
     assert render_page(report).count("<svg") == 1
 
 
-@pytest.mark.parametrize("key", ["notes", "quality", "loss_by_size", "spectra", "samples", "base", "versions", "refinement"])
+@pytest.mark.parametrize(
+    "key", ["notes", "quality", "loss_by_size", "spectra", "samples", "base", "versions", "refinement"]
+)
 def test_no_optional_key_is_needed(key):
     report = full_report()
     del report[key]
@@ -151,7 +165,9 @@ def test_matrices_that_lose_nothing_can_be_drawn():
     report = full_report()
     for row in report["matrices"]:
         row |= {"predicted_error": 0.0, "achieved_error": 0.0, "predicted_loss": 0.0}
-    report["spectra"]["layers"] = [{name: [0.0] * 64 for name in layer} for layer in report["spectra"]["layers"]]
+    report["spectra"]["layers"] = [
+        {name: [0.0] * 64 for name in layer} for layer in report["spectra"]["layers"]
+    ]
     assert render_page(report).count("<svg") == 8
 
 
@@ -170,7 +186,9 @@ def test_what_was_asked_for_is_said():
     assert "62.0%" in page and "98.7 MB as served" in page
 
 
-@pytest.mark.parametrize("damage", [{"block": 3}, {"matrices": [{}]}, {"quality": {"num_tokens": 3}}], ids=str)
+@pytest.mark.parametrize(
+    "damage", [{"block": 3}, {"matrices": [{}]}, {"quality": {"num_tokens": 3}}], ids=str
+)
 def test_a_damaged_report_is_refused_by_its_file(tmp_path, damage):
     with pytest.raises(CheckpointError, match=r"neuronmlp_report\.json: expected a whole report"):
         write_page(tmp_path, full_report() | damage)
@@ -182,7 +200,9 @@ def test_plots_draw_the_numbers_of_the_report():
     gate = [row for row in report["matrices"] if row["projection"] == "gate_proj"]
     line = figures.rank_plot(report).figure.axes[0].lines[0]
     assert list(line.get_ydata()) == [row["rank"] for row in gate]
-    assert list(figures.error_plot(report).figure.axes[0].lines[0].get_ydata()) == [row["achieved_error"] for row in gate]
+    assert list(figures.error_plot(report).figure.axes[0].lines[0].get_ydata()) == [
+        row["achieved_error"] for row in gate
+    ]
     points = figures.agreement_plot(report).figure.axes[0].collections[0].get_offsets()
     assert points.tolist() == [[row["predicted_error"], row["achieved_error"]] for row in gate]
     (x, y), *_ = figures.loss_plot(report).figure.axes[0].collections[0].get_offsets().tolist()

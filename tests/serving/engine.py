@@ -13,7 +13,8 @@ import torch
 ROOT = pathlib.Path(__file__).parent.parent.parent
 PROMPTS = [[5, 17, 99, 4, 63, 12, 7, 3, 88], [101, 3, 42], [9] * 20]
 NEW_TOKENS = 4
-# One engine a process: vLLM keeps its process groups until the end. The first argument is the options of LLM(...), as JSON.
+# One engine a process: vLLM keeps its process groups until the end. The first argument is the options of
+# LLM(...), as JSON.
 _PROGRAM = """
 import json, sys, torch
 from vllm import LLM, SamplingParams
@@ -34,7 +35,12 @@ if __name__ == "__main__":
 
 def environment(tensor_parallel: int = 1) -> dict[str, str]:
     """What vLLM on a small CPU needs (shared facts: vllm_cpu.md)."""
-    settings = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    settings = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+    }
     if tensor_parallel > 1:
         settings["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     else:
@@ -47,11 +53,20 @@ def run_engine(folder: pathlib.Path, *, vocabulary: int = 128, **options) -> sub
     options = {"model": str(folder), "enforce_eager": True, **options}
     arguments = json.dumps([options, PROMPTS, NEW_TOKENS, vocabulary])
     env = environment(options.get("tensor_parallel_size", 1))
-    return subprocess.run([sys.executable, "-c", _PROGRAM, arguments], capture_output=True, text=True, env=env, timeout=600, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", _PROGRAM, arguments],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=600,
+        check=False,
+    )
 
 
 def served_logits(folder: pathlib.Path, **options) -> list[tuple[list[int], torch.Tensor]]:
-    """For each prompt: all its tokens with the new ones, and the raw logits `[tokens - 1, vocabulary]` that vLLM computed."""
+    """For each prompt: all its tokens with the new ones, and the raw logits `[tokens - 1, vocabulary]` that
+    vLLM computed.
+    """
     return logits_of(run_engine(folder, **options))
 
 
@@ -60,4 +75,6 @@ def logits_of(process: subprocess.CompletedProcess[str]) -> list[tuple[list[int]
     assert process.returncode == 0, process.stderr[-3000:]
     line = next(line for line in process.stdout.splitlines() if line.startswith("RESULT"))
     results = json.loads(line.removeprefix("RESULT"))
-    return [(prompt + r["tokens"], torch.tensor(r["logits"])) for prompt, r in zip(PROMPTS, results, strict=True)]
+    return [
+        (prompt + r["tokens"], torch.tensor(r["logits"])) for prompt, r in zip(PROMPTS, results, strict=True)
+    ]

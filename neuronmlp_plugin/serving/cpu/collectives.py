@@ -14,7 +14,9 @@ from neuronmlp_plugin.models.collectives import Collectives
 
 
 class TensorParallel(Collectives):
-    """vLLM's own operations, which torch.compile knows. Its CPU group has no reduce-scatter: there it is an all-reduce and a slice."""
+    """vLLM's own operations, which torch.compile knows. Its CPU group has no reduce-scatter: there it is an
+    all-reduce and a slice.
+    """
 
     def __init__(self) -> None:
         self.rank, self.size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()

@@ -1,6 +1,8 @@
-"""A low-rank projection as one call of `product.c`: all its products in two stages, nothing concatenated or sliced in between.
+"""A low-rank projection as one call of `product.c`: all its products in two stages, nothing concatenated or
+sliced in between.
 
-Used where one rank owns the whole MLP; under tensor parallelism the stages are parted by collectives, and `gemm.py` serves them.
+Used where one rank owns the whole MLP; under tensor parallelism the stages are parted by collectives, and
+`gemm.py` serves them.
 """
 
 from __future__ import annotations
@@ -46,7 +48,14 @@ class Chain:
         self.products: list[Product] = []
         self.kept: list[torch.Tensor | None] = []  # what the products point to
 
-    def add(self, stage: int, weight: Weight, x: tuple[int, int], y: tuple[int, int], addend: tuple[int, int] | None = None) -> None:
+    def add(
+        self,
+        stage: int,
+        weight: Weight,
+        x: tuple[int, int],
+        y: tuple[int, int],
+        addend: tuple[int, int] | None = None,
+    ) -> None:
         """Add y = x weight^T + addend; `x`, `y` and `addend` are (buffer, first column)."""
         matrix, scale = weight
         packed = pack(matrix)
@@ -59,11 +68,14 @@ class Chain:
         self.kept += [packed, scale]
 
     def finish(self) -> Linear:
-        """The callable, once all products are in. It goes through a torch operator, so that torch.compile leaves it whole."""
+        """The callable, once all products are in. It goes through a torch operator, so that torch.compile
+        leaves it whole.
+        """
         self.products.sort(key=lambda product: product.stage)
         self.array = (Product * len(self.products))(*self.products)
         _CHAINS.append(self)
-        # A tensor, not a number: a number would be baked into compiled graphs and keep them from being shared.
+        # A tensor, not a number: a number would be baked into compiled graphs and keep them from being
+        # shared.
         handle = torch.tensor(len(_CHAINS) - 1, dtype=torch.int64)
         out_features = self.widths[1]
         return lambda x: torch.ops.neuronmlp.chain(x, handle, out_features)
@@ -88,12 +100,16 @@ _LIBRARY.impl("chain", lambda x, _handle, out_features: x.new_empty((*x.shape[:-
 
 
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a chain can run here: weights in this machine's memory, of a dtype that it knows, and a compiled library."""
+    """Whether a chain can run here: weights in this machine's memory, of a dtype that it knows, and a
+    compiled library.
+    """
     return device.type == "cpu" and dtype in DTYPES and load_products() is not None
 
 
 def fused_gate_up(shards: Sequence[Shard], intermediate_size: int) -> Linear:
-    """x `[..., H]` -> `[..., 2 I]`, gate first, of one rank. A compact matrix's z is written where its pivots belong in the output."""
+    """x `[..., H]` -> `[..., 2 I]`, gate first, of one rank. A compact matrix's z is written where its pivots
+    belong in the output.
+    """
     hidden = next(s.first.shape[1] for s in shards if s.first is not None)
     chain = Chain(hidden, 2 * intermediate_size, sum(s.slots for s in shards if s.form == "uv"))
     scratch = 0
@@ -112,7 +128,9 @@ def fused_gate_up(shards: Sequence[Shard], intermediate_size: int) -> Linear:
 
 
 def fused_down(shard: Shard, intermediate_size: int) -> Linear:
-    """h `[..., I]` -> y `[..., H]` of one rank; the pivots of a compact matrix are the addend of its first product."""
+    """h `[..., I]` -> y `[..., H]` of one rank; the pivots of a compact matrix are the addend of its first
+    product.
+    """
     first, second = weights_of(shard)
     assert second is not None
     chain = Chain(intermediate_size, second[0].shape[0], shard.slots)

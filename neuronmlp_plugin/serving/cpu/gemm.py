@@ -12,7 +12,9 @@ from neuronmlp_plugin.models.parallel_mlp import Linear, plain_linear
 
 
 def prepacked_linear(weight: torch.Tensor) -> Linear:
-    """vLLM's CPU dispatch (oneDNN or another prepacked kernel) for a weight `[out, in]`; plain torch on other platforms."""
+    """vLLM's CPU dispatch (oneDNN or another prepacked kernel) for a weight `[out, in]`; plain torch on other
+    platforms.
+    """
     if not current_platform.is_cpu():
         return plain_linear(weight)
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm

@@ -1,4 +1,6 @@
-"""How vLLM's merged gate/up and down layers load and run low-rank matrices; the mathematics is `models/parallel_mlp.py`."""
+"""How vLLM's merged gate/up and down layers load and run low-rank matrices; the mathematics is
+`models/parallel_mlp.py`.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,16 @@ MakeLinear = Callable[[torch.Tensor], Linear]
 class LowRankMethod(LinearMethodBase):
     """Common half of both layers. vLLM makes one instance a layer, so what arrives is kept in it.
 
-    `parent`: "model.layers.3.mlp". Full tensors come in one by one; as soon as a projection is whole its shard is cut, cast and kept,
-    and the full tensors are dropped. With `overlay` the dense weights that arrive are ignored and the factor file is read instead.
+    `parent`: "model.layers.3.mlp". Full tensors come in one by one; as soon as a projection is whole its
+    shard is cut, cast and kept, and the full tensors are dropped. With `overlay` the dense weights that
+    arrive are ignored and the factor file is read instead.
     """
 
     projections: tuple[str, ...]
 
-    def __init__(self, parent: str, specs: Specs, shape: MLPShape, options: Options, overlay: FactorFile | None) -> None:
+    def __init__(
+        self, parent: str, specs: Specs, shape: MLPShape, options: Options, overlay: FactorFile | None
+    ) -> None:
         self.parent, self.specs, self.shape = parent, specs, shape
         self.options, self.overlay = options, overlay
         self.collectives = tensor_parallel()
@@ -53,9 +58,13 @@ class LowRankMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register an empty parameter under every name that a checkpoint may bring; their loader takes whole tensors of any size."""
+        """Register an empty parameter under every name that a checkpoint may bring; their loader takes whole
+        tensors of any size.
+        """
         self.dtype = params_dtype
-        suffixes = {"weight"} if self.overlay is not None else {s for p in self.projections for s in self._sizes(p)}
+        suffixes = (
+            {"weight"} if self.overlay is not None else {s for p in self.projections for s in self._sizes(p)}
+        )
         for suffix in sorted(suffixes):
             owner, _, leaf = suffix.rpartition(".")
             if owner and not hasattr(layer, owner):
@@ -72,7 +81,9 @@ class LowRankMethod(LinearMethodBase):
 
     def _loader(self, suffix: str) -> Callable[..., None]:
         def load(_parameter: nn.Parameter, tensor: torch.Tensor, shard_id: int | None = None) -> None:
-            position = getattr(tensor, "shard_id", shard_id)  # an argument before vLLM 0.2x, then an attribute of the tensor
+            position = getattr(
+                tensor, "shard_id", shard_id
+            )  # an argument before vLLM 0.2x, then an attribute of the tensor
             if self.overlay is None:
                 self._arrive(self.projections[position or 0], suffix, tensor)
 
@@ -82,7 +93,9 @@ class LowRankMethod(LinearMethodBase):
         sizes, name = self._sizes(projection), f"{self.parent}.{projection}.{suffix}"
         if suffix not in sizes or tuple(tensor.shape) != sizes[suffix]:
             expected = list(sizes[suffix]) if suffix in sizes else "no such tensor"
-            raise CheckpointError(f"{name}: expected {expected} from the checkpoint's config, found {list(tensor.shape)}.")
+            raise CheckpointError(
+                f"{name}: expected {expected} from the checkpoint's config, found {list(tensor.shape)}."
+            )
         self.arrived[projection][suffix] = tensor
         if len(self.arrived[projection]) == len(sizes):
             self.shards[projection] = self._cut(projection, self.arrived.pop(projection))
@@ -94,11 +107,17 @@ class LowRankMethod(LinearMethodBase):
             for suffix, weight in quantized.items():
                 check_int8(weight, weights[suffix + SCALE], f"{self.parent}.{projection}.{suffix}")
             if self.fuses:
-                return whole_shard(projection, spec, {suffix: weight.to(self.device) for suffix, weight in weights.items()})
-            weights = {suffix: dequantize(weight, weights[suffix + SCALE]) for suffix, weight in quantized.items()}
+                return whole_shard(
+                    projection, spec, {suffix: weight.to(self.device) for suffix, weight in weights.items()}
+                )
+            weights = {
+                suffix: dequantize(weight, weights[suffix + SCALE]) for suffix, weight in quantized.items()
+            }
         elif self.overlay is None:  # the tensors of a factor file were checked as they were read
             for suffix, weight in weights.items():
-                checked_tensor(weight, f"{self.parent}.{projection}.{suffix}", pathlib.Path("checkpoint"))  # vLLM does not say which file
+                checked_tensor(
+                    weight, f"{self.parent}.{projection}.{suffix}", pathlib.Path("checkpoint")
+                )  # vLLM does not say which file
         cast = {suffix: weight.to(self.device, self.dtype) for suffix, weight in weights.items()}
         cut = shard_down if projection == "down_proj" else shard_gate_up
         return cut(spec, cast, self.collectives.size, self.collectives.rank, self.options.tp_scheme)
@@ -110,9 +129,16 @@ class LowRankMethod(LinearMethodBase):
                 read = self.overlay.stored if self.specs[projection].is_int8 else self.overlay.tensor
                 for suffix in self._sizes(projection):
                     self._arrive(projection, suffix, read(f"{self.parent}.{projection}.{suffix}"))
-        missing = [f"{self.parent}.{p}.{s}" for p, got in self.arrived.items() for s in self._sizes(p) if s not in got]
+        missing = [
+            f"{self.parent}.{p}.{s}"
+            for p, got in self.arrived.items()
+            for s in self._sizes(p)
+            if s not in got
+        ]
         if missing:
-            raise CheckpointError(f"checkpoint: expected a tensor {missing[0]} ({len(missing)} of this layer are missing), found none.")
+            raise CheckpointError(
+                f"checkpoint: expected a tensor {missing[0]} ({len(missing)} of this layer are missing), found none."
+            )
         shards = [self.shards[p] for p in self.projections]
         if self.fuses:
             self.run = self._fused(shards)
@@ -140,7 +166,9 @@ class LowRankGateUpMethod(LowRankMethod):
         return fused_gate_up(shards, self.shape.intermediate_size)
 
     def _one_by_one(self, shards: list[Shard], make_linear: MakeLinear) -> Linear:
-        return GateUp(shards, self.shape.intermediate_size, self.collectives, self.options.tp_scheme, make_linear)
+        return GateUp(
+            shards, self.shape.intermediate_size, self.collectives, self.options.tp_scheme, make_linear
+        )
 
 
 class LowRankDownMethod(LowRankMethod):

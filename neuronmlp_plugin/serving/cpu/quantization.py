@@ -1,4 +1,6 @@
-"""The quantization config through which vLLM finds our MLPs: one path for every architecture, no model class of ours."""
+"""The quantization config through which vLLM finds our MLPs: one path for every architecture, no model class
+of ours.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ logger = init_logger("vllm.neuronmlp")
 class NeuronMLPConfig(QuantizationConfig):
     """`block`: the JSON block of a factored checkpoint, or None for a dense model with a factor file.
 
-    vLLM builds it before it knows the folder or the options, copies it and sends it to its workers: it holds plain data, and reads
-    the files when the first layer is built.
+    vLLM builds it before it knows the folder or the options, copies it and sends it to its workers: it holds
+    plain data, and reads the files when the first layer is built.
     """
 
     def __init__(self, block: dict[str, Any] | None = None) -> None:
@@ -54,7 +56,8 @@ class NeuronMLPConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> NeuronMLPConfig:
-        # `--hf-overrides '{"quantization_config": {"quant_method": "neuronmlp"}}'` on a dense model has no layers: a factor file has.
+        # `--hf-overrides '{"quantization_config": {"quant_method": "neuronmlp"}}'` on a dense model has no
+        # layers: a factor file has.
         return cls(config if "layers" in config else None)
 
     def maybe_update_config(self, model_name: str, *args: Any, **kwargs: Any) -> None:
@@ -69,7 +72,11 @@ class NeuronMLPConfig(QuantizationConfig):
         parent, _, name = prefix.rpartition(".")
         specs = {p: block.spec(f"{parent}.{p}") for p in PROJECTIONS}
         known = {p: spec for p, spec in specs.items() if spec is not None}
-        if not known or name not in ("gate_up_proj", "down_proj") or all(spec == DENSE for spec in known.values()):
+        if (
+            not known
+            or name not in ("gate_up_proj", "down_proj")
+            or all(spec == DENSE for spec in known.values())
+        ):
             return UnquantizedLinearMethod()
         method = LowRankGateUpMethod if name == "gate_up_proj" else LowRankDownMethod
         return method(parent, known, block.shape, options, overlay)
@@ -120,9 +127,15 @@ class NeuronMLPConfig(QuantizationConfig):
 def _path(options: Options, int8: bool) -> str:
     """How the products will run, in words."""
     dtype: Any = get_current_vllm_config().model_config.dtype
-    if options.fast_path and get_tensor_model_parallel_world_size() == 1 and usable(torch.device(current_platform.device_type), dtype):
+    if (
+        options.fast_path
+        and get_tensor_model_parallel_world_size() == 1
+        and usable(torch.device(current_platform.device_type), dtype)
+    ):
         return "fused products, int8 weights read as they are" if int8 else "fused products"
     expanded = f", int8 weights expanded to {dtype} at load, at its memory and speed" if int8 else ""
     if not options.fast_path:
         return f"plain torch products (fast_path is off){expanded}"
-    return ("products one by one, prepacked by vLLM" if current_platform.is_cpu() else "plain torch products") + expanded
+    return (
+        "products one by one, prepacked by vLLM" if current_platform.is_cpu() else "plain torch products"
+    ) + expanded

@@ -1,4 +1,6 @@
-"""Serve on AWS Trainium through NxD Inference: our MLPs inside its models, chosen by vllm-neuron from its own table of classes."""
+"""Serve on AWS Trainium through NxD Inference: our MLPs inside its models, chosen by vllm-neuron from its own
+table of classes.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ import importlib.util
 def register() -> None:
     """Put low-rank models into NxDI's MODEL_TYPES as soon as someone imports it.
 
-    Idempotent; imports neither torch nor NxDI, which costs seconds and, in vLLM's API server, is never needed.
-    Silent where NxDI is absent.
+    Idempotent; imports neither torch nor NxDI, which costs seconds and, in vLLM's API server, is never
+    needed. Silent where NxDI is absent.
     """
     if importlib.util.find_spec("neuronx_distributed_inference") is None:
         return

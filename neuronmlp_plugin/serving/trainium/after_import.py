@@ -12,7 +12,9 @@ Action = Callable[[ModuleType], None]
 
 
 def run_after_import(name: str, action: Action) -> None:
-    """Call `action(module)` now if the module is loaded, else right after its own code has run; the action must be idempotent."""
+    """Call `action(module)` now if the module is loaded, else right after its own code has run; the action
+    must be idempotent.
+    """
     if name in sys.modules:
         action(sys.modules[name])
     elif not any(isinstance(finder, _Watcher) and finder.name == name for finder in sys.meta_path):

@@ -1,4 +1,6 @@
-"""NxDI's model and application classes with low-rank MLPs in them; identical to their bases for a model without our block."""
+"""NxDI's model and application classes with low-rank MLPs in them; identical to their bases for a model
+without our block.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,24 @@ import logging
 import os
 from typing import Any
 
-from neuronmlp_plugin.serving.trainium.config import block_of, is_low_rank, low_rank_config, options_of, source_of
+from neuronmlp_plugin.serving.trainium.config import (
+    block_of,
+    is_low_rank,
+    low_rank_config,
+    options_of,
+    source_of,
+)
 from neuronmlp_plugin.serving.trainium.decisions import layer_decisions
 from neuronmlp_plugin.serving.trainium.dispatch import DECODE, FILE, PREFILL, RECORD
 from neuronmlp_plugin.serving.trainium.metrics import publish
 from neuronmlp_plugin.serving.trainium.mlp import LowRankMLP
-from neuronmlp_plugin.serving.trainium.state_dict import State, cast_int8, lay_out_state, overlay_factors, read_factored
+from neuronmlp_plugin.serving.trainium.state_dict import (
+    State,
+    cast_int8,
+    lay_out_state,
+    overlay_factors,
+    read_factored,
+)
 
 logger = logging.getLogger("vllm.neuronmlp")  # a child of the logger that vLLM sets up
 _Base: Any = object  # the mixins below stand before an NxDI class, whose methods `super()` finds
@@ -29,12 +43,16 @@ class LowRankModel(_Base):
     """Before a NeuronBaseModel: decoder layers get our MLP once NxDI has built them."""
 
     def init_model(self, config: Any) -> None:
-        from neuronmlp_plugin.serving.trainium.nxd import NxdParallel  # needs neuronx_distributed, which nothing else here does
+        from neuronmlp_plugin.serving.trainium.nxd import (
+            NxdParallel,
+        )  # needs neuronx_distributed, which nothing else here does
 
         super().init_model(config)
         block = block_of(config)
         if block is not None:
-            for index, (layer, decisions) in enumerate(zip(self.layers, layer_decisions(config), strict=True)):
+            for index, (layer, decisions) in enumerate(
+                zip(self.layers, layer_decisions(config), strict=True)
+            ):
                 layer.mlp = LowRankMLP(
                     block.layers[index],
                     block.shape,
@@ -79,12 +97,18 @@ class LowRankApplication(_Base):
                     "neuronmlp: int8 weights are expanded to %s at load, at its memory and speed: the kernels take no int8",
                     config.neuron_config.torch_dtype,
                 )
-            paths = [{decision.path for decision in decisions.values()} for decisions in layer_decisions(config)]
-            lay_out_state(state, block, paths, config.neuron_config.tp_degree, options.tp_scheme, source_of(config))
+            paths = [
+                {decision.path for decision in decisions.values()} for decisions in layer_decisions(config)
+            ]
+            lay_out_state(
+                state, block, paths, config.neuron_config.tp_degree, options.tp_scheme, source_of(config)
+            )
         return state
 
     def compile(self, compiled_model_path: str, *args: Any, **kwargs: Any) -> None:
-        """As the base, with the dispatch record beside the artifact; with `on_cpu` there is nothing to compile."""
+        """As the base, with the dispatch record beside the artifact; with `on_cpu` there is nothing to
+        compile.
+        """
         if not is_low_rank(self.config):
             super().compile(compiled_model_path, *args, **kwargs)
         elif self.neuron_config.on_cpu:
@@ -117,7 +141,9 @@ class LowRankApplication(_Base):
 
 
 def _phase(input_ids: Any, position_ids: Any) -> str:
-    """Which graph ran: as NxDI's own `_is_prefill` says, since a prompt may be one token long; by the number of tokens where it cannot."""
+    """Which graph ran: as NxDI's own `_is_prefill` says, since a prompt may be one token long; by the number
+    of tokens where it cannot.
+    """
     prefill = input_ids.shape[1] > 1 if position_ids is None else position_ids.min() == 0
     return PREFILL if prefill else DECODE
 

@@ -1,8 +1,9 @@
 """NxDI's two config classes with our part in them.
 
-A user's options travel as `NeuronConfig.neuronmlp`; what was decided from them and from the checkpoint as `InferenceConfig.neuronmlp`.
-Both are plain JSON attributes, so that they survive NxDI's save and load and enter the md5 by which vllm-neuron names compiled artifacts.
-Neither attribute exists for a model without our block: its JSON, and so its key, is that of the base class.
+A user's options travel as `NeuronConfig.neuronmlp`; what was decided from them and from the checkpoint as
+`InferenceConfig.neuronmlp`. Both are plain JSON attributes, so that they survive NxDI's save and load and
+enter the md5 by which vllm-neuron names compiled artifacts. Neither attribute exists for a model without our
+block: its JSON, and so its key, is that of the base class.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from nki_kernels import source_digest
 
 
 class StaleArtifactError(UsageError, ValueError):
-    """Compiled artifacts made from another state of the folder or other kernels. A ValueError too, on which vllm-neuron compiles anew."""
+    """Compiled artifacts made from another state of the folder or other kernels. A ValueError too, on which
+    vllm-neuron compiles anew.
+    """
 
 
 @functools.cache
@@ -39,7 +42,9 @@ def low_rank_neuron_config(base: type) -> Any:
 
 @functools.cache
 def low_rank_config(base: Any) -> Any:
-    """An InferenceConfig subclass that records what our block and options decide; without a block, the base class."""
+    """An InferenceConfig subclass that records what our block and options decide; without a block, the base
+    class.
+    """
 
     class LowRankConfig(base):
         @classmethod
@@ -71,7 +76,11 @@ def is_low_rank(config: Any) -> bool:
 
 def block_of(config: Any) -> FormatBlock | None:
     """The block that was recorded for the model, or None."""
-    return parse_block(getattr(config, KEY)["block"], config.__dict__, source_of(config)) if is_low_rank(config) else None
+    return (
+        parse_block(getattr(config, KEY)["block"], config.__dict__, source_of(config))
+        if is_low_rank(config)
+        else None
+    )
 
 
 def source_of(config: Any) -> str:
@@ -88,7 +97,8 @@ def _attach_record(config: Any) -> None:
         "block": block.to_json(),
         "tp_scheme": options.tp_scheme,
         "kernels": options.kernels,
-        # The compile cache does not see kernel sources; tile plans follow from them, the block and the buckets, all in the key.
+        # The compile cache does not see kernel sources; tile plans follow from them, the block and the
+        # buckets, all in the key.
         "kernel_sources": source_digest(),
     }
     saved = getattr(config, KEY, None)
@@ -102,7 +112,9 @@ def _attach_record(config: Any) -> None:
 
 
 def _find_block(config: Any) -> FormatBlock | None:
-    """From the checkpoint's own config, or from the factor file that the options name. Raises UsageError and CheckpointError."""
+    """From the checkpoint's own config, or from the factor file that the options name. Raises UsageError and
+    CheckpointError.
+    """
     embedded = getattr(config, "quantization_config", None)
     folder = pathlib.Path(source_of(config))
     if embedded and (folder / "config.json").is_file():

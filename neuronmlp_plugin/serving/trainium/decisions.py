@@ -18,7 +18,9 @@ OLDEST_NKI = (0, 2)
 
 
 def layer_decisions(config: Any) -> list[dict[str, Decision]]:
-    """Phase -> decision of every layer of a model with our block. Raises UsageError where kernels are required and cannot run."""
+    """Phase -> decision of every layer of a model with our block. Raises UsageError where kernels are
+    required and cannot run.
+    """
     block, neuron, options = block_of(config), config.neuron_config, options_of(config)
     assert block is not None
     unavailable = kernels_unavailable(neuron.on_cpu, options.tp_scheme, installed_nki())
@@ -53,5 +55,7 @@ def kernels_unavailable(on_cpu: bool, scheme: str, nki: str | None) -> str | Non
 
 
 @functools.cache
-def _declined(specs: tuple[tuple[str, ProjectionSpec], ...], shape: MLPShape, tp: int, dtype: torch.dtype) -> str | None:
+def _declined(
+    specs: tuple[tuple[str, ProjectionSpec], ...], shape: MLPShape, tp: int, dtype: torch.dtype
+) -> str | None:
     return declined(dict(specs), shape, tp, dtype)

@@ -1,4 +1,6 @@
-"""Which path each layer takes in each phase, why, and how often it ran: so that a fallback cannot pass for a kernel run."""
+"""Which path each layer takes in each phase, why, and how often it ran: so that a fallback cannot pass for a
+kernel run.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,19 @@ class Decision:
     reason: str
 
 
-def decide(options: Options, unavailable: str | None, declined: str | None, layer: int) -> dict[str, Decision]:
+def decide(
+    options: Options, unavailable: str | None, declined: str | None, layer: int
+) -> dict[str, Decision]:
     """Phase -> decision for one layer.
 
-    `unavailable`: why no kernel can run here at all; `declined`: why the planner has no plan for this layer. Raises UsageError where the
-    user requires kernels and there are none.
+    `unavailable`: why no kernel can run here at all; `declined`: why the planner has no plan for this layer.
+    Raises UsageError where the user requires kernels and there are none.
     """
     why_not = unavailable or declined
     if options.kernels == "require" and why_not:
-        raise UsageError(f"layer {layer}: expected a kernel (kernels: require), found none: {why_not}; use kernels: auto to fall back.")
+        raise UsageError(
+            f"layer {layer}: expected a kernel (kernels: require), found none: {why_not}; use kernels: auto to fall back."
+        )
     decisions = {}
     for phase in PHASES:
         if options.kernels in ("off", *(other for other in PHASES if other != phase)):
@@ -67,12 +73,17 @@ class DispatchRecord:
         """(phase, decision, number of layers) of all that was traced."""
         counted = {(layer, phase, decision) for (layer, phase, _), decision in self.traced.items()}
         totals = collections.Counter((phase, decision) for _, phase, decision in counted)
-        for (phase, decision), n in sorted(totals.items(), key=lambda item: (item[0][0], item[0][1].path, item[0][1].reason)):
+        for (phase, decision), n in sorted(
+            totals.items(), key=lambda item: (item[0][0], item[0][1].path, item[0][1].reason)
+        ):
             yield phase, decision, n
 
     def summary(self) -> str:
         """One line per phase and path."""
-        lines = [f"{phase}: {n} layers by {decision.path} ({decision.reason})" for phase, decision, n in self.layers()]
+        lines = [
+            f"{phase}: {n} layers by {decision.path} ({decision.reason})"
+            for phase, decision, n in self.layers()
+        ]
         return "neuronmlp: " + ("; ".join(lines) or "no layer was traced")
 
     def news(self) -> str | None:
@@ -84,21 +95,28 @@ class DispatchRecord:
         return self.summary()
 
     def totals(self) -> dict[str, list[list[Any]]]:
-        """Counts by [phase, path, reason], as JSON for other processes: how many layers, and how many runs of one layer."""
+        """Counts by [phase, path, reason], as JSON for other processes: how many layers, and how many runs of
+        one layer.
+        """
         return {
             "layers": [[phase, *dataclasses.astuple(decision), n] for phase, decision, n in self.layers()],
-            "runs": [[phase, *dataclasses.astuple(decision), n] for (phase, decision), n in self.runs.items()],
+            "runs": [
+                [phase, *dataclasses.astuple(decision), n] for (phase, decision), n in self.runs.items()
+            ],
         }
 
     def save(self, path: str) -> None:
         """Write what was traced beside a compiled artifact."""
         with open(path, "w", encoding="utf-8") as handle:
-            json.dump([[*key, *dataclasses.astuple(decision)] for key, decision in self.traced.items()], handle)
+            json.dump(
+                [[*key, *dataclasses.astuple(decision)] for key, decision in self.traced.items()], handle
+            )
 
     def restore(self, path: str) -> None:
         """Read it back where nothing is traced, because the artifact is loaded.
 
-        An artifact without the file was not compiled by us and says nothing of its kernels: raises UsageError.
+        An artifact without the file was not compiled by us and says nothing of its kernels: raises
+        UsageError.
         """
         try:
             with open(path, encoding="utf-8") as handle:

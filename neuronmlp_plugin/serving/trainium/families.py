@@ -1,10 +1,13 @@
-"""Which NxDI model classes get low-rank MLPs. One subclass maker serves all (application.py); this table is all that differs."""
+"""Which NxDI model classes get low-rank MLPs. One subclass maker serves all (application.py); this table is
+all that differs.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-# Our architecture's key in NxDI's MODEL_TYPES -> the key whose class serves it where NxDI has none of its own.
+# Our architecture's key in NxDI's MODEL_TYPES -> the key whose class serves it where NxDI has none of its
+# own.
 # NxDI gained Mistral in 0.9; before that its demo runs Mistral through the Llama class, and so do we.
 FAMILIES = {"llama": None, "qwen2": None, "qwen3": None, "mistral": "llama"}
 

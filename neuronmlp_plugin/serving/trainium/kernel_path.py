@@ -1,7 +1,9 @@
-"""The MLP of one rank by NKI kernels: one launch for all of it, or three between the collectives of scheme `gather`.
+"""The MLP of one rank by NKI kernels: one launch for all of it, or three between the collectives of scheme
+`gather`.
 
-NxDI compiles one graph for all ranks, while a rank's pivots sit at its own place in the gathered z. So the z that a launch gets and gives
-begins with the rank's own share (`own_first`), its weights are packed for that order, and the rank is data: NxDI's SPMDRank.
+NxDI compiles one graph for all ranks, while a rank's pivots sit at its own place in the gathered z. So the z
+that a launch gets and gives begins with the rank's own share (`own_first`), its weights are packed for that
+order, and the rank is data: NxDI's SPMDRank.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ Specs = Mapping[str, ProjectionSpec]
 
 
 def stage_layouts(specs: Specs, shape: MLPShape, tp: int) -> dict[str, Layout]:
-    """What each launch computes, by name: `whole`, or `first`, `second` and `last` as far as the forms need them."""
+    """What each launch computes, by name: `whole`, or `first`, `second` and `last` as far as the forms need
+    them.
+    """
     projections = [_projection(specs[name], tp) for name in PROJECTIONS]
     whole = mlp_layout(shape.hidden_size, shape.intermediate_size // tp, *projections)
     if tp == 1:
@@ -56,17 +60,29 @@ def _projection(spec: ProjectionSpec, tp: int) -> Projection:
 
 def turned(specs: Specs) -> tuple[bool, bool]:
     """Whether the z of gate and up, and that of down, travel own share first: only pivots ask for it."""
-    return any(specs[name].form == "compact" for name in PROJECTIONS[:2]), specs["down_proj"].form == "compact"
+    return any(specs[name].form == "compact" for name in PROJECTIONS[:2]), specs[
+        "down_proj"
+    ].form == "compact"
 
 
 def _request(layout: Layout, tokens: int, dtype: torch.dtype, norm_eps: float | None) -> Request:
-    """Between collectives activations travel as [channels, T], so a launch that starts from down's z finds its input transposed."""
+    """Between collectives activations travel as [channels, T], so a launch that starts from down's z finds
+    its input transposed.
+    """
     transposed = layout.down_first is None and layout.gate_second is None and layout.down_second is not None
-    return Request(layout, tokens, np.dtype(_NUMPY_DTYPES[dtype]), norm_eps if layout.hidden else None, transposed_input=transposed)
+    return Request(
+        layout,
+        tokens,
+        np.dtype(_NUMPY_DTYPES[dtype]),
+        norm_eps if layout.hidden else None,
+        transposed_input=transposed,
+    )
 
 
 def declined(specs: Specs, shape: MLPShape, tp: int, dtype: torch.dtype) -> str | None:
-    """Why the planner has no plan for the layer, in a sentence, or None. What fits 128 tokens fits any number, block by block."""
+    """Why the planner has no plan for the layer, in a sentence, or None. What fits 128 tokens fits any
+    number, block by block.
+    """
     for layout in stage_layouts(specs, shape, tp).values():
         plan = plan_launch(_request(layout, PMAX, dtype, norm_eps=1e-5))
         if isinstance(plan, Declined):
@@ -74,8 +90,12 @@ def declined(specs: Specs, shape: MLPShape, tp: int, dtype: torch.dtype) -> str 
     return None
 
 
-def pack_layer(specs: Specs, weights: Mapping[str, Weights], shape: MLPShape, tp: int) -> dict[str, torch.Tensor]:
-    """Launch -> packed weights `[tp 128, C]`, whose contiguous slices are the ranks', from each projection's tensors of FORMAT.md."""
+def pack_layer(
+    specs: Specs, weights: Mapping[str, Weights], shape: MLPShape, tp: int
+) -> dict[str, torch.Tensor]:
+    """Launch -> packed weights `[tp 128, C]`, whose contiguous slices are the ranks', from each projection's
+    tensors of FORMAT.md.
+    """
     whole = {name: lay_out(name, specs[name], weights[name], tp, SCHEME) for name in PROJECTIONS}
     dtype = next(iter(weights["down_proj"].values())).dtype
     packed: dict[str, list[torch.Tensor]] = {stage: [] for stage in stage_layouts(specs, shape, tp)}
@@ -88,11 +108,15 @@ def pack_layer(specs: Specs, weights: Mapping[str, Weights], shape: MLPShape, tp
 
 
 def _rank_matrices(specs: Specs, whole: Mapping[str, Weights], tp: int, rank: int) -> dict[str, torch.Tensor]:
-    """One rank's matrices `[out, in]` by the names that `nki_kernels.layout` gives them, with z in own-first order."""
+    """One rank's matrices `[out, in]` by the names that `nki_kernels.layout` gives them, with z in own-first
+    order.
+    """
     matrices = {}
     for name in PROJECTIONS:
         short, down = name.removesuffix("_proj"), name == "down_proj"
-        parts = {part: t.chunk(tp, partition_dim(name, part, SCHEME))[rank] for part, t in whole[name].items()}
+        parts = {
+            part: t.chunk(tp, partition_dim(name, part, SCHEME))[rank] for part, t in whole[name].items()
+        }
         if specs[name].form == "dense":
             (matrices[f"{short}_second"],) = parts.values()
             continue
@@ -105,7 +129,9 @@ def _rank_matrices(specs: Specs, whole: Mapping[str, Weights], tp: int, rank: in
 
 
 def own_first(z: torch.Tensor, rank: torch.Tensor, tp: int) -> torch.Tensor:
-    """Rank-major z `[tp n, T]` -> the same with the share of `rank` `[1]` first, then those of rank + 1, ... around the ring."""
+    """Rank-major z `[tp n, T]` -> the same with the share of `rank` `[1]` first, then those of rank + 1, ...
+    around the ring.
+    """
     order = (torch.arange(tp, device=z.device) + rank) % tp
     return z.reshape(tp, -1, z.shape[-1]).index_select(0, order).reshape(z.shape)
 
@@ -121,14 +147,18 @@ def call(kernel: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class Norm(NamedTuple):
-    """An RMSNorm as the kernels take it: weight `[128, ceil(H / 128)]` fp32 (nki_kernels.packing.pack_norm), and epsilon."""
+    """An RMSNorm as the kernels take it: weight `[128, ceil(H / 128)]` fp32 (nki_kernels.packing.pack_norm),
+    and epsilon.
+    """
 
     weight: torch.Tensor
     eps: float
 
 
 def pack_norm_in_graph(weight: torch.Tensor) -> torch.Tensor:
-    """`pack_norm` by torch operations alone, for a weight that is a parameter of NxDI's and packed while tracing."""
+    """`pack_norm` by torch operations alone, for a weight that is a parameter of NxDI's and packed while
+    tracing.
+    """
     tiles = F.pad(weight.float(), (0, -weight.shape[0] % PMAX)).reshape(-1, PMAX)
     return tiles.t().contiguous()
 
@@ -150,10 +180,16 @@ class KernelPath(nn.Module):
         self.plans: dict[tuple[str, int, float | None], Plan] = {}
 
     def forward(self, x: torch.Tensor, rmsnorm: Any = None) -> torch.Tensor:
-        """This rank's summand of y `[..., H]`, from x `[..., H]`; `rmsnorm`, a module, is applied to x by the kernels themselves."""
+        """This rank's summand of y `[..., H]`, from x `[..., H]`; `rmsnorm`, a module, is applied to x by the
+        kernels themselves.
+        """
         norm = None if rmsnorm is None else Norm(pack_norm_in_graph(rmsnorm.weight), rmsnorm.variance_epsilon)
         rows = x.reshape(-1, x.shape[-1])
-        y = self._whole(rows, norm) if self.rank is None else self._between_collectives(rows, norm, self.rank.get_rank())
+        y = (
+            self._whole(rows, norm)
+            if self.rank is None
+            else self._between_collectives(rows, norm, self.rank.get_rank())
+        )
         return y.reshape(x.shape)
 
     def _whole(self, rows: torch.Tensor, norm: Norm | None) -> torch.Tensor:
@@ -174,7 +210,8 @@ class KernelPath(nn.Module):
         return self.launch(last_factor, z, *self._rest("last", tokens, norm))
 
     def _rest(self, stage: str, tokens: int, norm: Norm | None) -> tuple[Any, ...]:
-        """A launch's further arguments: packed weights, the plan for as many tokens, and the norm where it starts from x.
+        """A launch's further arguments: packed weights, the plan for as many tokens, and the norm where it
+        starts from x.
 
         Raises UsageError where there is no plan.
         """

@@ -1,10 +1,13 @@
-"""Each projection as one or two tensors whose contiguous slices are the ranks' shards, since NxDI slices contiguously.
+"""Each projection as one or two tensors whose contiguous slices are the ranks' shards, since NxDI slices
+contiguously.
 
-The shards are those of `models/sharding.py` with one thing added: NxDI compiles a single graph for all ranks, so nothing in a shard's
-shape may depend on the rank. Where tp does not divide the rank R of a `compact` matrix, some ranks own one pivot more than others; that
-odd pivot is moved among the rest as a unit row (gate, up) or unit column (down), which changes no value.
+The shards are those of `models/sharding.py` with one thing added: NxDI compiles a single graph for all ranks,
+so nothing in a shard's shape may depend on the rank. Where tp does not divide the rank R of a `compact`
+matrix, some ranks own one pivot more than others; that odd pivot is moved among the rest as a unit row (gate,
+up) or unit column (down), which changes no value.
 
-Scheme `reduce` stores `compact` as the `uv` that it stands for: a rank's z would have to be scattered to channels that depend on the rank.
+Scheme `reduce` stores `compact` as the `uv` that it stands for: a rank's z would have to be scattered to
+channels that depend on the rank.
 """
 
 from __future__ import annotations
@@ -12,13 +15,22 @@ from __future__ import annotations
 import torch
 
 from neuronmlp_plugin.models.projection import MLPShape, ProjectionSpec
-from neuronmlp_plugin.models.sharding import Shard, Weights, gathered_order, shard_down, shard_gate_up, slots_per_rank
+from neuronmlp_plugin.models.sharding import (
+    Shard,
+    Weights,
+    gathered_order,
+    shard_down,
+    shard_gate_up,
+    slots_per_rank,
+)
 
 COLUMN, ROW = 0, 1
 
 
 def partition_dim(projection: str, part: str, scheme: str) -> int:
-    """Which dimension of `first` or `second` `[out, in]` is cut into tp slices: COLUMN cuts `out`, ROW cuts `in`."""
+    """Which dimension of `first` or `second` `[out, in]` is cut into tp slices: COLUMN cuts `out`, ROW cuts
+    `in`.
+    """
     if scheme == "reduce":
         return COLUMN if part == "first" else ROW
     return ROW if projection == "down_proj" else COLUMN
@@ -29,8 +41,12 @@ def even_pivots(spec: ProjectionSpec, tp: int, scheme: str) -> int:
     return (spec.rank or 0) // tp if spec.form == "compact" and scheme == "gather" else 0
 
 
-def laid_out_shapes(projection: str, spec: ProjectionSpec, shape: MLPShape, tp: int, scheme: str) -> dict[str, tuple[int, int]]:
-    """Part -> whole `[out, in]` shape, padding included; `dense` gate and up have no `second`, `dense` down no `first`."""
+def laid_out_shapes(
+    projection: str, spec: ProjectionSpec, shape: MLPShape, tp: int, scheme: str
+) -> dict[str, tuple[int, int]]:
+    """Part -> whole `[out, in]` shape, padding included; `dense` gate and up have no `second`, `dense` down
+    no `first`.
+    """
     n_in, n_out = shape.in_out(projection)
     down = projection == "down_proj"
     if spec.form == "dense":
@@ -42,19 +58,26 @@ def laid_out_shapes(projection: str, spec: ProjectionSpec, shape: MLPShape, tp: 
     return {"first": (padded, n_in), "second": (n_out - pivots, padded)}
 
 
-def lay_out(projection: str, spec: ProjectionSpec, weights: Weights, tp: int, scheme: str) -> dict[str, torch.Tensor]:
+def lay_out(
+    projection: str, spec: ProjectionSpec, weights: Weights, tp: int, scheme: str
+) -> dict[str, torch.Tensor]:
     """Part -> the tensor of `laid_out_shapes`, from one projection's tensors of FORMAT.md by suffix."""
     if scheme == "reduce":
         return _lay_out_reduce(projection, spec, weights, tp)
     shard = shard_down if projection == "down_proj" else shard_gate_up
     shards = [_uniform(shard(spec, weights, tp, rank), projection, spec, tp, rank) for rank in range(tp)]
     dim = partition_dim(projection, "first", scheme)
-    whole = {"first": [s.first for s in shards if s.first is not None], "second": [s.second for s in shards if s.second is not None]}
+    whole = {
+        "first": [s.first for s in shards if s.first is not None],
+        "second": [s.second for s in shards if s.second is not None],
+    }
     return {part: torch.cat(slices, dim=dim) for part, slices in whole.items() if slices}
 
 
 def _uniform(shard: Shard, projection: str, spec: ProjectionSpec, tp: int, rank: int) -> Shard:
-    """The same shard with `even_pivots` pivots: an odd one becomes a unit row or column that picks its own slot of z."""
+    """The same shard with `even_pivots` pivots: an odd one becomes a unit row or column that picks its own
+    slot of z.
+    """
     even = even_pivots(spec, tp, "gather")
     if shard.form != "compact" or shard.pivots == even:
         return shard
@@ -62,12 +85,18 @@ def _uniform(shard: Shard, projection: str, spec: ProjectionSpec, tp: int, rank:
     unit = shard.second.new_zeros(tp * shard.slots)
     unit[rank * shard.slots + even] = 1
     if projection == "down_proj":
-        return Shard(shard.form, torch.cat((unit[:, None], shard.first), dim=1), shard.second, even, shard.slots)
+        return Shard(
+            shard.form, torch.cat((unit[:, None], shard.first), dim=1), shard.second, even, shard.slots
+        )
     return Shard(shard.form, shard.first, torch.cat((unit[None], shard.second)), even, shard.slots)
 
 
-def _lay_out_reduce(projection: str, spec: ProjectionSpec, weights: Weights, tp: int) -> dict[str, torch.Tensor]:
-    """R in slices; the channels, whole at every rank, in the order in which an all-gather of dealt-out channels delivers them."""
+def _lay_out_reduce(
+    projection: str, spec: ProjectionSpec, weights: Weights, tp: int
+) -> dict[str, torch.Tensor]:
+    """R in slices; the channels, whole at every rank, in the order in which an all-gather of dealt-out
+    channels delivers them.
+    """
     down = projection == "down_proj"
     if spec.form == "dense":
         part = "second" if down else "first"

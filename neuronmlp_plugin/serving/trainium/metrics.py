@@ -1,7 +1,8 @@
 """The dispatch record on vLLM's /metrics.
 
-vLLM answers /metrics in its API server, while the model runs in another process. The model's process writes its record to a small file in a
-folder that both know by an environment variable, set when the plugin is first registered and inherited; the API server reads it when asked.
+vLLM answers /metrics in its API server, while the model runs in another process. The model's process writes
+its record to a small file in a folder that both know by an environment variable, set when the plugin is first
+registered and inherited; the API server reads it when asked.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ FOLDER_VARIABLE = "NEURONMLP_METRICS_DIR"
 
 
 def prepare() -> None:
-    """Name the folder, and have a collector registered as soon as someone imports prometheus_client. Idempotent."""
+    """Name the folder, and have a collector registered as soon as someone imports prometheus_client.
+    Idempotent.
+    """
     if FOLDER_VARIABLE not in os.environ:
         folder = os.environ[FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="neuronmlp-metrics-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -34,7 +37,8 @@ def prepare() -> None:
 def publish(record: dict[str, Any]) -> None:
     """Write `DispatchRecord.totals()` for the API server: a few hundred bytes, microseconds beside a forward.
 
-    Where that fails (a full disk, a folder that somebody cleaned away) the log says so, once, and serving goes on.
+    Where that fails (a full disk, a folder that somebody cleaned away) the log says so, once, and serving
+    goes on.
     """
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder is not None:
@@ -45,13 +49,24 @@ def publish(record: dict[str, Any]) -> None:
             temporary.replace(path)
         except OSError as error:
             os.environ.pop(FOLDER_VARIABLE)
-            logger.warning("neuronmlp: %s could not be written (%s), so /metrics no longer follows what runs", path, error)
+            logger.warning(
+                "neuronmlp: %s could not be written (%s), so /metrics no longer follows what runs",
+                path,
+                error,
+            )
 
 
 def records() -> list[dict[str, Any]]:
     """What every model process of this server last published."""
     folder = os.environ.get(FOLDER_VARIABLE)
-    return [] if folder is None else [json.loads(path.read_text(encoding="utf-8")) for path in sorted(pathlib.Path(folder).glob("*.json"))]
+    return (
+        []
+        if folder is None
+        else [
+            json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(pathlib.Path(folder).glob("*.json"))
+        ]
+    )
 
 
 class DispatchCollector:
@@ -67,7 +82,9 @@ class DispatchCollector:
         layers = GaugeMetricFamily("neuronmlp_mlp_layers", "MLP layers compiled for each path", labels=labels)
         runs = CounterMetricFamily("neuronmlp_mlp_runs", "MLP layer executions by each path", labels=labels)
         for key, family in (("layers", layers), ("runs", runs)):
-            totals: collections.Counter[tuple[str, ...]] = collections.Counter()  # one sample a label set, whatever number of processes
+            totals: collections.Counter[tuple[str, ...]] = (
+                collections.Counter()
+            )  # one sample a label set, whatever number of processes
             for record in records():
                 for *label, count in record[key]:
                     totals[tuple(label)] += count

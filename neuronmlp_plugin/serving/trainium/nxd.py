@@ -1,4 +1,6 @@
-"""`Parallel` over neuronx-distributed: its sharded linear layers, which it alone knows how to slice, and its collectives."""
+"""`Parallel` over neuronx-distributed: its sharded linear layers, which it alone knows how to slice, and its
+collectives.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from neuronmlp_plugin.serving.trainium.parallel import Parallel, RankModule
 
 
 class NxdParallel(Parallel):
-    """Layers and collectives of one NxDI model's tensor-parallel group; sums in `rpl_reduce_dtype`, as in NxDI's own MLP."""
+    """Layers and collectives of one NxDI model's tensor-parallel group; sums in `rpl_reduce_dtype`, as in
+    NxDI's own MLP.
+    """
 
     def __init__(self, config: Any) -> None:
         self.group = get_tp_group(config)
@@ -27,7 +31,14 @@ class NxdParallel(Parallel):
         self.reduce_dtype = config.neuron_config.rpl_reduce_dtype or self.dtype
 
     def column(self, n_in: int, n_out: int) -> nn.Module:
-        return ColumnParallelLinear(n_in, n_out, bias=False, gather_output=False, dtype=self.dtype, tensor_model_parallel_group=self.group)
+        return ColumnParallelLinear(
+            n_in,
+            n_out,
+            bias=False,
+            gather_output=False,
+            dtype=self.dtype,
+            tensor_model_parallel_group=self.group,
+        )
 
     def row(self, n_in: int, n_out: int) -> nn.Module:
         return RowParallelLinear(
@@ -47,7 +58,9 @@ class NxdParallel(Parallel):
         return gather_from_tensor_model_parallel_region_with_dim(x, dim, process_group=self.group)
 
     def scatter_sum(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        total = reduce_scatter_to_tensor_model_parallel_region_with_dim(x.to(self.reduce_dtype), dim, process_group=self.group)
+        total = reduce_scatter_to_tensor_model_parallel_region_with_dim(
+            x.to(self.reduce_dtype), dim, process_group=self.group
+        )
         return total.to(x.dtype)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -57,4 +70,6 @@ class NxdParallel(Parallel):
         return self.scatter_sum(x, x.dim() - 1)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return reduce_from_tensor_model_parallel_region(x.to(self.reduce_dtype), process_group=self.group).to(x.dtype)
+        return reduce_from_tensor_model_parallel_region(x.to(self.reduce_dtype), process_group=self.group).to(
+            x.dtype
+        )

@@ -1,4 +1,6 @@
-"""What a user may say of us in `override_neuron_config`, and the record of it that enters the key of a compiled artifact."""
+"""What a user may say of us in `override_neuron_config`, and the record of it that enters the key of a
+compiled artifact.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,10 @@ class Options:
     """`--additional-config '{"override_neuron_config": {"neuronmlp": {...}}}'`, every field of it optional.
 
     tp_scheme: `gather` or `reduce` (models/sharding.py).
-    kernels: `auto` uses the NKI kernels where they apply, `off` never does, `require` refuses to compile a layer without them; `prefill`
-        and `decode` use them in that phase alone, and keep two copies of the weights, since the other phase needs another layout.
+    kernels: `auto` uses the NKI kernels where they apply, `off` never does, `require` refuses to compile a
+    layer without them; `prefill`
+        and `decode` use them in that phase alone, and keep two copies of the weights, since the other phase
+        needs another layout.
     factors: a factor file (FORMAT.md) to lay over a dense model; a factored folder needs none.
     """
 
@@ -34,10 +38,16 @@ def parse_options(given: Any) -> Options:
     """Check the user's words; raises UsageError."""
     names = [field.name for field in dataclasses.fields(Options)]
     if not isinstance(given, dict) or not set(given) <= set(names):
-        raise UsageError(f"override_neuron_config.{KEY}: expected an object with keys of {', '.join(names)}, found {given!r}.")
+        raise UsageError(
+            f"override_neuron_config.{KEY}: expected an object with keys of {', '.join(names)}, found {given!r}."
+        )
     options = Options(**given)
     if options.tp_scheme not in SCHEMES:
-        raise UsageError(f"override_neuron_config.{KEY}.tp_scheme: expected {' or '.join(SCHEMES)}, found {options.tp_scheme!r}.")
+        raise UsageError(
+            f"override_neuron_config.{KEY}.tp_scheme: expected {' or '.join(SCHEMES)}, found {options.tp_scheme!r}."
+        )
     if options.kernels not in KERNELS:
-        raise UsageError(f"override_neuron_config.{KEY}.kernels: expected one of {', '.join(KERNELS)}, found {options.kernels!r}.")
+        raise UsageError(
+            f"override_neuron_config.{KEY}.kernels: expected one of {', '.join(KERNELS)}, found {options.kernels!r}."
+        )
     return options

@@ -1,4 +1,6 @@
-"""What the MLP needs from the machinery that shards it: layers that hold a slice, the rank as data, and collectives."""
+"""What the MLP needs from the machinery that shards it: layers that hold a slice, the rank as data, and
+collectives.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Combinations with NxDI features that would compute something else than the checkpoint says, refused in words."""
+"""Combinations with NxDI features that would compute something else than the checkpoint says, refused in
+words.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,30 @@ from neuronmlp_plugin.serving.trainium.options import KEY
 
 # NeuronConfig attribute -> (value that is fine, why another is not, what to do instead).
 _REFUSED = {
-    "quantized": (False, "NxDI would quantise the factors from a dense checkpoint that has none", "serve the factors in bf16"),
+    "quantized": (
+        False,
+        "NxDI would quantise the factors from a dense checkpoint that has none",
+        "serve the factors in bf16",
+    ),
     "quantized_mlp_kernel_enabled": (False, "that kernel multiplies by dense weights", "leave it off"),
     "activation_quantization_type": (None, "it quantises the input of dense MLPs", "leave it unset"),
-    "lora_config": (None, "an adapter's MLP delta applies to dense weights", "merge the adapter, then compress"),
+    "lora_config": (
+        None,
+        "an adapter's MLP delta applies to dense weights",
+        "merge the adapter, then compress",
+    ),
     "mlp_cp_degree": (1, "context-parallel MLPs come in a pair with other weights", "set mlp_cp_degree to 1"),
-    "fused_rmsnorm_skip_gamma": (False, "NxDI would scale dense gate and up weights that are not there", "set it to false"),
+    "fused_rmsnorm_skip_gamma": (
+        False,
+        "NxDI would scale dense gate and up weights that are not there",
+        "set it to false",
+    ),
     "is_medusa": (False, "it is untested with low-rank MLPs", "serve without speculation"),
-    "enable_fused_speculation": (False, "draft and target would share one record of factors", "serve without speculation"),
+    "enable_fused_speculation": (
+        False,
+        "draft and target would share one record of factors",
+        "serve without speculation",
+    ),
     "is_eagle_draft": (False, "the draft model's MLP is another one", "serve without speculation"),
 }
 
@@ -32,7 +50,9 @@ def check_supported(config: Any) -> None:
     for name, (fine, why, instead) in _REFUSED.items():
         value = getattr(neuron, name, fine)
         if value != fine:
-            raise UsageError(f"{where}: expected {name}={fine!r} with low-rank MLPs, found {value!r}: {why}; {instead}.")
+            raise UsageError(
+                f"{where}: expected {name}={fine!r} with low-rank MLPs, found {value!r}: {why}; {instead}."
+            )
     record = getattr(config, KEY)
     check_divisible(config.intermediate_size, neuron.tp_degree, record["tp_scheme"])
     own_block = getattr(config, "quantization_config", None)
@@ -44,7 +64,9 @@ def check_supported(config: Any) -> None:
 
 
 def check_attention(config: Any, base: type) -> None:
-    """Refuse a Mistral whose sliding window another family's class would ignore (families.py). Raises UnsupportedModelError."""
+    """Refuse a Mistral whose sliding window another family's class would ignore (families.py). Raises
+    UnsupportedModelError.
+    """
     window = getattr(config, "sliding_window", None)
     stands_in = getattr(config, "model_type", None) == "mistral" and "Mistral" not in base.__name__
     if stands_in and window is not None and window < config.neuron_config.seq_len:

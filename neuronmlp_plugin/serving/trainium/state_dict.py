@@ -1,4 +1,6 @@
-"""From the tensors of FORMAT.md to those of the NxDI model, checked by name: NxDI itself would fill a missing one with random numbers."""
+"""From the tensors of FORMAT.md to those of the NxDI model, checked by name: NxDI itself would fill a missing
+one with random numbers.
+"""
 
 from __future__ import annotations
 
@@ -32,24 +34,35 @@ def overlay_factors(state: State, path: str, config: dict[str, Any]) -> None:
 
 
 def cast_int8(state: State, block: FormatBlock, dtype: torch.dtype) -> bool:
-    """Bring the weights that were read from int8, in fp32 by now, to the model's dtype, in place; false where there are none."""
+    """Bring the weights that were read from int8, in fp32 by now, to the model's dtype, in place; false where
+    there are none.
+    """
     names = [name.removeprefix(_PREFIX).removesuffix(SCALE) for name in block.expected_scales()]
     state.update({name: state[name].to(dtype) for name in names if name in state})
     return bool(names)
 
 
-def lay_out_state(state: State, block: FormatBlock, plan: list[set[str]], tp: int, scheme: str, source: str) -> None:
-    """Replace all MLP tensors by those of each layer's paths (torch_path.py, kernel_path.py), in place. Raises CheckpointError.
+def lay_out_state(
+    state: State, block: FormatBlock, plan: list[set[str]], tp: int, scheme: str, source: str
+) -> None:
+    """Replace all MLP tensors by those of each layer's paths (torch_path.py, kernel_path.py), in place.
+    Raises CheckpointError.
 
     `plan[i]` names the paths that layer i takes in any phase.
     """
-    check_names(block.expected_tensors(), {_PREFIX + n: tuple(t.shape) for n, t in state.items() if ".mlp." in n}, source)
+    check_names(
+        block.expected_tensors(),
+        {_PREFIX + n: tuple(t.shape) for n, t in state.items() if ".mlp." in n},
+        source,
+    )
     for index, (specs, paths) in enumerate(zip(block.layers, plan, strict=True)):
         prefix = f"layers.{index}.mlp."
         weights = {projection: _take(state, f"{prefix}{projection}.") for projection in PROJECTIONS}
         if "torch" in paths:
             for projection in PROJECTIONS:
-                for part, tensor in lay_out(projection, specs[projection], weights[projection], tp, scheme).items():
+                for part, tensor in lay_out(
+                    projection, specs[projection], weights[projection], tp, scheme
+                ).items():
                     state[f"{prefix}torch_path.{projection}.{part}.weight"] = tensor.contiguous()
         if "kernel" in paths:
             for stage, tensor in pack_layer(specs, weights, block.shape, tp).items():

@@ -1,6 +1,8 @@
-"""The MLP's plain torch arithmetic of one rank, and its collectives: what the compiler gets where no kernel runs, and what CPUs run.
+"""The MLP's plain torch arithmetic of one rank, and its collectives: what the compiler gets where no kernel
+runs, and what CPUs run.
 
-Nothing here depends on the rank, because NxDI traces one graph for all of them (layout.py). Per MLP, besides the sum of y (mlp.py):
+Nothing here depends on the rank, because NxDI traces one graph for all of them (layout.py). Per MLP, besides
+the sum of y (mlp.py):
 `gather` - one all-gather of the local z of gate and up together, one reduce-scatter of down's z `[T, R]`;
 `reduce` - one all-reduce of the summands `[T, 2 I]` of gate and up (a reduce-scatter where down is dense).
 """
@@ -21,12 +23,16 @@ from neuronmlp_plugin.serving.trainium.parallel import Parallel
 
 
 class Projection(nn.Module):
-    """One projection's slice: `first` meets the input, `second` makes the output (layout.py); one is None where the matrix is dense."""
+    """One projection's slice: `first` meets the input, `second` makes the output (layout.py); one is None
+    where the matrix is dense.
+    """
 
     first: Any
     second: Any
 
-    def __init__(self, name: str, spec: ProjectionSpec, shape: MLPShape, parallel: Parallel, scheme: str) -> None:
+    def __init__(
+        self, name: str, spec: ProjectionSpec, shape: MLPShape, parallel: Parallel, scheme: str
+    ) -> None:
         super().__init__()
         sizes = laid_out_shapes(name, spec, shape, parallel.size, scheme)
         for part in ("first", "second"):
@@ -35,7 +41,9 @@ class Projection(nn.Module):
         self.pivots = even_pivots(spec, parallel.size, scheme)
 
     def output(self, part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-        """Gate or up under `gather`: this rank's z and all of z -> this rank's output channels `[..., I / tp]`."""
+        """Gate or up under `gather`: this rank's z and all of z -> this rank's output channels `[..., I /
+        tp]`.
+        """
         if self.second is None:
             return part
         if not self.pivots:
@@ -46,7 +54,9 @@ class Projection(nn.Module):
 class TorchPath(nn.Module):
     """`down(silu(gate(x)) * up(x))` of one rank by torch operations."""
 
-    def __init__(self, specs: Mapping[str, ProjectionSpec], shape: MLPShape, parallel: Parallel, scheme: str) -> None:
+    def __init__(
+        self, specs: Mapping[str, ProjectionSpec], shape: MLPShape, parallel: Parallel, scheme: str
+    ) -> None:
         super().__init__()
         gate, up, down = (Projection(name, specs[name], shape, parallel, scheme) for name in PROJECTIONS)
         self.gate_proj, self.up_proj, self.down_proj = gate, up, down
@@ -68,11 +78,19 @@ class TorchPath(nn.Module):
         return down.second(z)
 
     def _gate_up_z(self, x: torch.Tensor) -> list[tuple[Projection, torch.Tensor, torch.Tensor]]:
-        """For gate and up: the projection, its local z and its whole z (for a dense one, its local output twice)."""
+        """For gate and up: the projection, its local z and its whole z (for a dense one, its local output
+        twice).
+        """
         projections = (self.gate_proj, self.up_proj)
         parts = [p.first(x) for p in projections]
-        wholes = iter(all_gather_together([z for p, z in zip(projections, parts, strict=True) if p.second is not None], self.parallel))
-        return [(p, z, z if p.second is None else next(wholes)) for p, z in zip(projections, parts, strict=True)]
+        wholes = iter(
+            all_gather_together(
+                [z for p, z in zip(projections, parts, strict=True) if p.second is not None], self.parallel
+            )
+        )
+        return [
+            (p, z, z if p.second is None else next(wholes)) for p, z in zip(projections, parts, strict=True)
+        ]
 
     def _reduce(self, x: torch.Tensor) -> torch.Tensor:
         down = self.down_proj
@@ -85,8 +103,16 @@ class TorchPath(nn.Module):
         projections = (self.gate_proj, self.up_proj)
         parts = [p.first(x) for p in projections]
         summands = [p.second(z) for p, z in zip(projections, parts, strict=True) if p.second is not None]
-        sums = iter(self.parallel.all_reduce(torch.cat(summands, dim=-1)).chunk(len(summands), dim=-1) if summands else ())
-        gathered = iter(all_gather_together([z for p, z in zip(projections, parts, strict=True) if p.second is None], self.parallel))
+        sums = iter(
+            self.parallel.all_reduce(torch.cat(summands, dim=-1)).chunk(len(summands), dim=-1)
+            if summands
+            else ()
+        )
+        gathered = iter(
+            all_gather_together(
+                [z for p, z in zip(projections, parts, strict=True) if p.second is None], self.parallel
+            )
+        )
         return [next(gathered) if p.second is None else next(sums) for p in projections]
 
     def _local_gate_up(self, x: torch.Tensor) -> list[torch.Tensor]:

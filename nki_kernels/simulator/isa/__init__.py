@@ -1,7 +1,8 @@
-"""The instructions of `nki.isa` that are modelled, with the checks of the vendor's simulator and of the hardware.
+"""The instructions of `nki.isa` that are modelled, with the checks of the vendor's simulator and of the
+hardware.
 
-Signatures are those of NKI 0.6; `simulate(..., api="0.2")` holds every call to the older ones (see `signatures.py`). What the real op
-offers beyond the arguments modelled here is refused, not ignored.
+Signatures are those of NKI 0.6; `simulate(..., api="0.2")` holds every call to the older ones (see
+`signatures.py`). What the real op offers beyond the arguments modelled here is refused, not ignored.
 """
 
 from nki_kernels.simulator.isa.dma import dma_copy, dma_transpose
@@ -14,7 +15,15 @@ from nki_kernels.simulator.isa.elementwise import (
     tensor_scalar,
     tensor_tensor,
 )
-from nki_kernels.simulator.isa.enums import dge_mode, engine, get_nc_version, matmul_perf_mode, nc_version, oob_mode, reduce_cmd
+from nki_kernels.simulator.isa.enums import (
+    dge_mode,
+    engine,
+    get_nc_version,
+    matmul_perf_mode,
+    nc_version,
+    oob_mode,
+    reduce_cmd,
+)
 from nki_kernels.simulator.isa.tensor_engine import nc_matmul, nc_transpose
 
 __all__ = [

@@ -26,23 +26,35 @@ from nki_kernels.simulator.trace import GPSIMD, PSUM, SCALAR, VECTOR
 Operand = float | Tensor
 
 
-def _pick(op: str, engine: engines, *operands: Operand | None, allowed: tuple[str, ...] = (VECTOR, GPSIMD)) -> str:
+def _pick(
+    op: str, engine: engines, *operands: Operand | None, allowed: tuple[str, ...] = (VECTOR, GPSIMD)
+) -> str:
     """The engine that runs the op: VectorE unless the kernel says otherwise."""
     chosen = VECTOR if engine is engines.unknown else engine.name
     generation = current().target.generation
-    require(chosen in allowed, f"{op} does not support engine.{chosen} on NeuronCore-v{generation}: expected one of {list(allowed)}")
+    require(
+        chosen in allowed,
+        f"{op} does not support engine.{chosen} on NeuronCore-v{generation}: expected one of {list(allowed)}",
+    )
     touches_psum = any(isinstance(operand, Tensor) and operand.buffer == PSUM for operand in operands)
     require(chosen != GPSIMD or not touches_psum, f"{op} on engine.gpsimd cannot access psum")
     return chosen
 
 
-def _column(op: str, name: str, value: Operand, dst: Tensor, dtypes: tuple[np.dtype, ...] = (float32,)) -> np.ndarray | np.float32:
+def _column(
+    op: str, name: str, value: Operand, dst: Tensor, dtypes: tuple[np.dtype, ...] = (float32,)
+) -> np.ndarray | np.float32:
     """A scalar operand: a Python number, or one value per partition `[P, 1]`."""
     if not isinstance(value, Tensor):
-        require(isinstance(value, (int, float)), f"{op} {name} must be a number or a [P, 1] tensor, got {type(value).__name__}")
+        require(
+            isinstance(value, (int, float)),
+            f"{op} {name} must be a number or a [P, 1] tensor, got {type(value).__name__}",
+        )
         return np.float32(value)
     check_operand(op, name, value)
-    require(value.size == value.shape[0], f"{op} {name} must have a free dimension of 1, got {list(value.shape)}")
+    require(
+        value.size == value.shape[0], f"{op} {name} must have a free dimension of 1, got {list(value.shape)}"
+    )
     check_same_partitions(op, dst, (name, value))
     names = [dtype.name for dtype in dtypes]
     require(value.dtype in dtypes, f"{op} {name} dtype must be one of {names}, got {value.dtype.name}")
@@ -65,14 +77,21 @@ def activation(
     reduce_cmd: reduce_cmds = reduce_cmds.idle,
     name: str | None = None,
 ) -> None:
-    """ScalarE: `dst = op(data * scale + bias)`; with `reduce_cmd.reset_reduce`, `reduce_res [P, 1]` gets the sum of the results in fp32."""
+    """ScalarE: `dst = op(data * scale + bias)`; with `reduce_cmd.reset_reduce`, `reduce_res [P, 1]` gets the
+    sum of the results in fp32.
+    """
     function = lookup(UNARY, op, "activation")
     _check_pair("activation", dst, data)
     scales = _column("activation", "scale", scale, dst)
     biases: np.ndarray | np.float32 = np.float32(0)
     if bias is not None:
-        require(isinstance(bias, Tensor), f"activation bias must be a [P, 1] tensor, got {type(bias).__name__}")
-        require(op != "reciprocal" or current().target.generation > 2, "activation(op=reciprocal) does not support bias on gen2")
+        require(
+            isinstance(bias, Tensor), f"activation bias must be a [P, 1] tensor, got {type(bias).__name__}"
+        )
+        require(
+            op != "reciprocal" or current().target.generation > 2,
+            "activation(op=reciprocal) does not support bias on gen2",
+        )
         biases = _column("activation", "bias", bias, dst, BIAS)
     _check_reduction(dst, reduce_op, reduce_res, reduce_cmd)
     if not current().dry:
@@ -85,15 +104,23 @@ def activation(
         record(SCALAR, "activation_read_accumulator", reduce_res)
 
 
-def _check_reduction(dst: Tensor, reduce_op: Function | None, reduce_res: Tensor | None, reduce_cmd: reduce_cmds) -> None:
+def _check_reduction(
+    dst: Tensor, reduce_op: Function | None, reduce_res: Tensor | None, reduce_cmd: reduce_cmds
+) -> None:
     if reduce_op is None and reduce_res is None and reduce_cmd is reduce_cmds.idle:
         return
     require(reduce_op == "add", f"activation reduce_op must be add, got {reduce_op!r}")
-    require(reduce_cmd is reduce_cmds.reset_reduce, f"activation reduce_cmd.{reduce_cmd.name} is not modelled, use reset_reduce")
+    require(
+        reduce_cmd is reduce_cmds.reset_reduce,
+        f"activation reduce_cmd.{reduce_cmd.name} is not modelled, use reset_reduce",
+    )
     require(reduce_res is not None, "activation with a reduce_op needs reduce_res")
     assert reduce_res is not None
     check_operand("activation", "reduce_res", reduce_res)
-    require(reduce_res.size == dst.shape[0], f"activation reduce_res must be [{dst.shape[0]}, 1], got {list(reduce_res.shape)}")
+    require(
+        reduce_res.size == dst.shape[0],
+        f"activation reduce_res must be [{dst.shape[0]}, 1], got {list(reduce_res.shape)}",
+    )
 
 
 def _check_pair(op: str, dst: Tensor, data: Tensor) -> None:
@@ -105,7 +132,12 @@ def _check_pair(op: str, dst: Tensor, data: Tensor) -> None:
 
 @versioned
 def tensor_tensor(
-    dst: Tensor, data1: Tensor, data2: Tensor, op: Function, engine: engines = engines.unknown, name: str | None = None
+    dst: Tensor,
+    data1: Tensor,
+    data2: Tensor,
+    op: Function,
+    engine: engines = engines.unknown,
+    name: str | None = None,
 ) -> None:
     """VectorE or GpSimdE: `dst = data1 op data2` in fp32; at most one of the two sources in PSUM."""
     function = lookup(BINARY, op, "tensor_tensor")
@@ -189,7 +221,9 @@ def tensor_copy(dst: Tensor, src: Tensor, engine: engines = engines.unknown, nam
     chosen = _pick("tensor_copy", engine, dst, src, allowed=allowed)
     if not current().dry:
         values = src.read()
-        dst.write(values if src.dtype == dst.dtype else round_to(values.astype(np.float32), dst.dtype), WRITTEN)
+        dst.write(
+            values if src.dtype == dst.dtype else round_to(values.astype(np.float32), dst.dtype), WRITTEN
+        )
     record(chosen, "tensor_copy", dst, src)
 
 
@@ -199,7 +233,8 @@ def memset(dst: Tensor, value: float, engine: engines = engines.unknown, name: s
     check_operand("memset", "dst", dst)
     is_float = dst.dtype.kind not in "iu"
     require(
-        isinstance(value, float if is_float else int), f"memset value must match dst dtype {dst.dtype.name}, got {type(value).__name__}"
+        isinstance(value, float if is_float else int),
+        f"memset value must match dst dtype {dst.dtype.name}, got {type(value).__name__}",
     )
     chosen = _pick("memset", engine, dst)
     if not current().dry:
@@ -224,10 +259,16 @@ def tensor_reduce(
     check_same_partitions("tensor_reduce", dst, ("data", data))
     axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
     trailing = tuple(range(data.ndim - len(axes), data.ndim))
-    require(axes == trailing and 0 not in axes, f"tensor_reduce axis must be the last free axes, {list(trailing)}, got {list(axes)}")
+    require(
+        axes == trailing and 0 not in axes,
+        f"tensor_reduce axis must be the last free axes, {list(trailing)}, got {list(axes)}",
+    )
     kept = data.shape[: data.ndim - len(axes)]
     expected = kept + (1,) * len(axes) if keepdims else kept
-    require(dst.size == int(np.prod(expected)), f"tensor_reduce dst must be {list(expected)}, got {list(dst.shape)}")
+    require(
+        dst.size == int(np.prod(expected)),
+        f"tensor_reduce dst must be {list(expected)}, got {list(dst.shape)}",
+    )
     if not current().dry:
         values = function(data.read().astype(np.float32), axis=axes)
         store(dst, -values if negate else values)

@@ -28,19 +28,27 @@ def check_operand(op: str, name: str, tensor: object, spaces: tuple[str, ...] = 
     check_start_partition(op, name, tensor.access.partitions[0], count)
     elements, limit = tensor.size // count, FREE_ELEMENTS_MAX[tensor.buffer]
     if elements > limit:
-        refuse(f"{op} {name} has {elements} elements per partition, at most {limit} are possible in {tensor.buffer}")
+        refuse(
+            f"{op} {name} has {elements} elements per partition, at most {limit} are possible in {tensor.buffer}"
+        )
     _check_access_pattern(op, name, merged_dims(tensor.shape[1:], tensor.strides[1:]))
     return tensor
 
 
 def _check_access_pattern(op: str, name: str, dims: list[tuple[int, int]]) -> None:
     if len(dims) > FREE_DIMS_MAX:
-        refuse(f"{op} {name} needs {len(dims)} free dimensions in its access pattern, at most {FREE_DIMS_MAX} are possible")
+        refuse(
+            f"{op} {name} needs {len(dims)} free dimensions in its access pattern, at most {FREE_DIMS_MAX} are possible"
+        )
     size, stride = max(size for size, _ in dims), max(stride for _, stride in dims)
     if size > DIM_SIZE_MAX:
-        refuse(f"{op} {name} has a free dimension of {size} elements in its access pattern, at most {DIM_SIZE_MAX} are possible")
+        refuse(
+            f"{op} {name} has a free dimension of {size} elements in its access pattern, at most {DIM_SIZE_MAX} are possible"
+        )
     if stride > STRIDE_MAX:
-        refuse(f"{op} {name} has a stride of {stride} elements in its access pattern, at most {STRIDE_MAX} are possible")
+        refuse(
+            f"{op} {name} has a stride of {stride} elements in its access pattern, at most {STRIDE_MAX} are possible"
+        )
 
 
 def check_start_partition(op: str, name: str, start: int, count: int) -> None:
@@ -63,7 +71,10 @@ def check_same_partitions(op: str, dst: Tensor, *sources: tuple[str, Tensor]) ->
 def check_same_free_size(op: str, dst: Tensor, *sources: tuple[str, Tensor]) -> None:
     for name, source in sources:
         have, want = source.size // source.shape[0], dst.size // dst.shape[0]
-        require(have == want, f"{op} operands must have the same number of elements per partition, got {name}={have}, dst={want}")
+        require(
+            have == want,
+            f"{op} operands must have the same number of elements per partition, got {name}={have}, dst={want}",
+        )
 
 
 def check_not_both_psum(op: str, first: tuple[str, Tensor], second: tuple[str, Tensor]) -> None:
@@ -81,8 +92,12 @@ def store(dst: Tensor, values: np.ndarray, state: int = WRITTEN) -> None:
     dst.write(round_to(values, dst.dtype), state)
 
 
-def record(engine: str, op: str, dst: Tensor, *sources: Tensor | None, function: str = "", **figures: int | bool) -> None:
+def record(
+    engine: str, op: str, dst: Tensor, *sources: Tensor | None, function: str = "", **figures: int | bool
+) -> None:
     """Leave the instruction in the trace; absent operands are left out."""
     machine = current()
     reads = tuple(source.access for source in sources if source is not None)
-    machine.emit(Instruction(machine.instructions, engine, op, reads, (dst.access,), function=function, **figures))  # type: ignore[arg-type]
+    machine.emit(
+        Instruction(machine.instructions, engine, op, reads, (dst.access,), function=function, **figures)
+    )  # type: ignore[arg-type]

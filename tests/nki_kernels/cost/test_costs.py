@@ -33,10 +33,21 @@ def t(space, cols, dtype=BF16, rows=128):
 
 @pytest.mark.parametrize(
     ("m", "n", "dtype", "cycles"),
-    [(128, 512, BF16, 512), (128, 1, BF16, 64), (16, 1, BF16, 16), (128, 100, BF16, 100), (128, 512, FP32, 2048), (8, 2, FP32, 32)],
+    [
+        (128, 512, BF16, 512),
+        (128, 1, BF16, 64),
+        (16, 1, BF16, 16),
+        (128, 100, BF16, 100),
+        (128, 512, FP32, 2048),
+        (8, 2, FP32, 32),
+    ],
 )
 def test_a_matmul_takes_its_moving_columns_or_64_and_four_times_that_in_fp32(m, n, dtype, cycles):
-    event = only(lambda: nisa.nc_matmul(t(nl.psum, n, FP32, m), t(nl.sbuf, m, dtype), t(nl.sbuf, n, dtype), accumulate=False))
+    event = only(
+        lambda: nisa.nc_matmul(
+            t(nl.psum, n, FP32, m), t(nl.sbuf, m, dtype), t(nl.sbuf, n, dtype), accumulate=False
+        )
+    )
     assert engine_cycles(event) == cycles
 
 
@@ -56,13 +67,19 @@ def test_a_transpose_takes_the_partitions_of_its_data():
 )
 def test_two_inputs_take_one_pass_from_two_memories_or_for_plain_bf16_sums(first, second, op, cycles):
     event = only(
-        lambda: nisa.tensor_tensor(dst=t(nl.sbuf, 512), data1=t(first[0], 512, first[1]), data2=t(second[0], 512, second[1]), op=op)
+        lambda: nisa.tensor_tensor(
+            dst=t(nl.sbuf, 512), data1=t(first[0], 512, first[1]), data2=t(second[0], 512, second[1]), op=op
+        )
     )
     assert engine_cycles(event) == cycles
 
 
 def test_a_strided_operand_costs_the_second_pass():
-    event = only(lambda: nisa.tensor_tensor(dst=t(nl.sbuf, 512), data1=t(nl.sbuf, 1024)[:, 0:1024:2], data2=t(nl.sbuf, 512), op=nl.add))
+    event = only(
+        lambda: nisa.tensor_tensor(
+            dst=t(nl.sbuf, 512), data1=t(nl.sbuf, 1024)[:, 0:1024:2], data2=t(nl.sbuf, 512), op=nl.add
+        )
+    )
     assert engine_cycles(event) == 1024
 
 
@@ -73,12 +90,16 @@ def test_no_instruction_is_shorter_than_the_initiation_interval():
 
 @pytest.mark.parametrize(("dtype", "cycles"), [(BF16, 256), (FP32, 512)])
 def test_a_bf16_sum_along_the_free_dimension_takes_half_a_pass_if_it_leaves_as_bf16(dtype, cycles):
-    event = only(lambda: nisa.tensor_reduce(dst=t(nl.sbuf, 1, dtype), op=nl.add, data=t(nl.sbuf, 512), axis=1))
+    event = only(
+        lambda: nisa.tensor_reduce(dst=t(nl.sbuf, 1, dtype), op=nl.add, data=t(nl.sbuf, 512), axis=1)
+    )
     assert engine_cycles(event) == cycles
 
 
 def test_gpsimd_pays_its_start():
-    event = only(lambda: nisa.tensor_copy(dst=t(nl.sbuf, 512), src=t(nl.sbuf, 512), engine=nisa.engine.gpsimd))
+    event = only(
+        lambda: nisa.tensor_copy(dst=t(nl.sbuf, 512), src=t(nl.sbuf, 512), engine=nisa.engine.gpsimd)
+    )
     assert engine_cycles(event) == 150 + 512
 
 
@@ -110,7 +131,11 @@ def test_the_effective_set_knows_one_rate_too():
 def test_the_calibrated_rate_rises_from_the_effective_to_the_documented_one():
     rows = [256, 512, 1024, 1500, 2048, 3000, 4096, 8192]
     rates = [rate(CALIBRATED, row) for row in rows]
-    assert rates == sorted(rates) and rates[0] == pytest.approx(6.5) == rates[2] and rates[-1] == PEAK == rates[-2]
+    assert (
+        rates == sorted(rates)
+        and rates[0] == pytest.approx(6.5) == rates[2]
+        and rates[-1] == PEAK == rates[-2]
+    )
     assert rates[4] == pytest.approx(np.sqrt(6.5 * PEAK))  # half way, as powers go
 
 
@@ -120,7 +145,12 @@ def test_a_longer_row_never_takes_less_time(constants):
     assert times == sorted(times)
 
 
-NOT_FITTED = (1.0, 0, EVERY_ROW, 4096)  # the documented rate itself; rows of any length; the row that takes it
+NOT_FITTED = (
+    1.0,
+    0,
+    EVERY_ROW,
+    4096,
+)  # the documented rate itself; rows of any length; the row that takes it
 
 
 @pytest.mark.parametrize("constants", SETS.values(), ids=lambda c: c.name)

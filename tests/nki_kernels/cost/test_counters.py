@@ -21,10 +21,15 @@ def test_a_small_kernel_is_counted_to_the_byte_and_cycle():
 
 
 def test_published_traffic_of_the_tutorial_is_met_exactly():
-    """Tiled reads both tiles for every matmul, hoisted the stationary ones once; here at an eighth of the size in each dimension."""
+    """Tiled reads both tiles for every matmul, hoisted the stationary ones once; here at an eighth of the
+    size in each dimension.
+    """
     m, k, n = 512, 1024, 1024
     tiles = m // 128 * (n // 512) * (k // 128)
-    for kernel, reads in ((matmul_tiled, tiles * (128 + 512) * 256), (matmul_hoisted, m * k * 2 + tiles * 512 * 256)):
+    for kernel, reads in (
+        (matmul_tiled, tiles * (128 + 512) * 256),
+        (matmul_hoisted, m * k * 2 + tiles * 512 * 256),
+    ):
         found = counters_of(kernel, array(k, m), array(k, n))
         assert found.hbm_read_bytes == reads
         assert found.hbm_write_bytes == m * n * 2
@@ -33,6 +38,8 @@ def test_published_traffic_of_the_tutorial_is_met_exactly():
 
 
 def test_small_tiles_issue_more_than_they_use():
-    found = counters_of(matmuls, array(128, 128), array(128, 512), 1) + counters_of(matmuls, array(128, 128), array(128, 512), 2)
+    found = counters_of(matmuls, array(128, 128), array(128, 512), 1) + counters_of(
+        matmuls, array(128, 128), array(128, 512), 2
+    )
     assert found.tensor == EngineCount(3, 3 * 512)
     assert (found - found).tensor == EngineCount(0, 0) and (found * 2).dma_bytes == 2 * found.dma_bytes

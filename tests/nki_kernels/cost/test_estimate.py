@@ -1,4 +1,6 @@
-"""Extrapolated launches against full runs: counters exact, latency within a stated error. And what published algorithms are predicted."""
+"""Extrapolated launches against full runs: counters exact, latency within a stated error. And what published
+algorithms are predicted.
+"""
 
 import dataclasses
 
@@ -19,19 +21,29 @@ UV = Projection.whole("uv", 256)
 LAUNCHES = {
     "chain, x transposed": Request(chain_layout(512, 1024, UV), 1000, BF16, transposed_input=True),
     "chain": Request(chain_layout(512, 1024, UV), 1024, BF16),
-    "mlp": Request(mlp_layout(256, 768, UV, Projection.whole("compact", 200), DENSE), 900, BF16, norm_eps=1e-5, residual=True),
+    "mlp": Request(
+        mlp_layout(256, 768, UV, Projection.whole("compact", 200), DENSE),
+        900,
+        BF16,
+        norm_eps=1e-5,
+        residual=True,
+    ),
 }
 
 
 @pytest.mark.parametrize("constants", SETS.values(), ids=lambda c: c.name)
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_a_launch_by_blocks_is_what_the_whole_launch_is(name, constants):
-    """Seven blocks and a ragged rest, of which three blocks are scheduled. Only unique bytes cannot be extrapolated."""
+    """Seven blocks and a ragged rest, of which three blocks are scheduled. Only unique bytes cannot be
+    extrapolated.
+    """
     plan = build_plan(LAUNCHES[name], Choice(128, ring_slots=4, ring_cols=512, token_group=4))
     assert isinstance(plan, Plan) and plan.blocks() >= 7
     whole = price(*launch_of(plan, BF16), constants=constants)
     found = price_plan(plan, BF16, constants=constants)
-    assert dataclasses.replace(found.counters, hbm_unique_bytes=0) == dataclasses.replace(whole.counters, hbm_unique_bytes=0)
+    assert dataclasses.replace(found.counters, hbm_unique_bytes=0) == dataclasses.replace(
+        whole.counters, hbm_unique_bytes=0
+    )
     assert found.simulated_us == pytest.approx(whole.simulated_us, rel=0.05)
     assert found.busiest_us == pytest.approx(whole.busiest_us)
 
@@ -49,7 +61,9 @@ def test_a_launch_of_a_real_model_by_blocks_is_within_a_percent(transposed):
 def test_a_baseline_by_rows_is_what_the_whole_baseline_is():
     whole = price(matmul_tiled, (array(512, 1280), array(512, 1024)))
     found = baselines.tutorial("tiled", 1280, 512, 1024)
-    assert found.counters == whole.counters and found.simulated_us == pytest.approx(whole.simulated_us, rel=0.005)
+    assert found.counters == whole.counters and found.simulated_us == pytest.approx(
+        whole.simulated_us, rel=0.005
+    )
 
 
 def test_few_units_are_run_and_not_extrapolated():
@@ -64,7 +78,9 @@ def test_few_units_are_run_and_not_extrapolated():
 
 
 def test_a_launch_that_has_not_settled_is_run_longer():
-    """A transient that makes the third block look cheaper than its own work must not be carried to all of them."""
+    """A transient that makes the third block look cheaper than its own work must not be carried to all of
+    them.
+    """
     plan = build_plan(LAUNCHES["chain"], Choice(128, ring_cols=512))
     runs, asked = PlanRuns(plan, BF16), []
 
@@ -81,7 +97,9 @@ def test_three_fitted_constants_at_most_hold_the_tutorial_within_15_percent():
     rows = [row for row in published_rows() if row.role == FITTED]
     judged = judge(rows, CALIBRATED)
     assert len(judged) == 2 and all(item.holds and abs(item.error) < 0.02 for item in judged), judged
-    assert not any(item.holds for item in judge(rows, DOCUMENTED))  # the check can fail: the documented rate alone is far off
+    assert not any(
+        item.holds for item in judge(rows, DOCUMENTED)
+    )  # the check can fail: the documented rate alone is far off
 
 
 @pytest.mark.slow
@@ -91,7 +109,9 @@ def test_every_promise_of_the_calibration_holds():
     assert len(promised) >= 6
     assert all(item.holds for item in promised), [(item.row.name, item.error) for item in promised]
     floors = [item for item in judged if item.row.role == "other kernel"]
-    assert floors and all(item.error < 0 for item in floors)  # nobody's kernel is published as faster than ours would be
+    assert floors and all(
+        item.error < 0 for item in floors
+    )  # nobody's kernel is published as faster than ours would be
 
 
 def test_sums_spill_where_sbuf_does_not_hold_them():
@@ -108,7 +128,8 @@ def test_the_papers_kernel_reads_the_factors_once_per_1024_tokens():
 
 def test_fp32_costs_four_passes():
     times = [
-        price(matmul_tiled, (array(512, 128, dtype=d), array(512, 512, dtype=d))).counters.tensor.cycles for d in (BF16, np.dtype("f4"))
+        price(matmul_tiled, (array(512, 128, dtype=d), array(512, 512, dtype=d))).counters.tensor.cycles
+        for d in (BF16, np.dtype("f4"))
     ]
     assert times[1] == 4 * times[0]
 

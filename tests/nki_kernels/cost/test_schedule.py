@@ -1,4 +1,6 @@
-"""What the timeline must obey, whatever the kernel, and the effects of buffers, ports and queues in isolation."""
+"""What the timeline must obey, whatever the kernel, and the effects of buffers, ports and queues in
+isolation.
+"""
 
 import itertools
 
@@ -58,7 +60,9 @@ def test_the_critical_path_accounts_for_every_nanosecond(run):
 
 def test_exposed_times_sum_to_the_latency_and_no_resource_works_longer():
     found = price(matmuls, (array(128, 128), array(128, 512), 400))
-    assert sum(getattr(found.exposed, name) for name in (*RESOURCES, "waiting")) == pytest.approx(found.simulated_us)
+    assert sum(getattr(found.exposed, name) for name in (*RESOURCES, "waiting")) == pytest.approx(
+        found.simulated_us
+    )
     assert found.busiest_us <= found.simulated_us and found.bound == "tensor"
     assert found.exposed.tensor == pytest.approx(found.busy.tensor) == pytest.approx(400 * 512 / 2.8 / 1000)
 
@@ -119,7 +123,9 @@ def test_a_psum_bank_is_given_away_only_when_it_was_read():
         left, right = tile(cols=128), tile()
         nisa.dma_copy(dst=left, src=a)
         nisa.dma_copy(dst=right, src=b)
-        for _ in range(30):  # VectorE needs 2.5 times as long as TensorE; every ninth sum gets the first one's bank
+        for _ in range(
+            30
+        ):  # VectorE needs 2.5 times as long as TensorE; every ninth sum gets the first one's bank
             total = tile(nl.psum, nl.float32)
             nisa.nc_matmul(total, left, right, accumulate=False)
             nisa.tensor_copy(dst=tile(), src=total)
@@ -129,7 +135,10 @@ def test_a_psum_bank_is_given_away_only_when_it_was_read():
     products = [slot for slot in slots if slot.engine == TENSOR]
     copied = [slot for slot in slots if slot.engine == VECTOR]
     assert products[7].start_ns == products[6].end_ns
-    assert all(products[i + 8].start_ns >= copied[i].end_ns for i in range(22)) and products[29].start_ns == copied[21].end_ns
+    assert (
+        all(products[i + 8].start_ns >= copied[i].end_ns for i in range(22))
+        and products[29].start_ns == copied[21].end_ns
+    )
 
 
 def test_writes_to_other_partitions_do_not_wait():
@@ -142,7 +151,9 @@ def test_writes_to_other_partitions_do_not_wait():
         return out
 
     *loads, copy = slots_of(kernel, array(128, 512))
-    assert {slot.start_ns for slot in loads} == {DMA_START_NS} and copy.start_ns == max(slot.end_ns for slot in loads)
+    assert {slot.start_ns for slot in loads} == {DMA_START_NS} and copy.start_ns == max(
+        slot.end_ns for slot in loads
+    )
 
 
 def test_the_pipe_serves_callers_in_turn_and_lets_others_into_the_gaps():
@@ -173,4 +184,6 @@ def test_what_is_spilled_to_hbm_is_read_back_only_when_it_is_there():
         return out
 
     slots = slots_of(kernel, array(128, 512))
-    assert all(later.start_ns == earlier.end_ns + DMA_START_NS for earlier, later in itertools.pairwise(slots))
+    assert all(
+        later.start_ns == earlier.end_ns + DMA_START_NS for earlier, later in itertools.pairwise(slots)
+    )

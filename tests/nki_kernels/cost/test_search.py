@@ -1,10 +1,21 @@
-"""The autotuner: as good as the planner's rule at least, cheap, and reproducible from its choice; and the table that it fills."""
+"""The autotuner: as good as the planner's rule at least, cheap, and reproducible from its choice; and the
+table that it fills.
+"""
 
 import pytest
 
 from nki_kernels import tuned
 from nki_kernels.cost.launches import price_plan
-from nki_kernels.cost.search import MAX_TRIED, Found, dma_bound_us, fitting_plans, search, search_measured, tensor_bound_us, useful_flops
+from nki_kernels.cost.search import (
+    MAX_TRIED,
+    Found,
+    dma_bound_us,
+    fitting_plans,
+    search,
+    search_measured,
+    tensor_bound_us,
+    useful_flops,
+)
 from nki_kernels.layout import DENSE, Projection, chain_layout, mlp_layout
 from nki_kernels.planner import Choice, Declined, Plan, Request, build_plan, plan_launch
 from nki_kernels.targets import TRN1
@@ -23,14 +34,18 @@ def test_the_winner_is_no_slower_than_the_planners_rule_and_its_choice_makes_it(
     assert build_plan(request_, found.choice) == found.plan
     rule = price_plan(plan_launch(request_), BF16)
     assert found.estimate.simulated_us <= rule.simulated_us * 1.005
-    assert found.estimate.simulated_us >= max(tensor_bound_us(request_.layout, request_.tokens), found.estimate.busy.dma)
+    assert found.estimate.simulated_us >= max(
+        tensor_bound_us(request_.layout, request_.tokens), found.estimate.busy.dma
+    )
 
 
 def test_bounds_are_below_what_is_scheduled():
     request = REQUESTS[2]
     for _, plan in list(fitting_plans(request))[::9]:
         found = price_plan(plan, BF16)
-        assert found.simulated_us >= dma_bound_us(plan) * 0.99 and found.simulated_us >= tensor_bound_us(request.layout, request.tokens)
+        assert found.simulated_us >= dma_bound_us(plan) * 0.99 and found.simulated_us >= tensor_bound_us(
+            request.layout, request.tokens
+        )
 
 
 def test_every_plan_that_is_ranked_fits_and_none_is_there_twice():
@@ -78,7 +93,15 @@ def test_a_key_tells_apart_everything_that_a_plan_depends_on():
 def test_the_planner_takes_a_tuned_choice_and_only_where_it_fits(monkeypatch):
     request = REQUESTS[2]
     choice = Choice(256, ring_slots=5, ring_cols=512, out_cols=512, token_group=2)
-    entries = {tuned.key(request): {"block_tokens": 256, "ring_slots": 5, "ring_cols": 512, "out_cols": 512, "token_group": 2}}
+    entries = {
+        tuned.key(request): {
+            "block_tokens": 256,
+            "ring_slots": 5,
+            "ring_cols": 512,
+            "out_cols": 512,
+            "token_group": 2,
+        }
+    }
     monkeypatch.setattr(tuned, "table", lambda target: entries)
     assert plan_launch(request) == build_plan(request, choice)
     entries[tuned.key(request)]["ring_slots"] = 10**6
@@ -88,10 +111,15 @@ def test_the_planner_takes_a_tuned_choice_and_only_where_it_fits(monkeypatch):
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda r: f"T{r.tokens}")
 def test_traffic_is_compulsory(request_):
-    """x is read once, y written once, weights read once per token block at most, and nothing in between crosses HBM."""
+    """x is read once, y written once, weights read once per token block at most, and nothing in between
+    crosses HBM.
+    """
     found = search(request_)
     features = request_.layout.hidden or request_.layout.intermediate
     activations = request_.tokens * features * 2
     assert found.estimate.counters.hbm_write_bytes == request_.tokens * request_.layout.down_second.cols * 2
-    assert found.estimate.counters.hbm_read_bytes <= activations + found.plan.blocks() * request_.layout.packed_cols * 128 * 2
+    assert (
+        found.estimate.counters.hbm_read_bytes
+        <= activations + found.plan.blocks() * request_.layout.packed_cols * 128 * 2
+    )
     assert found.estimate.counters.hbm_read_bytes >= activations + request_.layout.stored_cols * 128 * 2

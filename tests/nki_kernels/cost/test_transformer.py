@@ -32,15 +32,21 @@ def test_ranks_never_exceed_the_budget():
     for shape in MODELS.values():
         rank = rank_at(shape, 0.2)
         kept = rank * (shape.hidden + shape.intermediate) / (shape.hidden * shape.intermediate)
-        assert kept <= 0.8 < kept + 2 * (shape.hidden + shape.intermediate) / (shape.hidden * shape.intermediate)
+        assert (
+            kept <= 0.8 < kept + 2 * (shape.hidden + shape.intermediate) / (shape.hidden * shape.intermediate)
+        )
     assert rank_at(MODELS["Llama-3.1-8B"], 0.05) == 3026  # facts of the project: the exact k of 8B at 5 %
 
 
 def test_every_factor_shrinks_by_tp():
-    """Bytes of one core over the whole: 1 / tp and a little padding, where replicating a factor would keep far more."""
+    """Bytes of one core over the whole: 1 / tp and a little padding, where replicating a factor would keep
+    far more.
+    """
     whole = sum(layout.stored_cols for layout in stages(2048, 8192, (shard("uv", 1310, 8192, 1),) * 3, 1))
     for tp in (2, 8, 32):
-        mine = sum(layout.stored_cols for layout in stages(2048, 8192, (shard("uv", 1310, 8192, tp),) * 3, tp))
+        mine = sum(
+            layout.stored_cols for layout in stages(2048, 8192, (shard("uv", 1310, 8192, tp),) * 3, tp)
+        )
         assert 1 / tp <= mine / whole < 1.25 / tp + 0.01
     assert len(stages(2048, 8192, (DENSE, DENSE, DENSE), 8)) == 1
 
@@ -63,7 +69,9 @@ def test_parts_of_a_step_add_up_and_no_kernel_beats_amdahl():
 
 def test_decode_reads_every_weight_once():
     """The lm_head of one token at the documented rate, and a context that costs its K and V."""
-    short, long = (step_time(TINY, FULL, Step(1, 1, context), constants=DOCUMENTED) for context in (1, 100_001))
+    short, long = (
+        step_time(TINY, FULL, Step(1, 1, context), constants=DOCUMENTED) for context in (1, 100_001)
+    )
     assert short.lm_head == pytest.approx(256 * 1000 * 2 / 272e3)
     assert long.attention - short.attention == pytest.approx(3 * 100_000 * 2 * 2 * 64 * 2 / 272e3)
 

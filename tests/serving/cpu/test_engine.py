@@ -1,4 +1,6 @@
-"""Real vLLM on this CPU gives the logits of the plain torch forward: every family, every form, both schemes, one rank and two."""
+"""Real vLLM on this CPU gives the logits of the plain torch forward: every family, every form, both schemes,
+one rank and two.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from tests.tiny_models import FAMILIES, INT8_LAYERS, write_dense, write_mixed
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (see README, extra [cpu])"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (see README, extra [cpu])"
+    ),
 ]
 TOLERANCE = 1e-3
 
@@ -48,7 +52,9 @@ def test_served_logits_equal_the_torch_forward(tmp_path, family, tensor_parallel
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # vLLM has two classes of MLP for the four families
-def test_int8_matrices_beside_others_give_the_logits_of_what_they_stand_for(tmp_path, family, tensor_parallel):
+def test_int8_matrices_beside_others_give_the_logits_of_what_they_stand_for(
+    tmp_path, family, tensor_parallel
+):
     folder = write_mixed(tmp_path / "int8", write_dense(tmp_path / "dense", family), layers=INT8_LAYERS)
     check(served_logits(folder, tensor_parallel_size=tensor_parallel), load_model(folder))
 
@@ -59,14 +65,21 @@ def test_a_dense_model_in_int8_is_served_and_the_log_says_how(tmp_path, options)
     quantize_folder(write_dense(tmp_path / "dense", "llama"), folder, ProgressBars(Console(), quiet=True))
     process = run_engine(folder, additional_config={"neuronmlp": options})
     check(logits_of(process), load_model(folder))
-    how = "int8 weights expanded to torch.float32 at load" if options else "fused products, int8 weights read as they are"
+    how = (
+        "int8 weights expanded to torch.float32 at load"
+        if options
+        else "fused products, int8 weights read as they are"
+    )
     log = process.stdout + process.stderr
     assert "9 dense, 9 of them int8; " in log and how in log
 
 
 @pytest.mark.parametrize(
     ("options", "how"),
-    [({"tp_scheme": "reduce"}, "tp scheme reduce"), ({"fast_path": False}, "plain torch products (fast_path is off)")],
+    [
+        ({"tp_scheme": "reduce"}, "tp scheme reduce"),
+        ({"fast_path": False}, "plain torch products (fast_path is off)"),
+    ],
     ids=["reduce", "slow path"],
 )
 def test_options_change_how_not_what(tmp_path, options, how):
@@ -87,7 +100,12 @@ def dense_with_factors(tmp_path):
     base = write_dense(tmp_path / "dense", "llama")
     folder = write_mixed(tmp_path / "mixed", base, layers=INT8_LAYERS)
     block = Checkpoint(folder).block
-    tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items() if ".mlp." in name}
+    tensors = {
+        name: tensor
+        for path in folder.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+        if ".mlp." in name
+    }
     (base / FACTOR_FILE).parent.mkdir()
     write_factor_file(base / FACTOR_FILE, block, tensors)
     return base
@@ -99,9 +117,17 @@ def test_a_factor_file_is_switched_on_by_flags_alone(dense_with_factors):
     with_factors = load_model(base, factors=base / FACTOR_FILE)
     check(served_logits(base, quantization="neuronmlp"), with_factors)
     moved = (base / FACTOR_FILE).rename(base.parent / "elsewhere.safetensors")
-    check(served_logits(base, quantization="neuronmlp", additional_config={"neuronmlp": {"factors": str(moved)}}), with_factors)
+    check(
+        served_logits(
+            base, quantization="neuronmlp", additional_config={"neuronmlp": {"factors": str(moved)}}
+        ),
+        with_factors,
+    )
     overrides = {"quantization_config": {"quant_method": "neuronmlp"}}
-    check(served_logits(base, hf_overrides=overrides, additional_config={"neuronmlp": {"factors": str(moved)}}), with_factors)
+    check(
+        served_logits(base, hf_overrides=overrides, additional_config={"neuronmlp": {"factors": str(moved)}}),
+        with_factors,
+    )
 
 
 def damage(folder, edit, name="neuronmlp-00001-of-00004.safetensors"):
@@ -136,7 +162,11 @@ def change_the_version(folder):
         (drop_the_embeddings, {}, "expected a tensor model.embed_tokens.weight"),
         (put_a_nan, {}, "model.layers.0.mlp.up_proj.u.weight: expected finite weights"),
         (change_the_version, {}, "expected neuronmlp format_version 1 or 2, found 7"),
-        (None, {"tp_scheme": "replicate"}, "neuronmlp.tp_scheme: expected one of gather, reduce, found 'replicate'"),
+        (
+            None,
+            {"tp_scheme": "replicate"},
+            "neuronmlp.tp_scheme: expected one of gather, reduce, found 'replicate'",
+        ),
         (None, {"ranks": 3}, "expected an object with the keys factors, tp_scheme, fast_path"),
     ],
 )
@@ -151,4 +181,7 @@ def test_what_cannot_be_served_is_refused_in_words(tmp_path, spoil, options, mes
 
 def test_the_log_says_what_runs(tmp_path):
     process = run_engine(mixed(tmp_path, "mistral"))
-    assert "of the MLP parameters removed by the checkpoint; 3 compact, 3 dense, 3 uv; fused products" in process.stdout + process.stderr
+    assert (
+        "of the MLP parameters removed by the checkpoint; 3 compact, 3 dense, 3 uv; fused products"
+        in process.stdout + process.stderr
+    )

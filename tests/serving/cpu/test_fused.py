@@ -1,4 +1,6 @@
-"""The compiled chains give what the plain products give, for every mix of forms, token count and dtype, ragged sizes included."""
+"""The compiled chains give what the plain products give, for every mix of forms, token count and dtype,
+ragged sizes included.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,18 @@ from tests.models.layers import random_modules
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (see README, extra [cpu])"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (see README, extra [cpu])"
+    ),
     pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler"),
 ]
 
 
 def shards_of(forms, hidden, intermediate, rank, dtype, int8):
     shape = MLPShape(hidden, intermediate, 1)
-    specs = {p: ProjectionSpec(f, None if f == "dense" else rank) for p, f in zip(PROJECTIONS, forms, strict=True)}
+    specs = {
+        p: ProjectionSpec(f, None if f == "dense" else rank) for p, f in zip(PROJECTIONS, forms, strict=True)
+    }
     shards = []
     for (projection, module), rounded in zip(random_modules(specs, shape).items(), int8, strict=True):
         weights = {}
@@ -45,7 +51,9 @@ def shards_of(forms, hidden, intermediate, rank, dtype, int8):
 def wide(shard):
     """The same shard in fp64, for the reference."""
     pairs = zip((shard.first, shard.second), shard.scales, strict=True)
-    first, second = (w if w is None else w.double() * (1.0 if s is None else s.double()[:, None]) for w, s in pairs)
+    first, second = (
+        w if w is None else w.double() * (1.0 if s is None else s.double()[:, None]) for w, s in pairs
+    )
     return dataclasses.replace(shard, first=first, second=second)
 
 
@@ -71,7 +79,9 @@ def test_chains_equal_the_plain_products(forms, hidden, intermediate, tokens, dt
     assert got.dtype is dtype
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
     expected = Down(wide(down), Collectives())(h.double())
-    torch.testing.assert_close(fused_down(down, intermediate)(h).double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        fused_down(down, intermediate)(h).double(), expected, rtol=tolerance, atol=tolerance
+    )
 
 
 def test_weights_that_are_elsewhere_or_of_another_dtype_take_no_chain():

@@ -1,4 +1,6 @@
-"""What is run on the real NxD Inference, as data: shared by the process that runs it and by the tests that judge it."""
+"""What is run on the real NxD Inference, as data: shared by the process that runs it and by the tests that
+judge it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ SEQ_LEN = 32
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One model folder served by NxDI in CPU mode; `neuronmlp` are the user's options, `neuron` further NeuronConfig fields."""
+    """One model folder served by NxDI in CPU mode; `neuronmlp` are the user's options, `neuron` further
+    NeuronConfig fields.
+    """
 
     name: str
     family: str
@@ -27,7 +31,9 @@ class Case:
 
 
 def scheme_cases(folders: dict[str, str], tp: int) -> list[Case]:
-    """Every family, both schemes, batch 1 and 3, and (where there is more than one rank) sequence parallelism off and on."""
+    """Every family, both schemes, batch 1 and 3, and (where there is more than one rank) sequence parallelism
+    off and on.
+    """
     cases = []
     grid = itertools.product(FAMILIES, ("gather", "reduce"), (1, 3), (False, True)[: 1 if tp == 1 else 2])
     for family, scheme, batch, sequence_parallel in grid:

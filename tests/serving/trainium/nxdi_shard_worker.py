@@ -1,4 +1,6 @@
-"""Shard a factored folder by NxDI's own ModelBuilder: `python -m tests.serving.trainium.nxdi_shard_worker FOLDER TP OUT`."""
+"""Shard a factored folder by NxDI's own ModelBuilder: `python -m tests.serving.trainium.nxdi_shard_worker
+FOLDER TP OUT`.
+"""
 
 from __future__ import annotations
 

@@ -2,10 +2,11 @@
 
     python -m tests.serving.trainium.nxdi_worker CASES.json RESULTS.pt [ours | stock | simulated]
 
-`ours`: with our classes in NxDI's table. `stock`: without. `simulated`: with ours, and the kernels run by the simulator.
+`ours`: with our classes in NxDI's table. `stock`: without. `simulated`: with ours, and the kernels run by the
+simulator.
 
-The public sources of NxDI and NxD, and the stand-ins for the closed Neuron wheels, are on PYTHONPATH. Under more than one rank the
-environment is torchrun's (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+The public sources of NxDI and NxD, and the stand-ins for the closed Neuron wheels, are on PYTHONPATH. Under
+more than one rank the environment is torchrun's (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from tests.serving.trainium.nxdi_cases import NEW_TOKENS, PROMPT_LENGTHS, SEQ_LE
 def prompts(vocab_size: int, batch: int) -> list[torch.Tensor]:
     """The same prompts in every process, of different lengths."""
     generator = torch.Generator().manual_seed(7)
-    return [torch.randint(3, vocab_size, (1, length), generator=generator) for length in PROMPT_LENGTHS[:batch]]
+    return [
+        torch.randint(3, vocab_size, (1, length), generator=generator) for length in PROMPT_LENGTHS[:batch]
+    ]
 
 
 def build(case: Case):
@@ -50,7 +53,9 @@ def build(case: Case):
 
 @torch.no_grad()
 def greedy(model, starts: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Per sequence: its tokens (prompt and NEW_TOKENS greedy ones) and the logits of each new token `[NEW_TOKENS, vocabulary]`."""
+    """Per sequence: its tokens (prompt and NEW_TOKENS greedy ones) and the logits of each new token
+    `[NEW_TOKENS, vocabulary]`.
+    """
     rows, logits = list(starts), [[] for _ in starts]
 
     def take(index: int, new: torch.Tensor) -> None:
@@ -69,10 +74,18 @@ def greedy(model, starts: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.
     return [(row[0], torch.stack(new)) for row, new in zip(rows, logits, strict=True)]
 
 
-def step(model, input_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, seq_ids: torch.Tensor) -> torch.Tensor:
+def step(
+    model, input_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, seq_ids: torch.Tensor
+) -> torch.Tensor:
     """Logits `[B, vocabulary]` of the last token of each row."""
     sampling = torch.ones(len(seq_ids), 3)
-    output = model(input_ids=input_ids, attention_mask=mask, position_ids=positions, seq_ids=seq_ids, sampling_params=sampling)
+    output = model(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=positions,
+        seq_ids=seq_ids,
+        sampling_params=sampling,
+    )
     return output.logits[:, -1]
 
 

@@ -22,7 +22,9 @@ from nki_kernels.backend import simulate
 
 
 class LocalParallel(Parallel):
-    """`Parallel` with plain `nn.Linear` slices; the sequence collectives are the others on a transposed tensor."""
+    """`Parallel` with plain `nn.Linear` slices; the sequence collectives are the others on a transposed
+    tensor.
+    """
 
     def __init__(self, collectives: Collectives) -> None:
         self.collectives, self.rank, self.size = collectives, collectives.rank, collectives.size
@@ -71,21 +73,43 @@ KERNEL = dict.fromkeys(("prefill", "decode"), Decision("kernel", "test"))
 
 def simulated(kernel: Callable[..., Any], *arguments: Any) -> torch.Tensor:
     """A launch of `KernelPath` through the simulator, on the very tensors that it was given."""
-    result = np.array(simulate(kernel)(*(_to_numpy(a) if isinstance(a, torch.Tensor) else a for a in arguments)))
-    return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16) if result.dtype == ml_dtypes.bfloat16 else torch.from_numpy(result)
+    result = np.array(
+        simulate(kernel)(*(_to_numpy(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+    )
+    return (
+        torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
+        if result.dtype == ml_dtypes.bfloat16
+        else torch.from_numpy(result)
+    )
 
 
 def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
     tensor = tensor.detach().contiguous()
-    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    return (
+        tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        if tensor.dtype == torch.bfloat16
+        else tensor.numpy()
+    )
 
 
 def rank_state(
-    specs: dict[str, ProjectionSpec], modules: dict[str, nn.Module], shape: MLPShape, tp: int, rank: int, scheme: str, paths: set[str]
+    specs: dict[str, ProjectionSpec],
+    modules: dict[str, nn.Module],
+    shape: MLPShape,
+    tp: int,
+    rank: int,
+    scheme: str,
+    paths: set[str],
 ) -> dict[str, torch.Tensor]:
-    """The rank's parameters: laid out for all ranks as NxDI is given them, then cut as NxDI cuts them, into contiguous slices."""
+    """The rank's parameters: laid out for all ranks as NxDI is given them, then cut as NxDI cuts them, into
+    contiguous slices.
+    """
     prefix = "layers.0.mlp."
-    state = {f"{prefix}{p}.{suffix}": tensor for p in PROJECTIONS for suffix, tensor in modules[p].state_dict().items()}
+    state = {
+        f"{prefix}{p}.{suffix}": tensor
+        for p in PROJECTIONS
+        for suffix, tensor in modules[p].state_dict().items()
+    }
     lay_out_state(state, FormatBlock((specs,), shape), [paths], tp, scheme, "test")
     return {name.removeprefix(prefix): _slice(name, whole, tp, rank, scheme) for name, whole in state.items()}
 

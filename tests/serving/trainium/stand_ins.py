@@ -1,4 +1,6 @@
-"""As much of NxDI's config and application classes as our subclasses touch, for machines without NxDI. `test_nxdi.py` has the real ones."""
+"""As much of NxDI's config and application classes as our subclasses touch, for machines without NxDI.
+`test_nxdi.py` has the real ones.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class NeuronConfig:
 
 
 class InferenceConfig:
-    """NxDI's order of calls: load the Hugging Face values, then keyword arguments, derived values, validation."""
+    """NxDI's order of calls: load the Hugging Face values, then keyword arguments, derived values,
+    validation.
+    """
 
     def __init__(self, neuron_config: NeuronConfig, hf: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.neuron_config = neuron_config
@@ -42,7 +46,10 @@ class InferenceConfig:
         assert hasattr(self, "hidden_size")
 
     def to_json_string(self) -> str:
-        values = {**self.__dict__, "neuron_config": {k: v for k, v in vars(self.neuron_config).items() if k != "unknown"}}
+        values = {
+            **self.__dict__,
+            "neuron_config": {k: v for k, v in vars(self.neuron_config).items() if k != "unknown"},
+        }
         return json.dumps(values, sort_keys=True)
 
     @classmethod

@@ -17,7 +17,9 @@ TORCH, KERNEL = Decision("torch", "on_cpu"), Decision("kernel", "planned")
 
 
 class Base:
-    """On a CPU, layers of NxDI's model put themselves on record in each forward; a compiled artifact does not."""
+    """On a CPU, layers of NxDI's model put themselves on record in each forward; a compiled artifact does
+    not.
+    """
 
     def __init__(self, on_cpu, low_rank=True):
         self.neuron_config = types.SimpleNamespace(on_cpu=on_cpu)
@@ -70,7 +72,9 @@ def test_on_a_device_the_artifacts_record_is_logged_once_at_load(logged, tmp_pat
     application.load(str(tmp_path))
     for input_ids in (PROMPT, TOKEN):
         application.forward(input_ids)
-    assert logged == ["neuronmlp: decode: 1 layers by kernel (planned); prefill: 1 layers by kernel (planned)"]
+    assert logged == [
+        "neuronmlp: decode: 1 layers by kernel (planned); prefill: 1 layers by kernel (planned)"
+    ]
 
 
 def test_metrics_follow_an_artifact_from_its_load_on(logged, tmp_path, monkeypatch):
@@ -85,7 +89,10 @@ def test_metrics_follow_an_artifact_from_its_load_on(logged, tmp_path, monkeypat
     assert records() == [compiled.totals()]
     application.forward(TOKEN, position_ids=torch.zeros(1, 1))  # a prompt of one token
     application.forward(TOKEN, position_ids=torch.ones(1, 1))
-    assert sorted(records()[0]["runs"]) == [[DECODE, "kernel", "planned", 1], [PREFILL, "kernel", "planned", 1]]
+    assert sorted(records()[0]["runs"]) == [
+        [DECODE, "kernel", "planned", 1],
+        [PREFILL, "kernel", "planned", 1],
+    ]
 
 
 def test_of_another_model_nothing_is_logged(logged, tmp_path):

@@ -1,4 +1,6 @@
-"""Our part of NxDI's configs: it survives the round trip, enters the key, is absent for other models, and refuses what would be wrong."""
+"""Our part of NxDI's configs: it survives the round trip, enters the key, is absent for other models, and
+refuses what would be wrong.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +53,12 @@ def test_block_and_options_survive_the_round_trip(folders):
 def other_rank(folders, tmp_path):
     """A folder whose config says another rank of one matrix."""
     gate = dataclasses.replace(MIXED_LAYERS[0]["gate_proj"], rank=38)
-    block = dataclasses.replace(Checkpoint(folders["mixed"]).block, layers=({**MIXED_LAYERS[0], "gate_proj": gate}, *MIXED_LAYERS[1:]))
-    (tmp_path / "config.json").write_text(json.dumps({**read_config(folders["mixed"]), "quantization_config": block.to_json()}))
+    block = dataclasses.replace(
+        Checkpoint(folders["mixed"]).block, layers=({**MIXED_LAYERS[0], "gate_proj": gate}, *MIXED_LAYERS[1:])
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps({**read_config(folders["mixed"]), "quantization_config": block.to_json()})
+    )
     return tmp_path
 
 
@@ -65,7 +71,9 @@ def test_rank_scheme_kernels_and_kernel_sources_change_the_key(folders, tmp_path
     monkeypatch.setattr(config_module, "source_digest", lambda: "another kernel")
     keys.add(key(folders["mixed"]))
     assert len(keys) == 5
-    assert json.loads(make(folders["mixed"]).to_json_string())["neuronmlp"] == make(folders["mixed"]).neuronmlp
+    assert (
+        json.loads(make(folders["mixed"]).to_json_string())["neuronmlp"] == make(folders["mixed"]).neuronmlp
+    )
 
 
 def test_artifacts_of_another_state_of_the_folder_are_not_loaded(folders, tmp_path):
@@ -88,7 +96,9 @@ def test_artifacts_of_other_kernels_are_not_loaded(folders, monkeypatch):
 def test_a_factor_file_makes_a_dense_model_low_rank(folders, tmp_path):
     mixed = Checkpoint(folders["mixed"])
     names = mixed.block.expected_tensors(only_changed=True)
-    write_factor_file(tmp_path / "factors.safetensors", mixed.block, {name: mixed.tensor(name) for name in names})
+    write_factor_file(
+        tmp_path / "factors.safetensors", mixed.block, {name: mixed.tensor(name) for name in names}
+    )
     options = {"factors": str(tmp_path / "factors.safetensors")}
     assert block_of(make(folders["dense"], neuronmlp=options)).layers == MIXED_LAYERS
     with pytest.raises(UsageError, match="drop the file"):

@@ -111,7 +111,9 @@ def test_an_artifact_brings_its_record_and_is_refused_without(tmp_path):
 def test_two_model_processes_make_one_sample(tmp_path, monkeypatch):
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     for process in (1, 2):
-        (tmp_path / f"{process}.json").write_text(json.dumps({"layers": [[DECODE, "kernel", "planned", 16]], "runs": []}))
+        (tmp_path / f"{process}.json").write_text(
+            json.dumps({"layers": [[DECODE, "kernel", "planned", 16]], "runs": []})
+        )
     layers, _ = DispatchCollector().collect()
     assert [sample.value for sample in layers.samples] == [32]
 

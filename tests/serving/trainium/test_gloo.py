@@ -11,13 +11,20 @@ from neuronmlp_plugin.models.collectives import ProcessGroup
 from tests.models.layers import SHAPE, mix_specs, plain_mlp, random_modules
 from tests.serving.trainium.sharded import rank_mlp
 
-MIXES = (("compact", "uv", "dense"), ("dense", "compact", "compact"), ("uv", "dense", "uv"), ("compact", "compact", "compact"))
+MIXES = (
+    ("compact", "uv", "dense"),
+    ("dense", "compact", "compact"),
+    ("uv", "dense", "uv"),
+    ("compact", "compact", "compact"),
+)
 TP, B, S = 2, 3, 4
 
 
 def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=TP)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=TP
+    )
     torch.manual_seed(1)
     x = torch.randn(B, S, SHAPE.hidden_size)
     worst = 0.0
@@ -30,7 +37,11 @@ def run_rank(rank: int, folder: str) -> None:
                 whole, _ = rank_mlp(specs, modules, SHAPE, ProcessGroup(), scheme)(x)
                 sequence = rank_mlp(specs, modules, SHAPE, ProcessGroup(), scheme, sequence_parallel=True)
                 part, _ = sequence(x.chunk(TP, dim=1)[rank])
-                worst = max(worst, float((whole - expected).abs().max()), float((part - expected.chunk(TP, dim=1)[rank]).abs().max()))
+                worst = max(
+                    worst,
+                    float((whole - expected).abs().max()),
+                    float((part - expected.chunk(TP, dim=1)[rank]).abs().max()),
+                )
     pathlib.Path(folder, f"rank{rank}").write_text(str(worst))
     torch.distributed.destroy_process_group()
 

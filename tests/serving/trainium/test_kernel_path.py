@@ -1,4 +1,6 @@
-"""The exact tensors that NxDI's module hands to the kernels go through the simulator, rank by rank, and sum to the plain answer."""
+"""The exact tensors that NxDI's module hands to the kernels go through the simulator, rank by rank, and sum
+to the plain answer.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,9 @@ class RMSNorm(torch.nn.Module):
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("mix", [("compact", "uv", "compact"), ("dense", "uv", "dense"), ("dense", "dense", "uv")], ids="-".join)
+@pytest.mark.parametrize(
+    "mix", [("compact", "uv", "compact"), ("dense", "uv", "dense"), ("dense", "dense", "uv")], ids="-".join
+)
 def test_a_norm_that_nxdi_hands_over_runs_in_the_kernels(mix, tp):
     norm, x = RMSNorm(), torch.randn(2, 3, SHAPE.hidden_size)
     outputs, _, _, _ = run(mix, tp, x, norm)
@@ -101,7 +105,11 @@ def test_a_norm_is_packed_as_the_kernels_packer_packs_it():
 def test_one_launch_without_and_three_with_tensor_parallelism():
     x = torch.randn(1, 4, SHAPE.hidden_size)
     assert run(("compact", "uv", "compact"), 1, x)[1] == ["svd_mlp"]
-    assert run(("compact", "uv", "compact"), 2, x)[1] == ["first_factors", "second_factors", last_factor.__name__]
+    assert run(("compact", "uv", "compact"), 2, x)[1] == [
+        "first_factors",
+        "second_factors",
+        last_factor.__name__,
+    ]
     assert run(("dense", "dense", "dense"), 2, x)[1] == ["second_factors"]
 
 
@@ -110,7 +118,9 @@ def test_the_kernels_move_what_the_torch_path_moves():
     specs = mix_specs(("compact", "uv", "compact"))
     modules = random_modules(specs, SHAPE)
     group = ThreadGroup(2)
-    group.run(lambda collectives: torch.no_grad()(rank_mlp(specs, modules, SHAPE, collectives, decisions=TORCH))(x))
+    group.run(
+        lambda collectives: torch.no_grad()(rank_mlp(specs, modules, SHAPE, collectives, decisions=TORCH))(x)
+    )
     assert run(("compact", "uv", "compact"), 2, x)[2] == group.log
 
 

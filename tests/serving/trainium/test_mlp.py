@@ -47,7 +47,9 @@ def test_every_rank_gives_the_plain_answer(mix, scheme, tp):
 def test_sequence_parallel_shares_out_the_tokens(mix, scheme):
     tp = 3
     x = torch.randn(B, S, SHAPE.hidden_size, dtype=torch.float64)
-    modules, results, _ = run_all(mix, tp, scheme, lambda rank: x.chunk(tp, dim=1)[rank], sequence_parallel=True)
+    modules, results, _ = run_all(
+        mix, tp, scheme, lambda rank: x.chunk(tp, dim=1)[rank], sequence_parallel=True
+    )
     with torch.no_grad():
         expected = plain_mlp(modules, x)
     for (y, _), part in zip(results, expected.chunk(tp, dim=1), strict=True):
@@ -71,7 +73,10 @@ def test_norm_and_residual_follow_the_contract_of_nxdi():
 def test_one_graph_fits_every_rank(mix, scheme):
     specs, tp = mix_specs(mix), 4
     modules = random_modules(specs)
-    shapes = [{n: t.shape for n, t in rank_state(specs, modules, SHAPE, tp, rank, scheme, {"torch"}).items()} for rank in range(tp)]
+    shapes = [
+        {n: t.shape for n, t in rank_state(specs, modules, SHAPE, tp, rank, scheme, {"torch"}).items()}
+        for rank in range(tp)
+    ]
     assert all(other == shapes[0] for other in shapes)
 
 
@@ -94,11 +99,17 @@ def test_gather_moves_ranks_only():
 
 
 def test_reduce_moves_both_whole_activations():
-    assert collectives_of(("compact", "uv", "compact"), "reduce") == [("all_reduce", TOKEN_BYTES * 2 * SHAPE.intermediate_size), OUTPUT]
+    assert collectives_of(("compact", "uv", "compact"), "reduce") == [
+        ("all_reduce", TOKEN_BYTES * 2 * SHAPE.intermediate_size),
+        OUTPUT,
+    ]
 
 
 def test_reduce_with_a_dense_down_only_scatters():
-    assert collectives_of(("uv", "uv", "dense"), "reduce") == [("reduce_scatter", TOKEN_BYTES * 2 * SHAPE.intermediate_size), OUTPUT]
+    assert collectives_of(("uv", "uv", "dense"), "reduce") == [
+        ("reduce_scatter", TOKEN_BYTES * 2 * SHAPE.intermediate_size),
+        OUTPUT,
+    ]
 
 
 @pytest.mark.parametrize("scheme", ["gather", "reduce"])
@@ -113,11 +124,15 @@ def numbers_per_rank(spec: ProjectionSpec, shape: MLPShape, tp: int, scheme: str
 
 
 def test_an_8b_layer_saves_per_core_what_it_saves_as_a_whole_where_a_replicated_factor_costs():
-    """Llama-3.1-8B, 5 % removed: R = 3026 as `uv`. All relative to what one core of two reads of a dense layer."""
+    """Llama-3.1-8B, 5 % removed: R = 3026 as `uv`. All relative to what one core of two reads of a dense
+    layer.
+    """
     shape, tp = MLPShape(4096, 14336, 1), 2
     dense = numbers_per_rank(DENSE, shape, tp, "gather")
     uv, compact = ProjectionSpec("uv", 3026), ProjectionSpec("compact", 3818)
-    replicated = 3 * 3026 * (shape.hidden_size + shape.intermediate_size // tp)  # U of gate and up, V of down at every rank
+    replicated = (
+        3 * 3026 * (shape.hidden_size + shape.intermediate_size // tp)
+    )  # U of gate and up, V of down at every rank
     assert round(numbers_per_rank(uv, shape, tp, "gather") / dense, 3) == 0.95
     assert round(numbers_per_rank(compact, shape, tp, "gather") / dense, 3) == 0.95
     assert round(replicated / dense, 3) == 1.161

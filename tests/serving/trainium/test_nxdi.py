@@ -1,4 +1,6 @@
-"""The real NxD Inference, in its CPU mode, gives the logits and the greedy tokens of the checkpoint's plain torch forward."""
+"""The real NxD Inference, in its CPU mode, gives the logits and the greedy tokens of the checkpoint's plain
+torch forward.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ from tests.tiny_models import FAMILIES, write_dense, write_mixed
 pytestmark = [
     pytest.mark.nxdi,
     pytest.mark.skipif(
-        any(importlib.util.find_spec(name) is None for name in ("neuron_stubs", "neuronx_distributed_inference", "neuronx_distributed")),
+        any(
+            importlib.util.find_spec(name) is None
+            for name in ("neuron_stubs", "neuronx_distributed_inference", "neuronx_distributed")
+        ),
         reason="needs the public sources of NxDI and NxD and `neuron_stubs` on PYTHONPATH (docs/trainium.md, Tests)",
     ),
 ]
@@ -34,10 +39,21 @@ ROOT = pathlib.Path(__file__).parents[3]
 
 
 def run_cases(cases: list[Case], tp: int, work: pathlib.Path, classes: str = "ours") -> dict:
-    """Run all cases in one process per rank and return rank 0's results by case name; `classes`: see nxdi_worker."""
+    """Run all cases in one process per rank and return rank 0's results by case name; `classes`: see
+    nxdi_worker.
+    """
     cases_path, results_path = work / "cases.json", work / "results.pt"
     cases_path.write_text(json.dumps([dataclasses.asdict(case) for case in cases]))
-    command = [sys.executable, "-W", "ignore", "-m", "tests.serving.trainium.nxdi_worker", str(cases_path), str(results_path), classes]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tests.serving.trainium.nxdi_worker",
+        str(cases_path),
+        str(results_path),
+        classes,
+    ]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -47,7 +63,9 @@ def run_cases(cases: list[Case], tp: int, work: pathlib.Path, classes: str = "ou
         if tp > 1:
             environment |= {"RANK": str(rank), "WORLD_SIZE": str(tp), "LOCAL_RANK": str(rank)}
         log = (work / f"rank{rank}.log").open("w")
-        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        ranks.append(
+            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        )
     deadline = time.monotonic() + 300
     while any(process.poll() is None for process in ranks) and not any(process.poll() for process in ranks):
         assert time.monotonic() < deadline, f"no result within 300 s, see {work}"
@@ -63,12 +81,17 @@ def run_cases(cases: list[Case], tp: int, work: pathlib.Path, classes: str = "ou
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("nxdi")
-    return {family: str(write_mixed(root / f"{family}-mixed", write_dense(root / family, family))) for family in FAMILIES}
+    return {
+        family: str(write_mixed(root / f"{family}-mixed", write_dense(root / family, family)))
+        for family in FAMILIES
+    }
 
 
 @torch.no_grad()
 def assert_like_torch(results: list[tuple[torch.Tensor, torch.Tensor]], model) -> None:
-    """Logits within 1e-4 in fp32 and the same greedy choice, for every sequence of the batch and every new token."""
+    """Logits within 1e-4 in fp32 and the same greedy choice, for every sequence of the batch and every new
+    token.
+    """
     assert results
     for (tokens, logits), length in zip(results, PROMPT_LENGTHS, strict=False):
         expected = model(tokens[None, :-1]).logits[0, length - 1 :]
@@ -101,7 +124,9 @@ def test_a_dense_model_is_served_bit_for_bit_as_by_the_stock_class(tmp_path):
 
 
 def test_nxdi_itself_may_pass_the_norm_to_the_mlp(folders, tmp_path):
-    """`mlp_kernel_enabled` makes Llama's decoder layer leave the norm to the MLP, and with `..._fuse_residual_add` the residual too."""
+    """`mlp_kernel_enabled` makes Llama's decoder layer leave the norm to the MLP, and with
+    `..._fuse_residual_add` the residual too.
+    """
     fused = {"mlp_kernel_enabled": True, "mlp_kernel_fuse_residual_add": True}
     cases = [
         Case("norm", "llama", folders["llama"], 1, 3, {}, {"mlp_kernel_enabled": True}),
@@ -116,15 +141,22 @@ def test_nxdi_itself_may_pass_the_norm_to_the_mlp(folders, tmp_path):
 def test_the_kernels_run_inside_nxdi_in_the_simulator(tp, folders, tmp_path):
     """NxDI's own sharding, rank and collectives around the kernels, every launch of every layer simulated."""
     required, sequence_parallel = {"kernels": "require"}, {"sequence_parallel_enabled": tp > 1}
-    cases = [Case(family, family, folders[family], tp, 2, required, sequence_parallel) for family in ("llama", "qwen2")]
-    cases.append(Case("norm", "llama", folders["llama"], tp, 2, required, {"mlp_kernel_enabled": True}))  # RMSNorm in the kernels, too
+    cases = [
+        Case(family, family, folders[family], tp, 2, required, sequence_parallel)
+        for family in ("llama", "qwen2")
+    ]
+    cases.append(
+        Case("norm", "llama", folders["llama"], tp, 2, required, {"mlp_kernel_enabled": True})
+    )  # RMSNorm in the kernels, too
     results = run_cases(cases, tp, tmp_path, classes="simulated")
     for case in cases:
         assert_like_torch(results[case.name], load_model(case.folder))
 
 
 def test_the_stock_class_cannot_serve_a_factored_folder(folders, tmp_path):
-    """The negative control: without our classes NxDI fails on the same folder, rather than fill in random weights."""
+    """The negative control: without our classes NxDI fails on the same folder, rather than fill in random
+    weights.
+    """
     case = Case("stock", "llama", folders["llama"], 1, 1, None)
     with pytest.raises(AssertionError, match=r"Can not find model\.safetensors"):
         run_cases([case], 1, tmp_path, classes="stock")
@@ -139,9 +171,20 @@ def test_the_wrong_factors_would_be_noticed(folders, tmp_path):
 
 
 def test_nxd_cuts_eight_ranks_as_the_layout_says(tmp_path):
-    """`ModelBuilder.shard_checkpoint` at tp 8 in one process: equal shapes, the layout's values, zeros where a rank has a slot too many."""
+    """`ModelBuilder.shard_checkpoint` at tp 8 in one process: equal shapes, the layout's values, zeros where
+    a rank has a slot too many.
+    """
     folder = write_mixed(tmp_path / "mixed", write_dense(tmp_path / "dense", "llama"))
-    command = [sys.executable, "-W", "ignore", "-m", "tests.serving.trainium.nxdi_shard_worker", str(folder), "8", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tests.serving.trainium.nxdi_shard_worker",
+        str(folder),
+        "8",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     state, block = read_factored(str(folder)), Checkpoint(folder).block
@@ -153,7 +196,9 @@ def test_nxd_cuts_eight_ranks_as_the_layout_says(tmp_path):
         dim = partition_dim(*name.split(".")[-3:-1], "gather")
         assert torch.equal(torch.cat([shard[name] for shard in shards], dim), state[name])
         assert len({shard[name].shape for shard in shards}) == 1
-    first = [shard["layers.0.mlp.torch_path.gate_proj.first.weight"] for shard in shards]  # rank 37 over 8 ranks: 5 slots each
+    first = [
+        shard["layers.0.mlp.torch_path.gate_proj.first.weight"] for shard in shards
+    ]  # rank 37 over 8 ranks: 5 slots each
     assert [bool(slots[4].any()) for slots in first] == [True] * 5 + [False] * 3
 
 
@@ -163,8 +208,9 @@ def test_nxd_cuts_eight_ranks_as_the_layout_says(tmp_path):
 def test_the_real_compressed_model_equals_the_torch_forward(smollm2_compressed, tmp_path):
     """Both schemes on real weights; SmolLM2 has nine heads, so one rank only.
 
-    Its logits reach 35, and the plain fp32 forward is itself 1.0e-4 from float64. So the bound here is twice that distance (measured:
-    1.2e-4 from fp32, 1.5e-4 from float64), and the greedy choices of float64 must be met at every token.
+    Its logits reach 35, and the plain fp32 forward is itself 1.0e-4 from float64. So the bound here is twice
+    that distance (measured: 1.2e-4 from fp32, 1.5e-4 from float64), and the greedy choices of float64 must be
+    met at every token.
     """
     cases = [Case(s, "llama", str(smollm2_compressed), 1, 3, {"tp_scheme": s}) for s in ("gather", "reduce")]
     plain, exact = load_model(smollm2_compressed), load_model(smollm2_compressed, dtype=torch.float64)
@@ -188,6 +234,13 @@ neuronmlp_plugin.register()
 assert first == {key: tasks["causal-lm"] for key, tasks in MODEL_TYPES.items()}
 print(sorted(key for key, cls in first.items() if cls.__module__.startswith("neuronmlp_plugin") or cls.__name__.startswith("LowRank")))
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == str(sorted(FAMILIES))

@@ -9,7 +9,11 @@ import textwrap
 
 def run(code: str, path: str = "") -> str:
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, env={"PYTHONPATH": f".:{path}"}
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": f".:{path}"},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

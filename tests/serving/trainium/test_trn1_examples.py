@@ -1,4 +1,6 @@
-"""The examples for trn1 run here on the real vllm-neuron in CPU mode; the smoke test's verdict depends on every single sequence."""
+"""The examples for trn1 run here on the real vllm-neuron in CPU mode; the smoke test's verdict depends on
+every single sequence.
+"""
 
 from __future__ import annotations
 
@@ -43,12 +45,21 @@ def test_one_wrong_token_shows(model):
     with torch.no_grad():
         logits = model(torch.tensor([[5, 6, 7, *new[:2]]])).logits[0, -1]
     new[2] = int(logits.argmin())
-    assert smoke_test_module().worst_gap(model, [5, 6, 7], new[:3]) == pytest.approx(float(logits.max() - logits.min()))
+    assert smoke_test_module().worst_gap(model, [5, 6, 7], new[:3]) == pytest.approx(
+        float(logits.max() - logits.min())
+    )
 
 
-def run_example(script: str, model: pathlib.Path, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:  # noqa: F811
+def run_example(
+    script: str,
+    model: pathlib.Path,
+    environment: dict[str, str],  # noqa: F811
+    *arguments: str,
+) -> subprocess.CompletedProcess:
     command = [sys.executable, "-W", "ignore", str(EXAMPLES / script), str(model), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
 
 
 @pytest.mark.nxdi
@@ -58,7 +69,16 @@ def run_example(script: str, model: pathlib.Path, environment: dict[str, str], *
 @needs_stack[-1]
 def test_the_smoke_test_passes_in_cpu_mode_and_names_the_path(smollm2_compressed, environment):  # noqa: F811
     config = json.dumps(neuron_config())
-    arguments = ("--dtype", "float32", "--max-model-len", "64", "--max-tokens", "8", "--additional-config", config)
+    arguments = (
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "64",
+        "--max-tokens",
+        "8",
+        "--additional-config",
+        config,
+    )
     done = run_example("smoke_test.py", smollm2_compressed, environment, *arguments)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "verdict: PASS, 8 of 8 sequences agree" in done.stdout
@@ -70,7 +90,8 @@ def test_the_smoke_test_passes_in_cpu_mode_and_names_the_path(smollm2_compressed
 @pytest.mark.slow
 @pytest.mark.smollm2
 @pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None or importlib.util.find_spec("vllm_neuron") is not None, reason="needs a CPU's vLLM"
+    importlib.util.find_spec("vllm") is None or importlib.util.find_spec("vllm_neuron") is not None,
+    reason="needs a CPU's vLLM",
 )
 def test_the_smoke_test_itself_works_on_a_cpus_vllm(smollm2_compressed):
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}  # noqa: F811

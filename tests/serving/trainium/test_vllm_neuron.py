@@ -1,4 +1,6 @@
-"""A real vLLM with the real vllm-neuron serves factored folders: offline, with a factor file over a dense model, and over HTTP."""
+"""A real vLLM with the real vllm-neuron serves factored folders: offline, with a factor file over a dense
+model, and over HTTP.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,12 @@ PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16, 17]]
 
 def neuron_config(**neuronmlp: str) -> dict:
     """vLLM's additional_config for NxDI's CPU mode, with our options if any."""
-    override = {"on_cpu": True, "enable_bucketing": False, "on_device_sampling_config": None, "torch_dtype": "float32"}
+    override = {
+        "on_cpu": True,
+        "enable_bucketing": False,
+        "on_device_sampling_config": None,
+        "torch_dtype": "float32",
+    }
     return {"override_neuron_config": {**override, **({"neuronmlp": neuronmlp} if neuronmlp else {})}}
 
 
@@ -50,7 +57,9 @@ def environment(tmp_path) -> dict[str, str]:
     return {**keep, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def generate(folder: str, additional_config: dict, environment: dict[str, str], work: pathlib.Path) -> list[list[int]]:
+def generate(
+    folder: str, additional_config: dict, environment: dict[str, str], work: pathlib.Path
+) -> list[list[int]]:
     """New tokens of each prompt from `LLM.generate` in a process of its own."""
     llm = {
         "model": folder,
@@ -63,8 +72,18 @@ def generate(folder: str, additional_config: dict, environment: dict[str, str], 
     }
     arguments, results = work / "arguments.json", work / "results.json"
     arguments.write_text(json.dumps({"llm": llm, "new_tokens": NEW_TOKENS, "prompts": PROMPTS}))
-    command = [sys.executable, "-W", "ignore", "-m", "tests.serving.trainium.vllm_worker", str(arguments), str(results)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tests.serving.trainium.vllm_worker",
+        str(arguments),
+        str(results),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(results.read_text())
 
@@ -91,7 +110,9 @@ def test_a_factor_file_over_a_dense_model_by_flags_alone(environment, tmp_path):
     dense = write_dense(tmp_path / "dense", "llama")
     factored = Checkpoint(write_mixed(tmp_path / "mixed", dense))
     names = factored.block.expected_tensors(only_changed=True)
-    write_factor_file(tmp_path / "factors.safetensors", factored.block, {name: factored.tensor(name) for name in names})
+    write_factor_file(
+        tmp_path / "factors.safetensors", factored.block, {name: factored.tensor(name) for name in names}
+    )
     expected = [greedy(load_model(factored.folder), prompt, NEW_TOKENS) for prompt in PROMPTS]
     options = neuron_config(factors=str(tmp_path / "factors.safetensors"), tp_scheme="reduce")
     assert generate(str(dense), options, environment, tmp_path) == expected
@@ -103,8 +124,25 @@ def server(smollm2_compressed, environment, tmp_path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.cli.main", "serve", str(smollm2_compressed)]
-    command += ["--served-model-name", "smollm2", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "vllm.entrypoints.cli.main",
+        "serve",
+        str(smollm2_compressed),
+    ]
+    command += [
+        "--served-model-name",
+        "smollm2",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+    ]
     command += ["--max-model-len", "128", "--max-num-seqs", "2", "--no-enable-prefix-caching"]
     command += ["--additional-config", json.dumps(neuron_config())]
     with (tmp_path / "server.log").open("w") as log:
@@ -135,8 +173,16 @@ def test_http_serves_the_real_model_and_says_which_path_it_took(server, smollm2_
 
     tokenizer, model = AutoTokenizer.from_pretrained(smollm2_compressed), load_model(smollm2_compressed)
     prompt = "The capital of France is"
-    request = {"model": "smollm2", "prompt": prompt, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
-    body = urllib.request.Request(f"{server}/v1/completions", json.dumps(request).encode(), {"Content-Type": "application/json"})
+    request = {
+        "model": "smollm2",
+        "prompt": prompt,
+        "max_tokens": 12,
+        "temperature": 0,
+        "return_token_ids": True,
+    }
+    body = urllib.request.Request(
+        f"{server}/v1/completions", json.dumps(request).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(body, timeout=300) as reply:
         choice = json.load(reply)["choices"][0]
     expected = greedy(model, tokenizer(prompt)["input_ids"], 12)

@@ -261,7 +261,7 @@ def check_names(
             )
         if found[name] != size:
             raise CheckpointError(
-                f"{source}: {name}: expected shape {list(size)} (from its form and rank), found {list(found[name])}."
+                f"{source}: {name}: expected shape {list(size)} (from its spec in the config), found {list(found[name])}."
             )
     for name in found:
         if ".mlp." in name and name not in expected:

@@ -152,8 +152,8 @@ def _index_as_ordinary(folder: pathlib.Path, count: int) -> None:
     files, size = {}, 0
     for position in range(1, count + 1):
         path = folder / f"model-{position:05d}-of-{count:05d}.safetensors"
-        if not path.is_file():
-            (folder / shard_name(position, count)).rename(path)
+        if (folder / shard_name(position, count)).is_file():
+            (folder / shard_name(position, count)).replace(path)
         files |= dict.fromkeys(read_headers(path), path.name)
         with path.open("rb") as handle:  # the header's length comes first, then the header, then the tensors
             size += path.stat().st_size - 8 - int.from_bytes(handle.read(8), "little")

@@ -149,7 +149,8 @@ def _index_as_ordinary(folder: pathlib.Path, count: int) -> None:
     """Give the shards the names that any engine looks for, and the index that goes with them. What an
     interrupted call did is not done again.
     """
-    files, size = {}, 0
+    files: dict[str, str] = {}
+    size = 0
     for position in range(1, count + 1):
         path = folder / f"model-{position:05d}-of-{count:05d}.safetensors"
         if (folder / shard_name(position, count)).is_file():

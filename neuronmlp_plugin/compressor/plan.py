@@ -16,9 +16,8 @@ import torch
 from neuronmlp_plugin.calibration.text import (
     hold_out,
     load_tokenizer,
-    read_documents,
+    read_windows,
     spread,
-    token_windows,
     windows_digest,
 )
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, dense_block
@@ -180,7 +179,7 @@ def make_plan(settings: Settings) -> Plan:
         )
     shape = dense_block(base).shape
     _check_size(settings, shape)
-    calibration, judge = _windows(settings, shape)
+    calibration, judge = _windows(settings, shape, base.shapes()["model.embed_tokens.weight"][0])
     metric_windows = (
         min(max(1, settings.metric_tokens // settings.window), len(calibration))
         if settings.method == "two-sided"
@@ -196,14 +195,13 @@ def make_plan(settings: Settings) -> Plan:
     return plan
 
 
-def _windows(settings: Settings, shape: MLPShape) -> tuple[torch.Tensor, torch.Tensor]:
+def _windows(settings: Settings, shape: MLPShape, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
     empty = torch.zeros(0, settings.window, dtype=torch.long)
     if settings.text is None:
         return empty, empty
     tokenizer = load_tokenizer(settings.model)
-    windows = token_windows(
-        read_documents(settings.text, tokenizer), tokenizer, settings.window, str(settings.text)
-    )
+    wanted = settings.tokens + settings.judge_tokens
+    windows = read_windows(settings.text, tokenizer, settings.window, wanted, vocabulary)
     pool, judge = hold_out(windows, settings.judge_tokens)
     wanted = min(max(1, settings.tokens // settings.window), len(pool))
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(settings.seed))[:wanted]

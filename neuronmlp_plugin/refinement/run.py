@@ -20,9 +20,8 @@ from neuronmlp_plugin.calibration.text import (
     bos_prefix,
     hold_out,
     load_tokenizer,
-    read_documents,
+    read_windows,
     rewindow,
-    token_windows,
     windows_digest,
 )
 from neuronmlp_plugin.checkpoint.loader import load_model
@@ -122,10 +121,12 @@ def make_plan(settings: RefineSettings) -> RefinePlan:
     settings = dataclasses.replace(
         settings, arithmetic=chosen(settings.arithmetic)
     )  # the plan and the report say which it is
-    return RefinePlan(settings, source, dense, *_windows(settings))
+    return RefinePlan(
+        settings, source, dense, *_windows(settings, dense.shapes()["model.embed_tokens.weight"][0])
+    )
 
 
-def _windows(settings: RefineSettings) -> tuple[torch.Tensor, torch.Tensor]:
+def _windows(settings: RefineSettings, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Training windows in random order, and judging windows from the text's end."""
     tokenizer = load_tokenizer(settings.dense)
     length = max(JUDGE_WINDOW, settings.window)
@@ -134,7 +135,7 @@ def _windows(settings: RefineSettings) -> tuple[torch.Tensor, torch.Tensor]:
             f"--judge-tokens: expected at least one window of {length:,} tokens, found {settings.judge_tokens:,}."
         )
     pool, judge = hold_out(
-        token_windows(read_documents(settings.text, tokenizer), tokenizer, length, str(settings.text)),
+        read_windows(settings.text, tokenizer, length, settings.tokens + settings.judge_tokens, vocabulary),
         settings.judge_tokens,
     )
     if not len(judge):

@@ -29,7 +29,7 @@ CHATS = ("messages", "conversations")
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
 
 
-def read_documents(path: str | pathlib.Path, tokenizer: Any) -> Iterator[str]:
+def documents_of(path: str | pathlib.Path, tokenizer: Any) -> Iterator[str]:
     """The documents of a file or folder, in its order. `tokenizer` renders chats.
 
     Raises CalibrationError, at the document that cannot be read, with the file and the line or row.

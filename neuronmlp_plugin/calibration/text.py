@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from neuronmlp_plugin.calibration.documents import read_documents
+from neuronmlp_plugin.calibration.documents import documents_of
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, UsageError, reason_of
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -32,6 +32,11 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
         raise CheckpointError(
             f"{folder}: expected a tokenizer that transformers reads, found: {reason_of(error)}; copy its files again."
         ) from error
+
+
+def read_documents(path: str | pathlib.Path, tokenizer: Any) -> list[str]:
+    """All documents of a file or folder at once (`documents.documents_of`)."""
+    return list(documents_of(path, tokenizer))
 
 
 # A text is read up to this many times the tokens that a run uses: enough to choose from, and a gigabyte of it
@@ -73,7 +78,7 @@ def read_windows(
     `vocabulary`: rows of the model's embedding; CalibrationError where the text has a token beyond them.
     """
     limit = READ_AHEAD * max(tokens, length)
-    windows = token_windows(read_documents(path, tokenizer), tokenizer, length, str(path), limit)
+    windows = token_windows(documents_of(path, tokenizer), tokenizer, length, str(path), limit)
     highest = int(windows.max())
     if vocabulary is not None and highest >= vocabulary:
         raise CalibrationError(

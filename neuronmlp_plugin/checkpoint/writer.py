@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -91,7 +92,15 @@ def save_tensors(
     ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
     with told_when_unwritable(path):
         save_file(ordered, temporary, metadata={"format": "pt", **(metadata or {})})
+        temporary.chmod(0o666 & ~_umask())  # safetensors 0.8 lets nobody else read what it writes
         temporary.replace(path)
+
+
+def _umask() -> int:
+    """Of this process; it can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def save_json(path: pathlib.Path, value: Any) -> None:

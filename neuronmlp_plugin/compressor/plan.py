@@ -22,7 +22,7 @@ from neuronmlp_plugin.calibration.text import (
 )
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, dense_block
 from neuronmlp_plugin.checkpoint.writer import layer_prefix, partial_folder
-from neuronmlp_plugin.compressor.memory import Footprint, physical_bytes
+from neuronmlp_plugin.compressor.memory import Footprint, available_bytes
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, OutputError, UsageError
 from neuronmlp_plugin.lowrank.allocate import Curve, check_removable, most_removable, uniform_ranks
@@ -54,8 +54,8 @@ class Plan:
 
     @property
     def work(self) -> pathlib.Path:
-        """Where an unfinished run keeps what it has."""
-        return partial_folder(self.settings.out)
+        """Where an unfinished run keeps what it has: beside the target, on its file system."""
+        return partial_folder(self.target)
 
     @property
     def mlp_parameters(self) -> int:
@@ -260,10 +260,10 @@ def _check_places(plan: Plan) -> None:
 
 
 def _check_room(plan: Plan) -> None:
-    if physical_bytes() < plan.memory_bytes:
+    if available_bytes() < plan.memory_bytes:
         raise UsageError(
             f"{plan.settings.model}: expected a machine with {plan.memory_bytes / 2**30:.1f} GiB of memory, found "
-            f"{physical_bytes() / 2**30:.1f} GiB; lower --tokens, --metric-tokens or --window, or use a larger machine."
+            f"{available_bytes() / 2**30:.1f} GiB; lower --tokens, --metric-tokens or --window, or use a larger machine."
         )
     parent = plan.settings.out.absolute().parent
     while not parent.exists():

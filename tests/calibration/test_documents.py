@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from neuronmlp_plugin.calibration.documents import read_documents
+from neuronmlp_plugin.calibration.text import read_documents
 from neuronmlp_plugin.errors import CalibrationError
 from tests.calibration.test_text import tokenizer
 
 
 def read(path, tok=None):
-    return list(read_documents(path, tok))
+    return read_documents(path, tok)
 
 
 def test_text_jsonl_and_chat_are_read(tmp_path):

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from neuronmlp_plugin import __version__
 from neuronmlp_plugin.errors import NeuronMLPError
@@ -25,6 +26,7 @@ COMMANDS = {
 # What a plain `pip install neuronmlp` leaves out, and the extra that brings it.
 _EXTRAS = {
     **dict.fromkeys(("torch", "transformers", "tokenizers", "matplotlib", "jinja2"), "neuronmlp[compress]"),
+    "huggingface_hub": "neuronmlp[compress]",
     "vllm": "neuronmlp[cpu]",
 }
 
@@ -45,6 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; an error that is the user's to mend becomes one line and exit code 2."""
     args = build_parser().parse_args(argv)
     try:
+        for option in ("model", "dense"):
+            given = getattr(args, option, None)
+            if given is not None:
+                setattr(
+                    args,
+                    option,
+                    _folders(given, getattr(args, "revision", None) if option == "model" else None),
+                )
         return int(args.run(args))
     except NeuronMLPError as error:
         print(f"neuronmlp {args.command}: {error}", file=sys.stderr)
@@ -56,6 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
     return 2
+
+
+def _folders(given: Any, revision: str | None) -> Any:
+    """The local folder of a path or hub id, or of each in a list."""
+    from neuronmlp_plugin.checkpoint.hub import model_folder
+
+    return (
+        [model_folder(name) for name in given] if isinstance(given, list) else model_folder(given, revision)
+    )
 
 
 if __name__ == "__main__":

@@ -16,19 +16,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from neuronmlp_plugin.checkpoint.hub import files_to_copy
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, shard_name
 from neuronmlp_plugin.errors import OutputError
-
-_COPIED = (
-    "tokenizer*",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template*",
-)
 
 
 @contextlib.contextmanager
@@ -167,12 +158,11 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copy tokenizer and generation files, with the one portable spelling of FORMAT.md."""
-    for pattern in _COPIED:
-        for path in sorted(source.glob(pattern)):
-            with told_when_unwritable(target / path.name):
-                shutil.copy(path, target / path.name) if path.is_file() else shutil.copytree(
-                    path, target / path.name, dirs_exist_ok=True
-                )
+    for path in files_to_copy(source):
+        copy = target / path.relative_to(source)
+        with told_when_unwritable(copy):
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
     settings = target / "tokenizer_config.json"
     if settings.is_file():
         values = json.loads(settings.read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from neuronmlp_plugin.checkpoint.hub import files_to_copy
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, shard_name
-from neuronmlp_plugin.errors import OutputError
+from neuronmlp_plugin.errors import OutputError, reason_of
 
 
 @contextlib.contextmanager
@@ -50,6 +51,38 @@ def partial_folder(target: pathlib.Path) -> pathlib.Path:
     return target.parent / f"{target.name}.partial"
 
 
+def check_new(target: pathlib.Path) -> None:
+    """OutputError where `target` exists, be it as a link to nothing, or can be no name of a file."""
+    try:
+        os.lstat(target)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:  # too long, a file in the place of a folder, or a NUL in it
+        shown = str(target).encode("unicode_escape").decode()[:80]
+        raise OutputError(
+            f"{shown}: expected a place to write to, found: {reason_of(error)}; choose another --out."
+        ) from error
+    raise OutputError(
+        f"{target}: expected a path that does not exist yet, found one; choose another --out or remove it."
+    )
+
+
+@contextlib.contextmanager
+def alone_in(folder: pathlib.Path) -> Iterator[None]:
+    """The existing `folder` for this process alone; OutputError where another one works there.
+
+    The lock is the operating system's: it ends with its process, however that ends.
+    """
+    with told_when_unwritable(folder), open(folder / "lock", "w", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"{folder}: expected no other run at work there, found one; wait for it or choose another folder."
+            ) from error
+        yield
+
+
 @contextlib.contextmanager
 def whole_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """An empty folder to fill, which becomes `target` where all went well, and is removed where not.
@@ -57,10 +90,7 @@ def whole_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises OutputError where `target` exists already, or something unfinished of that name: another command
     may go on from it.
     """
-    if target.exists():
-        raise OutputError(
-            f"{target}: expected a path that does not exist yet, found one; choose another --out or remove it."
-        )
+    check_new(target)
     partial = partial_folder(target)
     if partial.exists():
         raise OutputError(

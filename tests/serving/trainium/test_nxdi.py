@@ -30,9 +30,9 @@ pytestmark = [
     pytest.mark.skipif(
         any(
             importlib.util.find_spec(name) is None
-            for name in ("neuron_stubs", "neuronx_distributed_inference", "neuronx_distributed")
+            for name in ("neuronx_distributed_inference", "neuronx_distributed")
         ),
-        reason="needs the public sources of NxDI and NxD and `neuron_stubs` on PYTHONPATH (docs/trainium.md, Tests)",
+        reason="needs the public sources of NxDI and NxD on PYTHONPATH (docs/trainium.md, Tests)",
     ),
 ]
 ROOT = pathlib.Path(__file__).parents[3]
@@ -224,7 +224,7 @@ def test_the_real_compressed_model_equals_the_torch_forward(smollm2_compressed, 
 
 def test_registration_edits_nothing_but_the_four_families_and_only_once():
     code = """
-import neuron_stubs; neuron_stubs.install()
+from tests.serving.trainium import neuron_wheels; neuron_wheels.install()
 import sys, neuronmlp_plugin
 neuronmlp_plugin.register()
 assert "neuronx_distributed_inference" not in sys.modules

@@ -24,7 +24,7 @@ from neuronmlp_plugin.checkpoint.writer import write_factor_file
 from tests.serving.trainium.neuron_platform import write_distribution
 from tests.tiny_models import FAMILIES, write_dense, write_mixed
 
-NEEDED = ("vllm", "vllm_neuron", "neuron_stubs", "neuronx_distributed_inference", "neuronx_distributed")
+NEEDED = ("vllm", "vllm_neuron", "neuronx_distributed_inference", "neuronx_distributed")
 pytestmark = [
     pytest.mark.nxdi,
     pytest.mark.vllm,

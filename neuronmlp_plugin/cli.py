@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from neuronmlp_plugin import __version__
-from neuronmlp_plugin.errors import NeuronMLPError
+from neuronmlp_plugin.errors import NeuronMLPError, printable
 
 COMMANDS = {
     "compress": "make a low-rank checkpoint of a Hugging Face folder",
@@ -55,9 +56,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                     option,
                     _folders(given, getattr(args, "revision", None) if option == "model" else None),
                 )
-        return int(args.run(args))
+        status = int(args.run(args))
+        sys.stdout.flush()  # a closed pipe is noticed here, and not where nothing can be said any more
+        return status
     except NeuronMLPError as error:
-        print(f"neuronmlp {args.command}: {error}", file=sys.stderr)
+        print(f"neuronmlp {args.command}: {printable(str(error))}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(
+            f"neuronmlp {args.command}: interrupted; the same command goes on from what is finished.",
+            file=sys.stderr,
+        )
+        return 130
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise

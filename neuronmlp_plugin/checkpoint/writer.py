@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -17,9 +18,9 @@ import torch
 from safetensors.torch import save_file
 
 from neuronmlp_plugin.checkpoint.hub import files_to_copy
-from neuronmlp_plugin.checkpoint.reader import Checkpoint
+from neuronmlp_plugin.checkpoint.reader import Checkpoint, read_headers
 from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, shard_name
-from neuronmlp_plugin.errors import OutputError
+from neuronmlp_plugin.errors import OutputError, reason_of
 
 
 @contextlib.contextmanager
@@ -50,6 +51,38 @@ def partial_folder(target: pathlib.Path) -> pathlib.Path:
     return target.parent / f"{target.name}.partial"
 
 
+def check_new(target: pathlib.Path) -> None:
+    """OutputError where `target` exists, be it as a link to nothing, or can be no name of a file."""
+    try:
+        os.lstat(target)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:  # too long, a file in the place of a folder, or a NUL in it
+        shown = str(target).encode("unicode_escape").decode()[:80]
+        raise OutputError(
+            f"{shown}: expected a place to write to, found: {reason_of(error)}; choose another --out."
+        ) from error
+    raise OutputError(
+        f"{target}: expected a path that does not exist yet, found one; choose another --out or remove it."
+    )
+
+
+@contextlib.contextmanager
+def alone_in(folder: pathlib.Path) -> Iterator[None]:
+    """The existing `folder` for this process alone; OutputError where another one works there.
+
+    The lock is the operating system's: it ends with its process, however that ends.
+    """
+    with told_when_unwritable(folder), open(folder / "lock", "w", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"{folder}: expected no other run at work there, found one; wait for it or choose another folder."
+            ) from error
+        yield
+
+
 @contextlib.contextmanager
 def whole_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """An empty folder to fill, which becomes `target` where all went well, and is removed where not.
@@ -57,10 +90,7 @@ def whole_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises OutputError where `target` exists already, or something unfinished of that name: another command
     may go on from it.
     """
-    if target.exists():
-        raise OutputError(
-            f"{target}: expected a path that does not exist yet, found one; choose another --out or remove it."
-        )
+    check_new(target)
     partial = partial_folder(target)
     if partial.exists():
         raise OutputError(
@@ -125,7 +155,10 @@ def write_layer(
 
 
 def write_rest(folder: pathlib.Path, base: Checkpoint, block: FormatBlock) -> None:
-    """Write what belongs to no layer, then the config and the tokenizer: after this the folder is complete."""
+    """Write what belongs to no layer, then the tokenizer and the config: after this the folder is complete.
+
+    Where `block.ordinary_size` says so, it is an ordinary folder of Hugging Face, without the block.
+    """
     count = int(base.config["num_hidden_layers"]) + 1
     tied = bool(base.config.get("tie_word_embeddings"))
     rest = [
@@ -133,8 +166,29 @@ def write_rest(folder: pathlib.Path, base: Checkpoint, block: FormatBlock) -> No
     ]
     save_tensors(folder / shard_name(count, count), {name: base.tensor(name) for name in rest})
     copy_tokenizer(base.folder, folder)
+    config = portable_config(base.config)
+    if block.ordinary_size is None:
+        config["quantization_config"] = block.to_json()
+    else:
+        config["intermediate_size"] = block.ordinary_size
+        _index_as_ordinary(folder, count)
+    save_json(folder / "config.json", config)
+
+
+def _index_as_ordinary(folder: pathlib.Path, count: int) -> None:
+    """Give the shards the names that any engine looks for, and the index that goes with them. What an
+    interrupted call did is not done again.
+    """
+    files, size = {}, 0
+    for position in range(1, count + 1):
+        path = folder / f"model-{position:05d}-of-{count:05d}.safetensors"
+        if (folder / shard_name(position, count)).is_file():
+            (folder / shard_name(position, count)).replace(path)
+        files |= dict.fromkeys(read_headers(path), path.name)
+        with path.open("rb") as handle:  # the header's length comes first, then the header, then the tensors
+            size += path.stat().st_size - 8 - int.from_bytes(handle.read(8), "little")
     save_json(
-        folder / "config.json", {**portable_config(base.config), "quantization_config": block.to_json()}
+        folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": files}
     )
 
 

@@ -14,7 +14,7 @@ from neuronmlp_plugin.compressor.settings import (
     Settings,
     default_allocation,
 )
-from neuronmlp_plugin.errors import UsageError
+from neuronmlp_plugin.errors import UsageError, printable
 
 _DEFAULTS = {field: Settings.__dataclass_fields__[field].default for field in Settings.__dataclass_fields__}
 
@@ -180,10 +180,11 @@ def run(args: argparse.Namespace) -> int:
 
 def print_rows(console: Any, rows: list[tuple[str, str]]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
-    for label, value in rows:
-        table.add_row(f"[bold]{label}[/bold]", value)
+    for label, value in rows:  # Text, since a path may hold what rich would take for its own markup
+        table.add_row(Text(label, style="bold"), Text(printable(value)))
     console.print(table)
 
 

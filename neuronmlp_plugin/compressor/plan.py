@@ -21,12 +21,12 @@ from neuronmlp_plugin.calibration.text import (
     windows_digest,
 )
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, dense_block
-from neuronmlp_plugin.checkpoint.writer import layer_prefix, partial_folder
+from neuronmlp_plugin.checkpoint.writer import check_new, layer_prefix, partial_folder
 from neuronmlp_plugin.compressor.memory import Footprint, available_bytes
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, OutputError, UsageError
 from neuronmlp_plugin.lowrank.allocate import Curve, check_removable, most_removable, uniform_ranks
-from neuronmlp_plugin.models.projection import PROJECTIONS, MLPShape
+from neuronmlp_plugin.models.factors import PROJECTIONS, MLPShape
 
 _FP32 = 4
 _LAYOUT = 2  # of the files in the analysis folder
@@ -186,10 +186,7 @@ def make_plan(settings: Settings) -> Plan:
         else 0
     )
     plan = Plan(settings, base, shape, calibration, judge, metric_windows)
-    if plan.target.exists():
-        raise OutputError(
-            f"{plan.target}: expected a path that does not exist yet, found one; choose another --out or remove it."
-        )
+    check_new(plan.target)
     _check_places(plan)
     _check_room(plan)
     return plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -20,6 +21,7 @@ from neuronmlp_plugin.checkpoint.loader import open_folder
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
 from neuronmlp_plugin.checkpoint.writer import (
+    alone_in,
     layer_prefix,
     save_json,
     write_factor_file,
@@ -46,7 +48,7 @@ from neuronmlp_plugin.compressor.search import SIZES, Search, TruncatedStream
 from neuronmlp_plugin.compressor.target import parse_target
 from neuronmlp_plugin.compressor.workspace import Workspace, refuse_anothers
 from neuronmlp_plugin.lowrank.allocate import Curve, most_removable
-from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, ProjectionSpec
+from neuronmlp_plugin.models.factors import DENSE, PROJECTIONS, MLPLayer, ProjectionSpec
 from neuronmlp_plugin.reporting.card import base_facts
 from neuronmlp_plugin.reporting.folder import write_report
 
@@ -90,9 +92,13 @@ def compress(plan: Plan, bars: ProgressBars) -> dict[str, Any] | None:
     with workers.first_ahead():
         run = Run(plan, workers.device)
     workers.wait()
-    analyse(plan, run.analysis, bars if workers.is_first else ProgressBars(bars.console, quiet=True), workers)
-    workers.wait()  # the first removes the folder that the others look into
-    return _finish(run, bars) if workers.is_first else None
+    shown = bars if workers.is_first else ProgressBars(bars.console, quiet=True)
+    with alone_in(run.work.path) if workers.is_first else contextlib.nullcontext():
+        # Once an analysis is whole, runs of other sizes may read it side by side.
+        with alone_in(run.analysis.path) if workers.is_first else contextlib.nullcontext():
+            analyse(plan, run.analysis, shown, workers)
+        workers.wait()  # the first removes the folder that the others look into
+        return _finish(run, bars) if workers.is_first else None
 
 
 def _finish(run: Run, bars: ProgressBars) -> dict[str, Any]:
@@ -132,9 +138,8 @@ def _ranks_for(run: Run, curves: list[Curve], keep: float, bars: ProgressBars) -
 def _make(run: Run, chosen: list[Layer], bars: ProgressBars) -> dict[str, Any]:
     """Build, write and judge what `chosen` says; the report of it."""
     records = _build_layers(run, chosen, bars)
-    block = FormatBlock(
-        tuple(_specs(record) for record in records), run.plan.shape, describe(run.plan), _created_by()
-    )
+    layers = tuple(MLPLayer.of(run.plan.shape, _specs(record)) for record in records)
+    block = FormatBlock(layers, run.plan.shape, describe(run.plan), _created_by())
     _write_whole(run, block)
     quality, samples = _judge(run, bars)
     return {

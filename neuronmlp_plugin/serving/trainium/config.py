@@ -235,7 +235,6 @@ def _attach_record(config: Any) -> None:
     saved = getattr(config, KEY, None)
     record = {
         "block": block.to_json(),
-        "tp_scheme": options.tp_scheme,
         "kernels": options.kernels,
         "weights": weights_fingerprint(source_of(config), options.factors),
         # The compile cache does not see kernel sources; tile plans follow from them, the block and the

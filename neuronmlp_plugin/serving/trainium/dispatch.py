@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from neuronmlp_plugin.errors import UsageError
-from neuronmlp_plugin.models.projection import MLPShape, ProjectionSpec
+from neuronmlp_plugin.models.factors import MLPLayer
 from neuronmlp_plugin.serving.trainium.config import ArtifactError, block_of, options_of, source_of
-from neuronmlp_plugin.serving.trainium.kernel_path import SCHEME, declined
+from neuronmlp_plugin.serving.trainium.kernel_path import declined
 from neuronmlp_plugin.serving.trainium.options import KEY, Options
 from neuronmlp_plugin.serving.trainium.trial import refusal
 from nki_kernels.backend import HAS_NKI
@@ -109,14 +109,12 @@ def _refused(config: Any) -> str | None:
         norm_eps = config.rms_norm_eps
     tokens = {DECODE: neuron.batch_size, PREFILL: min(neuron.max_context_length, TRIAL_TOKENS)}
     tried = set()
-    for specs, decisions in zip(block.layers, layer_decisions(config), strict=True):
-        forms = tuple(spec.form for spec in specs.values())
+    for stored, decisions in zip(block.layers, layer_decisions(config), strict=True):
+        forms = tuple(spec.form for spec in stored.values())
         for phase, decision in decisions.items():
             if decision.path == "kernel" and (forms, phase) not in tried:
                 tried.add((forms, phase))
-                why = refusal(
-                    specs, block.shape, neuron.tp_degree, neuron.torch_dtype, tokens[phase], norm_eps
-                )
+                why = refusal(stored, neuron.tp_degree, neuron.torch_dtype, tokens[phase], norm_eps)
                 if why:
                     return why
     return None
@@ -150,14 +148,14 @@ def layer_decisions(config: Any) -> list[dict[str, Decision]]:
     """
     block, neuron, options = block_of(config), config.neuron_config, options_of(config)
     assert block is not None
-    unavailable = kernels_unavailable(neuron.on_cpu, options.tp_scheme, installed_nki())
+    unavailable = kernels_unavailable(neuron.on_cpu, installed_nki())
     unavailable = unavailable or getattr(config, KEY).get("refused")
     decisions = []
-    for index, specs in enumerate(block.layers):
+    for index, stored in enumerate(block.layers):
         why = (
             None
             if unavailable or options.kernels == "off"
-            else _declined(tuple(specs.items()), block.shape, neuron.tp_degree, neuron.torch_dtype)
+            else _declined(stored, neuron.tp_degree, neuron.torch_dtype)
         )
         decisions.append(decide(options, unavailable, why, index))
     return decisions
@@ -175,22 +173,18 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")[:2]))
 
 
-def kernels_unavailable(on_cpu: bool, scheme: str, nki: str | None) -> str | None:
+def kernels_unavailable(on_cpu: bool, nki: str | None) -> str | None:
     """Why no kernel can run at all, or None."""
     if on_cpu:
         return "NxDI runs on the CPU (on_cpu)"
-    if scheme != SCHEME:
-        return f"the kernels implement tp_scheme {SCHEME!r}, not {scheme!r}"
     if nki is None or _release(nki) < OLDEST_NKI:
         return f"the kernels need nki 0.2 (Neuron SDK 2.28) or later, found {nki or 'none'}"
     return None
 
 
 @functools.cache
-def _declined(
-    specs: tuple[tuple[str, ProjectionSpec], ...], shape: MLPShape, tp: int, dtype: torch.dtype
-) -> str | None:
-    return declined(dict(specs), shape, tp, dtype)
+def _declined(stored: MLPLayer, tp: int, dtype: torch.dtype) -> str | None:
+    return declined(stored, tp, dtype)
 
 
 class DispatchRecord:

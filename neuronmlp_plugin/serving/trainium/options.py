@@ -8,9 +8,9 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from neuronmlp_plugin.checkpoint.schema import parse_block
 from neuronmlp_plugin.errors import UnsupportedModelError, UsageError
 from neuronmlp_plugin.models.families import check_supported as check_family
-from neuronmlp_plugin.models.sharding import SCHEMES, check_divisible
 
 KEY = "neuronmlp"
 OVERRIDE = "override_neuron_config"  # the one key of vLLM's additional_config that vllm-neuron hands to NxDI
@@ -50,14 +50,12 @@ _REFUSED = {
 class Options:
     """`--additional-config '{"override_neuron_config": {"neuronmlp": {...}}}'`, every field of it optional.
 
-    tp_scheme: `gather` or `reduce` (models/sharding.py).
     kernels: `auto` uses the NKI kernels where they apply and the vendor's compiler takes them, `off` never
         does, `require` refuses to compile a layer without them; `prefill` and `decode` use them in that phase
         alone, and keep two copies of the weights, since the other phase needs another layout.
     factors: a factor file (FORMAT.md) to lay over a dense model; a factored folder needs none.
     """
 
-    tp_scheme: str = "gather"
     kernels: str = "auto"
     factors: str | None = None
 
@@ -73,10 +71,6 @@ def parse_options(given: Any) -> Options:
             f"{OVERRIDE}.{KEY}: expected an object with keys of {', '.join(names)}, found {given!r}."
         )
     options = Options(**given)
-    if options.tp_scheme not in SCHEMES:
-        raise UsageError(
-            f"{OVERRIDE}.{KEY}.tp_scheme: expected {' or '.join(SCHEMES)}, found {options.tp_scheme!r}."
-        )
     if options.kernels not in KERNELS:
         raise UsageError(
             f"{OVERRIDE}.{KEY}.kernels: expected one of {', '.join(KERNELS)}, found {options.kernels!r}."
@@ -114,8 +108,8 @@ def check_supported(config: Any) -> None:
             raise UsageError(
                 f"{where}: expected {name}={fine!r} with low-rank MLPs, found {value!r}: {why}; {instead}."
             )
-    record = getattr(config, KEY)
-    check_divisible(config.intermediate_size, neuron.tp_degree, record["tp_scheme"])
+    for stored in parse_block(getattr(config, KEY)["block"], config.__dict__, where).layers:
+        stored.gathers(neuron.tp_degree)  # refuses a size that cannot serve the layer
     own_block = getattr(config, "quantization_config", None)
     if own_block and not pathlib.Path(where).is_dir():
         raise UsageError(

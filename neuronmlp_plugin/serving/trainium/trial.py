@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from neuronmlp_plugin.models.projection import MLPShape
-from neuronmlp_plugin.serving.trainium.kernel_path import KernelPath, Specs
+from neuronmlp_plugin.models.factors import MLPLayer
+from neuronmlp_plugin.serving.trainium.kernel_path import KernelPath
 from neuronmlp_plugin.serving.trainium.parallel import Parallel, RankModule
 from nki_kernels.layout import Layout
 
@@ -24,12 +24,12 @@ PLATFORM = "trn1"
 
 
 def refusal(
-    specs: Specs, shape: MLPShape, tp: int, dtype: torch.dtype, tokens: int, norm_eps: float | None = None
+    stored: MLPLayer, tp: int, dtype: torch.dtype, tokens: int, norm_eps: float | None = None
 ) -> str | None:
     """Why the vendor's compiler does not take the layer's kernels for so many tokens, in one line, or None.
     `norm_eps`: of the RMSNorm that the kernels are to apply, None where they are to apply none.
     """
-    path = KernelPath(specs, shape, _OneOfMany(tp, dtype))
+    path = KernelPath(stored, _OneOfMany(tp, dtype))
     stages = iter([stage for stage in ("whole", "first", "second", "last") if stage in path.layouts])
 
     def launch(kernel: Callable[..., Any], *arguments: Any) -> torch.Tensor:
@@ -37,9 +37,9 @@ def refusal(
         return torch.zeros(_result_shape(path.layouts[next(stages)], tokens), dtype=dtype)
 
     path.launch = launch  # type: ignore[method-assign]
-    norm = types.SimpleNamespace(weight=torch.ones(shape.hidden_size), variance_epsilon=norm_eps)
+    norm = types.SimpleNamespace(weight=torch.ones(stored.hidden_size), variance_epsilon=norm_eps)
     try:
-        path(torch.zeros(tokens, shape.hidden_size, dtype=dtype), None if norm_eps is None else norm)
+        path(torch.zeros(tokens, stored.hidden_size, dtype=dtype), None if norm_eps is None else norm)
     except Exception as error:  # whatever the vendor raises: its text is the reason
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"the vendor's compiler refused a kernel for {tokens} tokens: {first_line[:300]}"

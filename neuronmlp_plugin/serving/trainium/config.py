@@ -23,7 +23,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from neuronmlp_plugin.checkpoint.reader import FactorFile, read_config
+from neuronmlp_plugin.checkpoint.reader import FactorFile, older_rope, read_config
 from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, parse_block
 from neuronmlp_plugin.errors import UsageError
 from neuronmlp_plugin.serving.trainium.options import (
@@ -98,6 +98,9 @@ def low_rank_config(base: Any) -> Any:
         def add_derived_config(self) -> None:
             super().add_derived_config()
             _attach_record(self)
+            if is_low_rank(self):  # NxDI and its transformers 4 know the older spelling alone
+                for name, value in older_rope(self.__dict__).items():
+                    setattr(self, name, value)
 
         def validate_config(self) -> None:
             super().validate_config()

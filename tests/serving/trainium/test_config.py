@@ -221,6 +221,19 @@ def test_a_factor_file_makes_a_dense_model_low_rank(folders, tmp_path):
         make(folders["mixed"], neuronmlp=options)
 
 
+def test_a_dense_folder_of_transformers_5_keeps_its_rope_under_transformers_4(folders, tmp_path):
+    """Transformers 4 fills in a theta of 10000 and keeps `rope_parameters` as a value that nobody reads."""
+    mixed = Checkpoint(folders["mixed"])
+    names = mixed.block.expected_tensors(only_changed=True)
+    factors = tmp_path / "factors.safetensors"
+    write_factor_file(factors, mixed.block, {name: mixed.tensor(name) for name in names})
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    read_by_4 = {"rope_theta": 1e4, "rope_scaling": None, "rope_parameters": rope}
+    config = make(folders["dense"], hf=read_by_4, neuronmlp={"factors": str(factors)})
+    assert config.rope_theta == 5e5 and config.rope_scaling == {"rope_type": "linear", "factor": 2.0}
+    assert make(folders["dense"], hf=read_by_4).rope_theta == 1e4  # a model of others is theirs
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

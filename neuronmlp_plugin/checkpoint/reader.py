@@ -19,7 +19,7 @@ from neuronmlp_plugin.checkpoint.schema import (
     parse_block,
     shard_name,
 )
-from neuronmlp_plugin.errors import CheckpointError, NonFiniteError
+from neuronmlp_plugin.errors import CheckpointError, NonFiniteError, reason_of
 from neuronmlp_plugin.models.definition import LIMIT, dequantize
 from neuronmlp_plugin.models.factors import SCALE
 from neuronmlp_plugin.models.families import check_supported, names_outside_mlps
@@ -40,6 +40,8 @@ class Header(NamedTuple):
 
 
 Headers = dict[str, Header]
+# Of a safetensors file: a model of 400 layers in one file has a header of 1 MiB.
+LONGEST_HEADER = 16 << 20
 
 
 class Checkpoint:
@@ -64,6 +66,19 @@ class Checkpoint:
             self.config["tie_word_embeddings"] = False
         if self.block is not None:
             _check_headers(self.block, self._files, str(self.folder))
+            self._check_known()
+
+    def _check_known(self) -> None:
+        """Every tensor has a place in the model: an engine may know one that we do not, and serve it unchecked."""
+        assert self.block is not None
+        known = {*names_outside_mlps(self.config, self.block.shape.num_layers), "lm_head.weight"}
+        known |= {*self.block.expected_tensors(), *self._scales}
+        for name, header in self._files.items():
+            # Old exports store rotary tables; they are recomputed, so an extra one is harmless.
+            if name not in known and not name.endswith("rotary_emb.inv_freq"):
+                raise CheckpointError(
+                    f"{header.path}: expected no tensor {name[:200]} (the model has no such part), found one; remove it."
+                )
 
     def _parse(self, block: Any) -> FormatBlock:
         where = str(self.folder / "config.json")
@@ -185,7 +200,18 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 def open_safetensors(path: pathlib.Path) -> Any:
     """`safe_open`, with a truncated or foreign file refused in words."""
     try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        if size > LONGEST_HEADER:
+            raise CheckpointError(
+                f"{path}: expected a header of at most {LONGEST_HEADER >> 20} MiB, found {size:,} bytes; "
+                "the file is damaged, or not safetensors."
+            )
         return safe_open(path, framework="pt")
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{path}: expected a file that this user may read, found it closed; change its mode or owner."
+        ) from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path}: expected a whole safetensors file, found: {error}; copy or download it again."
@@ -318,12 +344,17 @@ def _read_object(path: pathlib.Path) -> dict[str, Any]:
 
 def _parse_object(text: str, path: pathlib.Path) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: expected JSON, found: {error}.") from error
+        value = json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected JSON, found: {reason_of(error)}.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}.")
     return value
+
+
+def _no_number(name: str) -> None:
+    """NaN and its like, which Python reads and JSON does not have."""
+    raise ValueError(f"{name}, which is no number of JSON")
 
 
 def read_headers(path: pathlib.Path) -> Headers:

@@ -6,7 +6,7 @@ With W `[out, in]` (y = W x), input moment C = E[x x^T] and output metric G, the
 
 whose minimum over rank-k matrices is the truncated SVD of G^1/2 W C^1/2 (Eckart-Young), mapped back. G = I
 gives the whitening of SVD-LLM (2403.07378), G = C = I plain SVD; the two-sided form is that of GFWSVD /
-KFAC-SVD (facts: shared svd.md, S1-S2).
+KFAC-SVD (docs/method.md).
 
 Nothing is inverted that can be singular: with in >= out only the small side G^1/2 W C W^T G^1/2 is formed,
 and C enters as a product; with in < out C gets a relative ridge, below which input directions carry no energy

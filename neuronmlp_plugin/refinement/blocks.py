@@ -1,4 +1,4 @@
-"""Block reconstruction (shared svd.md S5; AA-SVD 2604.02119): each layer's factors learn what the dense layer
+"""Block reconstruction (AA-SVD, arXiv 2604.02119): each layer's factors learn what the dense layer
 put out.
 
 The compressed layer is fed what it will be fed when served (the output of the compressed layers before it),

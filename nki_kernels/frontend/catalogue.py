@@ -121,7 +121,6 @@ _SYNTAX = {
     ),
     "is": Rule(SYNTAX, "the 'is' operator is not supported in NKI, use ==", "use ==", warns=True),
     "is not": Rule(SYNTAX, "the 'is not' operator is not supported in NKI, use !=", "use !=", warns=True),
-    "is since 0.3": Rule(SYNTAX, "the 'is' operator is refused since 0.3", "use == or !="),
     "matmul": Rule(SYNTAX, "the matmul operator is not supported in NKI", "use nki.isa.nc_matmul"),
     "pattern": Rule(SYNTAX, "expecting pattern", "take a tuple apart into plain names, then assign those"),
     "pattern name": Rule(
@@ -183,6 +182,11 @@ _TRACED = {
         TRACE, "invalid arguments ({found})", "give min and max two numbers, or one list or tuple"
     ),
     "string method": Rule(TRACE, "unsupported attribute {found}", "use f-strings: strings have no methods"),
+    "tensor attribute": Rule(
+        TRACE,
+        "unsupported attribute {found} (type is tensor access)",
+        "tensors have shape, dtype, buffer and name: compute it from the shape",
+    ),
     "keyword name": Rule(TRACE, "unexpected keyword argument '{found}'", "name a parameter of the function"),
     "too many arguments": Rule(
         TRACE, "too many arguments given (varargs not supported)", "pass no more than the function takes"

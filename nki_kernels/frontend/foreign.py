@@ -9,7 +9,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from nki_kernels.frontend import standin
+from nki_kernels.simulator import standin
 
 
 class LoadError(ValueError):

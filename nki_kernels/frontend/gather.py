@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from nki_kernels.frontend.catalogue import refusal
@@ -133,12 +133,6 @@ class Gatherer:
             for file, line in self.reached[name]:
                 self.program.refusals.append(refusal(rule, file, line, name))
         return self.program
-
-    def take(self, arguments: Iterable[tuple[str, Any]]) -> None:
-        """The kernel's arguments, by name."""
-        walk = Literals(self, arguments=True)
-        for name, value in arguments:
-            walk.take(value, name)
 
     def work(self, definition: Any) -> None:
         """Put a function or class on the list."""

@@ -12,10 +12,22 @@ from typing import Any, Protocol
 import numpy as np
 
 from nki_kernels.frontend.definition import is_vendors, name_of
-from nki_kernels.simulator import dtypes
 
 TENSORS = ("tensor", "ndarray", "Tensor", "FakeTensor", "ShapedArray", "NkiTensor", "Placeholder")
-NKI_DTYPES = tuple(value for value in vars(dtypes).values() if isinstance(value, np.dtype))
+# Our stand-in writes nki's element types as numpy's of the same names.
+NKI_DTYPES = (
+    "float32",
+    "float16",
+    "bfloat16",
+    "float8_e4m3",
+    "float8_e5m2",
+    "int32",
+    "uint32",
+    "int16",
+    "uint16",
+    "int8",
+    "uint8",
+)
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 
 
@@ -86,7 +98,7 @@ class Literals:
         user's only where nki's are written: in the source, not among the arguments.
         """
         if isinstance(value, np.dtype):
-            return not self.arguments and value in NKI_DTYPES
+            return not self.arguments and value.name in NKI_DTYPES
         return is_vendors(name_of(type(value)))
 
 

@@ -208,11 +208,8 @@ class _Walk:
         if len(node.ops) > 1 and any(isinstance(op, ast.In | ast.NotIn) for op in node.ops):
             yield "chained in", node, ""
         for op, right in zip(node.ops, node.comparators, strict=True):
-            if not isinstance(op, ast.Is | ast.IsNot):
-                continue
-            if self.version.since_3:
-                yield "is since 0.3", node, ""
-            elif len(node.ops) > 1 or not (isinstance(right, ast.Constant) and right.value is None):
+            is_none = len(node.ops) == 1 and isinstance(right, ast.Constant) and right.value is None
+            if isinstance(op, ast.Is | ast.IsNot) and not is_none:
                 yield ("is" if isinstance(op, ast.Is) else "is not"), node, ""
 
 

@@ -14,8 +14,8 @@ import dataclasses
 @dataclasses.dataclass(frozen=True)
 class Version:
     """One release of nki. `reads_source`: a front end of its own reads kernels; otherwise Python is traced.
-    `since_3`: the restrictions that came with 0.3: no lists as kernel arguments, no keyword-only parameters,
-    `is` refused where 0.2 warns, and reports of helpers whose defaults are dropped.
+    `since_3`: what came with 0.3: no lists as kernel arguments, no keyword-only parameters of kernels, and
+    users' reports of helpers whose defaults are dropped.
     """
 
     name: str

@@ -25,6 +25,7 @@ from nki_kernels.simulator.dtypes import (
 from nki_kernels.simulator.functions import BINARY, UNARY, Function
 from nki_kernels.simulator.memory import current
 from nki_kernels.simulator.tensor import Tensor
+from nki_kernels.simulator.views import check_sizes
 from nki_kernels.targets import PMAX
 
 __all__ = [
@@ -87,6 +88,11 @@ def __getattr__(name: str) -> Any:
 
 def ndarray(shape: Sequence[int], dtype: np.dtype, buffer: str = sbuf, name: str = "") -> Tensor:
     """A fresh tensor with unwritten contents."""
+    names = current().names
+    if names is not None:
+        check_sizes(tuple(shape))
+        if name:
+            names.take(name)
     return Tensor.whole(current().allocate(shape, np.dtype(dtype), buffer, name))
 
 

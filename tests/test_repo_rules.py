@@ -49,7 +49,7 @@ CONFINED = {
     "vllm": ("neuronmlp_plugin/serving/", "neuronmlp_plugin/bench/decode.py"),
     "neuronx_distributed_inference": ("neuronmlp_plugin/serving/trainium/",),
     "neuronx_distributed": ("neuronmlp_plugin/serving/trainium/",),
-    "nki": ("nki_kernels/backend.py", "neuronmlp_plugin/serving/trainium/"),
+    "nki": ("nki_kernels/backend.py", "nki_kernels/frontend/vendor.py", "neuronmlp_plugin/serving/trainium/"),
     "torch_xla": ("neuronmlp_plugin/bench/device.py",),
     "torch_neuronx": ("neuronmlp_plugin/bench/device.py",),
 }

@@ -146,6 +146,12 @@ _TRACED = {
     "name": Rule(
         TRACE, "{found} not found!", "write a loop over range(...) and do with the built-ins that NKI knows"
     ),
+    "module word": Rule(
+        TRACE,
+        "{found} not found!",
+        "import the word itself, or the module under another name: one that is named like its module is not "
+        "followed; of math there are ceil, floor, gcd, log2, log10, pow, sqrt, pi, e, inf and nan",
+    ),
     "builtin": Rule(
         TRACE, "'none' is not a callable type ({found})", "write a loop; NKI knows few built-ins"
     ),

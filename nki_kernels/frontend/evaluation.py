@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import types
 from collections.abc import Iterator
 
 from nki_kernels.frontend.calls import check_call
@@ -31,6 +32,7 @@ BUILTINS = frozenset(
 ARRAY_ATTRIBUTES = frozenset(
     ("ndim", "size", "T", "astype", "nbytes", "itemsize", "strides", "numel", "transpose", "copy_", "fill")
 )
+MATH = ("ceil", "floor", "gcd", "log2", "log10", "pow", "sqrt", "pi", "e", "inf", "nan")
 MODULES = ("nki", "math", "numpy")  # known without an import
 RANGES = ("range", "static_range", "affine_range", "sequential_range", "dynamic_range")
 
@@ -101,6 +103,20 @@ class _Evaluation:
         elif not name and node.id not in constants and node.id not in MODULES:
             yield "name", node, node.id
 
+    def _module_word(self, node: ast.Attribute) -> Iterator[Found]:
+        """`import helpers; helpers.f` is looked for, but not gathered: the module has taken the name."""
+        if (
+            not isinstance(node.value, ast.Name)
+            or node.value.id in self.locals
+            or node in self.program.resolved
+        ):
+            return
+        name = dotted(node, self.program) or ""
+        module = name.rpartition(".")[0]
+        unknown = node.attr not in MATH if module == "math" else module != "numpy"
+        if unknown and isinstance(self.program.constants.get(module), types.ModuleType):
+            yield "module word", node, name
+
     # -- when values are taken
 
     def _order(self, node: ast.AST) -> Iterator[Found]:
@@ -152,6 +168,7 @@ class _Evaluation:
 
     def _value(self, node: ast.AST) -> Iterator[Found]:
         if isinstance(node, ast.Attribute):
+            yield from self._module_word(node)
             if isinstance(node.value, ast.JoinedStr | ast.Constant):
                 yield "string method", node, node.attr
             elif node.attr in ARRAY_ATTRIBUTES - self.attributes and node not in self.program.resolved:

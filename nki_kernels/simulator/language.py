@@ -85,9 +85,17 @@ def __getattr__(name: str) -> Any:
     )
 
 
-def ndarray(shape: Sequence[int], dtype: np.dtype, buffer: str = sbuf, name: str = "") -> Tensor:
-    """A fresh tensor with unwritten contents."""
-    return Tensor.whole(current().allocate(shape, np.dtype(dtype), buffer, name))
+def ndarray(
+    shape: Sequence[int],
+    dtype: np.dtype,
+    buffer: str = sbuf,
+    name: str = "",
+    address: tuple[int, int] | None = None,
+) -> Tensor:
+    """A fresh tensor with unwritten contents; on chip, from `address` = (partition, byte of each partition)
+    on, or wherever there is room.
+    """
+    return Tensor.whole(current().allocate(shape, np.dtype(dtype), buffer, name, address))
 
 
 def zeros(shape: Sequence[int], dtype: np.dtype, buffer: str = sbuf, name: str = "") -> Tensor:

@@ -25,6 +25,7 @@ from nki_kernels.simulator.dtypes import (
 from nki_kernels.simulator.functions import BINARY, UNARY, Function
 from nki_kernels.simulator.memory import current
 from nki_kernels.simulator.tensor import Tensor
+from nki_kernels.simulator.views import check_sizes
 from nki_kernels.targets import PMAX
 
 __all__ = [
@@ -95,6 +96,11 @@ def ndarray(
     """A fresh tensor with unwritten contents; on chip, from `address` = (partition, byte of each partition)
     on, or wherever there is room.
     """
+    names = current().names
+    if names is not None:
+        check_sizes(tuple(shape))
+        if name:
+            names.take(name)
     return Tensor.whole(current().allocate(shape, np.dtype(dtype), buffer, name, address))
 
 

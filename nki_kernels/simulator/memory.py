@@ -18,6 +18,7 @@ from nki_kernels.simulator import trace
 from nki_kernels.simulator.dtypes import fill_unwritten
 from nki_kernels.simulator.rules import CapacityError, require
 from nki_kernels.simulator.trace import HBM, PSUM, SBUF, Allocation, Listener
+from nki_kernels.simulator.views import Names
 from nki_kernels.targets import PMAX, Target
 
 # State of an element. A PSUM element that a matmul wrote can be added to; one that was read since starts no
@@ -110,9 +111,16 @@ class Machine:
     """The state of one run: target, listeners, live buffers and their peak."""
 
     def __init__(
-        self, target: Target, listeners: Sequence[Listener] = (), dry: bool = False, api: str = "0.6"
+        self,
+        target: Target,
+        listeners: Sequence[Listener] = (),
+        dry: bool = False,
+        api: str = "0.6",
+        names: Names | None = None,
     ) -> None:
+        """`names`: where the run keeps the rules of the language, the names that its tensors may not have."""
         self.target, self.listeners, self.dry, self.api = target, tuple(listeners), dry, api
+        self.names, self.language = names, names is not None
         self.instructions = 0
         self._identities = 0
         self._live: dict[int, tuple[str, int]] = {}  # SBUF: identity -> name, bytes per partition

@@ -86,14 +86,22 @@ def __getattr__(name: str) -> Any:
     )
 
 
-def ndarray(shape: Sequence[int], dtype: np.dtype, buffer: str = sbuf, name: str = "") -> Tensor:
-    """A fresh tensor with unwritten contents."""
+def ndarray(
+    shape: Sequence[int],
+    dtype: np.dtype,
+    buffer: str = sbuf,
+    name: str = "",
+    address: tuple[int, int] | None = None,
+) -> Tensor:
+    """A fresh tensor with unwritten contents; on chip, from `address` = (partition, byte of each partition)
+    on, or wherever there is room.
+    """
     names = current().names
     if names is not None:
         check_sizes(tuple(shape))
         if name:
             names.take(name)
-    return Tensor.whole(current().allocate(shape, np.dtype(dtype), buffer, name))
+    return Tensor.whole(current().allocate(shape, np.dtype(dtype), buffer, name, address))
 
 
 def zeros(shape: Sequence[int], dtype: np.dtype, buffer: str = sbuf, name: str = "") -> Tensor:

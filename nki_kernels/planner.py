@@ -19,7 +19,7 @@ import numpy as np
 from nki_kernels.layout import Layout, Projection, mlp_layout
 from nki_kernels.placement import Room, largest, place
 from nki_kernels.plan import Plan
-from nki_kernels.request import Request, stage_request, z_is_natural
+from nki_kernels.request import Request, z_is_natural
 from nki_kernels.targets import PMAX, TRN1, Target
 from nki_kernels.tiling import MOVING_COLS, tile_count
 

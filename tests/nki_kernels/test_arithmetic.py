@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from nki_kernels.simulator import isa as nisa
 from nki_kernels.simulator import language as nl
-from nki_kernels.simulator import simulate
 from nki_kernels.simulator.tensor import _restride, contiguous_run, merged_dims, row_major
+from tests.nki_kernels.any_python import simulate
 
 BF16, FP32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 RNG = np.random.default_rng(0)

@@ -66,10 +66,10 @@ def test_what_obeys_is_accepted_and_what_breaks_the_rule_is_refused_by_it(rule, 
 @pytest.mark.parametrize("rule", cases.RUNNING)
 def test_what_only_a_run_shows_is_refused_while_it_runs(rule, load):
     obeys, breaks = cases.RUNNING[rule]
-    assert np.array_equal(simulate(load(obeys), language=True)(X()), X())
+    assert np.array_equal(simulate(load(obeys))(X()), X())
     kernel = load(breaks)
     with pytest.raises(RefusedError) as refused:
-        simulate(kernel, language=True)(X())
+        simulate(kernel)(X())
     (refusal,) = refused.value.refusals
     source = cases.module(breaks).splitlines()
     assert refusal.rule == rule and refusal.file == kernel.__code__.co_filename

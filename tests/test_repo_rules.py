@@ -41,7 +41,7 @@ ARROWS = {
     "models": set(),
     "lowrank": set(),
     "serving": {"checkpoint", "models", "nki_kernels"},
-    "doctor": {"serving"},
+    "doctor": {"serving", "nki_kernels"},
     "bench": {"serving", "compressor", "checkpoint", "models", "nki_kernels"},
 }
 # Third-party packages that only these places may import.

@@ -40,8 +40,10 @@ RANGES = ("range", "static_range", "affine_range", "sequential_range", "dynamic_
 def check_evaluation(program: Program, version: Version) -> list[Refusal]:
     """All refusals of stage T that can be read off the functions that the kernel reaches."""
     refusals = []
+    by_method = methods_by_name(program)
+    attributes = frozenset(by_method) | _attributes(program)
     for function in reached(program):
-        for rule, node, what in _Evaluation(program, version, function).findings():
+        for rule, node, what in _Evaluation(program, version, function, by_method, attributes).findings():
             source = function.source
             refusals.append(refusal(rule, source.file, source.place(node), what))
     return refusals
@@ -50,10 +52,16 @@ def check_evaluation(program: Program, version: Version) -> list[Refusal]:
 class _Evaluation:
     """One function."""
 
-    def __init__(self, program: Program, version: Version, function: Function) -> None:
+    def __init__(
+        self,
+        program: Program,
+        version: Version,
+        function: Function,
+        by_method: dict[str, list[Function]],
+        attributes: frozenset[str],
+    ) -> None:
         self.program, self.version, self.of = program, version, function
-        self.by_method = methods_by_name(program)
-        self.attributes = _attributes(program)
+        self.by_method, self.attributes = by_method, attributes
         arguments = function.node.args
         every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
         self.locals = {argument.arg for argument in every}
@@ -183,8 +191,8 @@ class _Evaluation:
 
 
 def _attributes(program: Program) -> set[str]:
-    """Every name that a gathered class has as a field, a method or an attribute that is set anywhere."""
-    found = set(methods_by_name(program))
+    """Every name that a gathered class has as a field, or as an attribute that is set anywhere in it."""
+    found: set[str] = set()
     for cls in program.classes.values():
         for node in ast.walk(cls.node):
             if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):

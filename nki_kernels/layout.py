@@ -55,6 +55,11 @@ def stored_cols(matrix: Matrix, n: int) -> int:
     return matrix.tile_width(n) * sum(stored for _, _, stored in matrix.blocks(n))
 
 
+def has_identity(matrix: Matrix) -> bool:
+    """Whether a product with it reads an identity from chip."""
+    return any(not stored for n in range(matrix.col_tiles()) for _, _, stored in matrix.blocks(n))
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The matrices of one launch by name (see STAGES); those that it does not use are None.
@@ -136,6 +141,11 @@ class Layout:
         """Whether a second product starts from x."""
         return any(self.matrix(f"{p}_second") is not None and not self.has_z(p) for p in ("gate", "up"))
 
+    @functools.cached_property
+    def sums_identity(self) -> bool:
+        """Whether any block of the launch is an identity that is not stored."""
+        return any(has_identity(matrix) for matrix in map(self.matrix, MATRICES) if matrix is not None)
+
     def z_tiles(self, projection: str) -> int:
         """Row tiles of the z of "gate", "up" or "down" that the launch keeps on chip."""
         first, second = self.matrix(f"{projection}_first"), self.matrix(f"{projection}_second")
@@ -154,13 +164,24 @@ class Layout:
         return self.stored_cols + PMAX
 
 
+def python_matrix(
+    rows: int, cols: int, tile_cols: int, axis: str = "", pivots: int = 0, shift: int = 0
+) -> Matrix:
+    """A matrix whose numbers are Python's, wherever they come from: in a plan numpy's become None before nki
+    0.7.
+    """
+    return Matrix(int(rows), int(cols), tile_cols, axis, int(pivots), int(shift))
+
+
 def gate_layout(hidden: int, intermediate: int, projection: Projection) -> tuple[Matrix | None, Matrix]:
     """First and second matrix of a gate or up projection, both stationary; a dense one has only the second."""
     if projection.form == "dense":
-        return None, Matrix(hidden, intermediate)
+        return None, python_matrix(hidden, intermediate, STATIONARY_COLS)
     axis = "cols" if projection.form == "compact" else ""
-    second = Matrix(projection.rank, intermediate, STATIONARY_COLS, axis, projection.pivots, projection.shift)
-    return Matrix(hidden, projection.slots), second
+    second = python_matrix(
+        projection.rank, intermediate, STATIONARY_COLS, axis, projection.pivots, projection.shift
+    )
+    return python_matrix(hidden, projection.slots, STATIONARY_COLS), second
 
 
 def down_layout(
@@ -170,10 +191,12 @@ def down_layout(
     transposed (`tile_cols` 128).
     """
     if projection.form == "dense":
-        return None, Matrix(intermediate, hidden, tile_cols)
+        return None, python_matrix(intermediate, hidden, tile_cols)
     axis = "rows" if projection.form == "compact" else ""
-    first = Matrix(intermediate, projection.rank, STATIONARY_COLS, axis, projection.pivots, projection.shift)
-    return first, Matrix(projection.slots, hidden, tile_cols)
+    first = python_matrix(
+        intermediate, projection.rank, STATIONARY_COLS, axis, projection.pivots, projection.shift
+    )
+    return first, python_matrix(projection.slots, hidden, tile_cols)
 
 
 def mlp_layout(hidden: int, intermediate: int, gate: Projection, up: Projection, down: Projection) -> Layout:

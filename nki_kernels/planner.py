@@ -147,6 +147,7 @@ def _with_spare_ring(plan: Plan, target: Target) -> Plan:
 
 def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan | Declined:
     """The plan that `choice` describes, or why it does not fit `target`."""
+    request, choice = _pythons(request, choice)
     layout, itemsize = request.layout, request.dtype.itemsize
     bounds = chunk_bounds(layout, choice.ring_cols or SLOT_BYTES[0] // itemsize)
     moving_tokens = tile_count(choice.block_tokens, tile_count(choice.block_tokens, MOVING_COLS))
@@ -165,6 +166,7 @@ def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan 
         ring_cols=ring_cols,
         chunk_bounds=bounds,
         identity_col=layout.stored_cols,
+        identity_size=_identity_size(request, choice.block_tokens),
         with_norm=request.norm_eps is not None,
         norm_eps=request.norm_eps or 0.0,
         with_residual=request.residual,
@@ -197,6 +199,24 @@ def _products(layout: Layout) -> dict[str, Any]:
         "runs_down_first": layout.down_first is not None,
         "natural_output": last is not None and last.tile_cols == MOVING_COLS,
     }
+
+
+def _pythons(request: Request, choice: Choice) -> tuple[Request, Choice]:
+    """The same in Python's numbers: a compiler before nki 0.7 would read numpy's as None."""
+    eps = None if request.norm_eps is None else float(request.norm_eps)
+    numbers: dict[str, Any] = {name: int(n) for name, n in vars(choice).items() if name != "shares_rows"}
+    return (
+        dataclasses.replace(request, tokens=int(request.tokens), norm_eps=eps),
+        dataclasses.replace(choice, **numbers),
+    )
+
+
+def _identity_size(request: Request, block_tokens: int) -> int:
+    """Rows and columns of the identity that the launch reads: all where blocks are identities or z is turned
+    round, else as many as a tile of tokens that is transposed.
+    """
+    turns = request.layout.down_second is None and z_is_natural(request.tokens, request.dtype)
+    return PMAX if request.layout.sums_identity or turns else min(PMAX, block_tokens)
 
 
 def staged_cols(layout: Layout, out_cols: int) -> int:

@@ -56,7 +56,9 @@ def matmul_tiled(lhs_t: Tensor, rhs: Tensor) -> Tensor:
         for n in range(0, rhs.shape[1], MOVING_COLS):
             total = nl.ndarray((PMAX, MOVING_COLS), dtype=nl.float32, buffer=nl.psum)
             for k in range(0, k_size, PMAX):
-                matmul(total, load_tile(lhs_t, k, m, PMAX, PMAX), load_tile(rhs, k, n, MOVING_COLS, PMAX), k == 0)
+                matmul(
+                    total, load_tile(lhs_t, k, m, PMAX, PMAX), load_tile(rhs, k, n, MOVING_COLS, PMAX), k == 0
+                )
             store_sum(out, m, n, total)
     return out
 

@@ -47,9 +47,7 @@ def transposed_tile(work: Workspace, matrix: Matrix, n: int, source: Tensor, wid
             block, at = work.stream.take(cols)
         for j in range(len(widths)):
             start, width = widths[j]
-            matmul(
-                sums[j], block[0:rows, at : at + cols], source[0:rows, k, start : start + width], i == 0
-            )
+            matmul(sums[j], block[0:rows, at : at + cols], source[0:rows, k, start : start + width], i == 0)
     return sums
 
 

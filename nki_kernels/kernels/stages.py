@@ -142,9 +142,7 @@ def transposed_output(work: Workspace, source: Tensor, out: Tensor, first_token:
         )
 
 
-def finish(
-    work: Workspace, out: Tensor, residual: Tensor, first_token: int, tokens: int
-) -> None:
+def finish(work: Workspace, out: Tensor, residual: Tensor, first_token: int, tokens: int) -> None:
     """The down projection of a block, from h on chip to HBM: natural or transposed."""
     source = work.h
     if work.plan.runs_down_first:

@@ -53,8 +53,8 @@ BY_HAND = (
     (
         "products",
         "last row tile read whole",
-        "block = stream.take(cols)[0:rows, :] if stored",
-        "block = stream.take(cols) if stored",
+        "sums[j], block[0:rows, at : at + cols], source[0:rows",
+        "sums[j], block[:, at : at + cols], source[0:rows",
     ),
     (
         "products",
@@ -63,7 +63,12 @@ BY_HAND = (
         "rows, stored = blocks[i]; rows = max(1, rows - 1)",
     ),
     ("products", "last block left out", "range(len(blocks))", "range(max(1, len(blocks) - 1))"),
-    ("products", "first test of natural sums on the wrong index", "block, k == 0", "block, j == 0"),
+    (
+        "products",
+        "first test of natural sums on the wrong index",
+        "at : at + cols], k == 0",
+        "at : at + cols], j == 0",
+    ),
     (
         "products",
         "natural token offset",
@@ -79,8 +84,8 @@ BY_HAND = (
     (
         "products",
         "result column tile off by one",
-        "dst=dst[0 : matrix.tile_width(n), n,",
-        "dst=dst[0 : matrix.tile_width(n), max(0, n - 1),",
+        "dst=dst[0:cols, n, start",
+        "dst=dst[0:cols, max(0, n - 1), start",
     ),
     ("stream", "next block starts late", "self.position += cols", "self.position += cols + 1"),
     ("stream", "a stale slot is trusted", "if self.held[slot] != self.chunk", "if self.held[slot] < 0"),
@@ -97,13 +102,13 @@ BY_HAND = (
         "src=self.packed[:, max(0, start - 1) : max(0, start - 1) + size]",
     ),
     ("stream", "no rewind", "self.position = position", "self.position = max(self.position, position)"),
-    ("load", "mean without the division", "scale=1.0 / hidden", "scale=1.0"),
-    ("load", "norm without eps", "bias=self.eps[0:tokens, :], ", ""),
+    ("workspace", "mean without the division", "scale=1.0 / hidden", "scale=1.0"),
+    ("workspace", "norm without eps", "bias=self.eps[0:tokens, :],", "bias=self.zero[0:tokens, :],"),
     (
-        "load",
+        "workspace",
         "norm of the previous row",
-        "self.sums[turn % 2][0:tokens, :]\n",
-        "self.sums[turn % 2][0:tokens, :]; row = row if turn == 0 else scratch\n",
+        "total = self.sums[turn % 2]\n",
+        "total = self.sums[turn % 2]; row = row if turn == 0 else scratch\n",
     ),
     (
         "load",
@@ -112,12 +117,12 @@ BY_HAND = (
         "weight[0:rows, first : first + 1]",
     ),
     ("load", "norm weight forgotten", "if len(norms) == 0", "if True"),
-    ("load", "raw tile instead of the normalised one", "row = rows[0:size, 2, :]\n", "pass\n"),
+    ("load", "raw tile instead of the normalised one", "row = rows[2]\n", "pass\n"),
     (
         "load",
         "token tile at the wrong place",
-        "dst[:, :, start : start + size], row, norms",
-        "dst[:, :, 0:size], row, norms",
+        "transpose_row(work, dst, row, start, size, work.norms)",
+        "transpose_row(work, dst, row, 0, size, work.norms)",
     ),
     (
         "load",
@@ -125,17 +130,17 @@ BY_HAND = (
         "src[first_token + start : first_token + start + size, :]",
         "src[start : start + size, :]",
     ),
-    ("load", "ragged features dropped", "if left:", "if False:"),
-    ("load", "transposes into one place", "dst=bank[:, j, :], data=row", "dst=bank[:, 0, :], data=row"),
+    ("load", "ragged features dropped", "if left > 0:", "if False:"),
+    ("load", "transposes into one place", "matmul(bank[:, j, :], row", "matmul(bank[:, 0, :], row"),
     (
         "load",
         "transpose reads its neighbour",
-        "(first + j) * PMAX : (first + j + 1) * PMAX",
-        "first * PMAX : (first + 1) * PMAX",
+        "col = (first + j) * PMAX",
+        "col = first * PMAX",
     ),
     ("stages", "gate and up swapped", "op=nl.silu, data=gate[j]", "op=nl.silu, data=up[j]"),
     ("stages", "no activation", "op=nl.silu, data=gate[j]", "op=nl.copy, data=gate[j]"),
-    ("stages", "sum instead of product", "data2=up[j], op=nl.multiply", "data2=up[j], op=nl.add"),
+    ("stages", "sum instead of product", "op=nl.multiply,", "op=nl.add,"),
     ("stages", "up from the z of gate", "up_source = work.up_z if", "up_source = work.gate_z if"),
     ("stages", "h tile off by one", "dst=work.h[0:cols, n, start", "dst=work.h[0:cols, max(0, n - 1), start"),
     (
@@ -152,26 +157,35 @@ BY_HAND = (
     ),
     ("stages", "staged at the wrong columns", "n * matrix.tile_cols - first_col, tiles)", "0, tiles)"),
     ("stages", "second token group not rewound", "work.stream.seek(mark)", "pass"),
-    ("stages", "groups into one row", "first + j, at : at + cols", "j, at : at + cols"),
+    ("stages", "groups into one row", "stage[0:size, first + j, at", "stage[0:size, j, at"),
     (
         "stages",
         "rows stored at the first block",
         "hbm[first_token + start : first_token + start + size, first_col",
         "hbm[start : start + size, first_col",
     ),
+    ("workspace", "z of up over z of gate", "self.tiles(at.up_z,", "self.tiles(at.gate_z,"),
+    ("workspace", "h over x", "self.tiles(at.h, ", "self.tiles(at.x, "),
+    ("workspace", "raw rows over x", "address = self.plan.at.rows +", "address = self.plan.at.x +"),
     (
-        "stages",
-        "z of up over z of gate",
-        "plan.gate_z_tiles * plan.block_tokens, plan.up_z_tiles",
-        "0, plan.up_z_tiles",
+        "workspace",
+        "two sums in one bank",
+        "self.turn = (bank + 1) % PSUM_BANKS",
+        "self.turn = (bank + 1) % 2",
     ),
     (
-        "stages",
-        "h over x",
-        "self.tiles(self.wide, plan.h_offset, plan.h_tiles)",
-        "self.tiles(self.wide, 0, plan.h_tiles)",
+        "workspace",
+        "a quarter of the identity",
+        "size, col = plan.identity_size,",
+        "size, col = plan.identity_size // 4 + 1,",
     ),
-    ("stages", "raw rows over x", "at = self.plan.input_offset", "at = 0"),
+    ("load", "natural z of one core for all", "first = r * work.plan.tokens +", "first ="),
+    (
+        "load",
+        "natural z piece of the wrong channels",
+        "work.identity[0:end, partition:end]",
+        "work.identity[0:end, 0:cols]",
+    ),
     ("load", "shares of two cores swapped", "at = r * stride + base", "at = (1 - r) * stride + base"),
     (
         "load",
@@ -183,16 +197,16 @@ BY_HAND = (
     (
         "load",
         "every block stored at the first token",
-        "first_token : first_token + tokens], src=src[0:rows, k",
-        "0:tokens], src=src[0:rows, k",
+        "dst=dst[row : row + rows, first_token : first_token + tokens],",
+        "dst=dst[row : row + rows, 0:tokens],",
     ),
     (
         "load",
         "every block of transposed input is the first",
-        "first_token : first_token + tokens])\n\n\ndef load_natural",
-        "0:tokens])\n\n\ndef load_natural",
+        "src=src[k * PMAX : k * PMAX + rows, first_token : first_token + tokens],",
+        "src=src[k * PMAX : k * PMAX + rows, 0:tokens],",
     ),
-    ("svd_mlp", "weights not rewound for the second block", "work.stream.seek(0)", "pass"),
+    ("workspace", "weights not rewound for the second block", "self.stream.seek(0)", "pass"),
     (
         "svd_mlp",
         "second block of x is the first",
@@ -200,7 +214,7 @@ BY_HAND = (
         "load_input(work, work.x, x, 0, tokens)",
     ),
 )
-MODULES = ("products", "stream", "load", "stages", "svd_mlp", "sharded")
+MODULES = ("products", "stream", "load", "stages", "svd_mlp", "sharded", "workspace")
 # Changes by rule that no run can tell from the original -> why they are no mistakes.
 TURNS = (
     "two turns are there to overlap one tile's use with the next one's making; in program order one will do"

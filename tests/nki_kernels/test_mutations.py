@@ -17,6 +17,7 @@ from nki_kernels.layout import chain_layout, first_stage, last_stage, mlp_layout
 from nki_kernels.packing import factors_by_name, pack
 from nki_kernels.planner import Choice, Request, build_plan
 from nki_kernels.reference.mlp import silu
+from nki_kernels.request import stage_request, z_is_natural
 from nki_kernels.simulator.trace import Event, Instruction
 from tests.nki_kernels.harness import EPS, run_svd_mlp
 from tests.nki_kernels.mutants import EQUIVALENT, MODULES, Mutant, by_hand, by_rule, in_place, source_of
@@ -37,11 +38,13 @@ SMALL = (
 
 
 TOKENS = 530
-# Form of gate and of up, H, rank of down, cores, and the slots of gate and up on each core.
+# Tokens (few: z crosses as [T, channels]), form of gate and of up, H, rank of down, cores, and the slots of gate
+# and up on each core.
 SHARDS = (
-    ("uv", "uv", 160, 140, 2, 70, 90),
-    ("dense", "uv", 100, 90, 1, 0, 1),
-    ("uv", "dense", 100, 90, 1, 1, 0),
+    (TOKENS, "uv", "uv", 160, 140, 2, 70, 90),
+    (TOKENS, "dense", "uv", 100, 90, 1, 0, 1),
+    (TOKENS, "uv", "dense", 100, 90, 1, 1, 0),
+    (70, "uv", "uv", 160, 640, 2, 70, 90),
 )
 
 
@@ -72,29 +75,31 @@ def run_whole(case: MLPCase, choice: Choice, work: Work) -> float:
 
 
 @functools.lru_cache
-def sharded_case(gate_form: str, up_form: str, hidden: int, rank: int, cores: int, *slots: int) -> tuple:
+def sharded_case(
+    tokens: int, gate_form: str, up_form: str, hidden: int, rank: int, cores: int, *slots: int
+) -> tuple:
     """(case, launches of the three stages as (plan, packed weights), x, gathered z^T of all cores, expected
     y).
     """
-    case = MLPCase(
-        TOKENS, hidden, 300, (gate_form, up_form, "uv"), (cores * slots[0], cores * slots[1], rank), "fp32"
-    )
+    ranks = (cores * slots[0], cores * slots[1], rank)
+    case = MLPCase(tokens, hidden, 300, (gate_form, up_form, "uv"), ranks, "fp32")
     whole, factors = (
         mlp_layout(case.hidden, case.intermediate, *case.projections),
         factors_by_name(random_weights(case)),
     )
     launches = []
     for stage in (first_stage(whole), second_stage(whole), last_stage(whole)):
-        request = Request(stage, TOKENS, DTYPES["fp32"], transposed_input=stage.down_second is not None)
+        request = stage_request(stage, tokens, DTYPES["fp32"])
         packed = pack(
             stage, {name: tensor for name, tensor in factors.items() if stage.matrix(name) is not None}
         )
-        launches.append((build_plan(request, Choice(520, 2, 512)), packed))
+        launches.append((build_plan(request, Choice(min(tokens, 520), 2, 512)), packed))
     rng = np.random.default_rng(8)
-    x = random_array(rng, (TOKENS, case.hidden), DTYPES["fp32"])
-    shares = [random_array(rng, (cores, size, TOKENS), DTYPES["fp32"]) for size in slots]
-    z = np.concatenate([share[core] for core in range(cores) for share in shares])
-    gate, up = (x if share.size == 0 else share.reshape(-1, TOKENS).T for share in shares)
+    x = random_array(rng, (tokens, case.hidden), DTYPES["fp32"])
+    shares = [random_array(rng, (cores, size, tokens), DTYPES["fp32"]) for size in slots]
+    gathered = [np.concatenate([share[core] for share in shares]) for core in range(cores)]
+    z = np.concatenate([part.T if z_is_natural(tokens, DTYPES["fp32"]) else part for part in gathered])
+    gate, up = (x if share.size == 0 else share.reshape(-1, tokens).T for share in shares)
     h = silu(reference.mlp.matmul(gate, factors["gate_second"])) * reference.mlp.matmul(
         up, factors["up_second"]
     )
@@ -107,9 +112,10 @@ def run_pieces(shards: tuple, work: Work) -> float:
     own = simulate(first_factors, listeners=[work])(x, packed_1, first)
     weights = random_weights(case)
     firsts = [weights[name]["u.weight"] for name in ("gate_proj", "up_proj") if "u.weight" in weights[name]]
-    off = error(own.T, np.concatenate([reference.mlp.matmul(x, first) for first in firsts], axis=1))
+    own = own if first.natural_z else own.T
+    off = error(own, np.concatenate([reference.mlp.matmul(x, first) for first in firsts], axis=1))
     zd = simulate(second_factors, listeners=[work])(
-        x if second.hidden else None, z, shards[5:], packed_2, second
+        x if second.hidden else None, z, (*shards[6:], shards[4]), packed_2, second
     )
     return (off + error(simulate(last_factor, listeners=[work])(zd, packed_3, last), expected)) / MAX_ERROR[
         "fp32"

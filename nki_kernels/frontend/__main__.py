@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from nki_kernels.frontend.foreign import LoadError, load
+from nki_kernels.frontend.gather import Gatherer
 from nki_kernels.frontend.refusal import RefusedError
 from nki_kernels.frontend.verdict import check
 from nki_kernels.frontend.versions import REFERENCE, VERSIONS, UnknownVersionError
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         kernel, module = load(options.kernel)
         arguments = _arguments(module, options.arguments)
         refusals: list[Any] = list(check(kernel, arguments or (), target=options.target))
+        program = Gatherer(kernel).run()
     except (LoadError, UnknownVersionError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -36,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     refused = sum(not getattr(refusal, "warns", False) for refusal in refusals)
     places = "in one place" if refused == 1 else f"in {refused} places"
     verdict = f"refused {places}" if refused else "accepted"
+    print(f"read {len(program.functions)} functions in {len(program.classes)} classes and outside")
     print(f"{options.kernel}: {verdict} by our front end of nki {options.target}{unseen}")
     return int(refused > 0)
 

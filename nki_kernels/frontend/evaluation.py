@@ -109,7 +109,7 @@ class _Evaluation:
         elif constants.get(node.id) is getattr(builtins, node.id, self) and node.id not in BUILTINS:
             yield "builtin", node, node.id
         elif not name and node.id not in constants and node.id not in MODULES:
-            yield "name", node, node.id
+            yield "undefined name", node, node.id
 
     def _module_word(self, node: ast.Attribute) -> Iterator[Found]:
         """`import helpers; helpers.f` is looked for, but not gathered: the module has taken the name."""

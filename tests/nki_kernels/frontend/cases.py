@@ -143,6 +143,7 @@ SOURCE = {
         "a = (4, 5)\nfor i in range(len(a)):\n    b = a[i]",
         "for pair in enumerate((4, 5)):\n    a, b = pair",
     ),
+    "undefined name": ("a = 1\nif a > 1:\n    b = a", "a = 1\nif a > 1:\n    b = c"),
     "module word": ("a = math.sqrt(2.0)", "a = math.prod((1, 2))"),
     "builtin": ("a = max(1, 2)", "a = sum((1, 2))"),
     "range": ("for i in range(3):\n    a = i", "a = range(3)"),

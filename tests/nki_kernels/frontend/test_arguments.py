@@ -13,6 +13,7 @@ import pytest
 
 from nki_kernels import backend
 from nki_kernels.backend import nl
+from nki_kernels.frontend.__main__ import main
 from nki_kernels.frontend.vendor import verdict
 from nki_kernels.frontend.verdict import check
 from nki_kernels.frontend.versions import VERSIONS, UnknownVersionError, version_of
@@ -205,19 +206,16 @@ wrong = 3
 
 
 @pytest.fixture
-def command(tmp_path):
+def folder(tmp_path, monkeypatch):
+    """Where the files of the command are; what it imports is forgotten again."""
     (tmp_path / "kernels.py").write_text(KERNELS)
     (tmp_path / "broken.py").write_text("def kernel(:\n")
     (tmp_path / "raises.py").write_text("raise ValueError('no')\n")
-
-    def run(*words):
-        program = [sys.executable, "-m", "nki_kernels.frontend", *words]
-        environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[3])}
-        return subprocess.run(
-            program, check=False, cwd=tmp_path, capture_output=True, text=True, env=environment
-        )
-
-    return run
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    return tmp_path
 
 
 @pytest.mark.parametrize(
@@ -255,8 +253,20 @@ def command(tmp_path):
     ],
     ids=str,
 )
-def test_the_command(command, words, code, said):
-    done = command(*words)
-    assert done.returncode == code and said in done.stdout + done.stderr
+def test_the_command(folder, capsys, words, code, said):
+    assert main(words) == code
+    out, err = capsys.readouterr()
+    assert said in out + err
     if code == 2:
-        assert done.stdout == "" and len(done.stderr.splitlines()) == 1
+        assert out == "" and len(err.splitlines()) == 1
+
+
+def test_the_command_as_it_is_typed(folder):
+    program = [sys.executable, "-m", "nki_kernels.frontend", "kernels.py:bad"]
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[3])}
+    done = subprocess.run(program, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and done.stderr == ""
+    assert done.stdout.splitlines()[1:] == [
+        "read 1 functions in 0 classes and outside",
+        "kernels.py:bad: refused in one place by our front end of nki 0.2",
+    ]

@@ -181,6 +181,14 @@ RUNNING = {
     "reshape of a slice": (TILE + "u = t.reshape((128, 32))", TILE + "u = t[:, 0:2, :].reshape((128, 16))"),
     "slice after index": (TILE + "u = t[:, 1, 0:4]", TILE + "u = t[:, 1, :][:, 0:4]"),
     "slice of a slice": (TILE + "u = t[0:64, 1:2, 0:4]", TILE + "u = t[0:64, :, :][:, 1:2, 0:4]"),
+    "pattern of a slice": (
+        TILE + "u = t.ap([[32, 64], [2, 16]], offset=32)",
+        TILE + "u = t[0:64, :, :].ap([[32, 64], [2, 16]])",
+    ),
+    "slice of a pattern": (
+        TILE + "u = t.ap([[32, 128], [1, 4]])",
+        TILE + "u = t.ap([[32, 128], [1, 8]])[:, 0:4]",
+    ),
     "strided slice": (TILE + "u = t[:, 0:4, :]", TILE + "u = t[:, 0:4:2, :]"),
     "tensor name": (
         'a = nl.ndarray((128, 4), dtype=x.dtype, buffer=nl.sbuf, name="a")',

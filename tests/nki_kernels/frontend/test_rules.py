@@ -14,7 +14,7 @@ from nki_kernels.simulator import simulate, standin
 from tests.nki_kernels.frontend import cases
 
 _numbers = itertools.count()
-ARGUMENTS = ("argument list", "module constant", "pattern of a slice", "slice of a pattern")
+ARGUMENTS = ("argument list", "module constant")  # in test_arguments.py
 NEEDS_3_12 = ("type", "class parameters")
 
 

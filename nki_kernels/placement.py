@@ -90,7 +90,7 @@ def _wide(room: Room, turn_bytes: int, row_bytes: int) -> dict[str, int]:
     layout = room.request.layout
     x_end = room.row_tiles(tile_count(layout.hidden))
     h = x_end if layout.x_outlives_firsts else 0
-    h_end = h + room.row_tiles(tile_count(layout.intermediate))
+    h_end = h + room.row_tiles(layout.h_tiles)
     # Output may lie over h where h is dead by the time that results are staged, and never over x, which the
     # next block's rows are on their way to.
     output = x_end if layout.hidden and layout.down_first is not None else max(x_end, h_end)

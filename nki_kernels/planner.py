@@ -21,7 +21,7 @@ from nki_kernels.placement import Room, largest, place
 from nki_kernels.plan import Plan
 from nki_kernels.request import Request, z_is_natural
 from nki_kernels.targets import PMAX, TRN1, Target
-from nki_kernels.tiling import MOVING_COLS, tile_count
+from nki_kernels.tiling import MOVING_COLS, SHARED, tile_count
 
 SLOT_BYTES = (8 * 1024, 4 * 1024)  # per partition: twice what saturates a DMA queue, and just that
 MIN_SLOTS = 3  # one in use, one arriving, one asked for
@@ -189,7 +189,7 @@ def _products(layout: Layout) -> dict[str, Any]:
         "hidden": layout.hidden,
         "intermediate": layout.intermediate,
         "x_tiles": tile_count(layout.hidden),
-        "h_tiles": tile_count(layout.intermediate),
+        "h_tiles": layout.h_tiles,
         "gate_z_tiles": layout.z_tiles("gate"),
         "up_z_tiles": layout.z_tiles("up"),
         "down_z_tiles": layout.z_tiles("down"),
@@ -275,7 +275,9 @@ def chunk_bounds(layout: Layout, ring_cols: int) -> tuple[int, ...]:
     """
     bounds = [0]
     end = 0
-    for _, matrix, n, _, offset in layout.blocks():
+    for _, matrix, n, block, offset in layout.blocks():
+        if block[3] == SHARED:
+            continue
         end = offset + matrix.tile_width(n)
         if end - bounds[-1] > ring_cols:
             bounds.append(offset)

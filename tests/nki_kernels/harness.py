@@ -52,4 +52,4 @@ def run_svd_mlp(
     }
     found = simulate(svd_mlp, **options)(x, packed, plan, **arguments)
     norm = (norm_weight, EPS) if case.norm else None
-    return found, reference.svd_mlp(x, weights, norm, residual if case.residual else None)
+    return found, reference.svd_mlp(x, weights, norm, residual if case.residual else None, case.groups)

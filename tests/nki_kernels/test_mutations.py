@@ -34,6 +34,10 @@ SMALL = (
     (MLPCase(5, 300, 420, ("dense", "compact", "uv"), (0, 290, 150), "bf16"), Choice(5, 9, 1024)),
     (MLPCase(3, 130, 140, ("uv", "dense", "compact"), (40, 0, 50), "fp32"), Choice(3, 1, 512)),
     (MLPCase(530, 600, 140, ("uv", "uv", "dense"), (70, 20, 0), "fp32", True), Choice(520, 2, 512, 0, 3)),
+    (
+        MLPCase(140, 1100, 800, ("uv", "compact", "uv"), (150, 140, 170), "fp32", groups=2),
+        Choice(140, 2, 512, 0, 1),
+    ),
 )
 
 
@@ -44,7 +48,7 @@ SHARDS = (
     (TOKENS, "uv", "uv", 160, 140, 2, 70, 90),
     (TOKENS, "dense", "uv", 100, 90, 1, 0, 1),
     (TOKENS, "uv", "dense", 100, 90, 1, 1, 0),
-    (70, "uv", "uv", 160, 640, 2, 70, 90),
+    (200, "uv", "uv", 160, 640, 2, 70, 90),
 )
 
 
@@ -82,27 +86,30 @@ def sharded_case(
     y).
     """
     ranks = (cores * slots[0], cores * slots[1], rank)
-    case = MLPCase(tokens, hidden, 300, (gate_form, up_form, "uv"), ranks, "fp32")
+    # In bf16 up to 255 tokens cross naturally, which is more than one tile of them.
+    case = MLPCase(tokens, hidden, 300, (gate_form, up_form, "uv"), ranks, "bf16" if tokens < 256 else "fp32")
+    dtype = DTYPES[case.dtype]
     whole, factors = (
         mlp_layout(case.hidden, case.intermediate, *case.projections),
         factors_by_name(random_weights(case)),
     )
     launches = []
     for stage in (first_stage(whole), second_stage(whole), last_stage(whole)):
-        request = stage_request(stage, tokens, DTYPES["fp32"])
+        request = stage_request(stage, tokens, dtype)
         packed = pack(
             stage, {name: tensor for name, tensor in factors.items() if stage.matrix(name) is not None}
         )
-        launches.append((build_plan(request, Choice(min(tokens, 520), 2, 512)), packed))
+        launches.append((build_plan(request, Choice(140 if tokens < 256 else 520, 2, 512)), packed))
     rng = np.random.default_rng(8)
-    x = random_array(rng, (tokens, case.hidden), DTYPES["fp32"])
-    shares = [random_array(rng, (cores, size, tokens), DTYPES["fp32"]) for size in slots]
+    x = random_array(rng, (tokens, case.hidden), dtype)
+    shares = [random_array(rng, (cores, size, tokens), dtype) for size in slots]
     gathered = [np.concatenate([share[core] for share in shares]) for core in range(cores)]
-    z = np.concatenate([part.T if z_is_natural(tokens, DTYPES["fp32"]) else part for part in gathered])
+    z = np.concatenate([part.T if z_is_natural(tokens, dtype) else part for part in gathered])
     gate, up = (x if share.size == 0 else share.reshape(-1, tokens).T for share in shares)
     h = silu(reference.mlp.matmul(gate, factors["gate_second"])) * reference.mlp.matmul(
         up, factors["up_second"]
     )
+    h = h.astype(dtype)
     return case, launches, x, z, reference.down(h, random_weights(case)["down_proj"])
 
 
@@ -115,11 +122,12 @@ def run_pieces(shards: tuple, work: Work) -> float:
     own = own if first.natural_z else own.T
     off = error(own, np.concatenate([reference.mlp.matmul(x, first) for first in firsts], axis=1))
     zd = simulate(second_factors, listeners=[work])(
-        x if second.hidden else None, z, (*shards[6:], shards[4]), packed_2, second
+        x if second.hidden else None, z, (*shards[6:], shards[4] // shards[5]), packed_2, second
     )
-    return (off + error(simulate(last_factor, listeners=[work])(zd, packed_3, last), expected)) / MAX_ERROR[
-        "fp32"
-    ]
+    if second.natural_z:  # the shares of all cores, one after another
+        zd = np.concatenate(np.split(zd, shards[5]), axis=1)
+    y = simulate(last_factor, listeners=[work])(zd, packed_3, last)
+    return (off + error(y, expected)) / MAX_ERROR[case.dtype]
 
 
 @functools.lru_cache

@@ -41,7 +41,7 @@ def stage_layouts(stored: MLPLayer, tp: int) -> dict[str, Layout]:
     """
     if not stored.gathers(tp):
         mine = stored.share(tp)
-        projections = [Projection.whole(spec.form, spec.rank) for spec in mine.values()]
+        projections = [Projection.whole(spec.form, spec.rank, mine.groups) for spec in mine.values()]
         return {"whole": mlp_layout(mine.hidden_size, mine.channels, *projections)}
     projections = [_projection(matrix, tp) for matrix in stored.matrices.values()]
     whole = mlp_layout(stored.hidden_size, stored.channels // tp, *projections)
@@ -77,8 +77,6 @@ def declined(stored: MLPLayer, tp: int, dtype: torch.dtype) -> str | None:
     """Why the kernels do not take the layer, in a sentence, or None. What fits 128 tokens fits any number,
     block by block.
     """
-    if stored.is_low_rank and not stored.gathers(tp) and stored.share(tp).groups > 1:
-        return f"the kernels take one group a rank, found {stored.share(tp).groups}"
     for layout in stage_layouts(stored, tp).values():
         plan = plan_launch(_request(layout, PMAX, dtype, norm_eps=1e-5))
         if isinstance(plan, Declined):

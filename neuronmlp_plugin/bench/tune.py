@@ -66,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _requests(args: argparse.Namespace, model: str) -> Iterator[tuple[int, Request]]:
     """(tp, launch) for every form, removed ratio, token count and core count."""
     from nki_kernels.cost.baselines import BF16
-    from nki_kernels.cost.tensor_parallel import shard, stage_request, stages
+    from nki_kernels.cost.tensor_parallel import shard, stages
+    from nki_kernels.request import stage_request
 
     shape = MODELS[model]
     ranks = [rank_at(shape, share) for share in args.remove]

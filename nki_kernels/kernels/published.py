@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nki_kernels.backend import jit, nisa, nl
+from nki_kernels.backend import nisa, nki, nl
 from nki_kernels.kernels.plain_matmul import (
     add_block_products,
     check_multiple,
@@ -30,7 +30,7 @@ BLOCK = 8 * PMAX  # of tokens, K and R, and of N: the authors' 1024
 BLOCK_TILES = 8
 
 
-@jit
+@nki.jit
 def matmul_wide(lhs_t: Tensor, rhs: Tensor, m_tiles: int = 2, n_tiles: int = 2) -> Tensor:
     """Free dimensions blocked: all of K for a block of rows and of columns is loaded before it is multiplied."""
     check_tiles(lhs_t, rhs)
@@ -58,7 +58,7 @@ def wide_block(stationary: list, rhs: Tensor, out: Tensor, row: tuple, col: tupl
     moving = load_strip(rhs, col[0], col[1])
     for i in range(0, row[1], PMAX):
         for j in range(0, col[1], MOVING_COLS):
-            total = nl.ndarray((PMAX, MOVING_COLS), dtype=nl.float32, buffer=nl.psum, name="sum")
+            total = nl.ndarray((PMAX, MOVING_COLS), dtype=nl.float32, buffer=nl.psum)
             for k in range(len(moving)):
                 matmul(total, stationary[k][:, i : i + PMAX], moving[k][:, j : j + MOVING_COLS], k == 0)
             store_sum(out, row[0] + i, col[0] + j, total)
@@ -68,11 +68,11 @@ def load_strip(src: Tensor, col: int, cols: int) -> list:
     """Columns [col, + cols) of src as fresh SBUF tiles of 128 rows each."""
     tiles = []
     for row in range(0, src.shape[0], PMAX):
-        tiles.append(load_tile(src, row, col, cols))
+        tiles.append(load_tile(src, row, col, cols, PMAX))
     return tiles
 
 
-@jit
+@nki.jit
 def matmul_spilling(
     lhs_t: Tensor, rhs: Tensor, m_tiles: int = 8, n_tiles: int = 2, k_tiles: int = 8
 ) -> Tensor:
@@ -90,28 +90,27 @@ def matmul_spilling(
                 stationary = load_block(lhs_t, k, k_tiles, m, rows)
                 for i in range(0, rows, PMAX):
                     add_spilled(
-                        out[m + i : m + i + PMAX, col : col + cols],
-                        stationary[:, :, i : i + PMAX],
-                        moving,
-                        k == 0,
+                        out[m + i : m + i + PMAX, col : col + cols], stationary, i // PMAX, moving, k == 0
                     )
     return out
 
 
-def add_spilled(home: Tensor, stationary: Tensor, moving: Tensor, first: bool) -> None:
-    """home `[128, cols]` in HBM (+)= the product over this block of K."""
-    sums = nl.ndarray(home.shape, dtype=home.dtype, buffer=nl.sbuf, name="spilled_sums")
+def add_spilled(home: Tensor, stationary: Tensor, i: int, moving: Tensor, first: bool) -> None:
+    """home `[128, cols]` in HBM (+)= the product of column tile i of stationary over this block of K."""
+    sums = nl.ndarray((PMAX, 1, home.shape[1]), dtype=home.dtype, buffer=nl.sbuf)
     if not first:
-        nisa.dma_copy(dst=sums, src=home)
-    add_block_products(sums, stationary, moving, first)
-    nisa.dma_copy(dst=home, src=sums)
+        nisa.dma_copy(dst=sums[:, 0, :], src=home)
+    add_block_products(sums, 0, stationary, (0, i), moving, first)
+    nisa.dma_copy(dst=home, src=sums[:, 0, :])
 
 
-@jit
+@nki.jit
 def blocked_xuv(x_t: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """x^T `[K, T]`, u `[K, R]`, v `[R, N]` -> `[T, N]`."""
-    for what, size in (("T", x_t.shape[1]), ("K", x_t.shape[0]), ("R", u.shape[1]), ("N", v.shape[1])):
-        check_multiple(what, size, BLOCK)
+    check_multiple("T", x_t.shape[1], BLOCK)
+    check_multiple("K", x_t.shape[0], BLOCK)
+    check_multiple("R", u.shape[1], BLOCK)
+    check_multiple("N", v.shape[1], BLOCK)
     out = nl.ndarray((x_t.shape[1], v.shape[1]), dtype=x_t.dtype, buffer=nl.shared_hbm)
     for token in range(0, x_t.shape[1], BLOCK):
         z_t = first_phase(x_t, u, token)
@@ -121,27 +120,24 @@ def blocked_xuv(x_t: Tensor, u: Tensor, v: Tensor) -> Tensor:
 
 def first_phase(x_t: Tensor, u: Tensor, token: int) -> Tensor:
     """(x U)^T of a block of tokens, `[128, R / 128, 1024]`: R on the partitions by construction."""
-    z_t = nl.ndarray((PMAX, u.shape[1] // PMAX, BLOCK), dtype=x_t.dtype, buffer=nl.sbuf, name="z")
+    z_t = nl.ndarray((PMAX, u.shape[1] // PMAX, BLOCK), dtype=x_t.dtype, buffer=nl.sbuf)
     for k in range(0, x_t.shape[0], BLOCK):
         moving = load_block(x_t, k, BLOCK_TILES, token, BLOCK)
         for r in range(0, u.shape[1], BLOCK):
             stationary = load_block(u, k, BLOCK_TILES, r, BLOCK)
             for i in range(BLOCK_TILES):
-                add_block_products(
-                    z_t[:, r // PMAX + i, :], stationary[:, :, i * PMAX : (i + 1) * PMAX], moving, k == 0
-                )
+                add_block_products(z_t, r // PMAX + i, stationary, (0, i), moving, k == 0)
     return z_t
 
 
 def second_phase(z_t: Tensor, v: Tensor, out: Tensor, token: int) -> None:
     """A block of tokens of z V, block of columns by block of columns."""
     for n in range(0, v.shape[1], BLOCK):
-        sums = nl.ndarray((PMAX, BLOCK_TILES, BLOCK), dtype=out.dtype, buffer=nl.sbuf, name="running_sums")
+        sums = nl.ndarray((PMAX, BLOCK_TILES, BLOCK), dtype=out.dtype, buffer=nl.sbuf)
         for r in range(0, v.shape[0], BLOCK):
             moving = load_block(v, r, BLOCK_TILES, n, BLOCK)
-            strip = z_t[:, r // PMAX : r // PMAX + BLOCK_TILES, :]
             for i in range(BLOCK_TILES):
-                add_block_products(sums[:, i, :], strip[:, :, i * PMAX : (i + 1) * PMAX], moving, r == 0)
+                add_block_products(sums, i, z_t, (r // PMAX, i), moving, r == 0)
         for i in range(BLOCK_TILES):
             row = token + i * PMAX
             nisa.dma_copy(dst=out[row : row + PMAX, n : n + BLOCK], src=sums[:, i, :])

@@ -18,8 +18,9 @@ from neuronmlp_plugin.errors import UsageError
 from neuronmlp_plugin.serving.trainium import decisions
 from nki_kernels.backend import HAS_NKI
 from nki_kernels.cost.launches import launch_of
-from nki_kernels.cost.tensor_parallel import shard, stage_request, stages
+from nki_kernels.cost.tensor_parallel import shard, stages
 from nki_kernels.planner import plan_launch
+from nki_kernels.request import stage_request
 from tests.nki_kernels.cost.programs import BF16
 from tests.serving.trainium.sharded import simulated
 

@@ -46,12 +46,10 @@ class MLP:
         A channel's gate and up matter as much as what down makes of it, and the repair makes more of those
         that stay, so their metrics grow with the energy of down's columns.
         """
-        if len(kept) == self.width and bool((kept.sort().values == torch.arange(self.width, device=kept.device)).all()):
-            down = self.down[:, kept].double()
-        else:
-            down = repaired(self.down, self.channels, kept)
+        whole = len(kept) == self.width
+        down = self.down[:, kept].double() if whole else repaired(self.down, self.channels, kept)
         grown = _energies(down, self.down_metric) / _energies(self.down[:, kept], self.down_metric).clamp_min(1e-30)
-        return MLP(
+        slim = MLP(
             self.gate[kept],
             self.up[kept],
             down,
@@ -61,6 +59,8 @@ class MLP:
             self.up_metric[kept] * grown,
             self.down_metric,
         )
+        vars(slim).update({name: root for name, root in vars(self).items() if name.endswith("_root")})  # the same
+        return slim
 
     @functools.cached_property
     def input_root(self) -> torch.Tensor:

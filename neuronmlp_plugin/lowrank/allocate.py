@@ -123,7 +123,8 @@ def _narrow(layer: Layer, keep: float) -> Choice:
     fitting = [level for level in layer if level.kept <= keep * layer[0].kept]
     if not fitting:
         raise UsageError(
-            f"size: expected a layer of at most {keep:.2f} of its channels, found {layer[-1].kept} of {layer[0].kept} at least; ask for less."
+            f"size: expected at most {1 - layer[-1].kept / layer[0].kept:.2f} of the channels taken away, found {1 - keep:.2f} asked for; "
+            "ask for less."
         )
     return Choice(max(level.kept for level in fitting), (None,) * len(layer[0].curves))
 
@@ -160,8 +161,8 @@ def allocate(layers: Sequence[Layer], keep: float, form: str, multiple: int) -> 
     """A choice for each layer with the least summed loss whose cost is at most `keep` of the dense cost.
 
     Raises UsageError where no choice is cheap enough, or where the multiple is too coarse to come within 0.5
-    % of a budget of parameters; the steps of a price are not the multiple's fault, so there what is left
-    stays unspent.
+    % of a budget of parameters; the steps of a price, or of channels, are not the multiple's fault, so there what
+    is left stays unspent.
     """
     options = [_options(layer, form, multiple) for layer in layers]
     dense_cost = sum(layer[0].dense_cost for layer in layers)
@@ -172,7 +173,8 @@ def allocate(layers: Sequence[Layer], keep: float, form: str, multiple: int) -> 
     picks = _fill(options, _pick(options, _bisect(options, budget)), budget)
     spent = _spent(options, picks)
     all_dense = all(p + 1 == len(o.costs) for o, p in zip(options, picks, strict=True))
-    if not has_prices and not all_dense and budget - spent > 0.005 * dense_cost:
+    exact = not has_prices and form != "narrow"  # whole channels are coarse in a small model
+    if exact and not all_dense and budget - spent > 0.005 * dense_cost:
         raise UsageError(
             f"--rank-multiple {multiple}: expected to keep {keep:.4f} of the {what} within 0.5 %, found "
             f"{spent / dense_cost:.4f} at best; choose a smaller multiple."
@@ -222,7 +224,7 @@ def _of_matrix(curve: Curve, form: str, multiple: int) -> list[tuple[float, floa
     m, n = curve.out_features, curve.in_features
     least = max(1, math.ceil(MIN_RANK_SHARE * m * n / (m + n) / multiple)) * multiple
     ranks = range(least, min(m, n), multiple) if form != "narrow" else ()
-    offered = [(curve.cost(k, form), curve.loss(k), k) for k in ranks]
+    offered = [(curve.cost(k, form), curve.loss(k), k) for k in ranks if np.isfinite(curve.loss(k))]
     return sorted([*(o for o in offered if o[0] < curve.dense_cost), (curve.dense_cost, 0.0, 0)])
 
 

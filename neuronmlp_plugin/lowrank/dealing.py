@@ -81,7 +81,7 @@ def _moves(
     """The value of a deal, and `[groups, I]` what moving one channel to a group changes it by (inf for its
     own).
     """
-    matrices, channels, width = rows.shape
+    channels, width = rows.shape[1:]
     mu, eye = prices[:, None], torch.eye(width, dtype=rows.dtype, device=rows.device)
     table, value = rows.new_empty(groups, channels), 0.0
     for group in range(groups):

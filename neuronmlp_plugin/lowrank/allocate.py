@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from neuronmlp_plugin.errors import UsageError
 
+T = TypeVar("T")
 FORMS = ("uv", "compact", "narrow")  # narrow: channels go, and matrices stay dense
 # Below this share of the break-even rank the summed loss stops predicting: errors of one matrix get too large
 # to be additive.
@@ -187,36 +189,49 @@ CHOOSERS = {"global": allocate, "measured": allocate, "uniform": uniform}  # "me
 
 def _options(layer: Layer, form: str, multiple: int) -> _Options:
     offered = [option for level in layer for option in _of_level(level, form, multiple)]
-    kept: list[tuple[float, float, Choice]] = []
-    for option in sorted(offered, key=lambda option: option[:2]):
-        if not kept or option[1] < kept[-1][1]:  # what costs as much and loses more is no choice
-            kept.append(option)
-    costs, losses, choices = zip(*kept, strict=True)
+    costs, losses, choices = zip(*_worthwhile(offered), strict=True)
     return _Options(list(choices), np.array(costs, dtype=float), np.array(losses))
 
 
-def _of_level(level: Level, form: str, multiple: int) -> list[tuple[float, float, Choice]]:
-    """From the cheapest ranks of a level to its dense matrices, each step the upgrade of one matrix that saves
-    the most loss per unit of cost: `(cost, loss, choice)` each.
+def _worthwhile(options: Iterable[tuple[float, float, T]]) -> list[tuple[float, float, T]]:
+    """`(cost, loss, what)` in order of rising cost and falling loss: what costs as much and loses more is no
+    choice, so that a staircase leaves its edges.
     """
-    hulls = [_hull(_of_matrix(curve, form, multiple)) for curve in level.curves]
-    at = [0] * len(hulls)
-    found = []
-    while True:
-        picked = [hull[i] for hull, i in zip(hulls, at, strict=True)]
-        ranks = tuple(rank or None for _, _, rank in picked)
-        found.append(
-            (
-                sum(p[0] for p in picked),
-                level.removal + sum(p[1] for p in picked),
-                Choice(level.kept, ranks),
-            )
-        )
-        slopes = [_slope(hull, i) for hull, i in zip(hulls, at, strict=True)]
+    kept: list[tuple[float, float, T]] = []
+    for option in sorted(options, key=lambda option: option[:2]):
+        if not kept or option[1] < kept[-1][1]:
+            kept.append(option)
+    return kept
+
+
+def _of_level(level: Level, form: str, multiple: int) -> list[tuple[float, float, Choice]]:
+    """From the cheapest ranks of a level to its dense matrices: along each matrix's lower convex hull, where the
+    next step is the one of all matrices that saves the most loss per unit of cost, and on the way to it what
+    lies between: `(cost, loss, choice)` each.
+    """
+    options = [_of_matrix(curve, form, multiple) for curve in level.curves]
+    hulls = [_hull(matrix) for matrix in options]
+    at = [0] * len(options)  # of each matrix, the place in its options
+    found = [_together(level, options, at)]
+    while any(hulls):
+        slopes = [
+            _saved(matrix[i], matrix[hull[0]]) if hull else -1.0
+            for matrix, hull, i in zip(options, hulls, at, strict=True)
+        ]
         best = int(np.argmax(slopes))
-        if slopes[best] < 0:
-            return found
-        at[best] += 1
+        edge = hulls[best].pop(0)
+        while at[best] < edge:
+            at[best] += 1
+            found.append(_together(level, options, at))
+    return found
+
+
+def _together(
+    level: Level, options: list[list[tuple[float, float, int]]], at: list[int]
+) -> tuple[float, float, Choice]:
+    picked = [matrix[i] for matrix, i in zip(options, at, strict=True)]
+    ranks = tuple(rank or None for _, _, rank in picked)
+    return sum(p[0] for p in picked), level.removal + sum(p[1] for p in picked), Choice(level.kept, ranks)
 
 
 def _of_matrix(curve: Curve, form: str, multiple: int) -> list[tuple[float, float, int]]:
@@ -225,27 +240,23 @@ def _of_matrix(curve: Curve, form: str, multiple: int) -> list[tuple[float, floa
     least = max(1, math.ceil(MIN_RANK_SHARE * m * n / (m + n) / multiple)) * multiple
     ranks = range(least, min(m, n), multiple) if form != "narrow" else ()
     offered = [(curve.cost(k, form), curve.loss(k), k) for k in ranks if np.isfinite(curve.loss(k))]
-    return sorted([*(o for o in offered if o[0] < curve.dense_cost), (curve.dense_cost, 0.0, 0)])
+    return _worthwhile([*offered, (curve.dense_cost, 0.0, 0)])
 
 
-def _hull(options: list[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
-    """The lower convex hull: along it every step saves less per unit of cost than the one before."""
-    hull: list[tuple[float, float, int]] = []
-    for option in options:
-        while len(hull) > 1 and _saved(hull[-1], option) >= _saved(hull[-2], hull[-1]):
+def _hull(options: list[tuple[float, float, int]]) -> list[int]:
+    """Places of the lower convex hull after the first: along it every step saves less per unit of cost than the
+    one before.
+    """
+    hull: list[int] = []
+    for place, option in enumerate(options):
+        while len(hull) > 1 and _saved(options[hull[-1]], option) >= _saved(options[hull[-2]], options[hull[-1]]):
             hull.pop()
-        if hull and (option[0] <= hull[-1][0]):
-            continue
-        hull.append(option)
-    return hull
+        hull.append(place)
+    return hull[1:]
 
 
 def _saved(before: tuple[float, float, int], after: tuple[float, float, int]) -> float:
     return (before[1] - after[1]) / (after[0] - before[0])
-
-
-def _slope(hull: list[tuple[float, float, int]], index: int) -> float:
-    return _saved(hull[index], hull[index + 1]) if index + 1 < len(hull) else -1.0
 
 
 def _pick(options: Sequence[_Options], mu: float) -> list[int]:

@@ -42,6 +42,25 @@ INT8_LAYERS = tuple(
 )
 
 
+def grouped_layers(groups: int, int8: bool = False) -> tuple[MLPLayer, ...]:
+    """Layers of so many groups, two of them narrow: every low-rank form, and one that is dense throughout."""
+    made = []
+    for index, (channels, specs) in enumerate(
+        (
+            (192, (("compact", 11), ("uv", 9), ("compact", 13))),
+            (128, (("dense",), ("compact", 7), ("uv", 9))),
+            (64, (("dense",), ("dense",), ("dense",))),
+        )
+    ):
+        given = [ProjectionSpec(*spec) for spec in specs]
+        if int8:
+            given = [
+                dataclasses.replace(s, dtype=INT8 if (index + i) % 3 else None) for i, s in enumerate(given)
+            ]
+        made.append(MLPLayer(SHAPE.hidden_size, channels, *given, groups=groups))
+    return tuple(made)
+
+
 def family_config(family: str, vocab_size: int = 128) -> dict:
     """A config whose heads can be halved (tensor parallel 2), of the smallest size that the CPU attention of
     vLLM takes.

@@ -87,12 +87,13 @@ class FormatBlock:
 
     @property
     def ordinary_size(self) -> int | None:
-        """The one `intermediate_size` of all layers, where they are dense in floating point and nothing else:
-        such a folder needs no block.
+        """The one smaller `intermediate_size` of all layers, where they are dense in floating point and
+        nothing else: such a folder needs no block (FORMAT.md, "A folder without the block").
         """
         sizes = {layer.channels for layer in self.layers}
         plain = all(spec == DENSE for layer in self.layers for spec in layer.values())
-        return sizes.pop() if plain and len(sizes) == 1 else None
+        size = max(sizes)
+        return size if plain and len(sizes) == 1 and size < self.shape.intermediate_size else None
 
     def to_json(self) -> dict[str, Any]:
         return {

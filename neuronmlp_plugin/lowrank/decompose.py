@@ -88,7 +88,7 @@ def _from_outputs(
 def _from_inputs(w: torch.Tensor, moment: torch.Tensor | None, root: torch.Tensor) -> Decomposition:
     """in < out: with C = S S^T, eigenvectors of S^T W^T G W S `[in, in]`."""
     if moment is None:
-        mapped, back = w, torch.eye(w.shape[1], dtype=w.dtype)
+        mapped, back = w, torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
     else:
         values, vectors = torch.linalg.eigh(_ridged(moment.double()))
         spread = values.clamp_min(float(values[-1]) * 1e-14).sqrt()
@@ -101,7 +101,7 @@ def _from_inputs(w: torch.Tensor, moment: torch.Tensor | None, root: torch.Tenso
 def _metric_roots(metric: torch.Tensor | None, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """G^1/2 and G^-1/2, each `[out]` or `[out, out]`."""
     if metric is None:
-        one = torch.ones(w.shape[0], dtype=w.dtype)
+        one = torch.ones(w.shape[0], dtype=w.dtype, device=w.device)
         return one, one
     g = metric.double()
     if g.ndim == 1:
@@ -114,7 +114,7 @@ def _metric_roots(metric: torch.Tensor | None, w: torch.Tensor) -> tuple[torch.T
 
 def _ridged(matrix: torch.Tensor) -> torch.Tensor:
     return matrix + RIDGE * matrix.diagonal().mean().clamp_min(1e-30) * torch.eye(
-        matrix.shape[0], dtype=matrix.dtype
+        matrix.shape[0], dtype=matrix.dtype, device=matrix.device
     )
 
 

@@ -12,9 +12,10 @@ from neuronmlp_plugin.calibration.quality import compare
 from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.compressor import run as run_module
+from neuronmlp_plugin.compressor.marginal import TruncatedStream
 from neuronmlp_plugin.compressor.plan import make_plan
 from neuronmlp_plugin.compressor.run import compress
-from neuronmlp_plugin.compressor.search import Search, TruncatedStream, largest
+from neuronmlp_plugin.compressor.search import Search, largest
 from neuronmlp_plugin.compressor.target import Target, parse_target
 from neuronmlp_plugin.errors import UsageError
 from tests.compressor.test_compress import QUIET, files, home, settings_for  # noqa: F401 (home is a fixture)

@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
-from neuronmlp_plugin.checkpoint.reader import Checkpoint, read_config
+from neuronmlp_plugin.checkpoint.files import read_config
+from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.errors import UsageError
 
 PROMPT_TOKENS, WARM_TOKENS = 32, 8

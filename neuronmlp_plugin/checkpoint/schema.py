@@ -159,9 +159,9 @@ MOST = {"hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers
 
 def mlp_shape(config: dict[str, Any], source: str) -> MLPShape:
     """Read the MLP sizes from a Hugging Face config; `source` names it in errors."""
-    sizes = []
+    sizes: list[int] = []
     for key, most in MOST.items():
-        value = config.get(key)
+        value: Any = config.get(key)
         if not _is_count(value, most):
             raise CheckpointError(
                 f"{source}: expected a whole number `{key}` from 1 to {most:,}, found {shown(value)}; "

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from neuronmlp_plugin.checkpoint.files import read_headers
 from neuronmlp_plugin.checkpoint.hub import files_to_copy
-from neuronmlp_plugin.checkpoint.reader import Checkpoint, older_rope, read_headers
+from neuronmlp_plugin.checkpoint.reader import Checkpoint, older_rope
 from neuronmlp_plugin.checkpoint.schema import INDEX_FILE, QUANT_METHOD, FormatBlock, shard_name
 from neuronmlp_plugin.errors import OutputError, reason_of
 

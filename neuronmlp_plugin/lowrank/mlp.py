@@ -48,7 +48,9 @@ class MLP:
         """
         whole = len(kept) == self.width
         down = self.down[:, kept].double() if whole else repaired(self.down, self.channels, kept)
-        grown = _energies(down, self.down_metric) / _energies(self.down[:, kept], self.down_metric).clamp_min(1e-30)
+        grown = _energies(down, self.down_metric) / _energies(self.down[:, kept], self.down_metric).clamp_min(
+            1e-30
+        )
         slim = MLP(
             self.gate[kept],
             self.up[kept],
@@ -59,7 +61,9 @@ class MLP:
             self.up_metric[kept] * grown,
             self.down_metric,
         )
-        vars(slim).update({name: root for name, root in vars(self).items() if name.endswith("_root")})  # the same
+        vars(slim).update(
+            {name: root for name, root in vars(self).items() if name.endswith("_root")}
+        )  # the same
         return slim
 
     @functools.cached_property

@@ -6,8 +6,8 @@ import pathlib
 import re
 from typing import Any
 
+from neuronmlp_plugin.checkpoint.files import read_config
 from neuronmlp_plugin.checkpoint.hub import hub_name, is_hub_id
-from neuronmlp_plugin.checkpoint.reader import read_config
 from neuronmlp_plugin.reporting.view import base_name, forms, headline, judged_on
 
 _LICENSE_KEYS = ("license", "license_name", "license_link")

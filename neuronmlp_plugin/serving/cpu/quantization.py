@@ -16,7 +16,8 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.platforms import current_platform
 
-from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, FactorFile, read_config
+from neuronmlp_plugin.checkpoint.files import read_config
+from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, FactorFile
 from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, parse_block
 from neuronmlp_plugin.errors import CheckpointError, UsageError
 from neuronmlp_plugin.serving.cpu.fused import usable

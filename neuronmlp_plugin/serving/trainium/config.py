@@ -23,7 +23,8 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from neuronmlp_plugin.checkpoint.reader import FactorFile, older_rope, read_config
+from neuronmlp_plugin.checkpoint.files import read_config
+from neuronmlp_plugin.checkpoint.reader import FactorFile, older_rope
 from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, parse_block
 from neuronmlp_plugin.errors import UsageError
 from neuronmlp_plugin.serving.trainium.options import (

@@ -11,7 +11,8 @@ import types
 
 import pytest
 
-from neuronmlp_plugin.checkpoint.reader import Checkpoint, read_config
+from neuronmlp_plugin.checkpoint.files import read_config
+from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.checkpoint.writer import write_factor_file
 from neuronmlp_plugin.errors import UnsupportedModelError, UsageError
 from neuronmlp_plugin.serving.trainium import config as config_module

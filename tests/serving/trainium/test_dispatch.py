@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from neuronmlp_plugin.checkpoint.reader import read_config
+from neuronmlp_plugin.checkpoint.files import read_config
 from neuronmlp_plugin.errors import UsageError
 from neuronmlp_plugin.serving.trainium import dispatch, trial
 from neuronmlp_plugin.serving.trainium.config import ArtifactError, low_rank_config

@@ -14,6 +14,7 @@ from neuronmlp_plugin.lowrank.slices import factor_inputs, factor_outputs
 from neuronmlp_plugin.models.factors import PROJECTIONS
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # first `[R, in]`, second `[out, R]` of one group
+LATE_SWEEPS = 4  # of a deal that is nearly right
 _METRIC = {"gate_proj": "gate_metric", "up_proj": "up_metric", "down_proj": "down_metric"}
 
 
@@ -105,7 +106,7 @@ def _dealt(slim: MLP, parts: list[torch.Tensor], choice: Choice) -> list[torch.T
         start[part] = group
     chosen = [position for position, rank in enumerate(choice.ranks) if rank is not None]
     ranks = [rank for rank in choice.ranks if rank is not None]
-    dealt = deal(slim.rows()[chosen], len(parts), ranks, start)
+    dealt = deal(slim.rows()[chosen], len(parts), ranks, start, LATE_SWEEPS)
     return [(dealt == group).nonzero()[:, 0] for group in range(len(parts))]
 
 

@@ -69,24 +69,28 @@ def placed(found: FactoredLayer, kept: torch.Tensor, name: str, base: torch.Tens
 
 
 def scaled(layers: Sequence[Layer], choices: Sequence[Choice], gains: Sequence[Gains]) -> list[Layer]:
-    """The layers with each part's losses times (gain / predicted loss of the choice, over the mean of all)^POWER;
-    what loses nothing keeps its own.
+    """The layers with each part's losses times (gain / predicted loss of the choice, over the mean of all)^POWER.
+
+    What was not measured, because nothing was taken there, goes by the rest of its layer, and a layer of which
+    nothing was taken by its neighbours: most of what a prediction misses is a matter of depth.
     """
-    ratios = [
-        [None if g is None or not p > 0.0 else g / p for g, p in zip(gain, parts(layer, choice), strict=True)]
-        for layer, choice, gain in zip(layers, choices, gains, strict=True)
+    predicted = [parts(layer, choice) for layer, choice in zip(layers, choices, strict=True)]
+    known = [
+        [(g, p) for g, p in zip(gain, loss, strict=True) if g is not None and p > 0.0]
+        for gain, loss in zip(gains, predicted, strict=True)
     ]
-    known = [ratio for row in ratios for ratio in row if ratio is not None]
-    if not known or (mean := float(np.mean(known))) <= 0.0:
+    ratios = [g / p for layer in known for g, p in layer]
+    if not ratios or (mean := float(np.mean(ratios))) <= 0.0:
         return list(layers)
-    return [
-        [_times(level, [_factor(ratio, mean) for ratio in row]) for level in layer]
-        for layer, row in zip(layers, ratios, strict=True)
-    ]
-
-
-def _factor(ratio: float | None, mean: float) -> float:
-    return 1.0 if ratio is None else float(np.clip(ratio / mean, 1 / LIMIT, LIMIT)) ** POWER
+    at = [index for index, layer in enumerate(known) if layer]
+    whole = [sum(g for g, _ in known[index]) / sum(p for _, p in known[index]) for index in at]
+    by_depth = np.interp(range(len(layers)), at, whole)
+    found = []
+    for layer, gain, loss, depth in zip(layers, gains, predicted, by_depth, strict=True):
+        own = [depth if g is None or not p > 0.0 else g / p for g, p in zip(gain, loss, strict=True)]
+        factors = [float(np.clip(ratio / mean, 1 / LIMIT, LIMIT)) ** POWER for ratio in own]
+        found.append([_times(level, factors) for level in layer])
+    return found
 
 
 def _times(level: Level, factors: list[float]) -> Level:

@@ -19,12 +19,17 @@ GAIN = 4e-4  # a sweep that gains less than this share ends the search
 
 
 def deal(
-    rows: torch.Tensor, groups: int, ranks: list[int], start: torch.Tensor | None = None
+    rows: torch.Tensor,
+    groups: int,
+    ranks: list[int],
+    start: torch.Tensor | None = None,
+    sweeps: int = SWEEPS,
 ) -> torch.Tensor:
     """`[I]` the group (0 ... groups - 1) of each channel; all groups have I / groups of them.
 
     `rows [M, I, H]`: a row a channel of M whitened matrices, whose losses add up; `ranks [M]`: the rank of a
-    slice of each, roughly (it sets the price mu). `start` is a deal to begin from; cyclic without.
+    slice of each, roughly (it sets the price mu). `start` is a deal to begin from; cyclic without. At most `sweeps`
+    rounds of swaps.
     """
     channels = rows.shape[1]
     assigned = torch.arange(channels, device=rows.device) % groups if start is None else start.clone()
@@ -32,7 +37,7 @@ def deal(
         return assigned
     prices = _prices(rows, assigned, groups, ranks)
     best, least, share = assigned, float("inf"), FIRST_SHARE
-    for _ in range(SWEEPS):
+    for _ in range(sweeps):
         value, moves = _moves(rows, assigned, groups, prices)
         if value < least:
             done, best, least = least - value < GAIN * value, assigned, value

@@ -174,7 +174,9 @@ def test_the_installed_compiler_is_asked_and_answers_in_one_line(monkeypatch):
 
     nki.trace = trace
     monkeypatch.setitem(sys.modules, "nki", nki)
-    monkeypatch.setenv("NKI_KERNELS_BACKEND", "simulator")  # the kernels are written against ours all the same
+    monkeypatch.setenv(
+        "NKI_KERNELS_BACKEND", "simulator"
+    )  # the kernels are written against ours all the same
     assert observe().kernels_refused == "" and asked == [("svd_mlp", "trn1")] * 2
     del nki.trace
     assert "has no attribute 'trace'" in observe().kernels_refused

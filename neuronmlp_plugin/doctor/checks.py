@@ -117,6 +117,18 @@ def _mismatches(env: Environment, stack: Stack) -> Iterator[Finding]:
             yield Finding(PROBLEM, what, fix)
 
 
+def check_kernels(env: Environment) -> Iterator[Finding]:
+    version = env.version("nki")
+    if version is None or version < (0, 2):
+        return
+    if env.kernels_refused:
+        yield Finding(
+            PROBLEM,
+            f"nki {env.versions['nki']}, asked with a small layer: {env.kernels_refused}",
+            'MLPs run by torch operations under "kernels": "auto"; report the sentence, or use the reference stack (docs/trainium.md)',
+        )
+
+
 def check_artifacts(env: Environment) -> Iterator[Finding]:
     if not env.has("neuronx_distributed_inference"):
         return
@@ -168,6 +180,7 @@ CHECKS: tuple[Callable[[Environment], Iterator[Finding]], ...] = (
     check_registration,
     check_devices,
     check_versions,
+    check_kernels,
     check_artifacts,
     check_sampling,
     check_cpu,

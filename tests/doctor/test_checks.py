@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.machinery
 import json
+import sys
+import types
 
 import pytest
 
@@ -98,6 +101,10 @@ def test_a_sound_machine_has_no_problem(environment):
             dataclasses.replace(TRN1, versions={"vllm": "0.9.0", "neuronx-distributed-inference": "0.5.1"}),
             "of no SDK that we know",
         ),
+        (
+            dataclasses.replace(TRN1, kernels_refused="the vendor's compiler refused a kernel: no"),
+            "nki 0.2.0+g82fdb402, asked with a small layer: the vendor's compiler refused a kernel: no",
+        ),
         (change(TRN1, versions={"vllm-neuron": "0.24.0.1.1.0"}), "its own models"),
         (change(TRN1, modules=("vllm", "vllm_neuron")), "NxD Inference is not"),
         (
@@ -154,6 +161,25 @@ def test_what_is_here_is_seen(monkeypatch):
     found = observe()
     assert "neuronmlp" in found.plugins["vllm.general_plugins"] and found.variables["VLLM_PLUGINS"] == "x"
     assert found.devices == ("/dev/neuron0",) and {"torch", "neuronmlp_plugin"} <= set(found.modules)
+
+
+def test_the_installed_compiler_is_asked_and_answers_in_one_line(monkeypatch):
+    asked = []
+    nki = types.ModuleType("nki")
+    nki.__spec__ = importlib.machinery.ModuleSpec("nki", None)
+
+    def trace(kernel, platform_target):
+        asked.append((kernel.__name__, platform_target))
+        return types.SimpleNamespace(specialize=lambda *arguments: arguments[0].tobytes())
+
+    nki.trace = trace
+    monkeypatch.setitem(sys.modules, "nki", nki)
+    monkeypatch.setenv(
+        "NKI_KERNELS_BACKEND", "simulator"
+    )  # the kernels are written against ours all the same
+    assert observe().kernels_refused == "" and asked == [("svd_mlp", "trn1")] * 2
+    del nki.trace
+    assert "has no attribute 'trace'" in observe().kernels_refused
 
 
 @pytest.mark.parametrize("as_json", [False, True])

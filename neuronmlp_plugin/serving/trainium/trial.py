@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from neuronmlp_plugin.models.factors import MLPLayer
+from neuronmlp_plugin.models.factors import MLPLayer, ProjectionSpec
 from neuronmlp_plugin.serving.trainium.kernel_path import KernelPath
 from neuronmlp_plugin.serving.trainium.parallel import Parallel, RankModule
 from nki_kernels.layout import Layout
@@ -44,6 +44,14 @@ def refusal(
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"the vendor's compiler refused a kernel for {tokens} tokens: {first_line[:300]}"
     return None
+
+
+def sample_refusal() -> str | None:
+    """`refusal` of a small layer with every low-rank form, in prefill and decode: what `neuronmlp doctor` asks."""
+    compact, uv = ProjectionSpec("compact", 64), ProjectionSpec("uv", 64)
+    layer = MLPLayer(256, 512, compact, uv, compact)
+    found = (refusal(layer, 1, torch.bfloat16, tokens) for tokens in (128, 1))
+    return next((why for why in found if why), None)
 
 
 def trace(kernel: Callable[..., Any], *arguments: Any) -> None:

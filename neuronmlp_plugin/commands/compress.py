@@ -130,7 +130,11 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         "(default auto: what makes the slices nearest to square; 1 for the baselines)",
     )
     method.add_argument(
-        "--tp", type=int, metavar="N", default=_DEFAULTS["tp"], help="groups that serve N ranks at full speed: a multiple of N"
+        "--tp",
+        type=int,
+        metavar="N",
+        default=_DEFAULTS["tp"],
+        help="groups that serve N ranks at full speed: a multiple of N",
     )
     method.add_argument(
         "--channels",
@@ -229,7 +233,12 @@ def summary_rows(report: dict[str, Any], target: pathlib.Path) -> list[tuple[str
             "bytes",
             f"{report['weight_bytes'] / 1e6:.1f} MB in bf16, {report['bytes_ratio']:.1%} of the dense MLPs",
         ),
-        ("forms", ", ".join(f"{forms.count(form)} {form}" for form in dict.fromkeys(("dense", *FORMS)) if form in forms)),
+        (
+            "forms",
+            ", ".join(
+                f"{forms.count(form)} {form}" for form in dict.fromkeys(("dense", *FORMS)) if form in forms
+            ),
+        ),
     ]
     quality = report["quality"]
     if quality:

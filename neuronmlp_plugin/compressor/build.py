@@ -77,7 +77,9 @@ def untouched(plan: Plan, index: int) -> BuiltLayer:
     return BuiltLayer(weights, layer, {}, [], *[torch.arange(layer.channels)] * 2)
 
 
-def build_layer(plan: Plan, index: int, factored: FactoredLayer, layer: MLPLayer, dtype: torch.dtype) -> BuiltLayer:
+def build_layer(
+    plan: Plan, index: int, factored: FactoredLayer, layer: MLPLayer, dtype: torch.dtype
+) -> BuiltLayer:
     """Order the channels inside each group, pivot, and cast one layer."""
     order = _order(factored, layer)
     whole = torch.cat(order)
@@ -88,7 +90,10 @@ def build_layer(plan: Plan, index: int, factored: FactoredLayer, layer: MLPLayer
         if pairs is None:
             stored = {"weight": _dense(plan, index, factored, name, built, dtype)}
         else:
-            permuted = [_permuted(pair, place, matrix.is_down) for pair, place in zip(pairs, _local(order), strict=True)]
+            permuted = [
+                _permuted(pair, place, matrix.is_down)
+                for pair, place in zip(pairs, _local(order), strict=True)
+            ]
             stored, specs[name], built.rounding[name], note = _store(matrix, permuted, dtype)
             built.notes.extend([f"layer {index} {name}: {note}"] if note else [])
         built.tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in stored.items()})

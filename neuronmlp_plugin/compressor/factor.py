@@ -58,7 +58,12 @@ class FactoredLayer:
         seconds = named("second")
         factors = {n: list(zip(first, seconds[n], strict=True)) for n, first in named("first").items()}
         return cls(
-            tensors["channels"], named("weight"), factors, named("metric"), tensors["losses"], tensors["energies"]
+            tensors["channels"],
+            named("weight"),
+            factors,
+            named("metric"),
+            tensors["losses"],
+            tensors["energies"],
         )
 
 

@@ -89,7 +89,9 @@ def make_offers(plan: Plan, analysis: Workspace, bars: ProgressBars, workers: Wo
     mine = missing[workers.index :: workers.count]
     with bars.stage("channels and ranks", len(mine)) as tick:
         for index in mine:
-            offer = _offer(plan, read_mlp(plan, analysis, index, workers.device), _tokens(plan, analysis, index))
+            offer = _offer(
+                plan, read_mlp(plan, analysis, index, workers.device), _tokens(plan, analysis, index)
+            )
             analysis.save(offer_name(plan, index), offer.to_tensors())
             tick(1)
 

@@ -161,7 +161,11 @@ class Plan:
 
     def _groups_row(self) -> str:
         """Which tensor-parallel sizes the folder will serve as a dense one would be served."""
-        channels = math.gcd(self.shape.intermediate_size, QUANTUM * self.groups) if self.settings.removes_channels else 0
+        channels = (
+            math.gcd(self.shape.intermediate_size, QUANTUM * self.groups)
+            if self.settings.removes_channels
+            else 0
+        )
         fits = divisors(self.groups if self.settings.form != "narrow" else channels)
         more = "; channels may be removed" if self.settings.removes_channels else ""
         return f"{self.groups}: full speed at tensor parallel size {', '.join(map(str, fits))}{more}"
@@ -306,7 +310,11 @@ def _check_size(settings: Settings, shape: MLPShape, groups: int) -> None:
 def _any_level(shape: MLPShape, channels: int, groups: int, is_factored: bool) -> Level:
     """A level of some losses: convex, so that every rank is worth offering."""
     h, part = shape.hidden_size, channels // groups
-    tail = np.linspace(1.0, 0.0, min(h, part) + 1) ** 2 if is_factored else np.append(np.full(min(h, part), np.inf), 0.0)
+    tail = (
+        np.linspace(1.0, 0.0, min(h, part) + 1) ** 2
+        if is_factored
+        else np.append(np.full(min(h, part), np.inf), 0.0)
+    )
     sides = ((h, part) if name == "down_proj" else (part, h) for name in PROJECTIONS)
     removal = float(shape.intermediate_size - channels)
     return Level(channels, removal, tuple(Curve(out, n_in, tail, groups) for out, n_in in sides))

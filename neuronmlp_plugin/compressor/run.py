@@ -80,7 +80,10 @@ class Run:
         kind = f"factored-{index:05d}"
         name = f"{kind}-{digest(dataclasses.asdict(choice))}"
         if not self.work.has(name):
-            mlp, offer = read_mlp(self.plan, self.analysis, index, self.device), read_offer(self.plan, self.analysis, index)
+            mlp, offer = (
+                read_mlp(self.plan, self.analysis, index, self.device),
+                read_offer(self.plan, self.analysis, index),
+            )
             for path in self.work.path.glob(f"{kind}-*"):
                 path.unlink()
             self.work.save(name, factor_layer(mlp, offer, choice, self.plan.groups).to_tensors())
@@ -92,7 +95,9 @@ class Run:
             for index, choice in enumerate(choices):
                 self.factored(index, choice)
                 tick(1)
-        return TruncatedStream(self.plan.base, lambda index: self.factored(index, choices[index]), self.device)
+        return TruncatedStream(
+            self.plan.base, lambda index: self.factored(index, choices[index]), self.device
+        )
 
     def finish(self) -> None:
         self.plan.target.parent.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,9 @@ class Settings:
         None
     )
     form: str = "compact"  # of the factors | "narrow": channels go, and all matrices stay dense
-    groups: int | None = None  # of channels that are factorised apart; None: what makes slices nearest to square
+    groups: int | None = (
+        None  # of channels that are factorised apart; None: what makes slices nearest to square
+    )
     tp: int = 1  # groups are to be a multiple of this
     channels: str = "remove"  # where it pays, beside factors | "keep" all
     # input moment and output metric | input moment alone (SVD-LLM) | neither (plain SVD) | MoDeGPT's MLP step

@@ -73,10 +73,17 @@ def balanced(rows: torch.Tensor, assigned: torch.Tensor, groups: int, ranks: lis
 
 def _prices(rows: torch.Tensor, assigned: torch.Tensor, groups: int, ranks: list[int]) -> torch.Tensor:
     """mu `[M]`: the squared singular value at each matrix's rank, mean over the slices."""
-    slices = torch.stack([rows[:, assigned == group][:, : rows.shape[1] // groups] for group in range(groups)], 1)
+    slices = torch.stack(
+        [rows[:, assigned == group][:, : rows.shape[1] // groups] for group in range(groups)], 1
+    )
     wide = slices.shape[2] <= slices.shape[3]
-    spectra = torch.linalg.eigvalsh(slices @ slices.mT if wide else slices.mT @ slices).flip(-1)  # [M, groups, n]
-    at = [matrix[:, min(rank, spectra.shape[-1] - 1)].mean() for matrix, rank in zip(spectra, ranks, strict=True)]
+    spectra = torch.linalg.eigvalsh(slices @ slices.mT if wide else slices.mT @ slices).flip(
+        -1
+    )  # [M, groups, n]
+    at = [
+        matrix[:, min(rank, spectra.shape[-1] - 1)].mean()
+        for matrix, rank in zip(spectra, ranks, strict=True)
+    ]
     return torch.stack(at).clamp_min(torch.finfo(rows.dtype).tiny)
 
 

@@ -48,7 +48,9 @@ class MLP:
         """
         whole = len(kept) == self.width
         down = self.down[:, kept].double() if whole else repaired(self.down, self.channels, kept)
-        grown = _energies(down, self.down_metric) / _energies(self.down[:, kept], self.down_metric).clamp_min(1e-30)
+        grown = _energies(down, self.down_metric) / _energies(self.down[:, kept], self.down_metric).clamp_min(
+            1e-30
+        )
         slim = MLP(
             self.gate[kept],
             self.up[kept],
@@ -59,7 +61,9 @@ class MLP:
             self.up_metric[kept] * grown,
             self.down_metric,
         )
-        vars(slim).update({name: root for name, root in vars(self).items() if name.endswith("_root")})  # the same
+        vars(slim).update(
+            {name: root for name, root in vars(self).items() if name.endswith("_root")}
+        )  # the same
         return slim
 
     @functools.cached_property
@@ -87,13 +91,13 @@ class MLP:
 
         `groups`: the channels `[n]` of each.
         """
-        rows = self.rows().double()
-        gate, up = (sum(_spectrum(matrix[group]) for group in groups) for matrix in rows[:2])
-        weighted, down = self.metric_root @ self.down.double(), 0
+        rows, weighted = self.rows().double(), self.metric_root @ self.down.double()
+        spectra = [[_spectrum(matrix[group]) for group in groups] for matrix in rows[:2]]
+        spectra.append([])
         for group in groups:
             spread = torch.linalg.cholesky(ridged(self.channels[group][:, group]))
-            down = down + _spectrum((weighted[:, group] @ spread).T)
-        return [_tail(energy) for energy in (gate, up, down)]
+            spectra[2].append(_spectrum((weighted[:, group] @ spread).T))
+        return [_tail(torch.stack(slices).sum(0)) for slices in spectra]
 
 
 def root(symmetric: torch.Tensor) -> torch.Tensor:

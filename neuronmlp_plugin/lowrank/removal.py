@@ -31,7 +31,9 @@ def eliminate(
     are updated for the ones that stay.
     """
     w = weight.double()
-    state = _Elimination(torch.cholesky_inverse(torch.linalg.cholesky(ridged(moment))), w.T @ metric.double() @ w)
+    state = _Elimination(
+        torch.cholesky_inverse(torch.linalg.cholesky(ridged(moment))), w.T @ metric.double() @ w
+    )
     channels = len(moment)
     removed: list[int] = []
     losses: list[float] = []

@@ -17,23 +17,29 @@ REFIT_RIDGE = 1e-8
 
 
 def factor_outputs(
-    weight: torch.Tensor, moment: torch.Tensor, metric: torch.Tensor, groups: Sequence[torch.Tensor], rank: int
+    weight: torch.Tensor,
+    moment: torch.Tensor,
+    metric: torch.Tensor,
+    groups: Sequence[torch.Tensor],
+    rank: int,
 ) -> list[Pair]:
     """Gate or up `[I, H]`: the best rank of each group's rows."""
     return [decompose(weight[group], moment, metric[group]).truncate(rank) for group in groups]
 
 
 def factor_inputs(
-    weight: torch.Tensor, moment: torch.Tensor, metric: torch.Tensor, groups: Sequence[torch.Tensor], rank: int
+    weight: torch.Tensor,
+    moment: torch.Tensor,
+    metric: torch.Tensor,
+    groups: Sequence[torch.Tensor],
+    rank: int,
 ) -> list[Pair]:
     """Down `[H, I]` under C `[I, I]`: the best rank of each group's columns, then a refit, one sweep, a refit.
 
     The groups' parts add up to the output, so their errors interact: the second factors that are best
     together are not the best of each.
     """
-    pairs = [
-        decompose(weight[:, group], moment[group][:, group], metric).truncate(rank) for group in groups
-    ]
+    pairs = [decompose(weight[:, group], moment[group][:, group], metric).truncate(rank) for group in groups]
     if len(groups) == 1:
         return pairs
     pairs = _refitted(weight, moment, groups, pairs)
@@ -47,8 +53,12 @@ def _refitted(
     any metric.
     """
     c, ranks = moment.double(), [len(first) for first, _ in pairs]
-    spread = torch.cat([c[:, group] @ first.double().T for group, (first, _) in zip(groups, pairs, strict=True)], 1)
-    gram = torch.cat([first.double() @ spread[group] for group, (first, _) in zip(groups, pairs, strict=True)])
+    spread = torch.cat(
+        [c[:, group] @ first.double().T for group, (first, _) in zip(groups, pairs, strict=True)], 1
+    )
+    gram = torch.cat(
+        [first.double() @ spread[group] for group, (first, _) in zip(groups, pairs, strict=True)]
+    )
     cross = weight.double() @ spread
     second = torch.cholesky_solve(cross.T, torch.linalg.cholesky(ridged(gram, REFIT_RIDGE))).T
     return [(first, part) for (first, _), part in zip(pairs, second.split(ranks, 1), strict=True)]

@@ -105,7 +105,7 @@ def test_predicted_errors_hold_on_the_calibrated_rows(home):
 
 
 def test_two_sided_global_beats_the_published_method_at_equal_bytes(home):
-    ours = compress(make_plan(settings_for(home, form="uv")), QUIET)
+    ours = compress(make_plan(settings_for(home, form="uv", channels="keep")), QUIET)
     theirs = compress(
         make_plan(settings_for(home, form="uv", method="whitened", allocation="uniform", out=home / "w")),
         QUIET,
@@ -137,7 +137,10 @@ def test_bf16_factors_are_written_as_bf16(home):
 
 def test_dense_matrices_stay_as_they_were(home):
     """In a layer of its own or beside factors: another dtype is for the factors."""
-    compress(make_plan(settings_for(home, dtype="bfloat16", form="uv", remove=0.05, groups=1, channels="keep")), QUIET)
+    compress(
+        make_plan(settings_for(home, dtype="bfloat16", form="uv", remove=0.05, groups=1, channels="keep")),
+        QUIET,
+    )
     stored, base = Checkpoint(home / "out"), Checkpoint(home / "dense")
     dense = [
         f"model.layers.{i}.mlp.{n}.weight"
@@ -339,9 +342,13 @@ def test_groups_and_fewer_channels_are_stored_as_they_are_said(home, groups, all
 
 
 def test_auto_takes_the_groups_whose_slices_are_nearest_to_square(home):
-    plans = [make_plan(settings_for(home, **changes)) for changes in ({}, {"tp": 4}, {"tp": 3}, {"groups": 1})]
+    plans = [
+        make_plan(settings_for(home, **changes)) for changes in ({}, {"tp": 4}, {"tp": 3}, {"groups": 1})
+    ]
     assert [plan.groups for plan in plans] == [2, 4, 3, 1]  # 192 x 128: 96 is nearer to 128 than 192
-    assert ("groups", "4: full speed at tensor parallel size 1, 2, 4; channels may be removed") in plans[1].rows()
+    assert ("groups", "4: full speed at tensor parallel size 1, 2, 4; channels may be removed") in plans[
+        1
+    ].rows()
     assert make_plan(settings_for(home, method="whitened", allocation="uniform")).groups == 1
 
 
@@ -364,16 +371,19 @@ def test_choosing_channels_by_their_loss_beats_leverage_and_choosing_by_layer_be
         compress(make_plan(settings_for(home, out=home / str(i), **way)), QUIET)["quality"]["kl_divergence"]
         for i, way in enumerate(ways)
     ]
-    assert kls == sorted(kls) and kls[1] < 0.9 * kls[2]
+    assert kls == sorted(kls) and kls[0] < 0.7 * kls[1]
 
 
 def test_numbers_that_the_dtype_does_not_hold_are_refused(home):
     weights = home / "dense" / "model.safetensors"
     tensors = load_file(weights)
-    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e6
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e12
     save_file(tensors, weights)
     with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\..*expected finite values in float16"):
-        compress(make_plan(settings_for(home, text=None, method="plain", allocation="uniform", dtype="float16")), QUIET)
+        compress(
+            make_plan(settings_for(home, text=None, method="plain", allocation="uniform", dtype="float16")),
+            QUIET,
+        )
     assert not (home / "out").exists()
 
 
@@ -433,7 +443,10 @@ def test_damaged_weights_are_refused_by_name(home):
         ({"form": "narrow", "remove": 0.8}, "expected at most 0.67"),
         ({"form": "narrow", "remove": 0.8, "allocation": "uniform"}, "expected at most 0.67 of the channels"),
         ({"method": "modegpt", "allocation": "uniform"}, "modegpt: expected --form narrow"),
-        ({"method": "whitened", "allocation": "uniform", "form": "narrow"}, "whitened: expected --form compact"),
+        (
+            {"method": "whitened", "allocation": "uniform", "form": "narrow"},
+            "whitened: expected --form compact",
+        ),
         ({"method": "whitened", "allocation": "measured"}, "expected --allocation uniform, found measured"),
         (
             {"remove": None, "target": "kl<0.1", "allocation": "measured"},

@@ -147,7 +147,10 @@ def test_a_run_reports_the_simulated_time_it_was_asked_for(tmp_path, monkeypatch
     write_tokenizer(tiny_models.write_dense(tmp_path / "dense", "llama"))
     write_text(tmp_path / "text.jsonl", 3000)
     report = compress(
-        make_plan(settings_for(tmp_path, remove=None, faster=1.05, form="uv", groups=1, allocation=allocation)), QUIET
+        make_plan(
+            settings_for(tmp_path, remove=None, faster=1.05, form="uv", groups=1, allocation=allocation)
+        ),
+        QUIET,
     )
     decode = report["decode"]
     assert decode["asked"] == 1.05
@@ -159,5 +162,8 @@ def test_a_run_reports_the_simulated_time_it_was_asked_for(tmp_path, monkeypatch
 
 def test_an_mlp_of_one_row_tile_gets_no_faster_and_that_is_said(home):  # noqa: F811
     with pytest.raises(UsageError, match=r"expected at most 0\.00 of the cost"):
-        compress(make_plan(settings_for(home, remove=None, faster=1.05, form="uv", groups=1, channels="keep")), QUIET)
+        compress(
+            make_plan(settings_for(home, remove=None, faster=1.05, form="uv", groups=1, channels="keep")),
+            QUIET,
+        )
     assert not (home / "out").exists()

@@ -228,7 +228,11 @@ def test_narrow_matrices_stay_dense_and_uniform_ones_keep_alike():
 
 def test_a_level_without_curves_offers_its_dense_matrices_alone():
     whole, slim = levels()[:2]
-    bare = Level(48, 0.01, tuple(Curve(c.out_features, c.in_features, np.append(np.full(32, np.inf), 0.0)) for c in slim.curves))
+    bare = Level(
+        48,
+        0.01,
+        tuple(Curve(c.out_features, c.in_features, np.append(np.full(32, np.inf), 0.0)) for c in slim.curves),
+    )
     choices = allocate_layers([[whole, bare]] * 4, 0.75, "compact", 2)
     assert all(c.kept == 64 or c.ranks == (None,) * 3 for c in choices) and any(c.kept == 48 for c in choices)
 

@@ -6,7 +6,9 @@ import torch
 from neuronmlp_plugin.lowrank.dealing import _moves, balanced, deal
 
 
-def planted(groups: int = 2, size: int = 24, width: int = 16, rank: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+def planted(
+    groups: int = 2, size: int = 24, width: int = 16, rank: int = 4
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`rows [1, I, H]` whose groups lie near spaces of their own, shuffled; and the groups."""
     g = torch.Generator().manual_seed(0)
     parts = [
@@ -18,7 +20,11 @@ def planted(groups: int = 2, size: int = 24, width: int = 16, rank: int = 4) -> 
 
 
 def tails(rows: torch.Tensor, dealt: torch.Tensor, groups: int, rank: int) -> float:
-    parts = [torch.linalg.svdvals(matrix[dealt == t]).square()[rank:].sum() for matrix in rows for t in range(groups)]
+    parts = [
+        torch.linalg.svdvals(matrix[dealt == t]).square()[rank:].sum()
+        for matrix in rows
+        for t in range(groups)
+    ]
     return float(torch.stack(parts).sum())
 
 
@@ -47,7 +53,9 @@ def test_a_move_changes_the_value_by_what_was_said(channel):
             continue
         moved = dealt.clone()
         moved[channel] = group
-        assert _moves(rows, moved, 3, prices)[0] - before == pytest.approx(float(moves[group, channel]), rel=1e-6)
+        assert _moves(rows, moved, 3, prices)[0] - before == pytest.approx(
+            float(moves[group, channel]), rel=1e-6
+        )
 
 
 def test_unequal_groups_become_equal_and_equal_ones_stay():

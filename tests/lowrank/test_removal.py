@@ -38,7 +38,8 @@ def test_the_first_channel_to_go_is_the_one_that_is_missed_least():
     mlp = small_mlp(channels=12)
     order, loss = eliminate(mlp.down, mlp.channels, mlp.down_metric, 11)
     losses = [
-        down_loss(mlp, with_zeros(mlp, torch.tensor([j for j in range(12) if j != gone]))) for gone in range(12)
+        down_loss(mlp, with_zeros(mlp, torch.tensor([j for j in range(12) if j != gone])))
+        for gone in range(12)
     ]
     assert losses.index(min(losses)) == int(order[-1])
     assert float(loss[11]) == pytest.approx(min(losses), rel=1e-4)

@@ -502,7 +502,11 @@ def test_the_report_is_json_with_every_matrix(home):
 
 @pytest.mark.parametrize(
     "options",
-    [{"allocation": "measured"}, {"form": "uv"}, {"method": "whitened", "allocation": "uniform"}],
+    [
+        {"allocation": "measured", "groups": 1},
+        {"form": "uv", "groups": 1},
+        {"method": "whitened", "allocation": "uniform"},
+    ],
     ids=str,
 )
 def test_a_matrix_of_zeros_is_no_obstacle(home, options):

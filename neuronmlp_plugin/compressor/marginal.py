@@ -52,7 +52,9 @@ class TruncatedStream(LayerStream):
     def load(self, index: int) -> nn.Module:
         layer: Any = super().load(index)
         found = self.factored(index)
-        for name in PROJECTIONS if found else ():
+        if found is None:
+            return layer
+        for name in PROJECTIONS:
             weight = placed(found, found.low_rank(name), name, getattr(layer.mlp, name).weight)
             getattr(layer.mlp, name).weight = nn.Parameter(weight, requires_grad=False)
         return layer
@@ -85,7 +87,7 @@ def scaled(layers: Sequence[Layer], choices: Sequence[Choice], gains: Sequence[G
     at = [index for index, layer in enumerate(known) if layer]
     whole = [sum(g for g, _ in known[index]) / sum(p for _, p in known[index]) for index in at]
     by_depth = np.interp(range(len(layers)), at, whole)
-    found = []
+    found: list[Layer] = []
     for layer, gain, loss, depth in zip(layers, gains, predicted, by_depth, strict=True):
         own = [depth if g is None or not p > 0.0 else g / p for g, p in zip(gain, loss, strict=True)]
         factors = [float(np.clip(ratio / mean, 1 / LIMIT, LIMIT)) ** POWER for ratio in own]

@@ -105,7 +105,7 @@ def _metric_roots(metric: torch.Tensor | None, w: torch.Tensor) -> tuple[torch.T
         return one, one
     g = metric.double()
     if g.ndim == 1:
-        root = (g + RIDGE * g.mean()).sqrt()
+        root = (g + RIDGE * g.mean().clamp_min(1e-30)).sqrt()
         return root, 1.0 / root
     values, vectors = torch.linalg.eigh(_ridged(g))
     root = values.clamp_min(float(values[-1]) * 1e-14).sqrt()

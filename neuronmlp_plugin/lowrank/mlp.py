@@ -91,13 +91,13 @@ class MLP:
 
         `groups`: the channels `[n]` of each.
         """
-        rows = self.rows().double()
-        gate, up = (sum(_spectrum(matrix[group]) for group in groups) for matrix in rows[:2])
-        weighted, down = self.metric_root @ self.down.double(), 0
+        rows, weighted = self.rows().double(), self.metric_root @ self.down.double()
+        spectra = [[_spectrum(matrix[group]) for group in groups] for matrix in rows[:2]]
+        spectra.append([])
         for group in groups:
             spread = torch.linalg.cholesky(ridged(self.channels[group][:, group]))
-            down = down + _spectrum((weighted[:, group] @ spread).T)
-        return [_tail(energy) for energy in (gate, up, down)]
+            spectra[2].append(_spectrum((weighted[:, group] @ spread).T))
+        return [_tail(torch.stack(slices).sum(0)) for slices in spectra]
 
 
 def root(symmetric: torch.Tensor) -> torch.Tensor:

@@ -105,7 +105,7 @@ def test_predicted_errors_hold_on_the_calibrated_rows(home):
 
 
 def test_two_sided_global_beats_the_published_method_at_equal_bytes(home):
-    ours = compress(make_plan(settings_for(home, form="uv")), QUIET)
+    ours = compress(make_plan(settings_for(home, form="uv", channels="keep")), QUIET)
     theirs = compress(
         make_plan(settings_for(home, form="uv", method="whitened", allocation="uniform", out=home / "w")),
         QUIET,
@@ -371,13 +371,13 @@ def test_choosing_channels_by_their_loss_beats_leverage_and_choosing_by_layer_be
         compress(make_plan(settings_for(home, out=home / str(i), **way)), QUIET)["quality"]["kl_divergence"]
         for i, way in enumerate(ways)
     ]
-    assert kls == sorted(kls) and kls[1] < 0.9 * kls[2]
+    assert kls == sorted(kls) and kls[0] < 0.7 * kls[1]
 
 
 def test_numbers_that_the_dtype_does_not_hold_are_refused(home):
     weights = home / "dense" / "model.safetensors"
     tensors = load_file(weights)
-    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e6
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e12
     save_file(tensors, weights)
     with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\..*expected finite values in float16"):
         compress(
@@ -502,7 +502,11 @@ def test_the_report_is_json_with_every_matrix(home):
 
 @pytest.mark.parametrize(
     "options",
-    [{"allocation": "measured"}, {"form": "uv"}, {"method": "whitened", "allocation": "uniform"}],
+    [
+        {"allocation": "measured", "groups": 1},
+        {"form": "uv", "groups": 1},
+        {"method": "whitened", "allocation": "uniform"},
+    ],
     ids=str,
 )
 def test_a_matrix_of_zeros_is_no_obstacle(home, options):

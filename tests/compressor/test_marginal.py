@@ -38,7 +38,9 @@ def test_gains_are_the_gradient_of_kl_through_the_whole_truncated_model(home):  
         for name in PROJECTIONS:
             weight = getattr(layer.mlp, name).weight
             exact = weight.data.clone()
-            before, after = (placed(found, w, name, exact) for w in (found.weights[name], found.low_rank(name)))
+            before, after = (
+                placed(found, w, name, exact) for w in (found.weights[name], found.low_rank(name))
+            )
             weight.data = after
             changes.append((weight.requires_grad_(), exact, before))
     windows = plan.measured
@@ -85,18 +87,26 @@ def test_losses_follow_what_was_measured_within_limits():
     gains = [[None, 4.0], [None, 400.0], [None, -1.0], [2.0, None]]
     low, dear, cheap, narrow = scaled([single(curve)] * 4, choices, gains)
     mean = (4 / 4 + 400 / 4 - 1 / 4 + 2 / 2) / 4
-    assert low[0].curves[0].tail.tolist() == (curve.tail * LIMIT**-POWER).tolist() == cheap[0].curves[0].tail.tolist()
+    assert (
+        low[0].curves[0].tail.tolist()
+        == (curve.tail * LIMIT**-POWER).tolist()
+        == cheap[0].curves[0].tail.tolist()
+    )
     assert dear[0].curves[0].tail == pytest.approx(curve.tail * min(100 / mean, LIMIT) ** POWER)
     assert narrow[1].removal == pytest.approx(2.0 * LIMIT**-POWER)
     layers = [single(curve)] * 3
-    assert scaled(layers, choices[:3], [[None, -1.0], [None, -1.0], [None, 1.0]]) == layers  # no mean to compare with
+    assert (
+        scaled(layers, choices[:3], [[None, -1.0], [None, -1.0], [None, 1.0]]) == layers
+    )  # no mean to compare with
 
 
 def test_what_was_not_measured_goes_by_its_layer_and_its_neighbours():
     curve = Curve(4, 4, np.array([8.0, 4.0, 2.0, 1.0, 0.0]))
     choices = [Choice(4, (1,)), Choice(4, (None,)), Choice(4, (1,))]
     first, between, last = scaled([single(curve)] * 3, choices, [[None, 4.0], [None, None], [None, 12.0]])
-    assert first[1].removal == pytest.approx(2.0 * 0.5**POWER) and last[1].removal == pytest.approx(2.0 * 1.5**POWER)
+    assert first[1].removal == pytest.approx(2.0 * 0.5**POWER) and last[1].removal == pytest.approx(
+        2.0 * 1.5**POWER
+    )
     assert between[1].removal == pytest.approx(2.0) and between[0].curves[0].tail == pytest.approx(curve.tail)
 
 

@@ -6,23 +6,52 @@ Both cast one element a cycle and partition, at 1.4 and 1.12 GHz on trn1 (docume
 
 from __future__ import annotations
 
-from nki_kernels.layout import Layout
+import dataclasses
+
+from nki_kernels.layout import Layout, stored_cols
 from nki_kernels.targets import PMAX, Target
 from nki_kernels.tiling import MOVING_COLS, Matrix, pieces, tile_count
 
 MIN_CYCLES = 64  # of any instruction
-# What the engines of later generations do differently does not matter here: a share is never wrong, only late.
 
 
-def scalar_share(layout: Layout, tokens: int, moving: int, norm: bool, residual: bool, target: Target) -> int:
-    """Of 128 columns, how many ScalarE casts; `moving` is the width of a moving tile of `tokens`."""
-    scalar = _scalar_cycles(layout, tokens, moving, norm) / target.scalar_ghz
-    vector = _vector_cycles(layout, tokens, moving, residual) / target.vector_ghz
-    columns = layout.stored_cols
-    even = (columns / target.vector_ghz + vector - scalar) / (
-        columns / target.scalar_ghz + columns / target.vector_ghz
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What decides the work of the engines: a block of tokens, and what is done to it besides products."""
+
+    tokens: int
+    moving_tokens: int  # width of a moving tile
+    norm: bool
+    residual: bool
+
+
+def scalar_shares(layout: Layout, block: Block, target: Target) -> tuple[int, int]:
+    """Of 128 columns, how many ScalarE casts: in the transposed products, and in the natural last one."""
+    natural = natural_cols(layout)
+    stored = sum(stored_cols(matrix, n) for name, matrix, n, _ in layout.tiles() if name == "down_second")
+    last = stored if natural else 0
+    transposed = _even(
+        layout.stored_cols - last, _scalar_cycles(layout, block), _vector_cycles(layout, block), target
     )
-    return round(PMAX * min(1.0, max(0.0, even)))
+    vector = tile_count(block.tokens) * natural * (3 if block.residual else 1)
+    return transposed, _even(last, 0, vector, target)
+
+
+def natural_cols(layout: Layout) -> int:
+    """Columns of natural output."""
+    last = layout.down_second
+    return last.cols if last is not None and last.tile_cols == MOVING_COLS else 0
+
+
+def _even(columns: int, scalar_cycles: int, vector_cycles: int, target: Target) -> int:
+    """ScalarE's share of `columns` with which both engines end together, besides their other cycles."""
+    if columns == 0:
+        return PMAX // 2
+    scalar, vector = 1 / target.scalar_ghz, 1 / target.vector_ghz
+    share = (columns * vector + vector_cycles * vector - scalar_cycles * scalar) / (
+        columns * (scalar + vector)
+    )
+    return round(PMAX * min(1.0, max(0.0, share)))
 
 
 def _tile_cycles(tokens: int, moving: int) -> int:
@@ -34,19 +63,20 @@ def _tiles(matrix: Matrix | None) -> int:
     return 0 if matrix is None else matrix.col_tiles()
 
 
-def _scalar_cycles(layout: Layout, tokens: int, moving: int, norm: bool) -> int:
+def _adds_pivots(layout: Layout) -> bool:
+    return layout.down_first is not None and layout.down_first.adds_pivots()
+
+
+def _scalar_cycles(layout: Layout, block: Block) -> int:
     """SiLU, z on its way out of PSUM, and x on its way through the transpose."""
-    added = layout.down_first is not None and layout.down_first.adds_pivots()
     tiles = _tiles(layout.gate_second) + _tiles(layout.gate_first) + _tiles(layout.up_first)
-    tiles += 0 if added else _tiles(layout.down_first)
-    x_cycles = tile_count(layout.hidden) * tokens + (tile_count(tokens) * layout.hidden if norm else 0)
-    return tiles * _tile_cycles(tokens, moving) + x_cycles
+    tiles += 0 if _adds_pivots(layout) else _tiles(layout.down_first)
+    norm_cycles = tile_count(block.tokens) * layout.hidden if block.norm else 0
+    x_cycles = tile_count(layout.hidden) * block.tokens + norm_cycles
+    return tiles * _tile_cycles(block.tokens, block.moving_tokens) + x_cycles
 
 
-def _vector_cycles(layout: Layout, tokens: int, moving: int, residual: bool) -> int:
-    """Products of gate and up, pivots added to z, natural output."""
-    added = layout.down_first is not None and layout.down_first.adds_pivots()
-    tiles = 2 * _tiles(layout.gate_second) + (2 * _tiles(layout.down_first) if added else 0)
-    last = layout.down_second
-    natural = last.cols if last is not None and last.tile_cols == MOVING_COLS else 0
-    return tiles * _tile_cycles(tokens, moving) + tile_count(tokens) * natural * (3 if residual else 1)
+def _vector_cycles(layout: Layout, block: Block) -> int:
+    """Products of gate and up, pivots added to z."""
+    tiles = 2 * _tiles(layout.gate_second) + (2 * _tiles(layout.down_first) if _adds_pivots(layout) else 0)
+    return tiles * _tile_cycles(block.tokens, block.moving_tokens)

@@ -16,7 +16,9 @@ from nki_kernels.request import Request, z_is_natural
 from nki_kernels.targets import PMAX
 from nki_kernels.tiling import MOVING_COLS, tile_count
 
-RAW_SLOTS = 4  # int8 chunks: one being cast, one there, two arriving
+# int8 chunks on their way: one being cast, one there, one arriving; in decode also those that arrive before
+# the engines are done with x.
+RAW_SLOTS, DECODE_RAW_SLOTS = 3, 8
 ALIGN_BYTES = 256  # so that no two tensors share a line
 
 
@@ -39,6 +41,11 @@ class Room:
 def aligned(size_bytes: int) -> int:
     """The next multiple of ALIGN_BYTES."""
     return tile_count(size_bytes, ALIGN_BYTES) * ALIGN_BYTES
+
+
+def raw_slots(block_tokens: int) -> int:
+    """How many int8 chunks can be on their way."""
+    return DECODE_RAW_SLOTS if block_tokens <= PMAX else RAW_SLOTS
 
 
 def place(room: Room) -> dict[str, Any]:
@@ -104,10 +111,10 @@ def _int8(room: Room, start: int) -> dict[str, int]:
     natural = last.cols if last is not None and last.tile_cols == MOVING_COLS else 0
     spread = start + aligned(layout.scale_cols * 4)
     small = spread + aligned(natural * 4)
-    scaled = small + (3 * PMAX * 4 if natural else 0)
+    scaled = small + (5 * PMAX * 4 if natural else 0)
     raw = scaled + (2 * MOVING_COLS * 4 if room.request.residual else 0)
     raw_bytes = aligned(max(room.ring_cols, PMAX))
-    ring = raw + RAW_SLOTS * raw_bytes
+    ring = raw + raw_slots(room.block_tokens) * raw_bytes
     return {
         "scales": start,
         "spread": spread,

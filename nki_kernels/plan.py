@@ -90,7 +90,9 @@ class Plan(nl.NKIObject):
     scale_cols: int  # columns of the packed scales
     raw_slots: int  # int8 chunks on their way
     raw_bytes: int  # from one to the next
-    scalar_share: int  # of 128 columns, how many ScalarE casts; VectorE takes the rest
+    scalar_share: int  # of 128 columns, how many ScalarE casts, where VectorE takes the rest,
+    natural_share: int  # and in chunks of the last, natural product,
+    natural_chunk: int  # which begin here
     natural_z: bool  # z crosses collectives as [T, channels]
     with_norm: bool = False  # RMSNorm in front
     norm_eps: float = 0.0

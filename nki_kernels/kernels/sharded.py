@@ -123,6 +123,7 @@ def load_z(work: Workspace, dst: Tensor, z: Tensor, share: tuple, where: tuple) 
         load_gathered_natural(work, dst, z, share, where)
     else:
         load_gathered(dst, z, share, where)
+    work.scales.load(work)
 
 
 def store_down_z(work: Workspace, out: Tensor, slots: int, where: tuple) -> None:

@@ -29,6 +29,7 @@ def load_input(work: Workspace, dst: Tensor, src: Tensor, first_token: int, toke
         load_transposed(dst, src, first_token, tokens)
     else:
         load_natural(work, dst, src, first_token, tokens)
+    work.scales.load(work)
 
 
 def first_products(work: Workspace, tokens: int) -> None:

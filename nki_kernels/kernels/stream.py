@@ -108,12 +108,15 @@ class WeightStream(nl.NKIObject):
                 dge_mode=nisa.dge_mode.none,
             )
             if self.plan.is_int8:
-                self.cast(self.slots[slot], there, size)
+                self.cast(chunk, self.slots[slot], there, size)
             self.held[slot] = chunk
 
-    def cast(self, dst: Tensor, src: Tensor, cols: int) -> None:
+    def cast(self, chunk: int, dst: Tensor, src: Tensor, cols: int) -> None:
         """int8 to the type of the products, shared by ScalarE and VectorE so that neither is late."""
-        middle = cols // PMAX * self.plan.scalar_share // PMAX * PMAX
+        share = self.plan.scalar_share
+        if chunk >= self.plan.natural_chunk:
+            share = self.plan.natural_share
+        middle = cols // PMAX * share // PMAX * PMAX
         if middle > 0:
             nisa.activation(dst=dst[:, 0:middle], op=nl.copy, data=src[:, 0:middle], bias=self.zero)
         if middle < cols:

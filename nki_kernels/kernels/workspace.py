@@ -9,7 +9,7 @@ from nki_kernels.kernels.matmul import matmul
 from nki_kernels.kernels.stream import WeightStream
 from nki_kernels.plan import Plan
 from nki_kernels.targets import PMAX, PSUM_BANK_BYTES, PSUM_BANKS
-from nki_kernels.tiling import MOVING_COLS, Matrix, tile_count
+from nki_kernels.tiling import MOVING_COLS, Matrix, pieces, tile_count
 
 Tensor = Any
 
@@ -75,42 +75,53 @@ class Norm(nl.NKIObject):
 class Scales(nl.NKIObject):
     """Scales of int8 weights: by partition for transposed products, spread over all for natural ones."""
 
-    def __init__(self, plan: Plan, packed: Tensor, work: Workspace) -> None:
+    def __init__(self, plan: Plan, packed: Tensor) -> None:
         self.columns = None
         self.spread = None
+        self.is_loaded = False
         self.scaled = []
         if not plan.is_int8:
             return
+        self.packed = packed
         self.columns = tensor_at(plan.at.scales, packed.shape, nl.float32)
-        nisa.dma_copy(dst=self.columns, src=packed, dge_mode=nisa.dge_mode.none)
-        if plan.natural_output:
-            self.spread_rows(plan, work)
         if plan.with_residual:
             for i in range(2):
                 address = plan.at.scaled + i * MOVING_COLS * 4
                 self.scaled.append(tensor_at(address, (PMAX, MOVING_COLS), nl.float32))
 
-    def spread_rows(self, plan: Plan, work: Workspace) -> None:
-        """The scales of natural output `[128, columns]`, the same on every partition: ones^T diag(scales), whose
-        sums have one term each.
+    def load(self, work: Workspace) -> None:
+        """Once, behind the first activations and before the first weights: what is needed first comes first, and
+        the engines have nothing to cast yet.
         """
-        matrix = plan.products.down_second
-        ones = tensor_at(plan.at.small, (PMAX, PMAX), nl.float32)
+        if self.columns == None or self.is_loaded:  # noqa: E711
+            return
+        self.is_loaded = True
+        nisa.dma_copy(dst=self.columns, src=self.packed, dge_mode=nisa.dge_mode.none)
+        if work.plan.natural_output:
+            self.spread_rows(work, work.plan.products.down_second)
+
+    def spread_rows(self, work: Workspace, matrix: Matrix) -> None:
+        """The scales of natural output on every partition: ones^T diag(scales), whose sums have one term each."""
+        at = work.plan.at
+        ones = tensor_at(at.small, (PMAX, PMAX), nl.float32)
         nisa.memset(ones, 1.0)
-        self.spread = tensor_at(plan.at.spread, (PMAX, matrix.cols), nl.float32)
-        for n in range(tile_count(matrix.cols, PMAX)):
-            cols = min(PMAX, matrix.cols - n * PMAX)
-            diagonal = tensor_at(plan.at.small + (1 + n % 2) * PMAX * 4, (PMAX, PMAX), nl.float32)
-            nisa.activation(
-                dst=diagonal[0:cols, 0:cols],
-                op=nl.copy,
-                data=work.identity[0:cols, 0:cols],
-                bias=work.zero[0:cols, :],
-                scale=self.of(matrix, n, cols),
-            )
-            bank = work.banks.tile((PMAX, cols))
-            matmul(bank, ones[0:cols, :], diagonal[0:cols, 0:cols], True)
-            nisa.tensor_copy(dst=self.spread[:, n * PMAX : n * PMAX + cols], src=bank)
+        self.spread = tensor_at(at.spread, (PMAX, matrix.cols), nl.float32)
+        banks = pieces(matrix.cols, MOVING_COLS)
+        for b in range(len(banks)):
+            first, count = banks[b]
+            bank = work.banks.tile((PMAX, count))
+            for i in range(tile_count(count, PMAX)):
+                col, cols = i * PMAX, min(PMAX, count - i * PMAX)
+                diagonal = tensor_at(at.small + (1 + i) * PMAX * 4, (PMAX, PMAX), nl.float32)
+                nisa.activation(
+                    dst=diagonal[0:cols, 0:cols],
+                    op=nl.copy,
+                    data=work.identity[0:cols, 0:cols],
+                    bias=work.zero[0:cols, :],
+                    scale=self.of(matrix, first // PMAX + i, cols),
+                )
+                matmul(bank[:, col : col + cols], ones[0:cols, :], diagonal[0:cols, 0:cols], True)
+            nisa.tensor_copy(dst=self.spread[:, first : first + count], src=bank)
 
     def of(self, matrix: Matrix, n: int, cols: int) -> Tensor:
         """`[cols, 1]`: the scales of the matrix's n-th 128 columns."""
@@ -134,7 +145,7 @@ class Workspace(nl.NKIObject):
         nisa.memset(self.zero, 0.0)
         self.load_identity(weights)
         self.stream = WeightStream(weights, plan, dtype, self.zero)
-        self.scales = Scales(plan, scales, self)
+        self.scales = Scales(plan, scales)
         self.activated = []
         if plan.runs_gated:
             for i in range(2):
@@ -150,7 +161,8 @@ class Workspace(nl.NKIObject):
         self.identity = tensor_at(self.plan.at.identity, (PMAX, PMAX), self.dtype)
         there = self.identity
         if self.plan.is_int8:
-            there = tensor_at(self.plan.at.raw, (PMAX, PMAX), weights.dtype)
+            last = self.plan.at.raw + (self.plan.raw_slots - 1) * self.plan.raw_bytes
+            there = tensor_at(last, (PMAX, PMAX), weights.dtype)
         nisa.dma_copy(
             dst=there[0:size, 0:size],
             src=weights[0:size, col : col + size],

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from nki_kernels.casts import Block, scalar_shares
 from nki_kernels.layout import Layout, Projection, mlp_layout
-from nki_kernels.placement import Room, largest, place
+from nki_kernels.placement import Room, largest, place, raw_slots
 from nki_kernels.plan import Plan
 from nki_kernels.request import Request, z_is_natural
 from nki_kernels.targets import PMAX, TRN1, Target
@@ -172,6 +173,10 @@ def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan 
         with_residual=request.residual,
         silu=request.silu,
         transposed_input=request.transposed_input,
+        is_int8=layout.is_int8,
+        scale_cols=layout.scale_cols,
+        raw_slots=min(raw_slots(choice.block_tokens), len(bounds) - 1) if layout.is_int8 else 0,
+        **_casts(request, choice, moving_tokens, bounds, target),
         natural_z=z_is_natural(request.tokens, request.dtype),
         **_products(layout),
         **place(Room(request, choice.block_tokens, moving_tokens, out_cols, ring_cols, choice.shares_rows)),
@@ -201,6 +206,22 @@ def _products(layout: Layout) -> dict[str, Any]:
     }
 
 
+def _casts(
+    request: Request, choice: Choice, moving_tokens: int, bounds: tuple[int, ...], target: Target
+) -> dict[str, int]:
+    """Who casts how much of which chunk (see Plan); nothing where the weights are not int8."""
+    layout = request.layout
+    if not layout.is_int8:
+        return {"scalar_share": 0, "natural_share": 0, "natural_chunk": 0}
+    block = Block(choice.block_tokens, moving_tokens, request.norm_eps is not None, request.residual)
+    scalar, natural = scalar_shares(layout, block, target)
+    first = next(
+        (offset for name, _, _, offset in layout.tiles() if name == "down_second"), layout.stored_cols
+    )
+    chunk = sum(bound < first for bound in bounds[:-1])
+    return {"scalar_share": scalar, "natural_share": natural, "natural_chunk": chunk}
+
+
 def _pythons(request: Request, choice: Choice) -> tuple[Request, Choice]:
     """The same in Python's numbers: a compiler before nki 0.7 would read numpy's as None."""
     eps = None if request.norm_eps is None else float(request.norm_eps)
@@ -212,11 +233,12 @@ def _pythons(request: Request, choice: Choice) -> tuple[Request, Choice]:
 
 
 def _identity_size(request: Request, block_tokens: int) -> int:
-    """Rows and columns of the identity that the launch reads: all where blocks are identities or z is turned
-    round, else as many as a tile of tokens that is transposed.
+    """Rows and columns of the identity that the launch reads: all where blocks are identities, z is turned
+    round or scales are spread, else as many as a tile of tokens that is transposed.
     """
     turns = request.layout.down_second is None and z_is_natural(request.tokens, request.dtype)
-    return PMAX if request.layout.sums_identity or turns else min(PMAX, block_tokens)
+    spreads = request.layout.is_int8
+    return PMAX if request.layout.sums_identity or turns or spreads else min(PMAX, block_tokens)
 
 
 def staged_cols(layout: Layout, out_cols: int) -> int:

@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).parent
 # Packing and plans are part of it: an artifact compiled for another layout would read the weights wrongly.
 PROGRAM = (
     "backend.py",
+    "casts.py",
     "layout.py",
     "packing.py",
     "plan.py",

@@ -14,6 +14,9 @@ import math
 MIN_INTERVAL_CYCLES = 64  # shortest initiation interval of any engine [isa]
 GPSIMD_START_CYCLES = 150  # [isa] affine_select, iota
 FP32_PASSES = 4  # TensorE passes of an fp32 matmul [isa]
+# "TensorE instruction turnaround time", MM_INIT_LATENCY on NeuronCore-v2 [perf]. [isa] gives a matmul the larger
+# of it and its moving columns; the tutorial's fastest kernel (6.97 ms) takes their sum, the larger would be 6.23.
+TURNAROUND_CYCLES = 64
 # Dependent one-element ScalarE instructions were seen 264 cycles apart [perf]; 64 of them are the initiation
 # interval.
 RESULT_LATENCY_CYCLES = 200

@@ -55,11 +55,6 @@ def stored_cols(matrix: Matrix, n: int) -> int:
     return matrix.tile_width(n) * sum(stored for _, _, stored in matrix.blocks(n))
 
 
-def has_identity(matrix: Matrix) -> bool:
-    """Whether a product with it needs an identity tile on chip."""
-    return any(not stored for n in range(matrix.col_tiles()) for _, _, stored in matrix.blocks(n))
-
-
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The matrices of one launch by name (see STAGES); those that it does not use are None.
@@ -141,11 +136,6 @@ class Layout:
         """Whether a second product starts from x."""
         return any(self.matrix(f"{p}_second") is not None and not self.has_z(p) for p in ("gate", "up"))
 
-    @functools.cached_property
-    def needs_identity(self) -> bool:
-        """Whether any block of the launch is an identity that is not stored."""
-        return any(has_identity(matrix) for matrix in map(self.matrix, MATRICES) if matrix is not None)
-
     def z_tiles(self, projection: str) -> int:
         """Row tiles of the z of "gate", "up" or "down" that the launch keeps on chip."""
         first, second = self.matrix(f"{projection}_first"), self.matrix(f"{projection}_second")
@@ -160,10 +150,8 @@ class Layout:
 
     @property
     def packed_cols(self) -> int:
-        """C of the packed array `[128, C]`: the weights and, if some block needs one, a 128 x 128 identity
-        behind them.
-        """
-        return self.stored_cols + (PMAX if self.needs_identity else 0)
+        """C of the packed array `[128, C]`: the weights, and a 128 x 128 identity behind them."""
+        return self.stored_cols + PMAX
 
 
 def gate_layout(hidden: int, intermediate: int, projection: Projection) -> tuple[Matrix | None, Matrix]:
@@ -227,3 +215,19 @@ def chain_layout(k: int, n: int, projection: Projection, transposed_output: bool
     tile_cols = STATIONARY_COLS if transposed_output else MOVING_COLS
     first, second = down_layout(n, k, projection, tile_cols)
     return Layout(down_first=first, down_second=second)
+
+
+@functools.lru_cache(maxsize=64)
+def layout_of(products: Products, external_z: tuple[str, ...]) -> Layout:
+    """The layout that a plan was made for, from the plan's fields; one object per layout, since a layout
+    remembers what it has counted.
+    """
+    return Layout(
+        products.gate_first,
+        products.up_first,
+        products.gate_second,
+        products.up_second,
+        products.down_first,
+        products.down_second,
+        external_z,
+    )

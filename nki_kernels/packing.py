@@ -69,9 +69,8 @@ def pack(layout: Layout, weights: Mapping[str, Array], out: Array | None = None)
     for name, matrix, n, block, offset in layout.blocks():
         _copy_block(matrix, n, block, weights[name].T, out, offset, packing=True)
         _write_identity(matrix, n, block, out, offset)
-    if layout.needs_identity:
-        for i in range(PMAX):
-            out[i, layout.stored_cols + i] = 1
+    for i in range(PMAX):
+        out[i, layout.stored_cols + i] = 1
     return out
 
 

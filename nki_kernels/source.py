@@ -12,11 +12,11 @@ PROGRAM = (
     "layout.py",
     "packing.py",
     "plan.py",
+    "placement.py",
     "planner.py",
+    "request.py",
     "targets.py",
     "tiling.py",
-    "tuned.py",
-    "tables/*.json",
     "kernels/*.py",
 )
 

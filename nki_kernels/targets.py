@@ -15,6 +15,8 @@ PMAX = (
     128  # partitions of SBUF and PSUM, and rows and columns of the TensorE array, on every generation [tile]
 )
 KIB = 1024
+# PSUM, alike on every generation [arch]: banks, and bytes of one bank in each partition.
+PSUM_BANKS, PSUM_BANK_BYTES = 8, 2 * KIB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +37,9 @@ class Target:
     moving_fmax_fp32: int = 512  # [tile] free size of a moving operand, i.e. of a matmul's fp32 destination
     dma_engines: int = 16  # [arch] per core
     stationary_fmax: int = 128  # [tile]
-    psum_bytes: int = 16 * KIB  # [arch]
-    psum_banks: int = 8  # [arch]
+    psum_banks: int = PSUM_BANKS
+    psum_bank_bytes: int = PSUM_BANK_BYTES
     matmul_dst_dtypes: tuple[str, ...] = ("float32",)  # [doc] nc_matmul
-
-    @property
-    def psum_bank_bytes(self) -> int:
-        """Bytes of one PSUM bank, per partition."""
-        return self.psum_bytes // self.psum_banks
 
 
 TRN1 = Target(

@@ -7,6 +7,7 @@ Kernels take these classes as arguments, so they keep to the words that the comp
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from nki_kernels.backend import nl
 from nki_kernels.targets import PMAX
@@ -45,7 +46,7 @@ class Matrix(nl.NKIObject):
     shift: int = 0
 
     def row_tiles(self) -> int:
-        return tile_count(self.rows)
+        return tile_count(self.rows, PMAX)
 
     def col_tiles(self) -> int:
         return tile_count(self.cols, self.tile_cols)
@@ -90,14 +91,14 @@ class Matrix(nl.NKIObject):
 
 @dataclasses.dataclass(frozen=True)
 class Products(nl.NKIObject):
-    """The matrices of one launch, by name; None for a product that it does not compute."""
+    """The `Matrix` of every product of a launch, by name; None for one that it does not compute."""
 
-    gate_first: Matrix | None = None
-    up_first: Matrix | None = None
-    gate_second: Matrix | None = None
-    up_second: Matrix | None = None
-    down_first: Matrix | None = None
-    down_second: Matrix | None = None
+    gate_first: Any = None
+    up_first: Any = None
+    gate_second: Any = None
+    up_second: Any = None
+    down_first: Any = None
+    down_second: Any = None
 
 
 def pieces(size: int, step: int) -> list[tuple[int, int]]:

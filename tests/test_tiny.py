@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.lowrank.decompose import decompose
 from neuronmlp_plugin.lowrank.pivots import common_order, pivot_inputs, pivot_outputs
-from neuronmlp_plugin.models.parallel_mlp import Down, GateUp
-from neuronmlp_plugin.models.sharding import shard_down, shard_gate_up
+from neuronmlp_plugin.models.gather import GatherDown, GatherGateUp, gather_shard
 from tests.thread_group import ThreadGroup
 from tests.tiny_models import MIXED_LAYERS, SHAPE, write_dense, write_mixed
 
@@ -38,17 +37,13 @@ def test_a_low_rank_mlp_from_weights_to_two_ranks(tmp_path):
     mlp = model.model.layers[1].mlp
 
     def rank(group):
-        weights = {name: getattr(mlp, name).state_dict() for name in MIXED_LAYERS[1]}
-        shards = [
-            shard_gate_up(MIXED_LAYERS[1][n], weights[n], 2, group.rank) for n in ("gate_proj", "up_proj")
-        ]
+        gate, up, down = (
+            gather_shard(matrix, getattr(mlp, name).state_dict(), 2, group.rank)
+            for name, matrix in MIXED_LAYERS[1].matrices.items()
+        )
         with torch.no_grad():
-            g, u = GateUp(shards, SHAPE.intermediate_size, group)(x).chunk(2, dim=-1)
-            return group.all_reduce(
-                Down(shard_down(MIXED_LAYERS[1]["down_proj"], weights["down_proj"], 2, group.rank), group)(
-                    F.silu(g) * u
-                )
-            )
+            g, u = GatherGateUp([gate, up], group)(x).chunk(2, dim=-1)
+            return group.all_reduce(GatherDown(down, group)(F.silu(g) * u))
 
     x = torch.randn(3, SHAPE.hidden_size)
     for y in ThreadGroup(2).run(rank):

@@ -1,4 +1,4 @@
-"""Ranks as threads: the collectives of `models/collectives.py` in one process, with a count of calls and
+"""Ranks as threads: the collectives of `models/gather.py` in one process, with a count of calls and
 bytes.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from neuronmlp_plugin.models.collectives import Collectives
+from neuronmlp_plugin.models.gather import Collectives
 
 
 class ThreadGroup:

@@ -16,38 +16,49 @@ from safetensors.torch import save_file
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
 from neuronmlp_plugin.checkpoint.writer import layer_prefix, write_layer, write_rest
-from neuronmlp_plugin.models.int8 import quantize
-from neuronmlp_plugin.models.low_rank_linear import build_linear
-from neuronmlp_plugin.models.projection import INT8, PROJECTIONS, SCALE, MLPShape, ProjectionSpec
+from neuronmlp_plugin.models.definition import build_linear, quantize
+from neuronmlp_plugin.models.factors import INT8, SCALE, MLPLayer, MLPShape, ProjectionSpec
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 SHAPE = MLPShape(hidden_size=128, intermediate_size=192, num_layers=3)
 # Every form for every projection, and ranks that 2 does not divide.
-MIXED_LAYERS = (
-    {
-        "gate_proj": ProjectionSpec("compact", 37),
-        "up_proj": ProjectionSpec("uv", 21),
-        "down_proj": ProjectionSpec("dense"),
-    },
-    {
-        "gate_proj": ProjectionSpec("dense"),
-        "up_proj": ProjectionSpec("compact", 32),
-        "down_proj": ProjectionSpec("compact", 45),
-    },
-    {
-        "gate_proj": ProjectionSpec("uv", 30),
-        "up_proj": ProjectionSpec("dense"),
-        "down_proj": ProjectionSpec("uv", 33),
-    },
+MIXED_LAYERS = tuple(
+    MLPLayer(SHAPE.hidden_size, SHAPE.intermediate_size, *(ProjectionSpec(*spec) for spec in specs))
+    for specs in (
+        (("compact", 37), ("uv", 21), ("dense",)),
+        (("dense",), ("compact", 32), ("compact", 45)),
+        (("uv", 30), ("dense",), ("uv", 33)),
+    )
 )
 # The same with int8 in every form, beside floating-point matrices of the same layer.
 INT8_LAYERS = tuple(
-    {
-        name: dataclasses.replace(spec, dtype=INT8 if (index + i) % 3 else None)
-        for i, (name, spec) in enumerate(layer.items())
-    }
+    layer.with_specs(
+        {
+            name: dataclasses.replace(spec, dtype=INT8 if (index + i) % 3 else None)
+            for i, (name, spec) in enumerate(layer.items())
+        }
+    )
     for index, layer in enumerate(MIXED_LAYERS)
 )
+
+
+def grouped_layers(groups: int, int8: bool = False) -> tuple[MLPLayer, ...]:
+    """Layers of so many groups, two of them narrow: every low-rank form, and one that is dense throughout."""
+    made = []
+    for index, (channels, specs) in enumerate(
+        (
+            (192, (("compact", 11), ("uv", 9), ("compact", 13))),
+            (128, (("dense",), ("compact", 7), ("uv", 9))),
+            (64, (("dense",), ("dense",), ("dense",))),
+        )
+    ):
+        given = [ProjectionSpec(*spec) for spec in specs]
+        if int8:
+            given = [
+                dataclasses.replace(s, dtype=INT8 if (index + i) % 3 else None) for i, s in enumerate(given)
+            ]
+        made.append(MLPLayer(SHAPE.hidden_size, channels, *given, groups=groups))
+    return tuple(made)
 
 
 def family_config(family: str, vocab_size: int = 128) -> dict:
@@ -112,7 +123,7 @@ def write_mixed(
     base_folder: pathlib.Path,
     *,
     seed: int = 1,
-    layers: tuple[dict[str, ProjectionSpec], ...] = MIXED_LAYERS,
+    layers: tuple[MLPLayer, ...] = MIXED_LAYERS,
 ) -> pathlib.Path:
     """A factored folder over `base_folder` with these layers; the factors are random, small enough to keep
     activations sane.
@@ -121,18 +132,18 @@ def write_mixed(
     base = Checkpoint(base_folder)
     block = FormatBlock(layers, SHAPE, {}, "neuronmlp tests")
     torch.manual_seed(seed)
-    for index, specs in enumerate(layers):
-        write_layer(folder, base, index, _random_factors(index, specs))
+    for index, layer in enumerate(layers):
+        write_layer(folder, base, index, _random_factors(index, layer))
     write_rest(folder, base, block)
     return folder
 
 
-def _random_factors(index: int, specs: dict[str, ProjectionSpec]) -> dict[str, torch.Tensor]:
+def _random_factors(index: int, layer: MLPLayer) -> dict[str, torch.Tensor]:
     factors = {}
-    for projection in PROJECTIONS:
-        for suffix, weight in build_linear(projection, specs[projection], SHAPE).state_dict().items():
+    for projection, matrix in layer.matrices.items():
+        for suffix, weight in build_linear(matrix).state_dict().items():
             name, drawn = f"{layer_prefix(index)}mlp.{projection}.{suffix}", torch.randn_like(weight) * 0.2
-            if specs[projection].is_int8:
+            if matrix.spec.is_int8:
                 factors[name], factors[name + SCALE] = quantize(drawn)
             else:
                 factors[name] = drawn

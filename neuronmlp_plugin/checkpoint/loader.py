@@ -12,8 +12,7 @@ import torch
 from neuronmlp_plugin.checkpoint.reader import Checkpoint, FactorFile
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
 from neuronmlp_plugin.errors import CheckpointError
-from neuronmlp_plugin.models.low_rank_linear import build_linear
-from neuronmlp_plugin.models.projection import PROJECTIONS
+from neuronmlp_plugin.models.definition import build_linear
 
 
 def load_model(
@@ -74,10 +73,10 @@ def build_skeleton(checkpoint: Checkpoint) -> Any:
 
 def swap_projections(model: Any, block: FormatBlock) -> None:
     """Replace each projection by the (meta) module of its form."""
-    for index, layer in enumerate(model.model.layers):
-        for name in PROJECTIONS:
+    for layer, stored in zip(model.model.layers, block.layers, strict=True):
+        for name, matrix in stored.matrices.items():
             with torch.device("meta"):
-                setattr(layer.mlp, name, build_linear(name, block.layers[index][name], block.shape))
+                setattr(layer.mlp, name, build_linear(matrix))
 
 
 def load_exactly(model: Any, state: dict[str, torch.Tensor], source: str) -> None:

@@ -12,7 +12,7 @@ from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.checkpoint.schema import FormatBlock, mlp_shape
 from neuronmlp_plugin.checkpoint.writer import layer_prefix, write_layer, write_rest
 from neuronmlp_plugin.errors import CheckpointError
-from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, MLPShape, ProjectionSpec, tensor_shapes
+from neuronmlp_plugin.models.factors import DENSE, PROJECTIONS, MLPLayer, MLPShape, ProjectionSpec
 
 
 def published_names(projection: str) -> dict[str, str]:
@@ -31,20 +31,20 @@ def convert_published(source: str | pathlib.Path, target: pathlib.Path) -> Forma
     """
     base = Checkpoint(source)
     shape = mlp_shape(base.config, str(base.folder / "config.json"))
-    layers = tuple(_layer_specs(base, shape, index) for index in range(shape.num_layers))
-    if all(spec.form == "dense" for layer in layers for spec in layer.values()):
+    layers = tuple(_published_layer(base, shape, index) for index in range(shape.num_layers))
+    if not any(layer.is_low_rank for layer in layers):
         raise CheckpointError(
             f"{base.folder}: expected factors named like model.layers.0.mlp.gate_v_proj.weight, found none."
         )
     block = FormatBlock(layers, shape, {"converted_from": "published v_proj/u_proj layout"})
-    for index, specs in enumerate(layers):
-        write_layer(target, base, index, _layer_tensors(base, index, specs, shape))
+    for index, layer in enumerate(layers):
+        write_layer(target, base, index, _layer_tensors(base, index, layer))
     write_rest(target, base, block)
     Checkpoint(target)  # a rank beyond what the format allows is refused before anyone serves it
     return block
 
 
-def _layer_specs(base: Checkpoint, shape: MLPShape, index: int) -> dict[str, ProjectionSpec]:
+def _published_layer(base: Checkpoint, shape: MLPShape, index: int) -> MLPLayer:
     found = base.shapes()
     specs = {}
     for projection in PROJECTIONS:
@@ -55,16 +55,14 @@ def _layer_specs(base: Checkpoint, shape: MLPShape, index: int) -> dict[str, Pro
                 f"{base.folder}: expected {name} or {dense}, found neither; the folder is incomplete."
             )
         specs[projection] = ProjectionSpec("uv", found[name][0]) if name in found else DENSE
-    return specs
+    return MLPLayer.of(shape, specs)
 
 
-def _layer_tensors(
-    base: Checkpoint, index: int, specs: dict[str, ProjectionSpec], shape: MLPShape
-) -> dict[str, torch.Tensor]:
+def _layer_tensors(base: Checkpoint, index: int, layer: MLPLayer) -> dict[str, torch.Tensor]:
     tensors = {}
-    for projection, spec in specs.items():
-        names = published_names(projection) if spec.form == "uv" else {"weight": f"{projection}.weight"}
-        for suffix, size in tensor_shapes(projection, spec, shape).items():
+    for projection, matrix in layer.matrices.items():
+        names = {"weight": f"{projection}.weight", **published_names(projection)}
+        for suffix, size in matrix.tensor_shapes().items():
             name = f"{layer_prefix(index)}mlp.{names[suffix]}"
             tensor = base.tensor(name)
             if tuple(tensor.shape) != size:

@@ -11,11 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, mlp_shape, parse_block, shard_name
+from neuronmlp_plugin.checkpoint.schema import (
+    QUANT_METHOD,
+    FormatBlock,
+    base_layers,
+    mlp_shape,
+    parse_block,
+    shard_name,
+)
 from neuronmlp_plugin.errors import CheckpointError, NonFiniteError
+from neuronmlp_plugin.models.definition import LIMIT, dequantize
+from neuronmlp_plugin.models.factors import SCALE
 from neuronmlp_plugin.models.families import check_supported, names_outside_mlps
-from neuronmlp_plugin.models.int8 import LIMIT, dequantize
-from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, SCALE
 
 # In a folder of its own: engines load every *.safetensors file that lies beside config.json.
 FACTOR_FILE = pathlib.Path("neuronmlp", "factors.safetensors")
@@ -135,7 +142,7 @@ def dense_block(base: Checkpoint) -> FormatBlock:
     is missing or misshapen.
     """
     shape = mlp_shape(base.config, str(base.folder / "config.json"))
-    block = FormatBlock(tuple(dict.fromkeys(PROJECTIONS, DENSE) for _ in range(shape.num_layers)), shape)
+    block = FormatBlock(base_layers(shape), shape)
     check_names(block.expected_tensors(), base.shapes(), str(base.folder))
     return block
 
@@ -254,7 +261,7 @@ def check_names(
             )
         if found[name] != size:
             raise CheckpointError(
-                f"{source}: {name}: expected shape {list(size)} (from its form and rank), found {list(found[name])}."
+                f"{source}: {name}: expected shape {list(size)} (from its spec in the config), found {list(found[name])}."
             )
     for name in found:
         if ".mlp." in name and name not in expected:

@@ -1,6 +1,4 @@
-"""The block of FORMAT.md as data: what a folder says about each projection, checked against the rest of its
-config.
-"""
+"""The block of FORMAT.md as data: what a folder says about each MLP, checked against the rest of its config."""
 
 from __future__ import annotations
 
@@ -10,23 +8,22 @@ from collections.abc import Iterator
 from typing import Any
 
 from neuronmlp_plugin.errors import CheckpointError, FormatVersionError
-from neuronmlp_plugin.models.projection import (
+from neuronmlp_plugin.models.factors import (
     DENSE,
     FORMS,
     INT8,
     PROJECTIONS,
+    Matrix,
+    MLPLayer,
     MLPShape,
     ProjectionSpec,
-    parameter_count,
-    scale_shapes,
-    tensor_shapes,
-    weight_bytes,
+    full_speed_sizes,
 )
 
 FORMAT_VERSION = 1
-INT8_VERSION = 2  # of a block with int8 matrices, which readers of version 1 cannot read
 QUANT_METHOD = "neuronmlp"
-_PROJECTION_NAME = re.compile(r"^model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)$")
+CHANNELS = "intermediate_size"  # key of a layer that keeps fewer channels than the config says
+_MLP_NAME = re.compile(r"^model\.layers\.(\d+)\.mlp$")
 
 
 def shard_name(position: int, count: int) -> str:
@@ -34,60 +31,89 @@ def shard_name(position: int, count: int) -> str:
     return f"neuronmlp-{position:05d}-of-{count:05d}.safetensors"
 
 
+def mlp_name(index: int) -> str:
+    """Full name of a layer's MLP, before that of a projection."""
+    return f"model.layers.{index}.mlp"
+
+
 @dataclasses.dataclass(frozen=True)
 class FormatBlock:
     """The self-describing block of `config.json` (FORMAT.md, "The block").
 
-    `layers[i][projection]` is the spec of each matrix; `provenance` is free-form and never interpreted.
+    `shape` is that of the base model, `groups` are those of every low-rank layer; `provenance` is free-form
+    and never interpreted.
     """
 
-    layers: tuple[dict[str, ProjectionSpec], ...]
+    layers: tuple[MLPLayer, ...]
     shape: MLPShape
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
     created_by: str = "neuronmlp"
 
+    def __post_init__(self) -> None:
+        assert len({layer.groups for layer in self.layers}) == 1, (
+            "all layers of a folder have the same groups"
+        )
+
+    @property
+    def groups(self) -> int:
+        """One number for the whole folder: that of its layers, which all have the same."""
+        return self.layers[0].groups
+
     @property
     def removed_ratio(self) -> float:
-        """Share of all gate, up and down parameters that is not stored."""
-        dense = sum(parameter_count(p, DENSE, self.shape) for _ in self.layers for p in PROJECTIONS)
-        kept = sum(parameter_count(p, spec, self.shape) for layer in self.layers for p, spec in layer.items())
-        return 1.0 - kept / dense
+        """Share of all gate, up and down parameters of the base model that is not stored."""
+        return 1.0 - sum(layer.parameters for layer in self.layers) / sum(
+            layer.parameters for layer in self._base_layers()
+        )
 
     @property
     def has_int8(self) -> bool:
         return any(spec.is_int8 for layer in self.layers for spec in layer.values())
 
     @property
-    def format_version(self) -> int:
-        """The lowest version that has all that the block uses."""
-        return INT8_VERSION if self.has_int8 else FORMAT_VERSION
-
-    @property
     def weight_bytes(self) -> int:
-        """Bytes of all gate, up and down matrices as served (`models.projection.weight_bytes`)."""
-        return sum(weight_bytes(p, spec, self.shape) for layer in self.layers for p, spec in layer.items())
+        """Bytes of all gate, up and down matrices as served (`Matrix.weight_bytes`)."""
+        return sum(layer.weight_bytes for layer in self.layers)
 
     @property
     def bytes_ratio(self) -> float:
         """`weight_bytes` over those of the dense model in bf16: how int8 and low rank compare."""
-        return self.weight_bytes / sum(
-            weight_bytes(p, DENSE, self.shape) for _ in self.layers for p in PROJECTIONS
-        )
+        return self.weight_bytes / sum(layer.weight_bytes for layer in self._base_layers())
+
+    @property
+    def full_speed_sizes(self) -> list[int]:
+        """The tensor-parallel sizes at which no layer communicates more than a dense one."""
+        return full_speed_sizes(self.layers)
+
+    @property
+    def ordinary_size(self) -> int | None:
+        """The one smaller `intermediate_size` of all layers, where they are dense in floating point and
+        nothing else: such a folder needs no block (FORMAT.md, "A folder without the block").
+        """
+        sizes = {layer.channels for layer in self.layers}
+        plain = all(spec == DENSE for layer in self.layers for spec in layer.values())
+        size = max(sizes)
+        return size if plain and len(sizes) == 1 and size < self.shape.intermediate_size else None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": self.format_version,
+            "format_version": FORMAT_VERSION,
             "created_by": self.created_by,
             "removed_ratio": round(self.removed_ratio, 6),
-            "layers": [{name: layer[name].to_json() for name in PROJECTIONS} for layer in self.layers],
+            "groups": self.groups,
+            "layers": [self._layer_json(layer) for layer in self.layers],
             "provenance": self.provenance,
         }
 
-    def spec(self, name: str) -> ProjectionSpec | None:
-        """Spec of the module `name` ("model.layers.3.mlp.up_proj"), or None where it is no MLP projection."""
-        match = _PROJECTION_NAME.match(name)
-        return self.layers[int(match[1])][match[2]] if match else None
+    def _layer_json(self, layer: MLPLayer) -> dict[str, Any]:
+        narrow = {CHANNELS: layer.channels} if layer.channels < self.shape.intermediate_size else {}
+        return {**narrow, **{name: spec.to_json() for name, spec in layer.items()}}
+
+    def mlp(self, name: str) -> MLPLayer | None:
+        """The MLP of the module `name` ("model.layers.3.mlp"), or None where it is none."""
+        match = _MLP_NAME.match(name)
+        return self.layers[int(match[1])] if match else None
 
     def expected_tensors(self, only_changed: bool = False) -> dict[str, tuple[int, int]]:
         """Full name -> shape of every MLP weight; `only_changed` leaves out layers that are the base's own
@@ -95,24 +121,32 @@ class FormatBlock:
         """
         return {
             f"{name}.{suffix}": size
-            for name, projection, spec in self._projections(only_changed)
-            for suffix, size in tensor_shapes(projection, spec, self.shape).items()
+            for name, matrix in self._matrices(only_changed)
+            for suffix, size in matrix.tensor_shapes().items()
         }
 
     def expected_scales(self) -> dict[str, tuple[int]]:
         """Full name -> shape of the scales of every int8 weight."""
         return {
             f"{name}.{suffix}": size
-            for name, projection, spec in self._projections()
-            for suffix, size in scale_shapes(projection, spec, self.shape).items()
+            for name, matrix in self._matrices()
+            for suffix, size in matrix.scale_shapes().items()
         }
 
-    def _projections(self, only_changed: bool = False) -> Iterator[tuple[str, str, ProjectionSpec]]:
-        """Full name, projection and spec of every matrix."""
+    def _matrices(self, only_changed: bool = False) -> Iterator[tuple[str, Matrix]]:
+        """Full name of every projection and its matrix."""
         for index, layer in enumerate(self.layers):
-            if not only_changed or any(spec != DENSE for spec in layer.values()):
-                for projection, spec in layer.items():
-                    yield f"model.layers.{index}.mlp.{projection}", projection, spec
+            if not only_changed or not layer.is_base(self.shape):
+                for projection, matrix in layer.matrices.items():
+                    yield f"{mlp_name(index)}.{projection}", matrix
+
+    def _base_layers(self) -> tuple[MLPLayer, ...]:
+        return base_layers(self.shape)
+
+
+def base_layers(shape: MLPShape) -> tuple[MLPLayer, ...]:
+    """The layers of the base model."""
+    return (MLPLayer.of(shape, dict.fromkeys(PROJECTIONS, DENSE)),) * shape.num_layers
 
 
 def mlp_shape(config: dict[str, Any], source: str) -> MLPShape:
@@ -134,9 +168,9 @@ def parse_block(block: dict[str, Any], config: dict[str, Any], source: str) -> F
     Raises FormatVersionError for another version and CheckpointError for every contradiction.
     """
     version = block.get("format_version")
-    if type(version) is not int or version not in (FORMAT_VERSION, INT8_VERSION):
+    if type(version) is not int or version != FORMAT_VERSION:
         raise FormatVersionError(
-            f"{source}: expected neuronmlp format_version {FORMAT_VERSION} or {INT8_VERSION}, found {version!r}; "
+            f"{source}: expected neuronmlp format_version {FORMAT_VERSION}, found {version!r}; "
             "use the neuronmlp release that wrote the checkpoint, or compress again."
         )
     shape = mlp_shape(config, source)
@@ -151,15 +185,21 @@ def parse_block(block: dict[str, Any], config: dict[str, Any], source: str) -> F
         raise CheckpointError(
             f"{source}: expected `provenance` to be an object, found {type(provenance).__name__}."
         )
-    parsed = tuple(_parse_layer(layer, index, shape, source) for index, layer in enumerate(layers))
-    result = FormatBlock(parsed, shape, provenance, str(block.get("created_by", "unknown")))
-    if version != result.format_version:
+    groups = block.get("groups")
+    if not _is_count(groups, shape.intermediate_size):
         raise CheckpointError(
-            f"{source}: expected format_version {result.format_version} ({INT8_VERSION} where a matrix is int8, else {FORMAT_VERSION}), "
-            f"found {version}; the block was edited or damaged."
+            f"{source}: expected `groups` from 1 to the {shape.intermediate_size} channels, found {groups!r}."
         )
+    parsed = tuple(
+        _parse_layer(layer, f"{source}: layers[{index}]", shape, groups) for index, layer in enumerate(layers)
+    )
+    result = FormatBlock(parsed, shape, provenance, str(block.get("created_by", "unknown")))
     _check_ratio(block.get("removed_ratio"), result, source)
     return result
+
+
+def _is_count(value: Any, limit: int) -> bool:
+    return type(value) is int and 1 <= value <= limit
 
 
 def _check_ratio(claimed: Any, block: FormatBlock, source: str) -> None:
@@ -172,35 +212,40 @@ def _check_ratio(claimed: Any, block: FormatBlock, source: str) -> None:
         )
 
 
-def _parse_layer(layer: Any, index: int, shape: MLPShape, source: str) -> dict[str, ProjectionSpec]:
-    if not isinstance(layer, dict) or sorted(layer) != sorted(PROJECTIONS):
-        found = sorted(layer) if isinstance(layer, dict) else layer
+def _parse_layer(layer: Any, where: str, shape: MLPShape, groups: Any) -> MLPLayer:
+    names = sorted(set(layer) - {CHANNELS}) if isinstance(layer, dict) else layer
+    if names != sorted(PROJECTIONS):
+        raise CheckpointError(f"{where}: expected exactly {', '.join(PROJECTIONS)}, found {names!r}.")
+    channels = layer.get(CHANNELS, shape.intermediate_size)
+    if not _is_count(channels, shape.intermediate_size) or channels % groups:
         raise CheckpointError(
-            f"{source}: layers[{index}]: expected exactly {', '.join(PROJECTIONS)}, found {found!r}."
+            f"{where}: expected {CHANNELS} from 1 to {shape.intermediate_size} that {groups} groups divide, found {channels!r}."
         )
-    return {
-        name: _parse_spec(layer[name], f"{source}: layers[{index}].{name}", shape.in_out(name))
-        for name in PROJECTIONS
-    }
+    specs = {name: _parse_spec(layer[name], f"{where}.{name}") for name in PROJECTIONS}
+    parsed = MLPLayer.of(shape, specs, channels=channels, groups=groups)
+    for name, matrix in parsed.matrices.items():
+        _check_rank(matrix, f"{where}.{name}")
+    return parsed
 
 
-def _parse_spec(entry: Any, where: str, in_out: tuple[int, int]) -> ProjectionSpec:
-    form, rank, dtype = (
-        (entry.get("form"), entry.get("rank"), entry.get("dtype"))
-        if isinstance(entry, dict)
-        else (None, None, None)
-    )
+def _parse_spec(entry: Any, where: str) -> ProjectionSpec:
+    given = entry if isinstance(entry, dict) else {}
+    form, rank, dtype = given.get("form"), given.get("rank"), given.get("dtype")
     if form not in FORMS:
         raise CheckpointError(f"{where}: expected a form of {', '.join(FORMS)}, found {form!r}.")
     if dtype not in (None, INT8):
         raise CheckpointError(f"{where}: expected dtype {INT8!r} or none, found {dtype!r}.")
-    if form == "dense":
+    return ProjectionSpec(form, rank, dtype)
+
+
+def _check_rank(matrix: Matrix, where: str) -> None:
+    rank = matrix.spec.rank
+    if not matrix.spec.is_low_rank:
         if rank is not None:
             raise CheckpointError(f"{where}: expected no rank for a dense matrix, found {rank!r}.")
-        return ProjectionSpec(form, dtype=dtype)
-    limit = min(in_out) - (form == "compact")
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= limit:
+    elif not _is_count(rank, matrix.max_rank):
+        n_in, n_out = matrix.in_out
+        parts = f" in {matrix.groups} groups" if matrix.groups > 1 else ""
         raise CheckpointError(
-            f"{where}: expected a rank from 1 to {limit} for {form} of {in_out[1]} x {in_out[0]}, found {rank!r}."
+            f"{where}: expected a rank from 1 to {matrix.max_rank} for {matrix.spec.form} of {n_out} x {n_in}{parts}, found {rank!r}."
         )
-    return ProjectionSpec(form, rank, dtype)

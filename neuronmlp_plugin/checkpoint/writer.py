@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from neuronmlp_plugin.checkpoint.reader import Checkpoint
+from neuronmlp_plugin.checkpoint.reader import Checkpoint, read_headers
 from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, shard_name
 from neuronmlp_plugin.errors import OutputError
 
@@ -125,7 +125,10 @@ def write_layer(
 
 
 def write_rest(folder: pathlib.Path, base: Checkpoint, block: FormatBlock) -> None:
-    """Write what belongs to no layer, then the config and the tokenizer: after this the folder is complete."""
+    """Write what belongs to no layer, then the tokenizer and the config: after this the folder is complete.
+
+    Where `block.ordinary_size` says so, it is an ordinary folder of Hugging Face, without the block.
+    """
     count = int(base.config["num_hidden_layers"]) + 1
     tied = bool(base.config.get("tie_word_embeddings"))
     rest = [
@@ -133,8 +136,29 @@ def write_rest(folder: pathlib.Path, base: Checkpoint, block: FormatBlock) -> No
     ]
     save_tensors(folder / shard_name(count, count), {name: base.tensor(name) for name in rest})
     copy_tokenizer(base.folder, folder)
+    config = portable_config(base.config)
+    if block.ordinary_size is None:
+        config["quantization_config"] = block.to_json()
+    else:
+        config["intermediate_size"] = block.ordinary_size
+        _index_as_ordinary(folder, count)
+    save_json(folder / "config.json", config)
+
+
+def _index_as_ordinary(folder: pathlib.Path, count: int) -> None:
+    """Give the shards the names that any engine looks for, and the index that goes with them. What an
+    interrupted call did is not done again.
+    """
+    files, size = {}, 0
+    for position in range(1, count + 1):
+        path = folder / f"model-{position:05d}-of-{count:05d}.safetensors"
+        if not path.is_file():
+            (folder / shard_name(position, count)).rename(path)
+        files |= dict.fromkeys(read_headers(path), path.name)
+        with path.open("rb") as handle:  # the header's length comes first, then the header, then the tensors
+            size += path.stat().st_size - 8 - int.from_bytes(handle.read(8), "little")
     save_json(
-        folder / "config.json", {**portable_config(base.config), "quantization_config": block.to_json()}
+        folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": files}
     )
 
 

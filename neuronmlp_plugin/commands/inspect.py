@@ -27,7 +27,11 @@ def run(args: argparse.Namespace) -> int:
             f"{args.model}: expected a neuronmlp checkpoint or a factor file, found a dense model; compress it first."
         )
     if args.json:
-        sizes = {"weight_bytes": block.weight_bytes, "bytes_ratio": round(block.bytes_ratio, 6)}
+        sizes = {
+            "weight_bytes": block.weight_bytes,
+            "bytes_ratio": round(block.bytes_ratio, 6),
+            "full_speed_tensor_parallel": block.full_speed_sizes,
+        }
         print(json.dumps({**block.to_json(), **sizes}, indent=2))
     else:
         _print_table(block)
@@ -38,16 +42,20 @@ def _print_table(block) -> None:  # type: ignore[no-untyped-def]
     from rich.console import Console
     from rich.table import Table
 
-    from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, weight_bytes
+    from neuronmlp_plugin.checkpoint.schema import base_layers
+    from neuronmlp_plugin.models.factors import PROJECTIONS
 
-    dense = sum(weight_bytes(name, DENSE, block.shape) for name in PROJECTIONS)
+    dense = base_layers(block.shape)[0].weight_bytes
     table = Table(title=f"{block.removed_ratio:.2%} of the MLP parameters removed ({block.created_by})")
-    for column in ("layer", *PROJECTIONS, "bytes"):
+    for column in ("layer", "channels", *PROJECTIONS, "bytes"):
         table.add_column(column, justify="right")
     for index, layer in enumerate(block.layers):
-        stored = sum(weight_bytes(name, spec, block.shape) for name, spec in layer.items())
-        table.add_row(str(index), *(_cell(layer[name]) for name in PROJECTIONS), f"{stored / dense:.1%}")
-    table.caption = f"{block.weight_bytes / 1e6:.1f} MB with floating point in bf16: {block.bytes_ratio:.1%} of the dense MLPs"
+        cells = (_cell(layer[name]) for name in PROJECTIONS)
+        table.add_row(str(index), str(layer.channels), *cells, f"{layer.weight_bytes / dense:.1%}")
+    table.caption = (
+        f"{block.weight_bytes / 1e6:.1f} MB with floating point in bf16: {block.bytes_ratio:.1%} of the dense MLPs; "
+        f"tensor-parallel sizes at full speed: {', '.join(map(str, block.full_speed_sizes))}"
+    )
     Console().print(table)
 
 

@@ -15,7 +15,7 @@ from neuronmlp_plugin.compressor.plan import Plan
 from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.compressor.workspace import Workspace
 from neuronmlp_plugin.lowrank.decompose import Decomposition, decompose
-from neuronmlp_plugin.models.projection import PROJECTIONS
+from neuronmlp_plugin.models.factors import PROJECTIONS
 
 SAMPLE_ROWS = 512  # held-out rows per layer on which the achieved error is measured
 

@@ -15,7 +15,7 @@ from neuronmlp_plugin.compressor.workspace import Workspace
 from neuronmlp_plugin.lowrank.allocate import CHOOSERS, Curve, cost
 from neuronmlp_plugin.lowrank.decompose import Decomposition
 from neuronmlp_plugin.lowrank.pivots import common_order, pivot_inputs, pivot_outputs
-from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, ProjectionSpec
+from neuronmlp_plugin.models.factors import DENSE, PROJECTIONS, ProjectionSpec
 
 # A compact matrix is refused where rounding to the stored dtype alone moves it by more than this share (bf16
 # with good pivots: 0.3-1 %).

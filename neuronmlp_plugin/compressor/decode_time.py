@@ -9,14 +9,14 @@ slope. One MLP is one launch, whose time is close to the dense one less what eac
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
 
 from neuronmlp_plugin.errors import UsageError
 from neuronmlp_plugin.lowrank.allocate import MIN_RANK_SHARE
-from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, MLPShape, ProjectionSpec
+from neuronmlp_plugin.models.factors import DENSE, PROJECTIONS, MLPShape, ProjectionSpec
 from nki_kernels.cost.launches import price_plan
 from nki_kernels.layout import Projection
 from nki_kernels.planner import Declined, plan_mlp
@@ -44,12 +44,12 @@ def mlp_us(hidden: int, intermediate: int, specs: Specs) -> float:
         raise UsageError(f"--faster: {error}") from error
 
 
-def model_us(shape: MLPShape, layers: Sequence[dict[str, ProjectionSpec]]) -> float:
+def model_us(shape: MLPShape, layers: Sequence[Mapping[str, ProjectionSpec]]) -> float:
     """Simulated us of all MLPs of a model for one token, each layer's launch priced as it is."""
     return sum(mlp_us(shape.hidden_size, shape.intermediate_size, _specs(layer)) for layer in layers)
 
 
-def _specs(layer: dict[str, ProjectionSpec]) -> Specs:
+def _specs(layer: Mapping[str, ProjectionSpec]) -> Specs:
     return layer["gate_proj"], layer["up_proj"], layer["down_proj"]
 
 

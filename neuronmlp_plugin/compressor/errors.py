@@ -11,8 +11,8 @@ from neuronmlp_plugin.compressor.build import BuiltLayer
 from neuronmlp_plugin.compressor.plan import Plan
 from neuronmlp_plugin.compressor.workspace import Workspace
 from neuronmlp_plugin.lowrank.decompose import metric_norm
-from neuronmlp_plugin.models.low_rank_linear import build_linear
-from neuronmlp_plugin.models.projection import PROJECTIONS, parameter_count
+from neuronmlp_plugin.models.definition import build_linear
+from neuronmlp_plugin.models.factors import PROJECTIONS, MLPLayer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ def matrix_errors(plan: Plan, workspace: Workspace, index: int, built: BuiltLaye
     """The three rows of one built layer."""
     saved = workspace.load(layer_name(index))
     metrics = metrics_of(plan, workspace, index)
+    layer = MLPLayer.of(plan.shape, built.specs)
     rows = []
     for name in PROJECTIONS:
         spec = built.specs[name]
@@ -48,7 +49,7 @@ def matrix_errors(plan: Plan, workspace: Workspace, index: int, built: BuiltLaye
         loss = 0.0 if spec.rank is None else float(tail[spec.rank])
         achieved = 0.0 if spec.rank is None else _achieved(plan, saved, index, name, built, metrics.get(name))
         predicted = (loss / max(float(tail[0]), 1e-300)) ** 0.5
-        size = parameter_count(name, spec, plan.shape)
+        size = layer.matrix(name).parameters
         rows.append(
             MatrixError(
                 index,
@@ -80,7 +81,7 @@ def _achieved(
     rows = saved.get("down.sample" if name == "down_proj" else "gate_up.sample")
     if rows is None:
         return None
-    module = build_linear(name, built.specs[name], plan.shape)
+    module = build_linear(MLPLayer.of(plan.shape, built.specs).matrix(name))
     prefix = f"{name}."
     module.load_state_dict(
         {key.removeprefix(prefix): t.float() for key, t in built.tensors.items() if key.startswith(prefix)}

@@ -23,7 +23,7 @@ from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.compressor.search import TruncatedStream
 from neuronmlp_plugin.compressor.workspace import Workspace
 from neuronmlp_plugin.lowrank.allocate import Curve
-from neuronmlp_plugin.models.projection import PROJECTIONS
+from neuronmlp_plugin.models.factors import PROJECTIONS
 
 # taken at its word (1.0) the measurement is too noisy for single matrices: docs/compression_experiments.md
 POWER = 0.5

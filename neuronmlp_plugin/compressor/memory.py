@@ -13,7 +13,7 @@ import os
 from neuronmlp_plugin.calibration.quality import POSITIONS
 from neuronmlp_plugin.calibration.statistics import BATCH
 from neuronmlp_plugin.lowrank.moments import BLOCK
-from neuronmlp_plugin.models.projection import MLPShape
+from neuronmlp_plugin.models.factors import MLPShape
 
 _FP32, _FP64 = 4, 8
 PROCESS_BYTES = 500 * 10**6  # Python with torch and transformers, before any tensor

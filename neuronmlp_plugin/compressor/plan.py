@@ -27,7 +27,7 @@ from neuronmlp_plugin.compressor.memory import Footprint, physical_bytes
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, OutputError, UsageError
 from neuronmlp_plugin.lowrank.allocate import Curve, check_removable, most_removable, uniform_ranks
-from neuronmlp_plugin.models.projection import PROJECTIONS, MLPShape
+from neuronmlp_plugin.models.factors import PROJECTIONS, MLPShape
 
 _FP32 = 4
 _LAYOUT = 2  # of the files in the analysis folder

@@ -18,8 +18,8 @@ from neuronmlp_plugin.checkpoint.writer import layer_prefix, whole_folder, write
 from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.errors import CheckpointError
 from neuronmlp_plugin.lowrank.rounding import grams, refit, round_under
-from neuronmlp_plugin.models.int8 import LIMIT, quantize, scales_of
-from neuronmlp_plugin.models.projection import INT8, SCALE, ProjectionSpec, tensor_shapes
+from neuronmlp_plugin.models.definition import LIMIT, quantize, scales_of
+from neuronmlp_plugin.models.factors import INT8, SCALE, MLPLayer, ProjectionSpec
 from neuronmlp_plugin.reporting.folder import REPORT_FILE, read_report, write_report
 
 Rounded = tuple[torch.Tensor, torch.Tensor]  # q and its scales
@@ -46,17 +46,15 @@ def quantize_folder(
             f"{model}: expected MLPs in floating point, found int8; quantise the folder that it was made from."
         )
     layers = tuple(
-        {name: dataclasses.replace(spec, dtype=INT8) for name, spec in layer.items()}
+        layer.with_specs({name: dataclasses.replace(spec, dtype=INT8) for name, spec in layer.items()})
         for layer in before.layers
     )
     provenance = {**before.provenance, "quantized_from": str(model)}
     after = FormatBlock(layers, before.shape, provenance, f"neuronmlp {__version__}")
     with whole_folder(out) as folder:
         with bars.stage("int8", len(layers)) as tick:
-            for index, specs in enumerate(layers):
-                write_layer(
-                    folder, base, index, _int8_layer(base, f"{layer_prefix(index)}mlp.", specs, after)
-                )
+            for index, layer in enumerate(layers):
+                write_layer(folder, base, index, _int8_layer(base, f"{layer_prefix(index)}mlp.", layer))
                 tick(1)
         write_rest(folder, base, after)
         if (model / REPORT_FILE).is_file():
@@ -94,17 +92,16 @@ def _report(
     }
 
 
-def _int8_layer(
-    base: Checkpoint, prefix: str, specs: dict[str, ProjectionSpec], block: FormatBlock
-) -> dict[str, torch.Tensor]:
+def _int8_layer(base: Checkpoint, prefix: str, layer: MLPLayer) -> dict[str, torch.Tensor]:
     """Full name -> weights and scales of one layer."""
     tensors = {}
-    for projection, spec in specs.items():
-        names = [f"{prefix}{projection}.{suffix}" for suffix in tensor_shapes(projection, spec, block.shape)]
+    for projection, matrix in layer.matrices.items():
+        spec = matrix.spec
+        names = [f"{prefix}{projection}.{suffix}" for suffix in matrix.tensor_shapes()]
         weights = [base.tensor(name) for name in names]
         rounded = (
             [quantize(weights[0])]
-            if spec.form == "dense"
+            if not spec.is_low_rank
             else quantize_pair(projection, spec, weights[0], weights[1])
         )
         for name, (q, scale) in zip(names, rounded, strict=True):

@@ -10,7 +10,7 @@ import numpy as np
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import UsageError
 from neuronmlp_plugin.lowrank.allocate import CHOOSERS, Curve
-from neuronmlp_plugin.models.projection import PROJECTIONS
+from neuronmlp_plugin.models.factors import PROJECTIONS
 
 _GRID = (0.02, 0.05, 0.08, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40, 0.50, 0.60)
 _SPECTRUM_POINTS = 64

@@ -46,7 +46,7 @@ from neuronmlp_plugin.compressor.search import SIZES, Search, TruncatedStream
 from neuronmlp_plugin.compressor.target import parse_target
 from neuronmlp_plugin.compressor.workspace import Workspace, refuse_anothers
 from neuronmlp_plugin.lowrank.allocate import Curve, most_removable
-from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, ProjectionSpec
+from neuronmlp_plugin.models.factors import DENSE, PROJECTIONS, MLPLayer, ProjectionSpec
 from neuronmlp_plugin.reporting.card import base_facts
 from neuronmlp_plugin.reporting.folder import write_report
 
@@ -132,9 +132,8 @@ def _ranks_for(run: Run, curves: list[Curve], keep: float, bars: ProgressBars) -
 def _make(run: Run, chosen: list[Layer], bars: ProgressBars) -> dict[str, Any]:
     """Build, write and judge what `chosen` says; the report of it."""
     records = _build_layers(run, chosen, bars)
-    block = FormatBlock(
-        tuple(_specs(record) for record in records), run.plan.shape, describe(run.plan), _created_by()
-    )
+    layers = tuple(MLPLayer.of(run.plan.shape, _specs(record)) for record in records)
+    block = FormatBlock(layers, run.plan.shape, describe(run.plan), _created_by())
     _write_whole(run, block)
     quality, samples = _judge(run, bars)
     return {

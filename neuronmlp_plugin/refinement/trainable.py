@@ -12,9 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from neuronmlp_plugin.models.low_rank_linear import InputPivotedLinear, OutputPivotedLinear, UVLinear
-
-FACTORED = (UVLinear, OutputPivotedLinear, InputPivotedLinear)
+from neuronmlp_plugin.models.definition import StoredLinear
 
 
 class LowRankUpdate(nn.Module):
@@ -37,7 +35,7 @@ def factor_linears(module: nn.Module) -> dict[str, nn.Linear]:
     """
     found: dict[str, nn.Linear] = {}
     for name, projection in module.named_modules():
-        if isinstance(projection, FACTORED):
+        if isinstance(projection, StoredLinear):
             found |= {
                 f"{name}.{part}": linear
                 for part, linear in projection.named_children()

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from neuronmlp_plugin.models.projection import PROJECTIONS
+from neuronmlp_plugin.models.factors import PROJECTIONS
 
 Row = dict[str, Any]  # one entry of report["matrices"]
 

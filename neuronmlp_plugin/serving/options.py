@@ -7,26 +7,20 @@ import pathlib
 from typing import Any
 
 from neuronmlp_plugin.errors import UsageError
-from neuronmlp_plugin.models.sharding import SCHEMES
 
 KEY = "neuronmlp"
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """`factors`: a factor file to lay over a dense model. `tp_scheme`: see models/sharding.py. `fast_path`:
-    prepacked products or fused kernels; false runs plain torch, to compare with.
+    """`factors`: a factor file to lay over a dense model. `fast_path`: prepacked products or fused kernels;
+    false runs plain torch, to compare with.
     """
 
     factors: pathlib.Path | None = None
-    tp_scheme: str = "gather"
     fast_path: bool = True
 
     def __post_init__(self) -> None:
-        if self.tp_scheme not in SCHEMES:
-            raise UsageError(
-                f"{KEY}.tp_scheme: expected one of {', '.join(SCHEMES)}, found {self.tp_scheme!r}."
-            )
         if not isinstance(self.fast_path, bool):
             raise UsageError(f"{KEY}.fast_path: expected true or false, found {self.fast_path!r}.")
 

@@ -17,7 +17,7 @@ from nki_kernels.kernels.gated_up import gated_up
 from nki_kernels.kernels.sharded import first_factors, second_factors
 from nki_kernels.kernels.svd_mlp import svd_mlp
 from nki_kernels.kernels.xuv import xuv
-from nki_kernels.layout import Layout
+from nki_kernels.layout import Layout, layout_of
 from nki_kernels.plan import Plan
 from nki_kernels.simulator import Placeholder
 from nki_kernels.targets import PMAX, TRN1, Target
@@ -28,7 +28,7 @@ Launch = tuple[Callable[..., Any], tuple[Any, ...]]
 
 def launch_of(plan: Plan, dtype: np.dtype, tp: int = 1) -> Launch:
     """The kernel that runs `plan` on one of `tp` cores, and its arguments as placeholders."""
-    layout = plan.layout
+    layout = layout_of(plan.products, plan.external_z)
     features = layout.hidden or layout.intermediate
     shape = (features, plan.tokens) if plan.transposed_input else (plan.tokens, features)
     x, weights = Placeholder(shape, dtype), Placeholder((PMAX, layout.packed_cols), dtype)
@@ -38,9 +38,11 @@ def launch_of(plan: Plan, dtype: np.dtype, tp: int = 1) -> Launch:
         Placeholder((plan.tokens, last.cols), dtype) if plan.with_residual and last is not None else None
     )
     if layout.external_z:
-        slots = tuple(z_rows(layout, name) // tp for name in ("gate", "up"))
-        z = Placeholder((tp * sum(slots), plan.tokens), dtype)
-        return second_factors, (x if plan.x_tiles else None, z, slots, weights, plan, norm)
+        gate, up = (z_rows(layout, name) // tp for name in ("gate", "up"))
+        down = layout.down_first.cols // tp if layout.down_first is not None else 0
+        rows, cols = tp * (gate + up), plan.tokens
+        z = Placeholder((tp * cols, gate + up) if plan.natural_z else (rows, cols), dtype)
+        return second_factors, (x if plan.x_tiles else None, z, (gate, up, down), weights, plan, norm)
     if layout.gate_second is not None:
         return (
             (gated_up, (x, weights, plan, norm))

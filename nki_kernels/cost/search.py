@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from nki_kernels.cost.constants import CALIBRATED, Constants
 from nki_kernels.cost.estimate import Estimate
 from nki_kernels.cost.launches import PlanRuns, z_rows
-from nki_kernels.layout import MATRICES, Layout
+from nki_kernels.layout import MATRICES, Layout, layout_of
 from nki_kernels.plan import Plan
 from nki_kernels.planner import MAX_SLOTS, Choice, Declined, Request, build_plan, choices, why_not
 from nki_kernels.targets import PMAX, TRN1, Target
@@ -79,11 +79,12 @@ def dma_bound_us(plan: Plan, target: Target = TRN1, constants: Constants = CALIB
     """
     size = plan.itemsize
     weights = _dma_us(plan.weight_cols_read() * PMAX * size, plan.ring_cols * size, target, constants)
-    given = sum(z_rows(plan.layout, name) for name in ("gate", "up"))
+    layout = layout_of(plan.products, plan.external_z)
+    given = sum(z_rows(layout, name) for name in ("gate", "up"))
     features = given + (plan.hidden or (0 if given else plan.intermediate))
     input_row = (plan.block_tokens if plan.transposed_input else features) * size
     inputs = _dma_us(plan.tokens * features * size, input_row, target, constants)
-    last = plan.layout.down_second
+    last = layout.down_second
     if last is None:
         return weights + inputs
     output_row = (plan.out_cols if plan.natural_output else plan.block_tokens) * size
@@ -104,10 +105,8 @@ def _behaviour(plan: Plan) -> Plan:
     """The plan without differences that no instruction sees: groups beyond the block's token tiles, a place
     for rows that are not there.
     """
-    input_offset = 0 if plan.transposed_input else plan.input_offset
-    return dataclasses.replace(
-        plan, token_group=min(plan.token_group, tile_count(plan.block_tokens)), input_offset=input_offset
-    )
+    at = dataclasses.replace(plan.at, rows=0) if plan.transposed_input else plan.at
+    return dataclasses.replace(plan, token_group=min(plan.token_group, tile_count(plan.block_tokens)), at=at)
 
 
 def fitting_plans(request: Request, target: Target = TRN1) -> Iterator[tuple[Choice, Plan]]:

@@ -15,7 +15,7 @@ import numpy as np
 from nki_kernels.cost.constants import CALIBRATED, HOP_US, LINK_GBPS, Constants
 from nki_kernels.cost.search import Found, search
 from nki_kernels.layout import Layout, Projection, first_stage, last_stage, mlp_layout, second_stage
-from nki_kernels.planner import Request
+from nki_kernels.request import stage_request
 from nki_kernels.targets import TRN1, Target
 from nki_kernels.tiling import tile_count
 
@@ -84,16 +84,6 @@ def collectives_us(
     if gate or up:
         total += gather_us(tokens * (gate + up) * 2, tp, target)
     return total + (gather_us(tokens * down * 2, tp, target) if down else 0.0)
-
-
-def stage_request(layout: Layout, tokens: int, dtype: np.dtype) -> Request:
-    """What a launch of one core has to do; the last one takes its activation transposed."""
-    return Request(
-        layout,
-        tokens,
-        dtype,
-        transposed_input=layout.gate_second is None and layout.down_first is None and layout.hidden == 0,
-    )
 
 
 def mlp_time(

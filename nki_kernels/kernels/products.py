@@ -13,7 +13,7 @@ from typing import Any
 
 from nki_kernels import backend
 from nki_kernels.backend import nisa, nl
-from nki_kernels.kernels.stream import WeightStream
+from nki_kernels.kernels.workspace import Workspace
 from nki_kernels.tiling import Matrix
 
 Tensor = Any
@@ -29,9 +29,7 @@ def matmul(dst: Tensor, stationary: Tensor, moving: Tensor, first: bool) -> None
         nisa.nc_matmul(dst, stationary, moving)
 
 
-def transposed_tile(
-    stream: WeightStream, matrix: Matrix, n: int, source: Tensor, widths: list, identity: Tensor
-) -> list:
+def transposed_tile(work: Workspace, matrix: Matrix, n: int, source: Tensor, widths: list) -> list:
     """Column tile `n` of (source W), transposed: PSUM tiles [cols, width], one for each (start, width) of
     `widths` over the tokens.
 
@@ -40,14 +38,18 @@ def transposed_tile(
     cols = matrix.tile_width(n)
     blocks = matrix.blocks(n)
     sums = []
-    for _start, width in widths:
-        sums.append(nl.ndarray((cols, width), dtype=nl.float32, buffer=nl.psum))
+    for j in range(len(widths)):
+        sums.append(work.banks.tile((cols, widths[j][1])))
     for i in range(len(blocks)):
         k, rows, stored = blocks[i]
-        block = stream.take(cols)[0:rows, :] if stored else identity[0:rows, 0:cols]
+        block, at = work.identity, 0
+        if stored:
+            block, at = work.stream.take(cols)
         for j in range(len(widths)):
             start, width = widths[j]
-            matmul(sums[j], block, source[0:rows, k, start : start + width], i == 0)
+            matmul(
+                sums[j], block[0:rows, at : at + cols], source[0:rows, k, start : start + width], i == 0
+            )
     return sums
 
 
@@ -59,44 +61,45 @@ def is_source_itself(matrix: Matrix, n: int) -> bool:
     return len(blocks) == 1 and not blocks[0][2]
 
 
-def column_tile(
-    stream: WeightStream, matrix: Matrix, n: int, source: Tensor, widths: list, identity: Tensor
-) -> list:
+def column_tile(work: Workspace, matrix: Matrix, n: int, source: Tensor, widths: list) -> list:
     """As `transposed_tile`, but without arithmetic where the result is there already."""
     if not is_source_itself(matrix, n):
-        return transposed_tile(stream, matrix, n, source, widths, identity)
+        return transposed_tile(work, matrix, n, source, widths)
     k, rows, _stored = matrix.blocks(n)[0]
     tiles = []
-    for start, width in widths:
+    for j in range(len(widths)):
+        start, width = widths[j]
         tiles.append(source[0:rows, k, start : start + width])
     return tiles
 
 
-def transposed_product(
-    stream: WeightStream, matrix: Matrix, source: Tensor, dst: Tensor, widths: list, identity: Tensor
-) -> None:
+def transposed_product(work: Workspace, matrix: Matrix, source: Tensor, dst: Tensor, widths: list) -> None:
     """dst `[128, column tiles, tokens]` = (source W)^T, rounded once to its element type."""
     for n in range(matrix.col_tiles()):
-        sums = transposed_tile(stream, matrix, n, source, widths, identity)
+        cols = matrix.tile_width(n)
+        sums = transposed_tile(work, matrix, n, source, widths)
         for j in range(len(widths)):
             start, width = widths[j]
             nisa.activation(
-                dst=dst[0 : matrix.tile_width(n), n, start : start + width], op=nl.copy, data=sums[j]
+                dst=dst[0:cols, n, start : start + width],
+                op=nl.copy,
+                data=sums[j],
+                bias=work.zero[0:cols, :],
             )
 
 
-def natural_tile(stream: WeightStream, matrix: Matrix, n: int, source: Tensor, tiles: list) -> list:
+def natural_tile(work: Workspace, matrix: Matrix, n: int, source: Tensor, tiles: list) -> list:
     """Column tile `n` of (source W): PSUM tiles [size, cols], one for each (start, size) of `tiles`, each of
     at most 128 tokens.
     """
     cols = matrix.tile_width(n)
     sums = []
-    for _start, size in tiles:
-        sums.append(nl.ndarray((size, cols), dtype=nl.float32, buffer=nl.psum))
+    for j in range(len(tiles)):
+        sums.append(work.banks.tile((tiles[j][1], cols)))
     for k in range(matrix.row_tiles()):
         rows = matrix.tile_rows(k)
-        block = stream.take(cols)[0:rows, :]
+        block, at = work.stream.take(cols)
         for j in range(len(tiles)):
             start, size = tiles[j]
-            matmul(sums[j], source[0:rows, k, start : start + size], block, k == 0)
+            matmul(sums[j], source[0:rows, k, start : start + size], block[0:rows, at : at + cols], k == 0)
     return sums

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nki_kernels.backend import jit, nisa, nl
+from nki_kernels.backend import nisa, nki, nl
 from nki_kernels.kernels.plain_matmul import (
     add_block_products,
     check_multiple,
@@ -31,7 +31,7 @@ BLOCK = 8 * PMAX  # of tokens, K and R, and of N: the authors' 1024
 BLOCK_TILES = 8
 
 
-@jit
+@nki.jit
 def matmul_wide(lhs_t: Tensor, rhs: Tensor, m_tiles: int = 2, n_tiles: int = 2) -> Tensor:
     """Free dimensions blocked: all of K for a block of rows and of columns is loaded before it is multiplied,
     tile by tile as in the tutorial: rows of 128 and of 512 elements.
@@ -75,12 +75,12 @@ def load_tiles(src: Tensor, col: int, cols: int, width: int) -> list:
     for start in range(col, col + cols, width):
         tiles = []
         for row in range(0, src.shape[0], PMAX):
-            tiles.append(load_tile(src, row, start, width))
+            tiles.append(load_tile(src, row, start, width, PMAX))
         found.append(tiles)
     return found
 
 
-@jit
+@nki.jit
 def matmul_spilling(
     lhs_t: Tensor, rhs: Tensor, held_tiles: int, m_tiles: int = 8, n_tiles: int = 2, k_tiles: int = 8
 ) -> Tensor:
@@ -133,32 +133,14 @@ def add_row_tile(sums: tuple, stationary: Tensor, moving: Tensor, where: tuple, 
     held, home = sums
     tile, cols = where[0] + where[1], moving.shape[2]
     if tile < where[2]:
-        add_products(held, tile, stationary, moving, where[1], first)
+        add_block_products(held, tile, stationary, (0, where[1]), moving, first)
     else:
         there = home[tile * PMAX : (tile + 1) * PMAX, :]
         spilled = nl.ndarray((PMAX, 1, cols), dtype=nl.float32, buffer=nl.sbuf)
         if not first:
             nisa.dma_copy(dst=spilled[:, 0, :], src=there)
-        add_products(spilled, 0, stationary, moving, where[1], first)
+        add_block_products(spilled, 0, stationary, (0, where[1]), moving, first)
         nisa.dma_copy(dst=there, src=spilled[:, 0, :])
-
-
-def add_products(sums: Tensor, tile: int, stationary: Tensor, moving: Tensor, i: int, first: bool) -> None:
-    """sums[:, tile, :] (+)= the product of row tile i of the stationary block and the moving block."""
-    for n in range(0, moving.shape[2], MOVING_COLS):
-        total = nl.ndarray((PMAX, MOVING_COLS), dtype=nl.float32, buffer=nl.psum)
-        for j in range(stationary.shape[1]):
-            left = stationary[:, j, i * PMAX : (i + 1) * PMAX]
-            matmul(total, left, moving[:, j, n : n + MOVING_COLS], j == 0)
-        add_sum(sums[:, tile, n : n + MOVING_COLS], total, first)
-
-
-def add_sum(there: Tensor, total: Tensor, first: bool) -> None:
-    """there (+)= a PSUM tile."""
-    if first:
-        nisa.tensor_copy(dst=there, src=total)
-    else:
-        nisa.tensor_tensor(dst=there, data1=there, data2=total, op=nl.add)
 
 
 def store_rows(out: Tensor, col: int, held: Tensor, home: Tensor, held_tiles: int) -> None:
@@ -169,11 +151,11 @@ def store_rows(out: Tensor, col: int, held: Tensor, home: Tensor, held_tiles: in
         if i < held_tiles:
             nisa.tensor_copy(dst=packed, src=held[:, i, :])
         else:
-            nisa.tensor_copy(dst=packed, src=load_tile(home, i * PMAX, 0, cols))
+            nisa.tensor_copy(dst=packed, src=load_tile(home, i * PMAX, 0, cols, PMAX))
         nisa.dma_copy(dst=out[i * PMAX : (i + 1) * PMAX, col : col + cols], src=packed)
 
 
-@jit
+@nki.jit
 def blocked_xuv(x_t: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """x^T `[K, T]`, u `[K, R]`, v `[R, N]` -> `[T, N]`."""
     for what, size in (("T", x_t.shape[1]), ("K", x_t.shape[0]), ("R", u.shape[1]), ("N", v.shape[1])):
@@ -187,27 +169,24 @@ def blocked_xuv(x_t: Tensor, u: Tensor, v: Tensor) -> Tensor:
 
 def first_phase(x_t: Tensor, u: Tensor, token: int) -> Tensor:
     """(x U)^T of a block of tokens, `[128, R / 128, 1024]`: R on the partitions by construction."""
-    z_t = nl.ndarray((PMAX, u.shape[1] // PMAX, BLOCK), dtype=x_t.dtype, buffer=nl.sbuf, name="z")
+    z_t = nl.ndarray((PMAX, u.shape[1] // PMAX, BLOCK), dtype=x_t.dtype, buffer=nl.sbuf)
     for k in range(0, x_t.shape[0], BLOCK):
         moving = load_block(x_t, k, BLOCK_TILES, token, BLOCK)
         for r in range(0, u.shape[1], BLOCK):
             stationary = load_block(u, k, BLOCK_TILES, r, BLOCK)
             for i in range(BLOCK_TILES):
-                add_block_products(
-                    z_t[:, r // PMAX + i, :], stationary[:, :, i * PMAX : (i + 1) * PMAX], moving, k == 0
-                )
+                add_block_products(z_t, r // PMAX + i, stationary, (0, i), moving, k == 0)
     return z_t
 
 
 def second_phase(z_t: Tensor, v: Tensor, out: Tensor, token: int) -> None:
     """A block of tokens of z V, block of columns by block of columns."""
     for n in range(0, v.shape[1], BLOCK):
-        sums = nl.ndarray((PMAX, BLOCK_TILES, BLOCK), dtype=out.dtype, buffer=nl.sbuf, name="running_sums")
+        sums = nl.ndarray((PMAX, BLOCK_TILES, BLOCK), dtype=out.dtype, buffer=nl.sbuf)
         for r in range(0, v.shape[0], BLOCK):
             moving = load_block(v, r, BLOCK_TILES, n, BLOCK)
-            strip = z_t[:, r // PMAX : r // PMAX + BLOCK_TILES, :]
             for i in range(BLOCK_TILES):
-                add_block_products(sums[:, i, :], strip[:, :, i * PMAX : (i + 1) * PMAX], moving, r == 0)
+                add_block_products(sums, i, z_t, (r // PMAX, i), moving, r == 0)
         for i in range(BLOCK_TILES):
             row = token + i * PMAX
             nisa.dma_copy(dst=out[row : row + PMAX, n : n + BLOCK], src=sums[:, i, :])

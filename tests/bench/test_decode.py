@@ -12,7 +12,7 @@ import pytest
 from neuronmlp_plugin.bench.decode import Decode, bytes_per_step, measure_decode
 from neuronmlp_plugin.bench.rows import Row, append_rows
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
-from neuronmlp_plugin.models.projection import SCALE
+from neuronmlp_plugin.models.factors import SCALE
 from tests.tiny_models import INT8_LAYERS, write_dense, write_mixed
 
 

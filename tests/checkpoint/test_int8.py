@@ -14,7 +14,7 @@ from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint
 from neuronmlp_plugin.checkpoint.schema import FormatBlock, parse_block
 from neuronmlp_plugin.checkpoint.writer import write_factor_file
 from neuronmlp_plugin.errors import CheckpointError, NonFiniteError
-from neuronmlp_plugin.models.projection import SCALE, ProjectionSpec
+from neuronmlp_plugin.models.factors import SCALE, MLPLayer, ProjectionSpec
 from tests.checkpoint.test_folder import edit_config, edit_shard
 from tests.tiny_models import INT8_LAYERS, MIXED_LAYERS, SHAPE, write_dense, write_mixed
 
@@ -38,26 +38,20 @@ def test_every_form_is_among_the_int8_matrices_and_floating_point_beside_them():
     assert any(not spec.is_int8 for spec in specs)
 
 
-def test_a_block_survives_its_own_json_and_says_version_2():
+def test_a_block_survives_its_own_json():
     parsed = parse_block(BLOCK, CONFIG, "config.json")
-    assert (parsed.layers, parsed.to_json(), BLOCK["format_version"]) == (INT8_LAYERS, BLOCK, 2)
+    assert (parsed.layers, parsed.to_json(), BLOCK["format_version"]) == (INT8_LAYERS, BLOCK, 1)
 
 
-def test_without_int8_the_block_is_that_of_version_1():
-    block = FormatBlock(MIXED_LAYERS, SHAPE).to_json()
-    assert block["format_version"] == 1 and "dtype" not in json.dumps(block)
-    assert block["removed_ratio"] == BLOCK["removed_ratio"]
+def test_int8_changes_nothing_but_the_dtype():
+    block = FormatBlock(MIXED_LAYERS, SHAPE, {}, "neuronmlp tests").to_json()
+    assert "dtype" not in json.dumps(block)
+    assert {**block, "layers": None} == {**BLOCK, "layers": None}
 
 
 def test_bytes_count_scales_and_take_floating_point_as_bf16():
     int8 = ProjectionSpec("dense", dtype="int8")
-    layers = (
-        {
-            "gate_proj": int8,
-            "up_proj": ProjectionSpec("uv", 10),
-            "down_proj": ProjectionSpec("compact", 7, "int8"),
-        },
-    )
+    layers = (MLPLayer(128, 192, int8, ProjectionSpec("uv", 10), ProjectionSpec("compact", 7, "int8")),)
     block = FormatBlock(layers, type(SHAPE)(128, 192, 1))
     assert block.weight_bytes == 192 * (128 + 4) + 2 * 10 * (128 + 192) + 7 * (192 - 7 + 4) + 128 * (7 + 4)
     assert block.bytes_ratio == block.weight_bytes / (2 * 3 * 128 * 192)
@@ -66,11 +60,6 @@ def test_bytes_count_scales_and_take_floating_point_as_bf16():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda b: b.update(format_version=1), r"expected format_version 2 .*found 1"),
-        (
-            lambda b: b.update(layers=[{n: s.to_json() for n, s in layer.items()} for layer in MIXED_LAYERS]),
-            r"expected format_version 1",
-        ),
         (
             lambda b: b["layers"][0]["up_proj"].update(dtype="int4"),
             "expected dtype 'int8' or none, found 'int4'",

@@ -10,7 +10,7 @@ import pathlib
 import torch
 from safetensors.torch import save_file
 
-from neuronmlp_plugin.models.projection import MLPShape
+from neuronmlp_plugin.models.factors import MLPShape
 from tests.letters import write_tokenizer
 
 VOCABULARY = 128256  # of Llama 3: what its embedding and head cost is not left out

@@ -11,7 +11,7 @@ from neuronmlp_plugin.compressor.plan import make_plan
 from neuronmlp_plugin.compressor.run import compress
 from neuronmlp_plugin.errors import UsageError
 from neuronmlp_plugin.lowrank.allocate import allocate
-from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, MLPShape, ProjectionSpec
+from neuronmlp_plugin.models.factors import DENSE, PROJECTIONS, MLPShape, ProjectionSpec
 from tests import tiny_models
 from tests.compressor.test_compress import QUIET, home, settings_for  # noqa: F401 (home is a fixture)
 from tests.letters import write_text, write_tokenizer

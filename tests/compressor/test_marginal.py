@@ -19,7 +19,7 @@ from neuronmlp_plugin.compressor.plan import make_plan
 from neuronmlp_plugin.compressor.run import Run, compress
 from neuronmlp_plugin.compressor.search import TruncatedStream
 from neuronmlp_plugin.lowrank.allocate import Curve
-from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, ProjectionSpec
+from neuronmlp_plugin.models.factors import DENSE, PROJECTIONS, ProjectionSpec
 from tests.compressor.test_compress import QUIET, files, home, settings_for  # noqa: F401 (home is a fixture)
 
 

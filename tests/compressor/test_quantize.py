@@ -12,9 +12,8 @@ from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.cli import main
 from neuronmlp_plugin.compressor.quantize import quantize_pair
-from neuronmlp_plugin.models.int8 import dequantize, quantize
-from neuronmlp_plugin.models.low_rank_linear import build_linear
-from neuronmlp_plugin.models.projection import PROJECTIONS, ProjectionSpec, tensor_shapes
+from neuronmlp_plugin.models.definition import build_linear, dequantize, quantize
+from neuronmlp_plugin.models.factors import PROJECTIONS, Matrix, ProjectionSpec
 from neuronmlp_plugin.reporting.folder import CARD_FILE, PAGE_FILE, read_report
 from tests.letters import write_text, write_tokenizer
 from tests.tiny_models import MIXED_LAYERS, SHAPE, write_dense, write_mixed
@@ -52,7 +51,7 @@ def test_all_mlp_matrices_are_rounded_and_nothing_else_changes(home, source):
 
 def matrix(projection, spec, factors):
     """`[in, out]` of a low-rank projection."""
-    module = build_linear(projection, spec, SHAPE)
+    module = build_linear(Matrix(projection, spec, SHAPE.hidden_size, SHAPE.intermediate_size))
     module.load_state_dict(dict(zip(module.state_dict(), factors, strict=True)))
     with torch.no_grad():
         return module(torch.eye(SHAPE.in_out(projection)[0]))
@@ -63,7 +62,8 @@ def matrix(projection, spec, factors):
 def test_factors_rounded_together_move_their_matrix_less_than_each_for_itself(projection, form, gain):
     spec = ProjectionSpec(form, 60)
     torch.manual_seed(0)
-    weights = [torch.randn(size) for size in tensor_shapes(projection, spec, SHAPE).values()]
+    stored = Matrix(projection, spec, SHAPE.hidden_size, SHAPE.intermediate_size)
+    weights = [torch.randn(size) for size in stored.tensor_shapes().values()]
     exact = matrix(projection, spec, weights)
     apart = matrix(projection, spec, [dequantize(*quantize(w)) for w in weights])
     together = matrix(
@@ -76,7 +76,7 @@ def test_the_rounded_model_is_close_and_half_as_large(home, capsys):
     main(["quantize", str(home / "dense"), "--out", str(home / "out")])
     assert main(["inspect", str(home / "out"), "--json"]) == 0
     sizes = json.loads(capsys.readouterr().out.partition("\n")[2])
-    assert sizes["format_version"] == 2 and sizes["removed_ratio"] == 0.0
+    assert sizes["format_version"] == 1 and sizes["removed_ratio"] == 0.0
     assert sizes["bytes_ratio"] == pytest.approx(0.5 + 2 * (2 / 128 + 1 / 192) / 3, abs=1e-6)
     ids = torch.randint(3, 128, (2, 11))
     with torch.no_grad():

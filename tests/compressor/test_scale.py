@@ -16,7 +16,7 @@ from neuronmlp_plugin.compressor.plan import make_plan
 from neuronmlp_plugin.compressor.run import compress
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import UsageError
-from neuronmlp_plugin.models.projection import MLPShape
+from neuronmlp_plugin.models.factors import MLPShape
 from tests.compressor.memory import LiveTensors, forget_peak, own_memory_bytes, peak_rss_bytes
 from tests.compressor.shards import LLAMA_8B, VOCABULARY, write_sharded
 from tests.compressor.test_compress import QUIET

@@ -1,4 +1,4 @@
-"""Random gated MLPs in every mix of forms, and the plain answer that any sharding must give."""
+"""Random gated MLPs in every mix of forms and groups, and the plain answer that any sharding must give."""
 
 from __future__ import annotations
 
@@ -7,26 +7,33 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from neuronmlp_plugin.models.low_rank_linear import build_linear
-from neuronmlp_plugin.models.projection import FORMS, PROJECTIONS, MLPShape, ProjectionSpec
+from neuronmlp_plugin.models.definition import build_linear
+from neuronmlp_plugin.models.factors import FORMS, PROJECTIONS, MLPLayer, MLPShape, ProjectionSpec
 
 SHAPE = MLPShape(hidden_size=20, intermediate_size=48, num_layers=1)
 RANKS = {"gate_proj": 13, "up_proj": 8, "down_proj": 11}
 MIXES = list(itertools.product(FORMS, repeat=3))
 
 
-def mix_specs(mix: tuple[str, ...]) -> dict[str, ProjectionSpec]:
-    return {
-        p: ProjectionSpec(form, None if form == "dense" else RANKS[p])
+def mix_layer(
+    mix: tuple[str, ...],
+    shape: MLPShape = SHAPE,
+    *,
+    ranks: dict[str, int] = RANKS,
+    channels: int | None = None,
+    groups: int = 1,
+) -> MLPLayer:
+    """A layer whose gate, up and down have these forms."""
+    specs = {
+        p: ProjectionSpec(form, None if form == "dense" else ranks[p])
         for p, form in zip(PROJECTIONS, mix, strict=True)
     }
+    return MLPLayer.of(shape, specs, channels=channels, groups=groups)
 
 
-def random_modules(
-    specs: dict[str, ProjectionSpec], shape: MLPShape = SHAPE, seed: int = 0
-) -> dict[str, torch.nn.Module]:
+def random_modules(layer: MLPLayer, seed: int = 0) -> dict[str, torch.nn.Module]:
     torch.manual_seed(seed)
-    return {p: build_linear(p, spec, shape) for p, spec in specs.items()}
+    return {p: build_linear(matrix) for p, matrix in layer.matrices.items()}
 
 
 def plain_mlp(modules: dict[str, torch.nn.Module], x: torch.Tensor) -> torch.Tensor:

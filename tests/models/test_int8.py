@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import given, settings
 
-from neuronmlp_plugin.models.int8 import LIMIT, dequantize, quantize
+from neuronmlp_plugin.models.definition import LIMIT, dequantize, quantize
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 

@@ -16,8 +16,8 @@ from nki_kernels.packing import pack, pack_norm
 from nki_kernels.planner import Request, plan_launch
 
 torch = pytest.importorskip("torch")
-from neuronmlp_plugin.models.projection import ProjectionSpec  # noqa: E402
-from neuronmlp_plugin.models.sharding import shard_down, shard_gate_up  # noqa: E402
+from neuronmlp_plugin.models.factors import Matrix, ProjectionSpec  # noqa: E402
+from neuronmlp_plugin.models.gather import gather_shard  # noqa: E402
 
 EPS = 0.02
 FP32 = DTYPES["fp32"]
@@ -36,16 +36,18 @@ class Core:
         for name, form, size in zip(PROJECTIONS, case.forms, case.ranks, strict=True):
             spec = ProjectionSpec(form, None if form == "dense" else size)
             tensors = {suffix: torch.from_numpy(tensor) for suffix, tensor in weights[name].items()}
-            shards[name] = (shard_down if name == "down_proj" else shard_gate_up)(spec, tensors, tp, rank)
+            matrix = Matrix(name, spec, case.hidden, case.intermediate)
+            shards[name] = gather_shard(matrix, tensors, tp, rank)
         projections = [
-            Projection(s.form, tp * s.slots, s.slots, s.pivots, rank * s.slots) for s in shards.values()
+            Projection(form, tp * s.slots, s.slots, s.pivots, rank * s.slots)
+            for form, s in zip(case.forms, shards.values(), strict=True)
         ]
         self.slots = tuple(p.slots for p in projections)
         self.layout = mlp_layout(case.hidden, case.intermediate // tp, *projections)
         self.tensors = {}
         for name, shard in shards.items():
             short = name.removesuffix("_proj")
-            if shard.form == "dense":
+            if shard.first is None or shard.second is None:
                 self.tensors[f"{short}_second"] = shard.second if shard.first is None else shard.first
             else:
                 self.tensors |= {f"{short}_first": shard.first, f"{short}_second": shard.second}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from neuronmlp_plugin.models.low_rank_linear import build_linear
-from neuronmlp_plugin.models.projection import MLPShape, ProjectionSpec
+from neuronmlp_plugin.models.definition import build_linear
+from neuronmlp_plugin.models.factors import MLPLayer, MLPShape, ProjectionSpec
 from neuronmlp_plugin.refinement.trainable import factor_linears, trainable
 
 SHAPE = MLPShape(12, 20, 1)
@@ -19,7 +19,7 @@ def mlp() -> nn.ModuleDict:
         "up_proj": ProjectionSpec("dense"),
         "down_proj": ProjectionSpec("compact", 5),
     }
-    return nn.ModuleDict({name: build_linear(name, spec, SHAPE) for name, spec in specs.items()})
+    return nn.ModuleDict({name: build_linear(m) for name, m in MLPLayer.of(SHAPE, specs).matrices.items()})
 
 
 def step(module: nn.ModuleDict, parameters: list[nn.Parameter]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from neuronmlp_plugin.models.projection import PROJECTIONS
+from neuronmlp_plugin.models.factors import PROJECTIONS
 
 SCRIPT = "<script>document.title = 'owned'</script>"
 IMAGE = "<img src=x onerror=alert(1)> & \"quoted\" 'text'"

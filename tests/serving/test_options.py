@@ -10,20 +10,20 @@ from neuronmlp_plugin.serving.options import Options, parse_options
 
 @pytest.mark.parametrize("config", [None, {}, {"other": 1}, {"neuronmlp": {}}])
 def test_nothing_said_means_the_defaults(config):
-    assert parse_options(config) == Options(factors=None, tp_scheme="gather", fast_path=True)
+    assert parse_options(config) == Options(factors=None, fast_path=True)
 
 
 def test_everything_can_be_said():
-    given = {"factors": "a/b.safetensors", "tp_scheme": "reduce", "fast_path": False}
-    assert parse_options({"neuronmlp": given}) == Options(pathlib.Path("a/b.safetensors"), "reduce", False)
+    given = {"factors": "a/b.safetensors", "fast_path": False}
+    assert parse_options({"neuronmlp": given}) == Options(pathlib.Path("a/b.safetensors"), False)
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"rank": 3}, r"expected an object with the keys factors, tp_scheme, fast_path, found \['rank'\]"),
+        ({"rank": 3}, r"expected an object with the keys factors, fast_path, found \['rank'\]"),
         (["gather"], "expected an object"),
-        ({"tp_scheme": "replicate"}, "expected one of gather, reduce, found 'replicate'"),
+        ({"tp_scheme": "reduce"}, r"found \['tp_scheme'\]"),
         ({"fast_path": "no"}, "expected true or false, found 'no'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""vLLM's tensor-parallel group as the three operations of `models/collectives.py`."""
+"""vLLM's tensor-parallel group as the three operations of `models/gather.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 
-from neuronmlp_plugin.models.collectives import Collectives
+from neuronmlp_plugin.models.gather import Collectives
 
 
 class TensorParallel(Collectives):

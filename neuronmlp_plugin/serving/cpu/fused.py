@@ -1,33 +1,26 @@
 """A low-rank projection as one call of `product.c`: all its products in two stages, nothing concatenated or
 sliced in between.
 
-Used where one rank owns the whole MLP; under tensor parallelism the stages are parted by collectives, and
-`gemm.py` serves them.
+Used where a rank owns whole groups of the MLP. Where ranks share one group's factors (models/gather.py) the
+stages are parted by collectives, and `gemm.py` serves them.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from neuronmlp_plugin.models.parallel_mlp import Linear
-from neuronmlp_plugin.models.sharding import Shard
+from neuronmlp_plugin.models.definition import Factors, Linear, Weight
+from neuronmlp_plugin.models.factors import Matrix
 from neuronmlp_plugin.serving.cpu.compiled import Product, load_products
 
 LANES = 16
 INPUT, OUTPUT, SCRATCH, NOTHING = 0, 1, 2, -1
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)  # of weights, in the order of `product.c`
 
-Weight = tuple[torch.Tensor, torch.Tensor | None]  # `[out, in]`, and its scales `[out]` where it is int8
-
-
-def weights_of(shard: Shard) -> tuple[Weight | None, Weight | None]:
-    """`first` and `second` with their scales."""
-    first = None if shard.first is None else (shard.first, shard.scales[0])
-    return first, None if shard.second is None else (shard.second, shard.scales[1])
+Owned = tuple[Matrix, Factors]
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -106,37 +99,48 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in DTYPES and load_products() is not None
 
 
-def fused_gate_up(shards: Sequence[Shard], intermediate_size: int) -> Linear:
-    """x `[..., H]` -> `[..., 2 I]`, gate first, of one rank. A compact matrix's z is written where its pivots
-    belong in the output.
+def blocks_of(weight: Weight, blocks: int) -> list[Weight]:
+    """The blocks of a stacked factor."""
+    scales = [None] * blocks if weight.scale is None else weight.scale.chunk(blocks)
+    return [Weight(values, scale) for values, scale in zip(weight.values.chunk(blocks), scales, strict=True)]
+
+
+def fused_gate_up(gate: Owned, up: Owned) -> Linear:
+    """x `[..., H]` -> `[..., 2 k]`, gate first, of the k channels that a rank owns. A compact matrix's z is
+    written where its pivots belong in the output.
     """
-    hidden = next(s.first.shape[1] for s in shards if s.first is not None)
-    chain = Chain(hidden, 2 * intermediate_size, sum(s.slots for s in shards if s.form == "uv"))
-    scratch = 0
-    for index, shard in enumerate(shards):
-        start = index * intermediate_size
-        first, second = weights_of(shard)
+    channels, hidden = gate[0].channels, gate[0].hidden_size
+    outside = sum(m.groups * m.rank for m, _ in (gate, up) if not m.pivots)
+    chain, scratch = Chain(hidden, 2 * channels, outside), 0
+    for at, (matrix, (first, second)) in zip((0, channels), (gate, up), strict=True):
         assert first is not None
-        if second is None or shard.form == "compact":
-            z = (OUTPUT, start)
-        else:
-            z, scratch = (SCRATCH, scratch), scratch + shard.slots
-        chain.add(0, first, (INPUT, 0), z)
-        if second is not None:
-            chain.add(1, second, z, (OUTPUT, start + shard.pivots))
+        if second is None:
+            chain.add(0, first, (INPUT, 0), (OUTPUT, at))
+            continue
+        pairs = zip(blocks_of(first, matrix.groups), blocks_of(second, matrix.groups), strict=True)
+        for group, (u, v) in enumerate(pairs):
+            start = at + group * channels // matrix.groups
+            z = (OUTPUT, start) if matrix.pivots else (SCRATCH, scratch)
+            scratch += 0 if matrix.pivots else matrix.rank
+            chain.add(0, u, (INPUT, 0), z)
+            chain.add(1, v, z, (OUTPUT, start + matrix.pivots))
     return chain.finish()
 
 
-def fused_down(shard: Shard, intermediate_size: int) -> Linear:
-    """h `[..., I]` -> y `[..., H]` of one rank; the pivots of a compact matrix are the addend of its first
-    product.
+def fused_down(down: Owned) -> Linear:
+    """h `[..., k]` -> y `[..., H]`, a summand where a rank owns a share of the channels; the pivots of a
+    compact matrix are the addend of its first product.
     """
-    first, second = weights_of(shard)
+    matrix, (first, second) = down
     assert second is not None
-    chain = Chain(intermediate_size, second[0].shape[0], shard.slots)
+    chain = Chain(matrix.channels, matrix.hidden_size, matrix.groups * matrix.rank)
     if first is None:
         chain.add(0, second, (INPUT, 0), (OUTPUT, 0))
         return chain.finish()
-    chain.add(0, first, (INPUT, shard.pivots), (SCRATCH, 0), (INPUT, 0) if shard.form == "compact" else None)
+    width = matrix.channels // matrix.groups
+    for group, weight in enumerate(blocks_of(first, matrix.groups)):
+        start = group * width
+        addend = (INPUT, start) if matrix.pivots else None
+        chain.add(0, weight, (INPUT, start + matrix.pivots), (SCRATCH, group * matrix.rank), addend)
     chain.add(1, second, (SCRATCH, 0), (OUTPUT, 0))
     return chain.finish()

@@ -8,15 +8,18 @@ import torch
 from torch import nn
 from vllm.platforms import current_platform
 
-from neuronmlp_plugin.models.parallel_mlp import Linear, plain_linear
+from neuronmlp_plugin.models.definition import Linear, plain_linear
 
 
-def prepacked_linear(weight: torch.Tensor) -> Linear:
-    """vLLM's CPU dispatch (oneDNN or another prepacked kernel) for a weight `[out, in]`; plain torch on other
-    platforms.
+def prepacked_linear(weight: torch.Tensor, blocks: int = 1) -> Linear:
+    """vLLM's CPU dispatch (oneDNN or another prepacked kernel) for a weight `[out, in]`, or one for each of its
+    blocks; plain torch on other platforms.
     """
     if not current_platform.is_cpu():
-        return plain_linear(weight)
+        return plain_linear(weight, blocks)
+    if blocks > 1:
+        each = [prepacked_linear(block.contiguous()) for block in weight.chunk(blocks)]
+        return lambda x: torch.cat([p(part) for p, part in zip(each, x.chunk(blocks, -1), strict=True)], -1)
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     holder = nn.Module()

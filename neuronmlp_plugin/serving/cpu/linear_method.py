@@ -1,5 +1,5 @@
 """How vLLM's merged gate/up and down layers load and run low-rank matrices; the mathematics is
-`models/parallel_mlp.py`.
+`models/definition.py`, and `models/gather.py` where ranks share the factors of one group.
 """
 
 from __future__ import annotations
@@ -14,39 +14,46 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 
 from neuronmlp_plugin.checkpoint.reader import FactorFile, check_int8, checked_tensor
 from neuronmlp_plugin.errors import CheckpointError
-from neuronmlp_plugin.models.int8 import dequantize
-from neuronmlp_plugin.models.parallel_mlp import Down, GateUp, Linear, plain_linear
-from neuronmlp_plugin.models.projection import SCALE, MLPShape, ProjectionSpec, stored_shapes
-from neuronmlp_plugin.models.sharding import Shard, check_divisible, shard_down, shard_gate_up, whole_shard
+from neuronmlp_plugin.models.definition import (
+    Factors,
+    Linear,
+    bind,
+    dequantize,
+    factors_of,
+    plain_linear,
+    share_of,
+)
+from neuronmlp_plugin.models.factors import SCALE, Matrix, MLPLayer
+from neuronmlp_plugin.models.gather import GatherDown, GatherGateUp, Shard, gather_shard
 from neuronmlp_plugin.serving.cpu.collectives import tensor_parallel
 from neuronmlp_plugin.serving.cpu.fused import fused_down, fused_gate_up, usable
 from neuronmlp_plugin.serving.cpu.gemm import prepacked_linear
 from neuronmlp_plugin.serving.options import Options
 
-Specs = dict[str, ProjectionSpec]
-MakeLinear = Callable[[torch.Tensor], Linear]
+MakeLinear = Callable[..., Linear]
+Tensors = dict[str, torch.Tensor]
 
 
 class LowRankMethod(LinearMethodBase):
     """Common half of both layers. vLLM makes one instance a layer, so what arrives is kept in it.
 
-    `parent`: "model.layers.3.mlp". Full tensors come in one by one; as soon as a projection is whole its
-    shard is cut, cast and kept, and the full tensors are dropped. With `overlay` the dense weights that
-    arrive are ignored and the factor file is read instead.
+    `parent`: "model.layers.3.mlp". Full tensors come in one by one; as soon as a projection is whole this
+    rank's part is cut, cast and kept, and the full tensors are dropped. With `overlay` the dense weights that
+    arrive are ignored and the factor file is read instead. Raises UsageError where so many ranks cannot serve
+    the layer.
     """
 
     projections: tuple[str, ...]
 
-    def __init__(
-        self, parent: str, specs: Specs, shape: MLPShape, options: Options, overlay: FactorFile | None
-    ) -> None:
-        self.parent, self.specs, self.shape = parent, specs, shape
+    def __init__(self, parent: str, stored: MLPLayer, options: Options, overlay: FactorFile | None) -> None:
+        self.parent, self.stored = parent, stored
         self.options, self.overlay = options, overlay
         self.collectives = tensor_parallel()
-        self.arrived: dict[str, dict[str, torch.Tensor]] = {p: {} for p in self.projections}
+        self.gathers = stored.gathers(self.collectives.size)
+        self.arrived: dict[str, Tensors] = {p: {} for p in self.projections}
+        self.owned: dict[str, Factors] = {}
         self.shards: dict[str, Shard] = {}
         self.run: Linear | None = None
-        check_divisible(shape.intermediate_size, self.collectives.size, options.tp_scheme)
 
     def create_weights(
         self,
@@ -74,10 +81,10 @@ class LowRankMethod(LinearMethodBase):
             parameter.weight_loader = self._loader(suffix)  # type: ignore[attr-defined]
             module.register_parameter(leaf, parameter)
         self.device = parameter.device
-        self.fuses = self.options.fast_path and self.collectives.size == 1 and usable(self.device, self.dtype)
+        self.fuses = self.options.fast_path and not self.gathers and usable(self.device, self.dtype)
 
     def _sizes(self, projection: str) -> dict[str, tuple[int, ...]]:
-        return stored_shapes(projection, self.specs[projection], self.shape)
+        return self.stored.matrix(projection).stored_shapes()
 
     def _loader(self, suffix: str) -> Callable[..., None]:
         def load(_parameter: nn.Parameter, tensor: torch.Tensor, shard_id: int | None = None) -> None:
@@ -98,35 +105,40 @@ class LowRankMethod(LinearMethodBase):
             )
         self.arrived[projection][suffix] = tensor
         if len(self.arrived[projection]) == len(sizes):
-            self.shards[projection] = self._cut(projection, self.arrived.pop(projection))
+            self._keep(projection, self.arrived.pop(projection))
 
-    def _cut(self, projection: str, weights: dict[str, torch.Tensor]) -> Shard:
-        spec = self.specs[projection]
-        if spec.is_int8:
-            quantized = {suffix: weight for suffix, weight in weights.items() if suffix + SCALE in weights}
-            for suffix, weight in quantized.items():
-                check_int8(weight, weights[suffix + SCALE], f"{self.parent}.{projection}.{suffix}")
-            if self.fuses:
-                return whole_shard(
-                    projection, spec, {suffix: weight.to(self.device) for suffix, weight in weights.items()}
-                )
-            weights = {
-                suffix: dequantize(weight, weights[suffix + SCALE]) for suffix, weight in quantized.items()
-            }
-        elif self.overlay is None:  # the tensors of a factor file were checked as they were read
+    def _keep(self, projection: str, whole: Tensors) -> None:
+        """Check a projection's tensors and keep what this rank computes with."""
+        matrix, tp, rank = self.stored.matrix(projection), self.collectives.size, self.collectives.rank
+        whole = self._checked(matrix, whole)
+        if self.gathers:
+            self.shards[projection] = gather_shard(matrix, whole, tp, rank)
+            return
+        mine = share_of(matrix, whole, tp, rank)
+        if tp > 1:  # a view would keep the whole tensor alive
+            mine = {name: tensor.clone() for name, tensor in mine.items()}
+        self.owned[projection] = factors_of(matrix, mine)
+
+    def _checked(self, matrix: Matrix, tensors: Tensors) -> Tensors:
+        """On this device: int8 as it is where the products read it, everything else in the model's dtype."""
+        where = f"{self.parent}.{matrix.projection}"
+        if matrix.spec.is_int8:
+            weights = {suffix: tensors[suffix] for suffix in matrix.tensor_shapes()}
             for suffix, weight in weights.items():
-                checked_tensor(
-                    weight, f"{self.parent}.{projection}.{suffix}", pathlib.Path("checkpoint")
-                )  # vLLM does not say which file
-        cast = {suffix: weight.to(self.device, self.dtype) for suffix, weight in weights.items()}
-        cut = shard_down if projection == "down_proj" else shard_gate_up
-        return cut(spec, cast, self.collectives.size, self.collectives.rank, self.options.tp_scheme)
+                check_int8(weight, tensors[suffix + SCALE], f"{where}.{suffix}")
+            if self.fuses:
+                return {suffix: tensor.to(self.device) for suffix, tensor in tensors.items()}
+            tensors = {suffix: dequantize(w, tensors[suffix + SCALE]) for suffix, w in weights.items()}
+        elif self.overlay is None:  # the tensors of a factor file were checked as they were read
+            for suffix, weight in tensors.items():  # vLLM does not say which file
+                checked_tensor(weight, f"{where}.{suffix}", pathlib.Path("checkpoint"))
+        return {suffix: weight.to(self.device, self.dtype) for suffix, weight in tensors.items()}
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Prepack the shards. A tensor that never came is refused: vLLM itself would serve random numbers."""
         if self.overlay is not None:
             for projection in self.projections:
-                read = self.overlay.stored if self.specs[projection].is_int8 else self.overlay.tensor
+                read = self.overlay.stored if self.stored[projection].is_int8 else self.overlay.tensor
                 for suffix in self._sizes(projection):
                     self._arrive(projection, suffix, read(f"{self.parent}.{projection}.{suffix}"))
         missing = [
@@ -139,19 +151,29 @@ class LowRankMethod(LinearMethodBase):
             raise CheckpointError(
                 f"checkpoint: expected a tensor {missing[0]} ({len(missing)} of this layer are missing), found none."
             )
-        shards = [self.shards[p] for p in self.projections]
+        make_linear = prepacked_linear if self.options.fast_path else plain_linear
         if self.fuses:
-            self.run = self._fused(shards)
+            self.run = self._fused()
+        elif self.gathers:
+            self.run = self._gathered(make_linear)
         else:
-            self.run = self._one_by_one(shards, prepacked_linear if self.options.fast_path else plain_linear)
-        self.shards = {}
+            self.run = self._one_by_one(make_linear)
+        self.owned, self.shards = {}, {}
 
-    def _fused(self, shards: list[Shard]) -> Linear:
+    def _mine(self, projection: str) -> tuple[Matrix, Factors]:
+        """What this rank owns of a layer that fits the ranks: a smaller matrix and its numbers."""
+        return self.stored.share(self.collectives.size).matrix(projection), self.owned[projection]
+
+    def _fused(self) -> Linear:
         """One call for all products."""
         raise NotImplementedError
 
-    def _one_by_one(self, shards: list[Shard], make_linear: MakeLinear) -> Linear:
-        """A call for each product, with the collectives of the scheme between them."""
+    def _one_by_one(self, make_linear: MakeLinear) -> Linear:
+        """A call for each product."""
+        raise NotImplementedError
+
+    def _gathered(self, make_linear: MakeLinear) -> Linear:
+        """A call for each product, with the collectives of scheme `gather` between them."""
         raise NotImplementedError
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -162,20 +184,25 @@ class LowRankMethod(LinearMethodBase):
 class LowRankGateUpMethod(LowRankMethod):
     projections = ("gate_proj", "up_proj")
 
-    def _fused(self, shards: list[Shard]) -> Linear:
-        return fused_gate_up(shards, self.shape.intermediate_size)
+    def _fused(self) -> Linear:
+        return fused_gate_up(*map(self._mine, self.projections))
 
-    def _one_by_one(self, shards: list[Shard], make_linear: MakeLinear) -> Linear:
-        return GateUp(
-            shards, self.shape.intermediate_size, self.collectives, self.options.tp_scheme, make_linear
-        )
+    def _one_by_one(self, make_linear: MakeLinear) -> Linear:
+        gate, up = (bind(*self._mine(p), make_linear) for p in self.projections)
+        return lambda x: torch.cat((gate(x), up(x)), dim=-1)
+
+    def _gathered(self, make_linear: MakeLinear) -> Linear:
+        return GatherGateUp([self.shards[p] for p in self.projections], self.collectives, make_linear)
 
 
 class LowRankDownMethod(LowRankMethod):
     projections = ("down_proj",)
 
-    def _fused(self, shards: list[Shard]) -> Linear:
-        return fused_down(shards[0], self.shape.intermediate_size)
+    def _fused(self) -> Linear:
+        return fused_down(self._mine("down_proj"))
 
-    def _one_by_one(self, shards: list[Shard], make_linear: MakeLinear) -> Linear:
-        return Down(shards[0], self.collectives, self.options.tp_scheme, make_linear)
+    def _one_by_one(self, make_linear: MakeLinear) -> Linear:
+        return bind(*self._mine("down_proj"), make_linear)
+
+    def _gathered(self, make_linear: MakeLinear) -> Linear:
+        return GatherDown(self.shards["down_proj"], self.collectives, make_linear)

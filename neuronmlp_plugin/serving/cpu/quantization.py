@@ -19,12 +19,12 @@ from vllm.platforms import current_platform
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, FactorFile, read_config
 from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, parse_block
 from neuronmlp_plugin.errors import CheckpointError, UsageError
-from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS
 from neuronmlp_plugin.serving.cpu.fused import usable
 from neuronmlp_plugin.serving.cpu.linear_method import LowRankDownMethod, LowRankGateUpMethod
 from neuronmlp_plugin.serving.options import Options, parse_options
 
 logger = init_logger("vllm.neuronmlp")
+_METHODS = {"gate_up_proj": LowRankGateUpMethod, "down_proj": LowRankDownMethod}
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -70,16 +70,10 @@ class NeuronMLPConfig(QuantizationConfig):
             return None
         block, overlay, options = self._open()
         parent, _, name = prefix.rpartition(".")
-        specs = {p: block.spec(f"{parent}.{p}") for p in PROJECTIONS}
-        known = {p: spec for p, spec in specs.items() if spec is not None}
-        if (
-            not known
-            or name not in ("gate_up_proj", "down_proj")
-            or all(spec == DENSE for spec in known.values())
-        ):
+        stored, method = block.mlp(parent), _METHODS.get(name)
+        if stored is None or method is None or stored.is_base(block.shape):
             return UnquantizedLinearMethod()
-        method = LowRankGateUpMethod if name == "gate_up_proj" else LowRankDownMethod
-        return method(parent, known, block.shape, options, overlay)
+        return method(parent, stored, options, overlay)
 
     def _open(self) -> tuple[FormatBlock, FactorFile | None, Options]:
         if self.opened is None:
@@ -90,14 +84,12 @@ class NeuronMLPConfig(QuantizationConfig):
             int8 = sum(spec.is_int8 for layer in block.layers for spec in layer.values())
             counts += f", {int8} of them int8" if int8 else ""
             source = overlay.path if overlay else "the checkpoint"
-            path = _path(options, int8 > 0)
             logger.info(
-                "neuronmlp: %.1f%% of the MLP parameters removed by %s; %s; %s; tp scheme %s",
+                "neuronmlp: %.1f%% of the MLP parameters removed by %s; %s; %s",
                 100 * block.removed_ratio,
                 source,
                 counts,
-                path,
-                options.tp_scheme,
+                _path(options, block),
             )
         return self.opened
 
@@ -124,18 +116,20 @@ class NeuronMLPConfig(QuantizationConfig):
         return {**self.__dict__, "opened": None}
 
 
-def _path(options: Options, int8: bool) -> str:
+def _path(options: Options, block: FormatBlock) -> str:
     """How the products will run, in words."""
     dtype: Any = get_current_vllm_config().model_config.dtype
-    if (
-        options.fast_path
-        and get_tensor_model_parallel_world_size() == 1
-        and usable(torch.device(current_platform.device_type), dtype)
-    ):
-        return "fused products, int8 weights read as they are" if int8 else "fused products"
-    expanded = f", int8 weights expanded to {dtype} at load, at its memory and speed" if int8 else ""
+    tp = get_tensor_model_parallel_world_size()
+    shared = any(layer.gathers(tp) for layer in block.layers)
+    ranks = (
+        "" if tp == 1 else f", {tp} ranks " + ("share one group's factors" if shared else "own whole groups")
+    )
+    if options.fast_path and not shared and usable(torch.device(current_platform.device_type), dtype):
+        return f"fused products{', int8 weights read as they are' if block.has_int8 else ''}{ranks}"
+    expanded = (
+        f", int8 weights expanded to {dtype} at load, at its memory and speed" if block.has_int8 else ""
+    )
     if not options.fast_path:
-        return f"plain torch products (fast_path is off){expanded}"
-    return (
-        "products one by one, prepacked by vLLM" if current_platform.is_cpu() else "plain torch products"
-    ) + expanded
+        return f"plain torch products (fast_path is off){expanded}{ranks}"
+    how = "products one by one, prepacked by vLLM" if current_platform.is_cpu() else "plain torch products"
+    return how + expanded + ranks

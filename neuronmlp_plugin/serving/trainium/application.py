@@ -55,10 +55,8 @@ class LowRankModel(_Base):
             ):
                 layer.mlp = LowRankMLP(
                     block.layers[index],
-                    block.shape,
                     NxdParallel(config),
                     decisions,
-                    scheme=options_of(config).tp_scheme,
                     sequence_parallel=config.neuron_config.sequence_parallel_enabled,
                     prefill=config.neuron_config.is_prefill_stage,
                     layer=index,
@@ -100,9 +98,7 @@ class LowRankApplication(_Base):
             paths = [
                 {decision.path for decision in decisions.values()} for decisions in layer_decisions(config)
             ]
-            lay_out_state(
-                state, block, paths, config.neuron_config.tp_degree, options.tp_scheme, source_of(config)
-            )
+            lay_out_state(state, block, paths, config.neuron_config.tp_degree, source_of(config))
         return state
 
     def compile(self, compiled_model_path: str, *args: Any, **kwargs: Any) -> None:

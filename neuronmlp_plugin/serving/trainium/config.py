@@ -95,7 +95,6 @@ def _attach_record(config: Any) -> None:
     options = options_of(config)
     record = {
         "block": block.to_json(),
-        "tp_scheme": options.tp_scheme,
         "kernels": options.kernels,
         # The compile cache does not see kernel sources; tile plans follow from them, the block and the
         # buckets, all in the key.

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from neuronmlp_plugin.models.projection import MLPShape, ProjectionSpec
+from neuronmlp_plugin.models.factors import MLPLayer
 from neuronmlp_plugin.serving.trainium.config import block_of, options_of
 from neuronmlp_plugin.serving.trainium.dispatch import Decision, decide
-from neuronmlp_plugin.serving.trainium.kernel_path import SCHEME, declined
+from neuronmlp_plugin.serving.trainium.kernel_path import declined
 from nki_kernels.backend import HAS_NKI
 
 OLDEST_NKI = (0, 2)
@@ -23,13 +23,13 @@ def layer_decisions(config: Any) -> list[dict[str, Decision]]:
     """
     block, neuron, options = block_of(config), config.neuron_config, options_of(config)
     assert block is not None
-    unavailable = kernels_unavailable(neuron.on_cpu, options.tp_scheme, installed_nki())
+    unavailable = kernels_unavailable(neuron.on_cpu, installed_nki())
     decisions = []
-    for index, specs in enumerate(block.layers):
+    for index, stored in enumerate(block.layers):
         why = (
             None
             if unavailable or options.kernels == "off"
-            else _declined(tuple(specs.items()), block.shape, neuron.tp_degree, neuron.torch_dtype)
+            else _declined(stored, neuron.tp_degree, neuron.torch_dtype)
         )
         decisions.append(decide(options, unavailable, why, index))
     return decisions
@@ -43,19 +43,15 @@ def installed_nki() -> str | None:
         return None
 
 
-def kernels_unavailable(on_cpu: bool, scheme: str, nki: str | None) -> str | None:
+def kernels_unavailable(on_cpu: bool, nki: str | None) -> str | None:
     """Why no kernel can run at all, or None."""
     if on_cpu:
         return "NxDI runs on the CPU (on_cpu)"
-    if scheme != SCHEME:
-        return f"the kernels implement tp_scheme {SCHEME!r}, not {scheme!r}"
     if nki is None or tuple(map(int, nki.split(".")[:2])) < OLDEST_NKI:
         return f"the kernels need nki 0.2 (Neuron SDK 2.28) or later, found {nki or 'none'}"
     return None
 
 
 @functools.cache
-def _declined(
-    specs: tuple[tuple[str, ProjectionSpec], ...], shape: MLPShape, tp: int, dtype: torch.dtype
-) -> str | None:
-    return declined(dict(specs), shape, tp, dtype)
+def _declined(stored: MLPLayer, tp: int, dtype: torch.dtype) -> str | None:
+    return declined(stored, tp, dtype)

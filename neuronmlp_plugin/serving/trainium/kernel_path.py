@@ -1,7 +1,7 @@
-"""The MLP of one rank by NKI kernels: one launch for all of it, or three between the collectives of scheme
-`gather`.
+"""The MLP of one rank by NKI kernels: one launch for all of it where the layer fits the ranks, or three between
+the collectives of scheme `gather`.
 
-NxDI compiles one graph for all ranks, while a rank's pivots sit at its own place in the gathered z. So the z
+For that scheme NxDI compiles one graph for all ranks, while a rank's pivots sit at its own place in the gathered z. So the z
 that a launch gets and gives begins with the rank's own share (`own_first`), its weights are packed for that
 order, and the rank is data: NxDI's SPMDRank.
 """
@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from neuronmlp_plugin.errors import UsageError
-from neuronmlp_plugin.models.projection import PROJECTIONS, MLPShape, ProjectionSpec
-from neuronmlp_plugin.models.sharding import Weights, slots_per_rank
+from neuronmlp_plugin.models.definition import Tensors
+from neuronmlp_plugin.models.factors import IN, OUT, PROJECTIONS, Matrix, MLPLayer
+from neuronmlp_plugin.models.gather import slots_per_rank
 from neuronmlp_plugin.serving.trainium.layout import even_pivots, lay_out, partition_dim
 from neuronmlp_plugin.serving.trainium.parallel import Parallel
 from nki_kernels.kernels.sharded import first_factors, last_factor, second_factors
@@ -30,19 +31,19 @@ from nki_kernels.plan import Plan
 from nki_kernels.planner import Declined, Request, plan_launch
 from nki_kernels.targets import PMAX
 
-SCHEME = "gather"
 _NUMPY_DTYPES = {torch.bfloat16: ml_dtypes.bfloat16, torch.float16: np.float16, torch.float32: np.float32}
-Specs = Mapping[str, ProjectionSpec]
 
 
-def stage_layouts(specs: Specs, shape: MLPShape, tp: int) -> dict[str, Layout]:
-    """What each launch computes, by name: `whole`, or `first`, `second` and `last` as far as the forms need
-    them.
+def stage_layouts(stored: MLPLayer, tp: int) -> dict[str, Layout]:
+    """What each launch computes, by name: `whole` where the layer fits the ranks; under `gather`, `first`,
+    `second` and `last` as far as the forms need them.
     """
-    projections = [_projection(specs[name], tp) for name in PROJECTIONS]
-    whole = mlp_layout(shape.hidden_size, shape.intermediate_size // tp, *projections)
-    if tp == 1:
-        return {"whole": whole}
+    if not stored.gathers(tp):
+        mine = stored.share(tp)
+        projections = [Projection.whole(spec.form, spec.rank) for spec in mine.values()]
+        return {"whole": mlp_layout(mine.hidden_size, mine.channels, *projections)}
+    projections = [_projection(matrix, tp) for matrix in stored.matrices.values()]
+    whole = mlp_layout(stored.hidden_size, stored.channels // tp, *projections)
     stages = {"second": second_stage(whole)}
     if whole.gate_first or whole.up_first:
         stages["first"] = first_stage(whole)
@@ -51,18 +52,20 @@ def stage_layouts(specs: Specs, shape: MLPShape, tp: int) -> dict[str, Layout]:
     return stages
 
 
-def _projection(spec: ProjectionSpec, tp: int) -> Projection:
-    if spec.form == "dense":
+def _projection(matrix: Matrix, tp: int) -> Projection:
+    """A matrix under `gather`."""
+    if not matrix.spec.is_low_rank:
         return DENSE
-    slots = slots_per_rank(spec.rank or 0, tp)
-    return Projection(spec.form, tp * slots, slots, even_pivots(spec, tp, SCHEME))
+    slots = slots_per_rank(matrix.rank, tp)
+    return Projection(matrix.spec.form, tp * slots, slots, even_pivots(matrix, tp))
 
 
-def turned(specs: Specs) -> tuple[bool, bool]:
-    """Whether the z of gate and up, and that of down, travel own share first: only pivots ask for it."""
-    return any(specs[name].form == "compact" for name in PROJECTIONS[:2]), specs[
-        "down_proj"
-    ].form == "compact"
+def turned(stored: MLPLayer) -> tuple[bool, bool]:
+    """Whether the z of gate and up, and that of down, travel own share first under `gather`: only pivots ask
+    for it.
+    """
+    gate, up, down = (matrix.pivots > 0 for matrix in stored.matrices.values())
+    return gate or up, down
 
 
 def _request(layout: Layout, tokens: int, dtype: torch.dtype, norm_eps: float | None) -> Request:
@@ -79,52 +82,55 @@ def _request(layout: Layout, tokens: int, dtype: torch.dtype, norm_eps: float | 
     )
 
 
-def declined(specs: Specs, shape: MLPShape, tp: int, dtype: torch.dtype) -> str | None:
-    """Why the planner has no plan for the layer, in a sentence, or None. What fits 128 tokens fits any
-    number, block by block.
+def declined(stored: MLPLayer, tp: int, dtype: torch.dtype) -> str | None:
+    """Why the kernels do not take the layer, in a sentence, or None. What fits 128 tokens fits any number,
+    block by block.
     """
-    for layout in stage_layouts(specs, shape, tp).values():
+    if stored.is_low_rank and not stored.gathers(tp) and stored.share(tp).groups > 1:
+        return f"the kernels take one group a rank, found {stored.share(tp).groups}"
+    for layout in stage_layouts(stored, tp).values():
         plan = plan_launch(_request(layout, PMAX, dtype, norm_eps=1e-5))
         if isinstance(plan, Declined):
             return plan.reason
     return None
 
 
-def pack_layer(
-    specs: Specs, weights: Mapping[str, Weights], shape: MLPShape, tp: int
-) -> dict[str, torch.Tensor]:
+def pack_layer(stored: MLPLayer, weights: Mapping[str, Tensors], tp: int) -> dict[str, torch.Tensor]:
     """Launch -> packed weights `[tp 128, C]`, whose contiguous slices are the ranks', from each projection's
     tensors of FORMAT.md.
     """
-    whole = {name: lay_out(name, specs[name], weights[name], tp, SCHEME) for name in PROJECTIONS}
+    gathers, layouts = stored.gathers(tp), stage_layouts(stored, tp)
+    whole = {name: lay_out(matrix, weights[name], tp, gathers) for name, matrix in stored.matrices.items()}
     dtype = next(iter(weights["down_proj"].values())).dtype
-    packed: dict[str, list[torch.Tensor]] = {stage: [] for stage in stage_layouts(specs, shape, tp)}
+    packed: dict[str, list[torch.Tensor]] = {stage: [] for stage in layouts}
     for rank in range(tp):
-        matrices = _rank_matrices(specs, whole, tp, rank)
-        for stage, layout in stage_layouts(specs, shape, tp).items():
+        matrices = _rank_matrices(stored, whole, tp, rank)
+        for stage, layout in layouts.items():
             mine = {name: matrix for name, matrix in matrices.items() if layout.matrix(name) is not None}
             packed[stage].append(pack(layout, mine, torch.zeros(PMAX, layout.packed_cols, dtype=dtype)))
     return {stage: torch.cat(slices) for stage, slices in packed.items()}
 
 
-def _rank_matrices(specs: Specs, whole: Mapping[str, Weights], tp: int, rank: int) -> dict[str, torch.Tensor]:
-    """One rank's matrices `[out, in]` by the names that `nki_kernels.layout` gives them, with z in own-first
-    order.
+def _rank_matrices(
+    stored: MLPLayer, whole: Mapping[str, Tensors], tp: int, rank: int
+) -> dict[str, torch.Tensor]:
+    """One rank's matrices `[out, in]` by the names that `nki_kernels.layout` gives them, under `gather` with z
+    in own-first order.
     """
-    matrices = {}
-    for name in PROJECTIONS:
-        short, down = name.removesuffix("_proj"), name == "down_proj"
+    matrices, gathers, turns = {}, stored.gathers(tp), turned(stored)
+    for name, matrix in stored.matrices.items():
+        short = name.removesuffix("_proj")
         parts = {
-            part: t.chunk(tp, partition_dim(name, part, SCHEME))[rank] for part, t in whole[name].items()
+            part: t.chunk(tp, partition_dim(matrix, part, gathers))[rank] for part, t in whole[name].items()
         }
-        if specs[name].form == "dense":
+        if not matrix.spec.is_low_rank:
             (matrices[f"{short}_second"],) = parts.values()
             continue
-        if turned(specs)[down]:
-            z_part, dim = ("first", 0) if down else ("second", 1)
+        if gathers and turns[matrix.is_down]:
+            z_part, dim = ("first", OUT) if matrix.is_down else ("second", IN)
             slots = parts[z_part].shape[dim] // tp
             parts[z_part] = parts[z_part].roll(-rank * slots, dims=dim)
-        matrices |= {f"{short}_{part}": matrix for part, matrix in parts.items()}
+        matrices |= {f"{short}_{part}": tensor for part, tensor in parts.items()}
     return matrices
 
 
@@ -168,15 +174,15 @@ class KernelPath(nn.Module):
 
     launch: Callable[..., Any] = staticmethod(call)
 
-    def __init__(self, specs: Specs, shape: MLPShape, parallel: Parallel) -> None:
+    def __init__(self, stored: MLPLayer, parallel: Parallel) -> None:
         super().__init__()
-        self.layouts = stage_layouts(specs, shape, parallel.size)
-        self.slots = tuple(_projection(specs[name], parallel.size).slots for name in PROJECTIONS[:2])
-        self.turn_z, self.turn_down = turned(specs)
+        self.layouts = stage_layouts(stored, parallel.size)
+        self.slots = tuple(_projection(stored.matrix(p), parallel.size).slots for p in PROJECTIONS[:2])
+        self.turn_z, self.turn_down = turned(stored)
         self.parallel = parallel
         for stage, layout in self.layouts.items():
             self.add_module(stage, parallel.column(layout.packed_cols, parallel.size * PMAX))
-        self.rank = parallel.rank_module() if parallel.size > 1 else None
+        self.rank = parallel.rank_module() if stored.gathers(parallel.size) else None
         self.plans: dict[tuple[str, int, float | None], Plan] = {}
 
     def forward(self, x: torch.Tensor, rmsnorm: Any = None) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from neuronmlp_plugin.models.projection import MLPShape, ProjectionSpec
+from neuronmlp_plugin.models.factors import MLPLayer
 from neuronmlp_plugin.serving.trainium.dispatch import DECODE, PREFILL, RECORD, Decision
 from neuronmlp_plugin.serving.trainium.kernel_path import KernelPath
 from neuronmlp_plugin.serving.trainium.parallel import Parallel
@@ -32,19 +32,17 @@ class LowRankMLP(nn.Module):
 
     def __init__(
         self,
-        specs: Mapping[str, ProjectionSpec],
-        shape: MLPShape,
+        stored: MLPLayer,
         parallel: Parallel,
         decisions: Mapping[str, Decision],
-        scheme: str = "gather",
         sequence_parallel: bool = False,
         prefill: bool | None = None,
         layer: int = 0,
     ) -> None:
         super().__init__()
         paths = {decision.path for decision in decisions.values()}
-        self.torch_path = TorchPath(specs, shape, parallel, scheme) if "torch" in paths else None
-        self.kernel_path = KernelPath(specs, shape, parallel) if "kernel" in paths else None
+        self.torch_path = TorchPath(stored, parallel) if "torch" in paths else None
+        self.kernel_path = KernelPath(stored, parallel) if "kernel" in paths else None
         self.parallel, self.decisions = parallel, decisions
         self.sequence_parallel, self.prefill, self.layer = sequence_parallel, prefill, layer
 

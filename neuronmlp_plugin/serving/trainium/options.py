@@ -8,7 +8,6 @@ import dataclasses
 from typing import Any
 
 from neuronmlp_plugin.errors import UsageError
-from neuronmlp_plugin.models.sharding import SCHEMES
 
 KEY = "neuronmlp"
 KERNELS = ("auto", "off", "require", "prefill", "decode")
@@ -18,7 +17,6 @@ KERNELS = ("auto", "off", "require", "prefill", "decode")
 class Options:
     """`--additional-config '{"override_neuron_config": {"neuronmlp": {...}}}'`, every field of it optional.
 
-    tp_scheme: `gather` or `reduce` (models/sharding.py).
     kernels: `auto` uses the NKI kernels where they apply, `off` never does, `require` refuses to compile a
     layer without them; `prefill`
         and `decode` use them in that phase alone, and keep two copies of the weights, since the other phase
@@ -26,7 +24,6 @@ class Options:
     factors: a factor file (FORMAT.md) to lay over a dense model; a factored folder needs none.
     """
 
-    tp_scheme: str = "gather"
     kernels: str = "auto"
     factors: str | None = None
 
@@ -42,10 +39,6 @@ def parse_options(given: Any) -> Options:
             f"override_neuron_config.{KEY}: expected an object with keys of {', '.join(names)}, found {given!r}."
         )
     options = Options(**given)
-    if options.tp_scheme not in SCHEMES:
-        raise UsageError(
-            f"override_neuron_config.{KEY}.tp_scheme: expected {' or '.join(SCHEMES)}, found {options.tp_scheme!r}."
-        )
     if options.kernels not in KERNELS:
         raise UsageError(
             f"override_neuron_config.{KEY}.kernels: expected one of {', '.join(KERNELS)}, found {options.kernels!r}."

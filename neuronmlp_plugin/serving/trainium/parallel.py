@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from neuronmlp_plugin.models.collectives import Collectives
-from neuronmlp_plugin.serving.trainium.layout import COLUMN
+from neuronmlp_plugin.models.factors import OUT
+from neuronmlp_plugin.models.gather import Collectives
 
 
 class RankModule(Protocol):
@@ -30,7 +30,7 @@ class Parallel(Collectives, abc.ABC):
     def linear(self, size: tuple[int, int], dim: int) -> nn.Module:
         """A layer whose `weight` is a slice along `dim` of a whole `[out, in]` of this size."""
         n_out, n_in = size
-        return self.column(n_in, n_out) if dim == COLUMN else self.row(n_in, n_out)
+        return self.column(n_in, n_out) if dim == OUT else self.row(n_in, n_out)
 
     @abc.abstractmethod
     def column(self, n_in: int, n_out: int) -> nn.Module:

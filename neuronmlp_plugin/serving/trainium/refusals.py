@@ -7,9 +7,9 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
+from neuronmlp_plugin.checkpoint.schema import parse_block
 from neuronmlp_plugin.errors import UnsupportedModelError, UsageError
 from neuronmlp_plugin.models.families import check_supported as check_family
-from neuronmlp_plugin.models.sharding import check_divisible
 from neuronmlp_plugin.serving.trainium.options import KEY
 
 # NeuronConfig attribute -> (value that is fine, why another is not, what to do instead).
@@ -53,8 +53,8 @@ def check_supported(config: Any) -> None:
             raise UsageError(
                 f"{where}: expected {name}={fine!r} with low-rank MLPs, found {value!r}: {why}; {instead}."
             )
-    record = getattr(config, KEY)
-    check_divisible(config.intermediate_size, neuron.tp_degree, record["tp_scheme"])
+    for stored in parse_block(getattr(config, KEY)["block"], config.__dict__, where).layers:
+        stored.gathers(neuron.tp_degree)  # refuses a size that cannot serve the layer
     own_block = getattr(config, "quantization_config", None)
     if own_block and not pathlib.Path(where).is_dir():
         raise UsageError(

@@ -10,7 +10,7 @@ import torch
 
 from neuronmlp_plugin.checkpoint.reader import Checkpoint, FactorFile, check_names
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
-from neuronmlp_plugin.models.projection import PROJECTIONS, SCALE
+from neuronmlp_plugin.models.factors import PROJECTIONS, SCALE
 from neuronmlp_plugin.serving.trainium.kernel_path import pack_layer
 from neuronmlp_plugin.serving.trainium.layout import lay_out
 
@@ -42,9 +42,7 @@ def cast_int8(state: State, block: FormatBlock, dtype: torch.dtype) -> bool:
     return bool(names)
 
 
-def lay_out_state(
-    state: State, block: FormatBlock, plan: list[set[str]], tp: int, scheme: str, source: str
-) -> None:
+def lay_out_state(state: State, block: FormatBlock, plan: list[set[str]], tp: int, source: str) -> None:
     """Replace all MLP tensors by those of each layer's paths (torch_path.py, kernel_path.py), in place.
     Raises CheckpointError.
 
@@ -55,19 +53,17 @@ def lay_out_state(
         {_PREFIX + n: tuple(t.shape) for n, t in state.items() if ".mlp." in n},
         source,
     )
-    for index, (specs, paths) in enumerate(zip(block.layers, plan, strict=True)):
-        prefix = f"layers.{index}.mlp."
+    for index, (stored, paths) in enumerate(zip(block.layers, plan, strict=True)):
+        prefix, gathers = f"layers.{index}.mlp.", stored.gathers(tp)
         weights = {projection: _take(state, f"{prefix}{projection}.") for projection in PROJECTIONS}
         if "torch" in paths:
-            for projection in PROJECTIONS:
-                for part, tensor in lay_out(
-                    projection, specs[projection], weights[projection], tp, scheme
-                ).items():
+            for projection, matrix in stored.matrices.items():
+                for part, tensor in lay_out(matrix, weights[projection], tp, gathers).items():
                     state[f"{prefix}torch_path.{projection}.{part}.weight"] = tensor.contiguous()
         if "kernel" in paths:
-            for stage, tensor in pack_layer(specs, weights, block.shape, tp).items():
+            for stage, tensor in pack_layer(stored, weights, tp).items():
                 state[f"{prefix}kernel_path.{stage}.weight"] = tensor
-            if tp > 1:
+            if gathers:
                 state[f"{prefix}kernel_path.rank.rank"] = torch.arange(tp, dtype=torch.int32)
 
 

@@ -1,10 +1,9 @@
-"""The compiled chains give what the plain products give, for every mix of forms, token count and dtype,
+"""The compiled chains give what the definition gives, for every mix of forms, groups, token count and dtype,
 ragged sizes included.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import shutil
 import subprocess
@@ -15,12 +14,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from neuronmlp_plugin.models.collectives import Collectives
-from neuronmlp_plugin.models.int8 import quantize
-from neuronmlp_plugin.models.parallel_mlp import Down, GateUp
-from neuronmlp_plugin.models.projection import FORMS, PROJECTIONS, SCALE, MLPShape, ProjectionSpec
-from neuronmlp_plugin.models.sharding import whole_shard
-from tests.models.layers import random_modules
+from neuronmlp_plugin.models.definition import Factors, Weight, bind, factors_of, quantize
+from neuronmlp_plugin.models.factors import FORMS, PROJECTIONS, SCALE, MLPShape
+from tests.models.layers import mix_layer, random_modules
 
 pytestmark = [
     pytest.mark.vllm,
@@ -31,57 +27,60 @@ pytestmark = [
 ]
 
 
-def shards_of(forms, hidden, intermediate, rank, dtype, int8):
-    shape = MLPShape(hidden, intermediate, 1)
-    specs = {
-        p: ProjectionSpec(f, None if f == "dense" else rank) for p, f in zip(PROJECTIONS, forms, strict=True)
-    }
-    shards = []
-    for (projection, module), rounded in zip(random_modules(specs, shape).items(), int8, strict=True):
-        weights = {}
+def owned(layer, dtype, int8):
+    """Matrix and random factors of gate, up and down."""
+    found = []
+    for (projection, module), rounded in zip(random_modules(layer).items(), int8, strict=True):
+        tensors = {}
         for name, weight in module.state_dict().items():
             if rounded:
-                weights[name], weights[name + SCALE] = quantize(weight)
+                tensors[name], tensors[name + SCALE] = quantize(weight)
             else:
-                weights[name] = weight.to(dtype)
-        shards.append(whole_shard(projection, specs[projection], weights))
-    return shards[:2], shards[2]
+                tensors[name] = weight.to(dtype)
+        found.append((layer.matrix(projection), factors_of(layer.matrix(projection), tensors)))
+    return found
 
 
-def wide(shard):
-    """The same shard in fp64, for the reference."""
-    pairs = zip((shard.first, shard.second), shard.scales, strict=True)
-    first, second = (
-        w if w is None else w.double() * (1.0 if s is None else s.double()[:, None]) for w, s in pairs
+def wide(factors):
+    """The same numbers in fp64, for the definition."""
+    return Factors(
+        *(
+            None
+            if weight is None
+            else Weight(
+                weight.values.double() * (1.0 if weight.scale is None else weight.scale.double()[:, None])
+            )
+            for weight in factors
+        )
     )
-    return dataclasses.replace(shard, first=first, second=second)
 
 
 @given(
     st.tuples(*[st.sampled_from(FORMS)] * 3),
     st.integers(2, 70),
     st.integers(2, 150),
+    st.integers(1, 5),
     st.integers(1, 40),
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.tuples(*[st.booleans()] * 3),
     st.data(),
 )
 @settings(deadline=None, max_examples=200)
-def test_chains_equal_the_plain_products(forms, hidden, intermediate, tokens, dtype, int8, data):
+def test_chains_equal_the_definition(forms, hidden, width, groups, tokens, dtype, int8, data):
     from neuronmlp_plugin.serving.cpu.fused import fused_down, fused_gate_up
 
-    rank = data.draw(st.integers(1, min(hidden, intermediate) - 1))
-    gate_up, down = shards_of(forms, hidden, intermediate, rank, dtype, int8)
-    x, h = torch.randn(tokens, hidden, dtype=dtype), torch.randn(tokens, intermediate, dtype=dtype)
+    rank = data.draw(st.integers(1, min(hidden, width) - 1))
+    shape = MLPShape(hidden, groups * width, 1)
+    layer = mix_layer(forms, shape, ranks=dict.fromkeys(PROJECTIONS, rank), groups=groups)
+    gate, up, down = owned(layer, dtype, int8)
+    x, h = torch.randn(tokens, hidden, dtype=dtype), torch.randn(tokens, groups * width, dtype=dtype)
     tolerance = 1e-5 if dtype is torch.float32 else 8e-3
-    expected = GateUp([wide(s) for s in gate_up], intermediate, Collectives())(x.double())
-    got = fused_gate_up(gate_up, intermediate)(x)
+    expected = torch.cat([bind(matrix, wide(factors))(x.double()) for matrix, factors in (gate, up)], dim=-1)
+    got = fused_gate_up(gate, up)(x)
     assert got.dtype is dtype
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
-    expected = Down(wide(down), Collectives())(h.double())
-    torch.testing.assert_close(
-        fused_down(down, intermediate)(h).double(), expected, rtol=tolerance, atol=tolerance
-    )
+    expected = bind(down[0], wide(down[1]))(h.double())
+    torch.testing.assert_close(fused_down(down)(h).double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_weights_that_are_elsewhere_or_of_another_dtype_take_no_chain():

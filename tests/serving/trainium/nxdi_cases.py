@@ -30,14 +30,14 @@ class Case:
     neuron: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def scheme_cases(folders: dict[str, str], tp: int) -> list[Case]:
-    """Every family, both schemes, batch 1 and 3, and (where there is more than one rank) sequence parallelism
+def family_cases(folders: dict[str, str], tp: int) -> list[Case]:
+    """Every family, batch 1 and 3, and (where there is more than one rank) sequence parallelism
     off and on.
     """
     cases = []
-    grid = itertools.product(FAMILIES, ("gather", "reduce"), (1, 3), (False, True)[: 1 if tp == 1 else 2])
-    for family, scheme, batch, sequence_parallel in grid:
-        name = f"{family}-tp{tp}-{scheme}-batch{batch}" + ("-sp" if sequence_parallel else "")
+    grid = itertools.product(FAMILIES, (1, 3), (False, True)[: 1 if tp == 1 else 2])
+    for family, batch, sequence_parallel in grid:
+        name = f"{family}-tp{tp}-batch{batch}" + ("-sp" if sequence_parallel else "")
         neuron = {"sequence_parallel_enabled": sequence_parallel}
-        cases.append(Case(name, family, folders[family], tp, batch, {"tp_scheme": scheme}, neuron))
+        cases.append(Case(name, family, folders[family], tp, batch, {}, neuron))
     return cases

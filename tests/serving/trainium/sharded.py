@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
-from neuronmlp_plugin.models.collectives import Collectives
-from neuronmlp_plugin.models.projection import PROJECTIONS, MLPShape, ProjectionSpec
+from neuronmlp_plugin.models.factors import PROJECTIONS, MLPLayer, MLPShape
+from neuronmlp_plugin.models.gather import Collectives
 from neuronmlp_plugin.serving.trainium.dispatch import Decision
 from neuronmlp_plugin.serving.trainium.layout import partition_dim
 from neuronmlp_plugin.serving.trainium.mlp import LowRankMLP
@@ -93,12 +93,10 @@ def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def rank_state(
-    specs: dict[str, ProjectionSpec],
+    layer: MLPLayer,
     modules: dict[str, nn.Module],
-    shape: MLPShape,
     tp: int,
     rank: int,
-    scheme: str,
     paths: set[str],
 ) -> dict[str, torch.Tensor]:
     """The rank's parameters: laid out for all ranks as NxDI is given them, then cut as NxDI cuts them, into
@@ -110,28 +108,29 @@ def rank_state(
         for p in PROJECTIONS
         for suffix, tensor in modules[p].state_dict().items()
     }
-    lay_out_state(state, FormatBlock((specs,), shape), [paths], tp, scheme, "test")
-    return {name.removeprefix(prefix): _slice(name, whole, tp, rank, scheme) for name, whole in state.items()}
+    shape = MLPShape(layer.hidden_size, layer.channels, 1)
+    lay_out_state(state, FormatBlock((layer,), shape), [paths], tp, "test")
+    return {name.removeprefix(prefix): _slice(name, whole, layer, tp, rank) for name, whole in state.items()}
 
 
-def _slice(name: str, whole: torch.Tensor, tp: int, rank: int, scheme: str) -> torch.Tensor:
+def _slice(name: str, whole: torch.Tensor, layer: MLPLayer, tp: int, rank: int) -> torch.Tensor:
     *_, path, projection, part, _ = name.split(".")
-    dim = partition_dim(projection, part, scheme) if path == "torch_path" else 0
+    dim = 0
+    if path == "torch_path":
+        dim = partition_dim(layer.matrix(projection), part, layer.gathers(tp))
     return whole.chunk(tp, dim)[rank]
 
 
 def rank_mlp(
-    specs: dict[str, ProjectionSpec],
+    layer: MLPLayer,
     modules: dict[str, nn.Module],
-    shape: MLPShape,
     collectives: Collectives,
-    scheme: str = "gather",
     decisions: dict[str, Decision] = TORCH,
     **options: bool,
 ) -> LowRankMLP:
     """The module of `collectives.rank`, loaded strictly."""
-    mlp = LowRankMLP(specs, shape, LocalParallel(collectives), decisions, scheme, **options)
+    mlp = LowRankMLP(layer, LocalParallel(collectives), decisions, **options)
     paths = {decision.path for decision in decisions.values()}
-    state = rank_state(specs, modules, shape, collectives.size, collectives.rank, scheme, paths)
+    state = rank_state(layer, modules, collectives.size, collectives.rank, paths)
     mlp.load_state_dict(state, strict=True, assign=True)
     return mlp

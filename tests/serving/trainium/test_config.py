@@ -43,18 +43,19 @@ def test_the_stock_class_would_have_dropped_our_options(folders):
 
 
 def test_block_and_options_survive_the_round_trip(folders):
-    config = make(folders["mixed"], tp_degree=2, neuronmlp={"tp_scheme": "reduce", "kernels": "off"})
+    config = make(folders["mixed"], tp_degree=2, neuronmlp={"kernels": "off"})
     again = LowRank.from_json_string(config.to_json_string())
     assert again.to_json_string() == config.to_json_string()
     assert block_of(again).layers == MIXED_LAYERS
-    assert again.neuronmlp["tp_scheme"] == "reduce" and again.neuronmlp["kernels"] == "off"
+    assert again.neuronmlp["kernels"] == "off"
 
 
 def other_rank(folders, tmp_path):
     """A folder whose config says another rank of one matrix."""
     gate = dataclasses.replace(MIXED_LAYERS[0]["gate_proj"], rank=38)
     block = dataclasses.replace(
-        Checkpoint(folders["mixed"]).block, layers=({**MIXED_LAYERS[0], "gate_proj": gate}, *MIXED_LAYERS[1:])
+        Checkpoint(folders["mixed"]).block,
+        layers=(MIXED_LAYERS[0].with_specs({"gate_proj": gate}), *MIXED_LAYERS[1:]),
     )
     (tmp_path / "config.json").write_text(
         json.dumps({**read_config(folders["mixed"]), "quantization_config": block.to_json()})
@@ -62,15 +63,15 @@ def other_rank(folders, tmp_path):
     return tmp_path
 
 
-def test_rank_scheme_kernels_and_kernel_sources_change_the_key(folders, tmp_path, monkeypatch):
+def test_rank_kernels_and_kernel_sources_change_the_key(folders, tmp_path, monkeypatch):
     def key(*args, **kwargs):
         return json.dumps(make(*args, **kwargs).neuronmlp)
 
-    keys = {key(folders["mixed"]), key(folders["mixed"], neuronmlp={"tp_scheme": "reduce"})}
-    keys |= {key(folders["mixed"], neuronmlp={"kernels": "off"}), key(other_rank(folders, tmp_path))}
+    keys = {key(folders["mixed"]), key(folders["mixed"], neuronmlp={"kernels": "off"})}
+    keys.add(key(other_rank(folders, tmp_path)))
     monkeypatch.setattr(config_module, "source_digest", lambda: "another kernel")
     keys.add(key(folders["mixed"]))
-    assert len(keys) == 5
+    assert len(keys) == 4
     assert (
         json.loads(make(folders["mixed"]).to_json_string())["neuronmlp"] == make(folders["mixed"]).neuronmlp
     )
@@ -135,9 +136,9 @@ def test_what_nxdi_would_get_wrong_is_refused(folders, name, value):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 3}, "keys of tp_scheme, kernels, factors"),
+        ({"rank": 3}, "keys of kernels, factors"),
         ("gather", "expected an object"),
-        ({"tp_scheme": "replicate"}, "gather or reduce"),
+        ({"tp_scheme": "reduce"}, "keys of kernels, factors"),
         ({"kernels": "on"}, "one of auto, off, require"),
     ],
 )
@@ -157,7 +158,9 @@ def test_a_hub_id_of_factors_is_refused(folders):
 
 
 def test_tp_that_does_not_divide_the_channels_is_refused(folders):
-    with pytest.raises(UsageError, match="expected a divisor"):
+    with pytest.raises(
+        UsageError, match=r"expected a size that serves this MLP .*any divisor of its 192 channels"
+    ):
         make(folders["mixed"], tp_degree=5)
 
 

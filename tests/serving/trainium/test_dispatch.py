@@ -38,30 +38,28 @@ def test_off_and_one_phase_alone():
 
 
 @pytest.mark.parametrize(
-    ("on_cpu", "scheme", "nki", "words"),
+    ("on_cpu", "nki", "words"),
     [
-        (True, "gather", "0.2.0", "on_cpu"),
-        (False, "reduce", "0.2.0", "not 'reduce'"),
-        (False, "gather", None, "found none"),
-        (False, "gather", "0.1.0", "found 0.1.0"),
+        (True, "0.2.0", "on_cpu"),
+        (False, None, "found none"),
+        (False, "0.1.0", "found 0.1.0"),
     ],
 )
-def test_why_no_kernel_can_run(on_cpu, scheme, nki, words):
-    assert words in kernels_unavailable(on_cpu, scheme, nki)
+def test_why_no_kernel_can_run(on_cpu, nki, words):
+    assert words in kernels_unavailable(on_cpu, nki)
 
 
 def test_nothing_stands_against_a_kernel_on_the_reference_stack():
-    assert kernels_unavailable(False, "gather", "0.2.0") is None
+    assert kernels_unavailable(False, "0.2.0") is None
 
 
 def test_the_planner_declines_in_words():
     import torch
 
-    from neuronmlp_plugin.models.projection import DENSE, MLPShape
+    from neuronmlp_plugin.models.factors import DENSE, MLPLayer
 
-    specs = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), DENSE)
-    assert declined(specs, MLPShape(1024, 2048, 1), 1, torch.bfloat16) is None
-    assert "SBUF" in declined(specs, MLPShape(128, 1 << 17, 1), 1, torch.bfloat16)
+    assert declined(MLPLayer(1024, 2048, DENSE, DENSE, DENSE), 1, torch.bfloat16) is None
+    assert "SBUF" in declined(MLPLayer(128, 1 << 17, DENSE, DENSE, DENSE), 1, torch.bfloat16)
 
 
 def traced_record() -> DispatchRecord:

@@ -7,8 +7,8 @@ import pathlib
 import torch
 import torch.multiprocessing
 
-from neuronmlp_plugin.models.collectives import ProcessGroup
-from tests.models.layers import SHAPE, mix_specs, plain_mlp, random_modules
+from neuronmlp_plugin.models.gather import ProcessGroup
+from tests.models.layers import RANKS, SHAPE, mix_layer, plain_mlp, random_modules
 from tests.serving.trainium.sharded import rank_mlp
 
 MIXES = (
@@ -30,12 +30,12 @@ def run_rank(rank: int, folder: str) -> None:
     worst = 0.0
     with torch.no_grad():
         for mix in MIXES:
-            specs = mix_specs(mix)
-            modules = random_modules(specs)
-            expected = plain_mlp(modules, x)
-            for scheme in ("gather", "reduce"):
-                whole, _ = rank_mlp(specs, modules, SHAPE, ProcessGroup(), scheme)(x)
-                sequence = rank_mlp(specs, modules, SHAPE, ProcessGroup(), scheme, sequence_parallel=True)
+            for groups in (1, 4):
+                layer = mix_layer(mix, ranks=dict.fromkeys(RANKS, 7), groups=groups)
+                modules = random_modules(layer)
+                expected = plain_mlp(modules, x)
+                whole, _ = rank_mlp(layer, modules, ProcessGroup())(x)
+                sequence = rank_mlp(layer, modules, ProcessGroup(), sequence_parallel=True)
                 part, _ = sequence(x.chunk(TP, dim=1)[rank])
                 worst = max(
                     worst,

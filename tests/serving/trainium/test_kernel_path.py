@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from neuronmlp_plugin.models.collectives import Collectives
-from neuronmlp_plugin.models.projection import MLPShape
+from neuronmlp_plugin.models.factors import MLPShape
+from neuronmlp_plugin.models.gather import Collectives
 from neuronmlp_plugin.serving.trainium.kernel_path import own_first, pack_norm_in_graph, rank_major
 from nki_kernels.kernels.sharded import last_factor
 from nki_kernels.packing import pack_norm
-from tests.models.layers import MIXES, mix_specs, plain_mlp, random_modules
+from tests.models.layers import MIXES, mix_layer, plain_mlp, random_modules
 from tests.serving.trainium.sharded import KERNEL, TORCH, rank_mlp, simulated
 from tests.thread_group import ThreadGroup
 
@@ -40,14 +40,14 @@ class Simulated:
 @torch.no_grad()
 def run(mix, tp, x, norm=None):
     """`(outputs by rank, launches of rank 0, collectives, the plain answer)`, in the dtype of x."""
-    specs = mix_specs(mix)
-    modules = {name: module.to(x.dtype) for name, module in random_modules(specs, SHAPE).items()}
+    layer = mix_layer(mix, SHAPE)
+    modules = {name: module.to(x.dtype) for name, module in random_modules(layer).items()}
     group = ThreadGroup(tp)
     launches = [Simulated() for _ in range(tp)]
 
     @torch.no_grad()
     def work(collectives: Collectives):
-        mlp = rank_mlp(specs, modules, SHAPE, collectives, decisions=KERNEL)
+        mlp = rank_mlp(layer, modules, collectives, decisions=KERNEL)
         mlp.kernel_path.launch = launches[collectives.rank]
         return mlp(x, rmsnorm=norm)[0]
 
@@ -110,17 +110,15 @@ def test_one_launch_without_and_three_with_tensor_parallelism():
         "second_factors",
         last_factor.__name__,
     ]
-    assert run(("dense", "dense", "dense"), 2, x)[1] == ["second_factors"]
+    assert run(("dense", "dense", "dense"), 2, x)[1] == ["svd_mlp"]
 
 
 def test_the_kernels_move_what_the_torch_path_moves():
     x = torch.randn(1, 4, SHAPE.hidden_size)
-    specs = mix_specs(("compact", "uv", "compact"))
-    modules = random_modules(specs, SHAPE)
+    layer = mix_layer(("compact", "uv", "compact"), SHAPE)
+    modules = random_modules(layer)
     group = ThreadGroup(2)
-    group.run(
-        lambda collectives: torch.no_grad()(rank_mlp(specs, modules, SHAPE, collectives, decisions=TORCH))(x)
-    )
+    group.run(lambda collectives: torch.no_grad()(rank_mlp(layer, modules, collectives, decisions=TORCH))(x))
     assert run(("compact", "uv", "compact"), 2, x)[2] == group.log
 
 

@@ -5,36 +5,35 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neuronmlp_plugin.models.collectives import Collectives
-from neuronmlp_plugin.models.projection import DENSE, PROJECTIONS, MLPShape, ProjectionSpec
+from neuronmlp_plugin.models.factors import DENSE, MLPLayer, MLPShape, ProjectionSpec
+from neuronmlp_plugin.models.gather import Collectives
 from neuronmlp_plugin.serving.trainium.layout import laid_out_shapes
-from tests.models.layers import MIXES, RANKS, SHAPE, mix_specs, plain_mlp, random_modules
+from tests.models.layers import MIXES, RANKS, SHAPE, mix_layer, plain_mlp, random_modules
 from tests.serving.trainium.sharded import rank_mlp, rank_state
 from tests.thread_group import ThreadGroup
 
 B, S = 2, 12
 
 
-def run_all(mix, tp, scheme, x, **options):
+def run_all(mix, tp, x, **options):
     """Each rank's `(y, residual)`; `x(rank)` gives its input."""
-    specs = mix_specs(mix)
-    modules = {p: m.double() for p, m in random_modules(specs).items()}
+    layer = mix_layer(mix)
+    modules = {p: m.double() for p, m in random_modules(layer).items()}
     group = ThreadGroup(tp)
 
     @torch.no_grad()
     def work(collectives: Collectives):
-        return rank_mlp(specs, modules, SHAPE, collectives, scheme, **options)(x(collectives.rank))
+        return rank_mlp(layer, modules, collectives, **options)(x(collectives.rank))
 
     with torch.no_grad():
         return modules, group.run(work), group.log
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 4, 16])
-@pytest.mark.parametrize("scheme", ["gather", "reduce"])
 @pytest.mark.parametrize("mix", MIXES, ids="-".join)
-def test_every_rank_gives_the_plain_answer(mix, scheme, tp):
+def test_every_rank_gives_the_plain_answer(mix, tp):
     x = torch.randn(B, S, SHAPE.hidden_size, dtype=torch.float64)
-    modules, results, _ = run_all(mix, tp, scheme, lambda rank: x)
+    modules, results, _ = run_all(mix, tp, lambda rank: x)
     with torch.no_grad():
         expected = plain_mlp(modules, x)
     for y, residual in results:
@@ -42,14 +41,11 @@ def test_every_rank_gives_the_plain_answer(mix, scheme, tp):
         assert residual is None
 
 
-@pytest.mark.parametrize("scheme", ["gather", "reduce"])
 @pytest.mark.parametrize("mix", [("compact", "uv", "dense"), ("dense", "compact", "compact")], ids="-".join)
-def test_sequence_parallel_shares_out_the_tokens(mix, scheme):
+def test_sequence_parallel_shares_out_the_tokens(mix):
     tp = 3
     x = torch.randn(B, S, SHAPE.hidden_size, dtype=torch.float64)
-    modules, results, _ = run_all(
-        mix, tp, scheme, lambda rank: x.chunk(tp, dim=1)[rank], sequence_parallel=True
-    )
+    modules, results, _ = run_all(mix, tp, lambda rank: x.chunk(tp, dim=1)[rank], sequence_parallel=True)
     with torch.no_grad():
         expected = plain_mlp(modules, x)
     for (y, _), part in zip(results, expected.chunk(tp, dim=1), strict=True):
@@ -57,32 +53,30 @@ def test_sequence_parallel_shares_out_the_tokens(mix, scheme):
 
 
 def test_norm_and_residual_follow_the_contract_of_nxdi():
-    specs = mix_specs(("uv", "compact", "uv"))
-    modules = random_modules(specs)
+    layer = mix_layer(("uv", "compact", "uv"))
+    modules = random_modules(layer)
     x, before = torch.randn(B, S, SHAPE.hidden_size), torch.randn(B, S, SHAPE.hidden_size)
     norm = torch.nn.RMSNorm(SHAPE.hidden_size)
     with torch.no_grad():
         norm.weight.uniform_(0.5, 1.5)
-        y, residual = rank_mlp(specs, modules, SHAPE, Collectives())(x, rmsnorm=norm, residual=before)
+        y, residual = rank_mlp(layer, modules, Collectives())(x, rmsnorm=norm, residual=before)
         torch.testing.assert_close(residual, x + before)
         torch.testing.assert_close(y, plain_mlp(modules, norm(x + before)))
 
 
 @pytest.mark.parametrize("mix", MIXES, ids="-".join)
-@pytest.mark.parametrize("scheme", ["gather", "reduce"])
-def test_one_graph_fits_every_rank(mix, scheme):
-    specs, tp = mix_specs(mix), 4
-    modules = random_modules(specs)
+def test_one_graph_fits_every_rank(mix):
+    layer, tp = mix_layer(mix), 4
+    modules = random_modules(layer)
     shapes = [
-        {n: t.shape for n, t in rank_state(specs, modules, SHAPE, tp, rank, scheme, {"torch"}).items()}
-        for rank in range(tp)
+        {n: t.shape for n, t in rank_state(layer, modules, tp, rank, {"torch"}).items()} for rank in range(tp)
     ]
     assert all(other == shapes[0] for other in shapes)
 
 
-def collectives_of(mix, scheme, tp=2):
+def collectives_of(mix, tp=2):
     x = torch.randn(B, S, SHAPE.hidden_size, dtype=torch.float64)
-    return run_all(mix, tp, scheme, lambda rank: x)[2]
+    return run_all(mix, tp, lambda rank: x)[2]
 
 
 TOKEN_BYTES = B * S * 8
@@ -91,36 +85,22 @@ SLOTS = {p: -(-r // 2) for p, r in RANKS.items()}
 
 
 def test_gather_moves_ranks_only():
-    assert collectives_of(("compact", "uv", "compact"), "gather") == [
+    assert collectives_of(("compact", "uv", "compact")) == [
         ("all_gather", TOKEN_BYTES * (SLOTS["gate_proj"] + SLOTS["up_proj"])),
         ("reduce_scatter", TOKEN_BYTES * 2 * SLOTS["down_proj"]),
         OUTPUT,
     ]
 
 
-def test_reduce_moves_both_whole_activations():
-    assert collectives_of(("compact", "uv", "compact"), "reduce") == [
-        ("all_reduce", TOKEN_BYTES * 2 * SHAPE.intermediate_size),
-        OUTPUT,
-    ]
+def test_a_dense_mlp_pays_for_its_output_alone():
+    assert collectives_of(("dense", "dense", "dense")) == [OUTPUT]
 
 
-def test_reduce_with_a_dense_down_only_scatters():
-    assert collectives_of(("uv", "uv", "dense"), "reduce") == [
-        ("reduce_scatter", TOKEN_BYTES * 2 * SHAPE.intermediate_size),
-        OUTPUT,
-    ]
-
-
-@pytest.mark.parametrize("scheme", ["gather", "reduce"])
-def test_a_dense_mlp_pays_for_its_output_alone(scheme):
-    assert collectives_of(("dense", "dense", "dense"), scheme) == [OUTPUT]
-
-
-def numbers_per_rank(spec: ProjectionSpec, shape: MLPShape, tp: int, scheme: str) -> int:
+def numbers_per_rank(spec: ProjectionSpec, shape: MLPShape, tp: int) -> int:
     """Weights that one rank of tp reads for one layer."""
-    sizes = [size for p in PROJECTIONS for size in laid_out_shapes(p, spec, shape, tp, scheme).values()]
-    return sum(rows * columns for rows, columns in sizes) // tp
+    layer = MLPLayer(shape.hidden_size, shape.intermediate_size, spec, spec, spec)
+    shapes = [laid_out_shapes(matrix, tp, layer.gathers(tp)) for matrix in layer.matrices.values()]
+    return sum(rows * columns for sizes in shapes for rows, columns in sizes.values()) // tp
 
 
 def test_an_8b_layer_saves_per_core_what_it_saves_as_a_whole_where_a_replicated_factor_costs():
@@ -128,13 +108,11 @@ def test_an_8b_layer_saves_per_core_what_it_saves_as_a_whole_where_a_replicated_
     layer.
     """
     shape, tp = MLPShape(4096, 14336, 1), 2
-    dense = numbers_per_rank(DENSE, shape, tp, "gather")
+    dense = numbers_per_rank(DENSE, shape, tp)
     uv, compact = ProjectionSpec("uv", 3026), ProjectionSpec("compact", 3818)
     replicated = (
         3 * 3026 * (shape.hidden_size + shape.intermediate_size // tp)
     )  # U of gate and up, V of down at every rank
-    assert round(numbers_per_rank(uv, shape, tp, "gather") / dense, 3) == 0.95
-    assert round(numbers_per_rank(compact, shape, tp, "gather") / dense, 3) == 0.95
+    assert round(numbers_per_rank(uv, shape, tp) / dense, 3) == 0.95
+    assert round(numbers_per_rank(compact, shape, tp) / dense, 3) == 0.95
     assert round(replicated / dense, 3) == 1.161
-    # The reference scheme stores compact as uv: its saving is lost.
-    assert round(numbers_per_rank(compact, shape, tp, "reduce") / dense, 3) == 1.198

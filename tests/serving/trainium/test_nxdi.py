@@ -22,7 +22,7 @@ from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.serving.trainium.layout import partition_dim
 from neuronmlp_plugin.serving.trainium.state_dict import lay_out_state, read_factored
-from tests.serving.trainium.nxdi_cases import PROMPT_LENGTHS, Case, scheme_cases
+from tests.serving.trainium.nxdi_cases import PROMPT_LENGTHS, Case, family_cases
 from tests.tiny_models import FAMILIES, write_dense, write_mixed
 
 pytestmark = [
@@ -101,7 +101,7 @@ def assert_like_torch(results: list[tuple[torch.Tensor, torch.Tensor]], model) -
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_every_family_scheme_and_batch_equals_the_torch_forward(tp, folders, tmp_path):
-    cases = scheme_cases(folders, tp)
+    cases = family_cases(folders, tp)
     results = run_cases(cases, tp, tmp_path)
     assert len(results) == len(cases) == (16 if tp == 1 else 32)
     models = {family: load_model(folder) for family, folder in folders.items()}
@@ -188,7 +188,7 @@ def test_nxd_cuts_eight_ranks_as_the_layout_says(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     state, block = read_factored(str(folder)), Checkpoint(folder).block
-    lay_out_state(state, block, [{"torch"}] * block.shape.num_layers, 8, "gather", "test")
+    lay_out_state(state, block, [{"torch"}] * block.shape.num_layers, 8, "test")
     shards = [load_file(tmp_path / "out" / f"tp{rank}_sharded_checkpoint.safetensors") for rank in range(8)]
     names = [name for name in state if ".mlp." in name]
     assert names and all({n for n in shard if ".mlp." in n} == set(names) for shard in shards)

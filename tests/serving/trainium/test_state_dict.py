@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 def laid_out(folder, tp=8, path="torch", change=lambda state: None):
     state, block = read_factored(str(folder)), Checkpoint(folder).block
     change(state)
-    lay_out_state(state, block, [{path}] * SHAPE.num_layers, tp, "gather", str(folder))
+    lay_out_state(state, block, [{path}] * SHAPE.num_layers, tp, str(folder))
     return state
 
 
@@ -66,7 +66,7 @@ def test_int8_is_laid_out_as_the_weights_that_it_stands_for(tmp_path):
     for name, tensor in plain.items():
         assert torch.equal(state[name], tensor.bfloat16() if name in int8 else tensor)
         assert state[name].dtype is (torch.bfloat16 if name in int8 else torch.float32)
-    lay_out_state(plain, block, [{"torch", "kernel"}] * SHAPE.num_layers, 2, "gather", str(folder))
+    lay_out_state(plain, block, [{"torch", "kernel"}] * SHAPE.num_layers, 2, str(folder))
     assert all(".torch_path." in name or ".kernel_path." in name for name in plain if ".mlp." in name)
 
 

@@ -114,7 +114,7 @@ def test_a_factor_file_over_a_dense_model_by_flags_alone(environment, tmp_path):
         tmp_path / "factors.safetensors", factored.block, {name: factored.tensor(name) for name in names}
     )
     expected = [greedy(load_model(factored.folder), prompt, NEW_TOKENS) for prompt in PROMPTS]
-    options = neuron_config(factors=str(tmp_path / "factors.safetensors"), tp_scheme="reduce")
+    options = neuron_config(factors=str(tmp_path / "factors.safetensors"), kernels="off")
     assert generate(str(dense), options, environment, tmp_path) == expected
 
 

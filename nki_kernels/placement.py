@@ -1,9 +1,9 @@
 """Where the tensors of a launch lie in SBUF: bytes of each partition, as addresses of a plan.
 
-    x | h | output | rows          h over x unless a second product starts from x; output over h where the z
-    gate_z, up_z / down_z          of down stands between; rows over output if the plan shares them
-    activated, identity, small tiles
-    ring
+x | h | output | rows          h over x unless a second product starts from x; output over h where the z
+gate_z, up_z / down_z          of down stands between; rows over output if the plan shares them
+activated, identity, small tiles
+ring
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def place(room: Room) -> dict[str, Any]:
     row_bytes = aligned(_input_row_cols(room.request) * itemsize)
     wide = _wide(room, turn_bytes, row_bytes)
     z = wide.pop("end")
-    gate_bytes, up_bytes, down_bytes = (room.row_tiles(layout.z_tiles(name)) for name in ("gate", "up", "down"))
+    gate_bytes, up_bytes, down_bytes = (
+        room.row_tiles(layout.z_tiles(name)) for name in ("gate", "up", "down")
+    )
     z_rows = z + max(gate_bytes + up_bytes, down_bytes)
     z_row_bytes = aligned(_z_row_cols(room.request) * itemsize)
     activated = z_rows + 2 * z_row_bytes
@@ -112,7 +114,11 @@ def _z_row_cols(request: Request) -> int:
     if not z_is_natural(request.tokens, request.dtype):
         return 0
     crossing = [layout.matrix(f"{name}_second").rows for name in layout.external_z]
-    for first, second in (("gate_first", "gate_second"), ("up_first", "up_second"), ("down_first", "down_second")):
+    for first, second in (
+        ("gate_first", "gate_second"),
+        ("up_first", "up_second"),
+        ("down_first", "down_second"),
+    ):
         if layout.matrix(second) is None and layout.matrix(first) is not None:
             crossing.append(layout.matrix(first).cols)
     return max(crossing, default=0)

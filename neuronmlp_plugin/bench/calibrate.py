@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from neuronmlp_plugin.bench.arguments import add_csv
+from neuronmlp_plugin.bench.arguments import Write, add_csv, say
 from neuronmlp_plugin.bench.rows import Row, append_rows
 from nki_kernels.cost.constants import SETS, Constants
 
@@ -41,18 +41,24 @@ def heading(constants: Constants) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """0 if every promise of the chosen set holds; only the calibrated set makes any."""
-    from nki_kernels.cost.calibration import judge, published_rows
-
     constants = SETS[args.constants]
-    print(heading(constants), flush=True)
-    judged = []
-    for item in judge(published_rows(), constants):
-        print(_line(item), flush=True)
-        judged.append(item)
+    judged = report(constants)
     if args.csv:
         append_rows(args.csv, csv_rows(judged, constants))
     promised = constants.name == "calibrated"
     return 0 if not promised or all(item.holds for item in judged) else 1
+
+
+def report(constants: Constants, write: Write = say) -> list[Judged]:
+    """All rows, a line each as it is predicted."""
+    from nki_kernels.cost import calibration
+
+    write(heading(constants))
+    judged = []
+    for item in calibration.judge(calibration.published_rows(), constants):
+        write(_line(item))
+        judged.append(item)
+    return judged
 
 
 def csv_rows(judged: Iterable[Judged], constants: Constants) -> Iterator[Row]:

@@ -4,6 +4,7 @@ one launch, or of two.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,7 @@ def held_row_tiles(m: int, m_tiles: int, target: Target) -> int | None:
     return (target.sbuf_usable_bytes - operands - STAGING_BYTES) // (N_COLS * 4)
 
 
+@functools.lru_cache(maxsize=64)
 def aws_matmul(
     m: int, k: int, n: int, target: Target = TRN1, constants: Constants = CALIBRATED, m_tiles: int = 8
 ) -> Estimate:
@@ -77,6 +79,7 @@ def aws_twice(
     return aws_matmul(r, k, t, target, constants) + aws_matmul(t, r, n, target, constants)
 
 
+@functools.lru_cache(maxsize=64)
 def paper_fused(
     t: int, k: int, r: int, n: int, target: Target = TRN1, constants: Constants = CALIBRATED
 ) -> Estimate:

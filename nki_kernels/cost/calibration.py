@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -109,7 +108,9 @@ def _tutorial_rows() -> list[Published]:
         return lambda c: baselines.tutorial(name, m, k, n, TRN1, c)
 
     size = f"{m} x {k} x {n}"
-    rows = [Published(f"matmul {name} {size}", source, us, role, 0.15, step(name)) for name, us, role in steps]
+    rows = [
+        Published(f"matmul {name} {size}", source, us, role, 0.15, step(name)) for name, us, role in steps
+    ]
     blocked: Predict = lambda c: baselines.aws_matmul(m, k, n, TRN1, c, m_tiles=16)  # noqa: E731
     return [*rows, Published(f"matmul blocked {size}", source, 6_970, SEEN, 0.15, blocked)]
 
@@ -123,7 +124,6 @@ PAPER_GIB = {16_384: (15.6, 9.5, 3.78), 32_768: (35.7, 22.4, 7.46)}
 PAPER_KERNELS = ("AWS matmul, dense", "AWS matmul, twice", "the paper's fused kernel")
 
 
-@functools.lru_cache(maxsize=64)
 def paper_estimate(kernel: str, tokens: int, constants: Constants) -> Estimate:
     """One of PAPER_KERNELS at a size of the paper, on trn1."""
     k, r, n = CHAIN

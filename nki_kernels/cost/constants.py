@@ -3,7 +3,7 @@ predictions are made with.
 
 Clocks and sizes are in `nki_kernels.targets`. Sources: [isa] "Estimated instruction cost" of the nki.isa
 pages, SDK 2.26.1; [perf] the NKI performance guide; [dma] the DMA bandwidth guide; [tutorial] the two
-published latencies of AWS's matmul tutorial; [runtime] neuron-runtime's collectives pages.
+published latencies of AWS's matmul tutorial.
 """
 
 from __future__ import annotations
@@ -14,9 +14,6 @@ import math
 MIN_INTERVAL_CYCLES = 64  # shortest initiation interval of any engine [isa]
 GPSIMD_START_CYCLES = 150  # [isa] affine_select, iota
 FP32_PASSES = 4  # TensorE passes of an fp32 matmul [isa]
-# "TensorE instruction turnaround time", MM_INIT_LATENCY on NeuronCore-v2 [perf]. [isa] gives a matmul the larger
-# of it and its moving columns; the tutorial's fastest kernel (6.97 ms) takes their sum, the larger would be 6.23.
-TURNAROUND_CYCLES = 64
 # Dependent one-element ScalarE instructions were seen 264 cycles apart [perf]; 64 of them are the initiation
 # interval.
 RESULT_LATENCY_CYCLES = 200
@@ -25,9 +22,6 @@ DMA_PARTITIONS_PER_ENGINE = 8  # an engine serves 8 partitions of a transfer [dm
 OVERHEAD_BOUND_ROW_BYTES = (
     256  # shorter rows cost as much as one of this length: "severely overhead bound" below it [dma]
 )
-
-HOP_US = 1.5  # one step of a ring inside an instance, 1 to 2 us [runtime]
-LINK_GBPS = {"trn1": 384.0, "trn2": 1280.0, "trn3": 2560.0}  # per chip, NeuronLink [arch]
 
 
 @dataclasses.dataclass(frozen=True)

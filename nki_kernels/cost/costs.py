@@ -11,11 +11,10 @@ from nki_kernels.cost.constants import (
     FP32_PASSES,
     GPSIMD_START_CYCLES,
     MIN_INTERVAL_CYCLES,
-    TURNAROUND_CYCLES,
     Constants,
 )
 from nki_kernels.simulator.trace import GPSIMD, PSUM, SBUF, TENSOR, Access, Instruction
-from nki_kernels.targets import PMAX, Target
+from nki_kernels.targets import PMAX, TURNAROUND_CYCLES, Target
 from nki_kernels.tiling import tile_count
 
 ONE_PASS_ALU = ("add", "multiply", "subtract")

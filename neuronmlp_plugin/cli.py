@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from neuronmlp_plugin import __version__
-from neuronmlp_plugin.errors import NeuronMLPError
+from neuronmlp_plugin.errors import NeuronMLPError, printable
 
 COMMANDS = {
     "compress": "make a low-rank checkpoint of a Hugging Face folder",
@@ -25,6 +27,7 @@ COMMANDS = {
 # What a plain `pip install neuronmlp` leaves out, and the extra that brings it.
 _EXTRAS = {
     **dict.fromkeys(("torch", "transformers", "tokenizers", "matplotlib", "jinja2"), "neuronmlp[compress]"),
+    "huggingface_hub": "neuronmlp[compress]",
     "vllm": "neuronmlp[cpu]",
 }
 
@@ -45,9 +48,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; an error that is the user's to mend becomes one line and exit code 2."""
     args = build_parser().parse_args(argv)
     try:
-        return int(args.run(args))
+        for option in ("model", "dense"):
+            given = getattr(args, option, None)
+            if given is not None:
+                setattr(
+                    args,
+                    option,
+                    _folders(given, getattr(args, "revision", None) if option == "model" else None),
+                )
+        status = int(args.run(args))
+        sys.stdout.flush()  # a closed pipe is noticed here, and not where nothing can be said any more
+        return status
     except NeuronMLPError as error:
-        print(f"neuronmlp {args.command}: {error}", file=sys.stderr)
+        print(f"neuronmlp {args.command}: {printable(str(error))}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(
+            f"neuronmlp {args.command}: interrupted; the same command goes on from what is finished.",
+            file=sys.stderr,
+        )
+        return 130
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise
@@ -56,6 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
     return 2
+
+
+def _folders(given: Any, revision: str | None) -> Any:
+    """The local folder of a path or hub id, or of each in a list."""
+    from neuronmlp_plugin.checkpoint.hub import model_folder
+
+    return (
+        [model_folder(name) for name in given] if isinstance(given, list) else model_folder(given, revision)
+    )
 
 
 if __name__ == "__main__":

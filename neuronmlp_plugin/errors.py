@@ -44,3 +44,13 @@ class CalibrationError(NeuronMLPError):
 
 class OutputError(NeuronMLPError):
     """An output that cannot be written: it exists already, or there is no room."""
+
+
+def printable(text: str) -> str:
+    """Text from a file without what a terminal would obey: control characters become question marks."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what another library said, for the middle of a sentence of ours."""
+    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:300].rstrip(".")

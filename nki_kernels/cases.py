@@ -41,7 +41,7 @@ Weights = dict[str, dict[str, np.ndarray]]
 @dataclasses.dataclass(frozen=True)
 class MLPCase:
     """One gated MLP: T tokens, H hidden, I intermediate, and form and rank of gate, up and down (ranks of
-    dense ones are not used).
+    dense ones are not used), the rank that of each of `groups` equal groups of channels.
     """
 
     tokens: int
@@ -52,6 +52,7 @@ class MLPCase:
     dtype: str = "bf16"
     norm: bool = False
     residual: bool = False
+    groups: int = 1
 
     def __str__(self) -> str:
         shape = f"T{self.tokens}-H{self.hidden}-I{self.intermediate}"
@@ -59,13 +60,14 @@ class MLPCase:
             form if form == "dense" else f"{form}{rank}"
             for form, rank in zip(self.forms, self.ranks, strict=True)
         )
-        return f"{shape}-{parts}-{self.dtype}" + "-norm" * self.norm + "-residual" * self.residual
+        groups = f"-g{self.groups}" * (self.groups > 1)
+        return f"{shape}-{parts}{groups}-{self.dtype}" + "-norm" * self.norm + "-residual" * self.residual
 
     @property
     def projections(self) -> tuple[Projection, Projection, Projection]:
         """Gate, up and down as a layout wants them."""
         gate, up, down = (
-            Projection.whole(form, None if form == "dense" else rank)
+            Projection.whole(form, None if form == "dense" else rank, self.groups)
             for form, rank in zip(self.forms, self.ranks, strict=True)
         )
         return gate, up, down
@@ -116,14 +118,16 @@ def random_projection(rng: np.random.Generator, name: str, case: MLPCase) -> dic
     n_in, n_out = (
         (case.intermediate, case.hidden) if name == "down_proj" else (case.hidden, case.intermediate)
     )
+    stacked = case.groups * rank  # all groups' z
     if form == "dense":
         shapes = {"weight": (n_out, n_in)}
-    elif form == "uv":
-        shapes = {"u.weight": (rank, n_in), "v.weight": (n_out, rank)}
     elif name == "down_proj":
-        shapes = {"c.weight": (rank, n_in - rank), "v.weight": (n_out, rank)}
+        first = (stacked, n_in // case.groups - (rank if form == "compact" else 0))
+        shapes = {"c.weight" if form == "compact" else "u.weight": first, "v.weight": (n_out, stacked)}
+    elif form == "uv":
+        shapes = {"u.weight": (stacked, n_in), "v.weight": (n_out, rank)}
     else:
-        shapes = {"u.weight": (rank, n_in), "c.weight": (n_out - rank, rank)}
+        shapes = {"u.weight": (stacked, n_in), "c.weight": (n_out - stacked, rank)}
     return {
         suffix: random_array(rng, shape, DTYPES[case.dtype], shape[1] ** -0.5)
         for suffix, shape in shapes.items()

@@ -90,7 +90,7 @@ def _wide(room: Room, turn_bytes: int, row_bytes: int) -> dict[str, int]:
     layout = room.request.layout
     x_end = room.row_tiles(tile_count(layout.hidden))
     h = x_end if layout.x_outlives_firsts else 0
-    h_end = h + room.row_tiles(tile_count(layout.intermediate))
+    h_end = h + room.row_tiles(layout.h_tiles)
     # Output may lie over h where h is dead by the time that results are staged, and never over x, which the
     # next block's rows are on their way to.
     output = x_end if layout.hidden and layout.down_first is not None else max(x_end, h_end)
@@ -113,15 +113,15 @@ def _z_row_cols(request: Request) -> int:
     layout = request.layout
     if not z_is_natural(request.tokens, request.dtype):
         return 0
-    crossing = [layout.matrix(f"{name}_second").rows for name in layout.external_z]
-    for first, second in (
-        ("gate_first", "gate_second"),
-        ("up_first", "up_second"),
-        ("down_first", "down_second"),
-    ):
-        if layout.matrix(second) is None and layout.matrix(first) is not None:
-            crossing.append(layout.matrix(first).cols)
-    return max(crossing, default=0)
+    crossing = [layout.matrix(f"{name}_second") for name in layout.external_z]
+    given = [matrix.rows for matrix in crossing if matrix is not None]
+    pairs = (
+        (layout.gate_first, layout.gate_second),
+        (layout.up_first, layout.up_second),
+        (layout.down_first, layout.down_second),
+    )
+    made = [first.cols for first, second in pairs if first is not None and second is None]
+    return max(given + made, default=0)
 
 
 def _output_bytes(room: Room, turn_bytes: int) -> int:

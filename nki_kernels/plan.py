@@ -78,7 +78,8 @@ class Plan(nl.NKIObject):
     runs_up_first: bool
     runs_gated: bool
     runs_down_first: bool
-    identity_col: int  # first column of the identity in the packed weights
+    identity_col: int  # first column of the identity in the packed weights,
+    identity_size: int  # and how many of its rows and columns the launch reads
     natural_output: bool
     natural_z: bool  # z crosses collectives as [T, channels]
     with_norm: bool = False  # RMSNorm in front
@@ -97,7 +98,7 @@ class Plan(nl.NKIObject):
 
     def sbuf_bytes(self) -> int:
         """Bytes per partition up to the end of the last tensor in SBUF, exactly."""
-        return self.at.ring + self.ring_slots * self.slot_bytes
+        return self.at.ring + (self.ring_slots - 1) * self.slot_bytes + self.ring_cols * self.itemsize
 
     def weight_cols_read(self) -> int:
         """Columns of the packed weights that cross HBM in the whole launch, at most: a further token group

@@ -23,7 +23,7 @@ from nki_kernels.plan import Plan
 from nki_kernels.plan_file import own_choice
 from nki_kernels.request import Request, z_is_natural
 from nki_kernels.targets import PMAX, TRN1, Target
-from nki_kernels.tiling import MOVING_COLS, tile_count
+from nki_kernels.tiling import MOVING_COLS, SHARED, tile_count
 
 SLOT_BYTES = (8 * 1024, 4 * 1024)  # per partition: twice what saturates a DMA queue, and just that
 MIN_SLOTS = 3  # one in use, one arriving, one asked for
@@ -159,6 +159,7 @@ def _with_spare_ring(plan: Plan, target: Target) -> Plan:
 
 def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan | Declined:
     """The plan that `choice` describes, or why it does not fit `target`."""
+    request, choice = _pythons(request, choice)
     layout, itemsize = request.layout, request.dtype.itemsize
     bounds = chunk_bounds(layout, choice.ring_cols or SLOT_BYTES[0] // itemsize)
     moving_tokens = tile_count(choice.block_tokens, tile_count(choice.block_tokens, MOVING_COLS))
@@ -177,6 +178,7 @@ def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan 
         ring_cols=ring_cols,
         chunk_bounds=bounds,
         identity_col=layout.stored_cols,
+        identity_size=_identity_size(request, choice.block_tokens),
         with_norm=request.norm_eps is not None,
         norm_eps=request.norm_eps or 0.0,
         with_residual=request.residual,
@@ -199,7 +201,7 @@ def _products(layout: Layout) -> dict[str, Any]:
         "hidden": layout.hidden,
         "intermediate": layout.intermediate,
         "x_tiles": tile_count(layout.hidden),
-        "h_tiles": tile_count(layout.intermediate),
+        "h_tiles": layout.h_tiles,
         "gate_z_tiles": layout.z_tiles("gate"),
         "up_z_tiles": layout.z_tiles("up"),
         "down_z_tiles": layout.z_tiles("down"),
@@ -209,6 +211,24 @@ def _products(layout: Layout) -> dict[str, Any]:
         "runs_down_first": layout.down_first is not None,
         "natural_output": last is not None and last.tile_cols == MOVING_COLS,
     }
+
+
+def _pythons(request: Request, choice: Choice) -> tuple[Request, Choice]:
+    """The same in Python's numbers: a compiler before nki 0.7 would read numpy's as None."""
+    eps = None if request.norm_eps is None else float(request.norm_eps)
+    numbers: dict[str, Any] = {name: int(n) for name, n in vars(choice).items() if name != "shares_rows"}
+    return (
+        dataclasses.replace(request, tokens=int(request.tokens), norm_eps=eps),
+        dataclasses.replace(choice, **numbers),
+    )
+
+
+def _identity_size(request: Request, block_tokens: int) -> int:
+    """Rows and columns of the identity that the launch reads: all where blocks are identities or z is turned
+    round, else as many as a tile of tokens that is transposed.
+    """
+    turns = request.layout.down_second is None and z_is_natural(request.tokens, request.dtype)
+    return PMAX if request.layout.sums_identity or turns else min(PMAX, block_tokens)
 
 
 def staged_cols(layout: Layout, out_cols: int) -> int:
@@ -267,7 +287,9 @@ def chunk_bounds(layout: Layout, ring_cols: int) -> tuple[int, ...]:
     """
     bounds = [0]
     end = 0
-    for _, matrix, n, _, offset in layout.blocks():
+    for _, matrix, n, block, offset in layout.blocks():
+        if block[3] == SHARED:
+            continue
         end = offset + matrix.tile_width(n)
         if end - bounds[-1] > ring_cols:
             bounds.append(offset)

@@ -23,9 +23,11 @@ def tile_count(size: int, tile: int = PMAX) -> int:
     return -(-size // tile)
 
 
-# (k, rows, stored): rows [128 k, 128 k + rows) of a column tile. An identity is not stored: nobody needs to
-# read one.
-Block = tuple[int, int, bool]
+# (k, first, rows, kind): partitions [first, first + rows) of row tile k. STORED blocks follow one another in the
+# packed weights; one that is SHARED lies in the block of the column tile before it; an IDENTITY is not stored.
+Block = tuple[int, int, int, int]
+STORED, SHARED, IDENTITY = 0, 1, 2
+HALF = PMAX // 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +35,17 @@ class Matrix(nl.NKIObject):
     """The right operand W `[rows, cols]` of a product x W, cut into row tiles of 128 and column tiles of
     `tile_cols`.
 
-    A `compact` factor has an identity inside: with `pivot_axis` "cols", W[shift + i, i] = 1 for i < pivots
-    and those columns are otherwise zero; with "rows", W[i, shift + i] = 1 for i < pivots and those rows are
-    otherwise zero. Blocks that are zero do not exist, and blocks that are exactly an identity are not stored.
+    Groups: rows and columns fall into `row_groups` and `col_groups` equal parts, each cut into tiles by
+    itself. Where both are more than one, W is block-diagonal.
+
+    A `compact` factor has an identity inside each group: with `pivot_axis` "cols", W[shift + i, i] = 1 for i <
+    pivots and those columns are otherwise zero; with "rows", W[i, shift + i] = 1 for i < pivots and those rows
+    are otherwise zero. Blocks that are zero do not exist, and blocks that are exactly an identity are not
+    stored.
+
+    `halves`: the last row tile of a group has at most 64 rows, and two column tiles share a block for it, one
+    in either half of the partitions. `twice`: the last column tile of a group has at most 64 columns, and its
+    product is kept in both halves, for the next matrix to find.
     """
 
     rows: int
@@ -44,38 +54,74 @@ class Matrix(nl.NKIObject):
     pivot_axis: str = ""
     pivots: int = 0
     shift: int = 0
+    row_groups: int = 1
+    col_groups: int = 1
+    halves: bool = False
+    twice: bool = False
+
+    def group_rows(self) -> int:
+        return self.rows // self.row_groups
+
+    def group_cols(self) -> int:
+        return self.cols // self.col_groups
+
+    def group_row_tiles(self) -> int:
+        return tile_count(self.group_rows(), PMAX)
+
+    def group_col_tiles(self) -> int:
+        return tile_count(self.group_cols(), self.tile_cols)
 
     def row_tiles(self) -> int:
-        return tile_count(self.rows, PMAX)
+        return self.row_groups * self.group_row_tiles()
 
     def col_tiles(self) -> int:
-        return tile_count(self.cols, self.tile_cols)
+        return self.col_groups * self.group_col_tiles()
 
     def tile_width(self, n: int) -> int:
         """Columns of column tile `n`."""
-        return min(self.tile_cols, self.cols - n * self.tile_cols)
+        col = n % self.group_col_tiles() * self.tile_cols
+        return min(self.tile_cols, self.group_cols() - col)
 
     def tile_rows(self, k: int) -> int:
         """Rows of row tile `k`."""
-        return min(PMAX, self.rows - k * PMAX)
+        return min(PMAX, self.group_rows() - k % self.group_row_tiles() * PMAX)
+
+    def is_kept_twice(self, n: int) -> bool:
+        """Whether column tile `n` is the last, ragged one of a group that is kept in both halves."""
+        return self.twice and n % self.group_col_tiles() == self.group_col_tiles() - 1
 
     def blocks(self, n: int) -> list[Block]:
         """The blocks of column tile `n`, in the order in which they are stored and summed; at least one, if
         only of zeros.
         """
+        first, end = 0, self.row_tiles()
+        if self.row_groups > 1 and self.col_groups > 1:
+            first = n // self.group_col_tiles() * self.group_row_tiles()
+            end = first + self.group_row_tiles()
         found = []
-        for k in range(self.row_tiles()):
-            kind = self._kind(k, n)
-            if kind == "full":
-                found.append((k, self.tile_rows(k), True))
+        for k in range(first, end):
+            kind = self._kind(k % self.group_row_tiles(), n % self.group_col_tiles())
+            rows = self.tile_rows(k)
             if kind == "identity":
-                found.append((k, min(self.tile_rows(k), self.tile_width(n)), False))
+                found.append((k, 0, min(rows, self.tile_width(n)), IDENTITY))
+            elif kind == "full" and self._is_second_half(k, n):
+                found.append((k, HALF, rows, SHARED))
+            elif kind == "full":
+                found.append((k, 0, rows, STORED))
         if len(found) == 0:
-            found.append((0, self.tile_rows(0), True))
+            found.append((first, 0, self.tile_rows(first), STORED))
         return found
 
+    def _is_second_half(self, k: int, n: int) -> bool:
+        """Whether block (k, n) is the second of two that share one."""
+        if not self.halves or k % self.group_row_tiles() != self.group_row_tiles() - 1:
+            return False
+        # Column tiles of pivots alone come first, and have no stored block.
+        before = self.pivots // self.tile_cols if self.pivot_axis == "cols" else 0
+        return (n % self.group_col_tiles() - before) % 2 == 1
+
     def _kind(self, k: int, n: int) -> str:
-        """What is in block (k, n): "full", "zero" or "identity"."""
+        """What is in block (k, n) of a group: "full", "zero" or "identity"."""
         row, col = k * PMAX, n * self.tile_cols
         rows, cols = self.tile_rows(k), self.tile_width(n)
         if self.pivot_axis == "cols" and col + cols <= self.pivots:

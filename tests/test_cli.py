@@ -280,3 +280,26 @@ def test_a_wrong_option_is_argparses_to_refuse(home):
     with pytest.raises(SystemExit) as stop:
         main(["compress", str(home / "dense"), "--remove", "0.2", "--keep", "0.8"])
     assert stop.value.code == 2
+
+
+def test_an_interruption_is_one_line(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("neuronmlp_plugin.commands.doctor.run", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == (
+        "neuronmlp doctor: interrupted; the same command goes on from what is finished.\n"
+    )
+
+
+def test_a_reader_that_has_enough_ends_the_command_in_silence(tmp_path):
+    program = f"{sys.executable} -m neuronmlp_plugin.cli doctor | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+def test_what_a_terminal_would_obey_is_not_printed(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path / "a\x1b[31m\x07[bold]b")]) == 2
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and "\x07" not in said and "[bold]b" in said

@@ -21,7 +21,8 @@ MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 # Rooms of neuronmlp_plugin -> the rooms that they may import (docs/architecture.md). `errors` is a leaf that
 # everyone may use.
 ARROWS = {
-    "cli": {"commands"},
+    "hf": {"checkpoint", "models"},
+    "cli": {"commands", "checkpoint"},
     "commands": {
         "refinement",
         "compressor",
@@ -192,6 +193,24 @@ def test_most_functions_are_short():
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=name_of)
 def test_test_files_stay_readable(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 600
+
+
+def test_the_letters_of_the_format_are_known_in_few_places():
+    """Everyone else speaks of first and second factors (models/factors.py); nki_kernels imports nothing of it."""
+    known = {
+        "neuronmlp_plugin/models/factors.py",
+        "neuronmlp_plugin/compressor/build.py",
+        "neuronmlp_plugin/checkpoint/published.py",
+        "nki_kernels/packing.py",
+        "nki_kernels/cases.py",
+        "nki_kernels/reference/mlp.py",
+    }
+    naming = {
+        name_of(path)
+        for path in MODULES
+        if re.search(r"[\"'][ucv]\.weight[\"']", path.read_text(encoding="utf-8"))
+    }
+    assert naming <= known
 
 
 def test_no_bare_except_and_no_pickle():

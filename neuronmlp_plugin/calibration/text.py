@@ -1,15 +1,17 @@
-"""Text files in, equal windows of tokens out."""
+"""Documents in, equal windows of tokens out."""
 
 from __future__ import annotations
 
+import array
 import hashlib
-import json
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from neuronmlp_plugin.errors import CalibrationError, CheckpointError, UsageError
+from neuronmlp_plugin.calibration.documents import documents_of
+from neuronmlp_plugin.errors import CalibrationError, CheckpointError, UsageError, reason_of
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -26,90 +28,64 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
         )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except Exception as error:  # its files are the folder's, and transformers raises whatever they lead to
         raise CheckpointError(
-            f"{folder}: expected a tokenizer that transformers reads, found: {reason}; copy its files again."
+            f"{folder}: expected a tokenizer that transformers reads, found: {reason_of(error)}; copy its files again."
         ) from error
 
 
 def read_documents(path: str | pathlib.Path, tokenizer: Any) -> list[str]:
-    """Documents of a `.txt` file (one), or of a `.jsonl` file (one a line: `{"text": ...}` or `{"messages":
-    [...]}`).
-
-    A chat is rendered with the tokenizer's own template. Raises CalibrationError for an unreadable file or
-    line.
-    """
-    path = pathlib.Path(path)
-    try:
-        content = path.read_text(
-            encoding="utf-8-sig"
-        )  # some editors begin a file with a mark of its byte order
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(
-            f"{path}: expected a readable UTF-8 text or jsonl file, found: {error}."
-        ) from error
-    if path.suffix not in (".jsonl", ".json"):
-        return [content]
-    numbered = enumerate(
-        content.split("\n"), start=1
-    )  # not splitlines: JSON strings may hold U+2028 and its like as they are
-    return [_document(line, f"{path}:{number}", tokenizer) for number, line in numbered if line.strip()]
+    """All documents of a file or folder at once (`documents.documents_of`)."""
+    return list(documents_of(path, tokenizer))
 
 
-def _document(line: str, where: str, tokenizer: Any) -> str:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise CalibrationError(f"{where}: expected one JSON object a line, found: {error}.") from error
-    if isinstance(entry, dict) and isinstance(entry.get("text"), str):
-        return entry["text"]
-    if isinstance(entry, dict) and isinstance(entry.get("messages"), list):
-        if not getattr(tokenizer, "chat_template", None):
-            raise CalibrationError(
-                f"{where}: expected a tokenizer with a chat template for `messages`, found none; use `text` lines."
-            )
-        return _chat(entry["messages"], where, tokenizer)
-    raise CalibrationError(
-        f"{where}: expected a `text` string or a `messages` list, found {sorted(entry) if isinstance(entry, dict) else entry!r}."
-    )
+# A text is read up to this many times the tokens that a run uses: enough to choose from, and a gigabyte of it
+# costs no more than a megabyte.
+READ_AHEAD = 16
 
 
-def _chat(messages: list[Any], where: str, tokenizer: Any) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except (
-        TemplateError,
-        ValueError,
-        TypeError,
-        KeyError,
-    ) as error:  # a system message, say, or roles that do not alternate
-        raise CalibrationError(
-            f"{where}: expected messages that the model's chat template takes, found: {error}."
-        ) from error
-
-
-def token_windows(documents: list[str], tokenizer: Any, length: int, source: str = "text") -> torch.Tensor:
+def token_windows(
+    documents: Iterable[str], tokenizer: Any, length: int, source: str = "text", limit: int | None = None
+) -> torch.Tensor:
     """`[windows, length]` token ids: the documents end to end, cut into windows that each begin as the
     tokenizer begins a text (BOS).
 
-    The tail that fills no window is dropped. Raises CalibrationError where not even one window is filled, and
-    UsageError where a window has no room for two tokens of text; `source` names the text there.
+    Reading stops after `limit` tokens; the tail that fills no window is dropped. Raises CalibrationError
+    where not even one window is filled, and UsageError where a window has no room for two tokens of text;
+    `source` names the text there.
     """
     prefix = bos_prefix(tokenizer)
     _check_length(length, len(prefix))
-    ids: list[int] = []
+    ids = array.array("i")  # a list of Python's integers would take eight times the memory
     for document in documents:
-        ids += tokenizer(document, add_special_tokens=False)["input_ids"]
+        ids.extend(tokenizer(document, add_special_tokens=False)["input_ids"])
+        if limit is not None and len(ids) >= limit:
+            break
     step = length - len(prefix)
-    windows = [prefix + ids[start : start + step] for start in range(0, len(ids) - step + 1, step)]
-    if not windows:
+    if len(ids) < step:
         raise CalibrationError(
             f"{source}: expected at least {step:,} tokens, which fill one window, found {len(ids):,}; give more text."
         )
-    return torch.tensor(windows, dtype=torch.long)
+    body = torch.tensor(ids[: len(ids) // step * step], dtype=torch.long).view(-1, step)
+    return torch.cat((torch.tensor(prefix, dtype=torch.long).expand(len(body), -1), body), 1)
+
+
+def read_windows(
+    path: str | pathlib.Path, tokenizer: Any, length: int, tokens: int, vocabulary: int | None = None
+) -> torch.Tensor:
+    """`token_windows` of a file, read up to READ_AHEAD times the `tokens` that are wanted.
+
+    `vocabulary`: rows of the model's embedding; CalibrationError where the text has a token beyond them.
+    """
+    limit = READ_AHEAD * max(tokens, length)
+    windows = token_windows(documents_of(path, tokenizer), tokenizer, length, str(path), limit)
+    highest = int(windows.max())
+    if vocabulary is not None and highest >= vocabulary:
+        raise CalibrationError(
+            f"{path}: expected token ids below {vocabulary:,}, the rows of the model's embedding, found {highest:,} "
+            f"({tokenizer.convert_ids_to_tokens(highest)!r}); use the model's own tokenizer or resize the embedding."
+        )
+    return windows
 
 
 def _check_length(length: int, prefix: int) -> None:
@@ -145,15 +121,13 @@ def spread(windows: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def held_out_windows(
-    model: pathlib.Path, text: pathlib.Path, tokens: int, length: int = 1024
+    model: pathlib.Path, text: pathlib.Path, tokens: int, length: int = 1024, vocabulary: int | None = None
 ) -> torch.Tensor:
     """`[windows, length]`: about `tokens` of a text file, evenly spread, as the tokenizer in the folder
     `model` cuts it.
     """
     tokenizer = load_tokenizer(model)
-    return spread(
-        token_windows(read_documents(text, tokenizer), tokenizer, length, str(text)), tokens // length
-    )
+    return spread(read_windows(text, tokenizer, length, tokens, vocabulary), tokens // length)
 
 
 def bos_prefix(tokenizer: Any) -> list[int]:

@@ -64,8 +64,12 @@ def build_skeleton(checkpoint: Checkpoint) -> Any:
     config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
+    config.tie_word_embeddings = bool(checkpoint.config.get("tie_word_embeddings"))
+    # Neither changes a result: a padding row is only left out of gradients, and some configs name one that the
+    # embedding does not have; a stored attention implementation may not be installed here.
+    config.pad_token_id = None
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     # Rotary tables are computed, not stored: on the meta device they would stay empty.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     return model

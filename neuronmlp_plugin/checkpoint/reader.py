@@ -59,6 +59,10 @@ class Checkpoint:
         self._scales = self.block.expected_scales() if self.block is not None else {}
         _check_complete(self.config, self._files, str(self.folder))
         if self.block is not None:
+            _check_all_read(self.folder, self._files)
+        elif self._has_its_own_head():
+            self.config["tie_word_embeddings"] = False
+        if self.block is not None:
             _check_headers(self.block, self._files, str(self.folder))
 
     def _parse(self, block: Any) -> FormatBlock:
@@ -70,6 +74,16 @@ class Checkpoint:
                 "compress the unquantised model."
             )
         return parse_block(block, self.config, where)
+
+    def _has_its_own_head(self) -> bool:
+        """Whether a head is stored that the config calls tied and that differs from the embedding.
+
+        transformers keeps such a head and vLLM drops it; a config that says so lets every engine keep it.
+        """
+        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        if not self.config.get("tie_word_embeddings") or head not in self._files:
+            return False
+        return not torch.equal(self.tensor(head), self.tensor(embedding))
 
     def names(self) -> list[str]:
         return sorted(name for name in self._files if name not in self._scales)
@@ -248,6 +262,18 @@ def _check_complete(config: dict[str, Any], files: Headers, source: str) -> None
         )
 
 
+def _check_all_read(folder: pathlib.Path, files: Headers) -> None:
+    """A factored folder has no safetensors file that is not read here: vLLM reads all that lie there, and would
+    serve from the last one what was never checked.
+    """
+    read = {header.path.name for header in files.values()}
+    unread = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in read)
+    if unread:
+        raise CheckpointError(
+            f"{folder / unread[0]}: expected no weight file beside those of the checkpoint, found it; remove it."
+        )
+
+
 def check_names(
     expected: Mapping[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], source: str
 ) -> None:
@@ -311,14 +337,16 @@ def _index_tensors(files: list[pathlib.Path]) -> Headers:
 
 
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The folder's weight files: those its index names, else `model.safetensors`, else all safetensors and
-    every shard that they count.
+    """The folder's weight files, as transformers finds them: `model.safetensors`, else those that its index
+    names; else all safetensors and every shard that they count.
+
+    An index beside `model.safetensors` is what an older save in shards left behind.
     """
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        files = [folder / name for name in _indexed(index)]
-    elif whole.is_file():
+    if whole.is_file():
         files = [whole]
+    elif index.is_file():
+        files = [folder / name for name in _indexed(index)]
     else:
         found = {path.name for path in folder.glob("*.safetensors")}
         counts = {int(match[1]) for match in map(_OUR_SHARD.fullmatch, found) if match}

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -15,19 +17,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from neuronmlp_plugin.checkpoint.hub import files_to_copy
 from neuronmlp_plugin.checkpoint.reader import Checkpoint, read_headers
-from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, shard_name
-from neuronmlp_plugin.errors import OutputError
-
-_COPIED = (
-    "tokenizer*",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template*",
-)
+from neuronmlp_plugin.checkpoint.schema import INDEX_FILE, QUANT_METHOD, FormatBlock, shard_name
+from neuronmlp_plugin.errors import OutputError, reason_of
 
 
 @contextlib.contextmanager
@@ -58,6 +51,38 @@ def partial_folder(target: pathlib.Path) -> pathlib.Path:
     return target.parent / f"{target.name}.partial"
 
 
+def check_new(target: pathlib.Path) -> None:
+    """OutputError where `target` exists, be it as a link to nothing, or can be no name of a file."""
+    try:
+        os.lstat(target)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:  # too long, a file in the place of a folder, or a NUL in it
+        shown = str(target).encode("unicode_escape").decode()[:80]
+        raise OutputError(
+            f"{shown}: expected a place to write to, found: {reason_of(error)}; choose another --out."
+        ) from error
+    raise OutputError(
+        f"{target}: expected a path that does not exist yet, found one; choose another --out or remove it."
+    )
+
+
+@contextlib.contextmanager
+def alone_in(folder: pathlib.Path) -> Iterator[None]:
+    """The existing `folder` for this process alone; OutputError where another one works there.
+
+    The lock is the operating system's: it ends with its process, however that ends.
+    """
+    with told_when_unwritable(folder), open(folder / "lock", "w", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"{folder}: expected no other run at work there, found one; wait for it or choose another folder."
+            ) from error
+        yield
+
+
 @contextlib.contextmanager
 def whole_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """An empty folder to fill, which becomes `target` where all went well, and is removed where not.
@@ -65,10 +90,7 @@ def whole_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises OutputError where `target` exists already, or something unfinished of that name: another command
     may go on from it.
     """
-    if target.exists():
-        raise OutputError(
-            f"{target}: expected a path that does not exist yet, found one; choose another --out or remove it."
-        )
+    check_new(target)
     partial = partial_folder(target)
     if partial.exists():
         raise OutputError(
@@ -91,7 +113,15 @@ def save_tensors(
     ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
     with told_when_unwritable(path):
         save_file(ordered, temporary, metadata={"format": "pt", **(metadata or {})})
+        temporary.chmod(0o666 & ~_umask())  # safetensors 0.8 lets nobody else read what it writes
         temporary.replace(path)
+
+
+def _umask() -> int:
+    """Of this process; it can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def save_json(path: pathlib.Path, value: Any) -> None:
@@ -137,29 +167,33 @@ def write_rest(folder: pathlib.Path, base: Checkpoint, block: FormatBlock) -> No
     save_tensors(folder / shard_name(count, count), {name: base.tensor(name) for name in rest})
     copy_tokenizer(base.folder, folder)
     config = portable_config(base.config)
+    shards = [folder / shard_name(position + 1, count) for position in range(count)]
     if block.ordinary_size is None:
         config["quantization_config"] = block.to_json()
+        save_json(folder / INDEX_FILE, _index(shards))
     else:
         config["intermediate_size"] = block.ordinary_size
-        _index_as_ordinary(folder, count)
+        save_json(folder / "model.safetensors.index.json", _index([_ordinary(path) for path in shards]))
     save_json(folder / "config.json", config)
 
 
-def _index_as_ordinary(folder: pathlib.Path, count: int) -> None:
-    """Give the shards the names that any engine looks for, and the index that goes with them. What an
-    interrupted call did is not done again.
-    """
-    files, size = {}, 0
-    for position in range(1, count + 1):
-        path = folder / f"model-{position:05d}-of-{count:05d}.safetensors"
-        if not path.is_file():
-            (folder / shard_name(position, count)).rename(path)
+def _ordinary(shard: pathlib.Path) -> pathlib.Path:
+    """The shard under the name that any engine looks for; what an interrupted call renamed stays so."""
+    path = shard.with_name(shard.name.replace(QUANT_METHOD, "model", 1))
+    if shard.is_file():
+        shard.replace(path)
+    return path
+
+
+def _index(shards: list[pathlib.Path]) -> dict[str, Any]:
+    """Where each tensor is, in the form of Hugging Face's `*.safetensors.index.json`."""
+    files: dict[str, str] = {}
+    size = 0
+    for path in shards:
         files |= dict.fromkeys(read_headers(path), path.name)
         with path.open("rb") as handle:  # the header's length comes first, then the header, then the tensors
             size += path.stat().st_size - 8 - int.from_bytes(handle.read(8), "little")
-    save_json(
-        folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": files}
-    )
+    return {"metadata": {"total_size": size}, "weight_map": files}
 
 
 def write_factor_file(path: pathlib.Path, block: FormatBlock, tensors: dict[str, torch.Tensor]) -> None:
@@ -182,12 +216,11 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copy tokenizer and generation files, with the one portable spelling of FORMAT.md."""
-    for pattern in _COPIED:
-        for path in sorted(source.glob(pattern)):
-            with told_when_unwritable(target / path.name):
-                shutil.copy(path, target / path.name) if path.is_file() else shutil.copytree(
-                    path, target / path.name, dirs_exist_ok=True
-                )
+    for path in files_to_copy(source):
+        copy = target / path.relative_to(source)
+        with told_when_unwritable(copy):
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
     settings = target / "tokenizer_config.json"
     if settings.is_file():
         values = json.loads(settings.read_text(encoding="utf-8"))

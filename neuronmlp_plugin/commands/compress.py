@@ -14,23 +14,42 @@ from neuronmlp_plugin.compressor.settings import (
     Settings,
     default_allocation,
 )
-from neuronmlp_plugin.errors import UsageError
+from neuronmlp_plugin.errors import UsageError, printable
 
 _DEFAULTS = {field: Settings.__dataclass_fields__[field].default for field in Settings.__dataclass_fields__}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", type=pathlib.Path, help="local Hugging Face folder (Llama, Qwen2, Qwen3 or Mistral)"
+        "model",
+        type=pathlib.Path,
+        help="Hugging Face folder, or a model's id on the hub (Llama, Qwen2, Qwen3 or Mistral)",
     )
+    parser.add_argument("--revision", help="branch, tag or commit, where MODEL is an id on the hub")
     parser.add_argument("--out", type=pathlib.Path, help="folder to write; must not exist yet")
     _add_size(parser)
     parser.add_argument(
-        "--text", type=pathlib.Path, help="calibration text: .txt, or .jsonl with `text` or `messages` a line"
+        "--text",
+        type=pathlib.Path,
+        help="calibration text: .txt, .jsonl (`text` or `messages` a line), .csv, .parquet or a saved dataset",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--quiet", action="store_true", help="no plan, no progress bars")
     _add_method(parser)
+    _add_calibration(parser)
+    parser.add_argument(
+        "--analysis",
+        type=pathlib.Path,
+        help="keep the statistics in this folder, and use them again for another size or form",
+    )
+    parser.add_argument(
+        "--factors-only",
+        action="store_true",
+        help="write neuronmlp/factors.safetensors beside the dense weights instead of a folder",
+    )
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("calibration")
     text.add_argument(
         "--tokens",
@@ -66,16 +85,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=_DEFAULTS["seed"],
         help="which windows are drawn where there are more than needed",
-    )
-    parser.add_argument(
-        "--analysis",
-        type=pathlib.Path,
-        help="keep the statistics in this folder, and use them again for another size or form",
-    )
-    parser.add_argument(
-        "--factors-only",
-        action="store_true",
-        help="write neuronmlp/factors.safetensors beside the dense weights instead of a folder",
     )
 
 
@@ -171,10 +180,11 @@ def run(args: argparse.Namespace) -> int:
 
 def print_rows(console: Any, rows: list[tuple[str, str]]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
-    for label, value in rows:
-        table.add_row(f"[bold]{label}[/bold]", value)
+    for label, value in rows:  # Text, since a path may hold what rich would take for its own markup
+        table.add_row(Text(label, style="bold"), Text(printable(value)))
     console.print(table)
 
 

@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
                 f"{checkpoint.folder}: expected the vocabulary of --dense, {expected}, found {found}; name its own."
             )
     reference, *candidates = (_stream(args, *each) for each in [(dense, None), *opened])
-    windows = held_out_windows(args.dense, args.text, args.tokens, args.window)
+    vocabulary = dense.shapes()["model.embed_tokens.weight"][0]
+    windows = held_out_windows(args.dense, args.text, args.tokens, args.window, vocabulary)
     with ProgressBars(Console(stderr=True), quiet=args.json).stage(
         "layers", reference.num_layers * (1 + len(candidates))
     ) as tick:

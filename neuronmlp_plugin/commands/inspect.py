@@ -6,6 +6,8 @@ import argparse
 import json
 import pathlib
 
+from neuronmlp_plugin.errors import printable
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -41,12 +43,14 @@ def run(args: argparse.Namespace) -> int:
 def _print_table(block) -> None:  # type: ignore[no-untyped-def]
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from neuronmlp_plugin.checkpoint.schema import base_layers
     from neuronmlp_plugin.models.factors import PROJECTIONS
 
     dense = base_layers(block.shape)[0].weight_bytes
-    table = Table(title=f"{block.removed_ratio:.2%} of the MLP parameters removed ({block.created_by})")
+    title = f"{block.removed_ratio:.2%} of the MLP parameters removed ({printable(block.created_by)})"
+    table = Table(title=Text(title))
     for column in ("layer", "channels", *PROJECTIONS, "bytes"):
         table.add_column(column, justify="right")
     for index, layer in enumerate(block.layers):

@@ -7,8 +7,11 @@ take.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import pathlib
+from collections.abc import Sequence
 
 from neuronmlp_plugin.calibration.quality import POSITIONS
 from neuronmlp_plugin.calibration.statistics import BATCH
@@ -19,9 +22,17 @@ _FP32, _FP64 = 4, 8
 PROCESS_BYTES = 500 * 10**6  # Python with torch and transformers, before any tensor
 
 
-def physical_bytes() -> int:
-    """Of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+# Where a container's limit stands: control groups version 2, then 1.
+LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def available_bytes(limit_files: Sequence[str] = LIMIT_FILES) -> int:
+    """Memory of this machine, or what the container that we run in may take of it."""
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for name in limit_files:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit
+            sizes.append(int(pathlib.Path(name).read_text(encoding="ascii")))
+    return min(sizes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,14 +16,13 @@ import torch
 from neuronmlp_plugin.calibration.text import (
     hold_out,
     load_tokenizer,
-    read_documents,
+    read_windows,
     spread,
-    token_windows,
     windows_digest,
 )
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, dense_block
-from neuronmlp_plugin.checkpoint.writer import layer_prefix, partial_folder
-from neuronmlp_plugin.compressor.memory import Footprint, physical_bytes
+from neuronmlp_plugin.checkpoint.writer import check_new, layer_prefix, partial_folder
+from neuronmlp_plugin.compressor.memory import Footprint, available_bytes
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, OutputError, UsageError
 from neuronmlp_plugin.lowrank.allocate import Curve, check_removable, most_removable, uniform_ranks
@@ -55,8 +54,8 @@ class Plan:
 
     @property
     def work(self) -> pathlib.Path:
-        """Where an unfinished run keeps what it has."""
-        return partial_folder(self.settings.out)
+        """Where an unfinished run keeps what it has: beside the target, on its file system."""
+        return partial_folder(self.target)
 
     @property
     def mlp_parameters(self) -> int:
@@ -180,30 +179,26 @@ def make_plan(settings: Settings) -> Plan:
         )
     shape = dense_block(base).shape
     _check_size(settings, shape)
-    calibration, judge = _windows(settings, shape)
+    calibration, judge = _windows(settings, shape, base.shapes()["model.embed_tokens.weight"][0])
     metric_windows = (
         min(max(1, settings.metric_tokens // settings.window), len(calibration))
         if settings.method == "two-sided"
         else 0
     )
     plan = Plan(settings, base, shape, calibration, judge, metric_windows)
-    if plan.target.exists():
-        raise OutputError(
-            f"{plan.target}: expected a path that does not exist yet, found one; choose another --out or remove it."
-        )
+    check_new(plan.target)
     _check_places(plan)
     _check_room(plan)
     return plan
 
 
-def _windows(settings: Settings, shape: MLPShape) -> tuple[torch.Tensor, torch.Tensor]:
+def _windows(settings: Settings, shape: MLPShape, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
     empty = torch.zeros(0, settings.window, dtype=torch.long)
     if settings.text is None:
         return empty, empty
     tokenizer = load_tokenizer(settings.model)
-    windows = token_windows(
-        read_documents(settings.text, tokenizer), tokenizer, settings.window, str(settings.text)
-    )
+    wanted = settings.tokens + settings.judge_tokens
+    windows = read_windows(settings.text, tokenizer, settings.window, wanted, vocabulary)
     pool, judge = hold_out(windows, settings.judge_tokens)
     wanted = min(max(1, settings.tokens // settings.window), len(pool))
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(settings.seed))[:wanted]
@@ -262,10 +257,10 @@ def _check_places(plan: Plan) -> None:
 
 
 def _check_room(plan: Plan) -> None:
-    if physical_bytes() < plan.memory_bytes:
+    if available_bytes() < plan.memory_bytes:
         raise UsageError(
             f"{plan.settings.model}: expected a machine with {plan.memory_bytes / 2**30:.1f} GiB of memory, found "
-            f"{physical_bytes() / 2**30:.1f} GiB; lower --tokens, --metric-tokens or --window, or use a larger machine."
+            f"{available_bytes() / 2**30:.1f} GiB; lower --tokens, --metric-tokens or --window, or use a larger machine."
         )
     parent = plan.settings.out.absolute().parent
     while not parent.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -20,6 +21,7 @@ from neuronmlp_plugin.checkpoint.loader import open_folder
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
 from neuronmlp_plugin.checkpoint.writer import (
+    alone_in,
     layer_prefix,
     save_json,
     write_factor_file,
@@ -90,9 +92,13 @@ def compress(plan: Plan, bars: ProgressBars) -> dict[str, Any] | None:
     with workers.first_ahead():
         run = Run(plan, workers.device)
     workers.wait()
-    analyse(plan, run.analysis, bars if workers.is_first else ProgressBars(bars.console, quiet=True), workers)
-    workers.wait()  # the first removes the folder that the others look into
-    return _finish(run, bars) if workers.is_first else None
+    shown = bars if workers.is_first else ProgressBars(bars.console, quiet=True)
+    with alone_in(run.work.path) if workers.is_first else contextlib.nullcontext():
+        # Once an analysis is whole, runs of other sizes may read it side by side.
+        with alone_in(run.analysis.path) if workers.is_first else contextlib.nullcontext():
+            analyse(plan, run.analysis, shown, workers)
+        workers.wait()  # the first removes the folder that the others look into
+        return _finish(run, bars) if workers.is_first else None
 
 
 def _finish(run: Run, bars: ProgressBars) -> dict[str, Any]:

@@ -20,14 +20,15 @@ from neuronmlp_plugin.calibration.text import (
     bos_prefix,
     hold_out,
     load_tokenizer,
-    read_documents,
+    read_windows,
     rewindow,
-    token_windows,
     windows_digest,
 )
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.checkpoint.writer import (
+    alone_in,
+    check_new,
     layer_prefix,
     partial_folder,
     save_json,
@@ -38,7 +39,7 @@ from neuronmlp_plugin.compressor.plan import base_digest, digest, weights_digest
 from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.compressor.samples import sample_texts
 from neuronmlp_plugin.compressor.workspace import Workspace
-from neuronmlp_plugin.errors import CalibrationError, CheckpointError, OutputError, UsageError
+from neuronmlp_plugin.errors import CalibrationError, CheckpointError, UsageError
 from neuronmlp_plugin.refinement.arithmetic import chosen
 from neuronmlp_plugin.refinement.blocks import BlockStreams
 from neuronmlp_plugin.refinement.distill import distill, teacher_states
@@ -115,17 +116,16 @@ def make_plan(settings: RefineSettings) -> RefinePlan:
         raise UsageError(
             f"--out {settings.out}: expected a folder outside {settings.model}, found one inside; name another."
         )
-    if settings.out.exists():
-        raise OutputError(
-            f"{settings.out}: expected a path that does not exist yet, found one; choose another --out or remove it."
-        )
+    check_new(settings.out)
     settings = dataclasses.replace(
         settings, arithmetic=chosen(settings.arithmetic)
     )  # the plan and the report say which it is
-    return RefinePlan(settings, source, dense, *_windows(settings))
+    return RefinePlan(
+        settings, source, dense, *_windows(settings, dense.shapes()["model.embed_tokens.weight"][0])
+    )
 
 
-def _windows(settings: RefineSettings) -> tuple[torch.Tensor, torch.Tensor]:
+def _windows(settings: RefineSettings, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Training windows in random order, and judging windows from the text's end."""
     tokenizer = load_tokenizer(settings.dense)
     length = max(JUDGE_WINDOW, settings.window)
@@ -134,7 +134,7 @@ def _windows(settings: RefineSettings) -> tuple[torch.Tensor, torch.Tensor]:
             f"--judge-tokens: expected at least one window of {length:,} tokens, found {settings.judge_tokens:,}."
         )
     pool, judge = hold_out(
-        token_windows(read_documents(settings.text, tokenizer), tokenizer, length, str(settings.text)),
+        read_windows(settings.text, tokenizer, length, settings.tokens + settings.judge_tokens, vocabulary),
         settings.judge_tokens,
     )
     if not len(judge):
@@ -177,6 +177,13 @@ def refine(plan: RefinePlan, bars: ProgressBars) -> dict[str, Any]:
     an identical result.
     """
     run = Run(plan, Workspace(plan.work, plan.fingerprint()), bars)
+    with alone_in(run.work.path):
+        return _finish(run)
+
+
+def _finish(run: Run) -> dict[str, Any]:
+    """All stages, then the better of before and after them where it belongs."""
+    plan = run.plan
     best, judge, badness = plan.source, _judge(run), functools.partial(_badness, plan.settings)
     tried = [run.once("before", lambda: {"quality": judge(plan.source), "losses": []})]
     for stage in plan.settings.stages:

@@ -6,6 +6,8 @@ import pathlib
 import re
 from typing import Any
 
+from neuronmlp_plugin.checkpoint.hub import hub_name, is_hub_id
+from neuronmlp_plugin.checkpoint.reader import read_config
 from neuronmlp_plugin.reporting.view import base_name, forms, headline, judged_on
 
 _LICENSE_KEYS = ("license", "license_name", "license_link")
@@ -13,13 +15,14 @@ _LICENSE_KEYS = ("license", "license_name", "license_link")
 
 def base_facts(folder: pathlib.Path) -> dict[str, Any]:
     """What the card says about the dense model: its name, and the license that its own card states, if any."""
-    return {"name": _hub_name(folder.absolute()), "license": _stated_license(folder / "README.md")}
+    name = hub_name(folder) or _name_in_config(folder) or folder.absolute().name
+    return {"name": name, "license": _stated_license(folder / "README.md")}
 
 
-def _hub_name(folder: pathlib.Path) -> str:
-    """`owner/model` for a folder of the Hugging Face cache, else the folder's own name."""
-    cached = [part for part in folder.parts if part.startswith("models--")]
-    return cached[-1].removeprefix("models--").replace("--", "/") if cached else folder.name
+def _name_in_config(folder: pathlib.Path) -> str | None:
+    """The hub's id that `_name_or_path` remembers from where the model was loaded, if it is one."""
+    name = read_config(folder).get("_name_or_path")
+    return name if isinstance(name, str) and is_hub_id(name) else None
 
 
 def _stated_license(readme: pathlib.Path) -> dict[str, str]:
@@ -45,6 +48,7 @@ def _front_matter(report: dict[str, Any]) -> list[str]:
     stated = (report.get("base") or {}).get("license") or {}
     data = ModelCardData(
         base_model=base_name(report),
+        base_model_relation="quantized",
         library_name="neuronmlp",
         pipeline_tag="text-generation",
         tags=["neuronmlp", "low-rank", "svd", "vllm"],

@@ -70,9 +70,7 @@ def transpose_row(work: Workspace, dst: Tensor, row: Tensor, start: int, size: i
         evict_transposed(work, dst, bank, whole, start, norms)
 
 
-def evict_transposed(
-    work: Workspace, dst: Tensor, bank: Tensor, first: int, start: int, norms: list
-) -> None:
+def evict_transposed(work: Workspace, dst: Tensor, bank: Tensor, first: int, start: int, norms: list) -> None:
     """PSUM `[rows, count, size]` to SBUF, times the norm's weight of each feature; `first` is the row tile of
     bank[:, 0].
     """
@@ -117,7 +115,7 @@ def load_gathered(dst: Tensor, src: Tensor, share: tuple, where: tuple) -> None:
 
 def load_gathered_natural(work: Workspace, dst: Tensor, src: Tensor, share: tuple, where: tuple) -> None:
     """As `load_gathered`, from src `[tp * T, stride]`: rows of all cores side by side, then transposed."""
-    base, slots, stride = share
+    base, slots, _stride = share
     first_token, tokens = where
     cores = src.shape[0] // work.plan.tokens
     rows = work.z_rows(cores * slots)

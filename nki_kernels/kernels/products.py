@@ -14,7 +14,7 @@ from typing import Any
 from nki_kernels import backend
 from nki_kernels.backend import nisa, nl
 from nki_kernels.kernels.workspace import Workspace
-from nki_kernels.tiling import Matrix
+from nki_kernels.tiling import HALF, IDENTITY, SHARED, Matrix
 
 Tensor = Any
 
@@ -29,11 +29,23 @@ def matmul(dst: Tensor, stationary: Tensor, moving: Tensor, first: bool) -> None
         nisa.nc_matmul(dst, stationary, moving)
 
 
-def transposed_tile(work: Workspace, matrix: Matrix, n: int, source: Tensor, widths: list) -> list:
+def block_of(work: Workspace, kind: int, owner: int, k: int, cols: int) -> tuple:
+    """(tensor, first column) of a weight block of row tile `k`; owner as in `WeightStream.take_stored`."""
+    if kind == IDENTITY:
+        return work.identity, 0
+    if kind == SHARED:
+        return work.stream.take_shared(owner, k)
+    return work.stream.take_stored(cols, owner, k) if owner >= 0 else work.stream.take(cols)
+
+
+def transposed_tile(
+    work: Workspace, matrix: Matrix, n: int, source: Tensor, widths: list, owner: int
+) -> list:
     """Column tile `n` of (source W), transposed: PSUM tiles [cols, width], one for each (start, width) of
     `widths` over the tokens.
 
-    `source` is an activation^T `[128, row tiles, tokens]` in SBUF.
+    `source` is an activation^T `[128, row tiles, tokens]` in SBUF. `owner`: 0 gate, 1 up, 2 down for a matrix
+    that shares blocks, -1 for others.
     """
     cols = matrix.tile_width(n)
     blocks = matrix.blocks(n)
@@ -41,14 +53,13 @@ def transposed_tile(work: Workspace, matrix: Matrix, n: int, source: Tensor, wid
     for j in range(len(widths)):
         sums.append(work.banks.tile((cols, widths[j][1])))
     for i in range(len(blocks)):
-        k, rows, stored = blocks[i]
-        block, at = work.identity, 0
-        if stored:
-            block, at = work.stream.take(cols)
+        k, first, rows, kind = blocks[i]
+        block, at = block_of(work, kind, owner, k, cols)
+        end = first + rows
         for j in range(len(widths)):
             start, width = widths[j]
             matmul(
-                sums[j], block[0:rows, at : at + cols], source[0:rows, k, start : start + width], i == 0
+                sums[j], block[first:end, at : at + cols], source[first:end, k, start : start + width], i == 0
             )
     return sums
 
@@ -58,14 +69,14 @@ def is_source_itself(matrix: Matrix, n: int) -> bool:
     projection.
     """
     blocks = matrix.blocks(n)
-    return len(blocks) == 1 and not blocks[0][2]
+    return len(blocks) == 1 and blocks[0][3] == IDENTITY
 
 
-def column_tile(work: Workspace, matrix: Matrix, n: int, source: Tensor, widths: list) -> list:
+def column_tile(work: Workspace, matrix: Matrix, n: int, source: Tensor, widths: list, owner: int) -> list:
     """As `transposed_tile`, but without arithmetic where the result is there already."""
     if not is_source_itself(matrix, n):
-        return transposed_tile(work, matrix, n, source, widths)
-    k, rows, _stored = matrix.blocks(n)[0]
+        return transposed_tile(work, matrix, n, source, widths, owner)
+    k, _first, rows, _kind = matrix.blocks(n)[0]
     tiles = []
     for j in range(len(widths)):
         start, width = widths[j]
@@ -77,15 +88,13 @@ def transposed_product(work: Workspace, matrix: Matrix, source: Tensor, dst: Ten
     """dst `[128, column tiles, tokens]` = (source W)^T, rounded once to its element type."""
     for n in range(matrix.col_tiles()):
         cols = matrix.tile_width(n)
-        sums = transposed_tile(work, matrix, n, source, widths)
+        sums = transposed_tile(work, matrix, n, source, widths, -1)
         for j in range(len(widths)):
             start, width = widths[j]
-            nisa.activation(
-                dst=dst[0:cols, n, start : start + width],
-                op=nl.copy,
-                data=sums[j],
-                bias=work.zero[0:cols, :],
-            )
+            there = dst[0:cols, n, start : start + width]
+            nisa.activation(dst=there, op=nl.copy, data=sums[j], bias=work.zero[0:cols, :])
+            if matrix.is_kept_twice(n):
+                nisa.tensor_copy(dst=dst[HALF : HALF + cols, n, start : start + width], src=there)
 
 
 def natural_tile(work: Workspace, matrix: Matrix, n: int, source: Tensor, tiles: list) -> list:
@@ -93,13 +102,17 @@ def natural_tile(work: Workspace, matrix: Matrix, n: int, source: Tensor, tiles:
     at most 128 tokens.
     """
     cols = matrix.tile_width(n)
+    blocks = matrix.blocks(n)
     sums = []
     for j in range(len(tiles)):
         sums.append(work.banks.tile((tiles[j][1], cols)))
-    for k in range(matrix.row_tiles()):
-        rows = matrix.tile_rows(k)
-        block, at = work.stream.take(cols)
+    for i in range(len(blocks)):
+        k, first, rows, kind = blocks[i]
+        block, at = block_of(work, kind, 2, k, cols)
+        end = first + rows
         for j in range(len(tiles)):
             start, size = tiles[j]
-            matmul(sums[j], source[0:rows, k, start : start + size], block[0:rows, at : at + cols], k == 0)
+            matmul(
+                sums[j], source[first:end, k, start : start + size], block[first:end, at : at + cols], i == 0
+            )
     return sums

@@ -158,8 +158,10 @@ def store_rows(out: Tensor, col: int, held: Tensor, home: Tensor, held_tiles: in
 @nki.jit
 def blocked_xuv(x_t: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """x^T `[K, T]`, u `[K, R]`, v `[R, N]` -> `[T, N]`."""
-    for what, size in (("T", x_t.shape[1]), ("K", x_t.shape[0]), ("R", u.shape[1]), ("N", v.shape[1])):
-        check_multiple(what, size, BLOCK)
+    check_multiple("T", x_t.shape[1], BLOCK)
+    check_multiple("K", x_t.shape[0], BLOCK)
+    check_multiple("R", u.shape[1], BLOCK)
+    check_multiple("N", v.shape[1], BLOCK)
     out = nl.ndarray((x_t.shape[1], v.shape[1]), dtype=x_t.dtype, buffer=nl.shared_hbm)
     for token in range(0, x_t.shape[1], BLOCK):
         z_t = first_phase(x_t, u, token)

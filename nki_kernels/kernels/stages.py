@@ -42,8 +42,8 @@ def gated_product(work: Workspace, tokens: int) -> None:
     up_source = work.up_z if work.plan.up_z_tiles > 0 else work.x
     for n in range(products.gate_second.col_tiles()):
         cols = products.gate_second.tile_width(n)
-        gate = column_tile(work, products.gate_second, n, gate_source, widths)
-        up = column_tile(work, products.up_second, n, up_source, widths)
+        gate = column_tile(work, products.gate_second, n, gate_source, widths, 0)
+        up = column_tile(work, products.up_second, n, up_source, widths, 1)
         for j in range(len(widths)):
             start, width = widths[j]
             activated = work.activated[(n * len(widths) + j) % 2]
@@ -126,7 +126,7 @@ def transposed_output(work: Workspace, source: Tensor, out: Tensor, first_token:
     for n in range(matrix.col_tiles()):
         cols = matrix.tile_width(n)
         stage = turns[n % 2]
-        sums = transposed_tile(work, matrix, n, source, widths)
+        sums = transposed_tile(work, matrix, n, source, widths, 2)
         for j in range(len(widths)):
             start, width = widths[j]
             nisa.activation(
@@ -142,9 +142,7 @@ def transposed_output(work: Workspace, source: Tensor, out: Tensor, first_token:
         )
 
 
-def finish(
-    work: Workspace, out: Tensor, residual: Tensor, first_token: int, tokens: int
-) -> None:
+def finish(work: Workspace, out: Tensor, residual: Tensor, first_token: int, tokens: int) -> None:
     """The down projection of a block, from h on chip to HBM: natural or transposed."""
     source = work.h
     if work.plan.runs_down_first:

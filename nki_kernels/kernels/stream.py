@@ -22,6 +22,15 @@ class WeightStream(nl.NKIObject):
     def __init__(self, packed: Tensor, plan: Plan) -> None:
         self.packed = packed
         self.bounds = plan.chunk_bounds
+        # Where the blocks lie that the next column tile shares: a list over row tiles for gate, up and down.
+        products = plan.products
+        self.shared = []
+        for matrix in (products.gate_second, products.up_second, products.down_second):
+            positions = []
+            if matrix != None:  # noqa: E711
+                for _k in range(matrix.row_tiles()):
+                    positions.append(0)
+            self.shared.append(positions)
         self.slots = []
         self.held = []
         for i in range(plan.ring_slots):
@@ -47,16 +56,36 @@ class WeightStream(nl.NKIObject):
         """The next block of `cols` columns: (slot, first column), to be sliced where it is used."""
         if self.position >= self.bounds[self.chunk + 1]:
             self.chunk += 1
-        start = self.bounds[self.chunk]
-        slot = self.chunk % len(self.slots)
-        if self.held[slot] != self.chunk:
-            size = self.bounds[self.chunk + 1] - start
+        self.load(self.chunk)
+        at = self.position - self.bounds[self.chunk]
+        self.position += cols
+        return self.slots[self.chunk % len(self.slots)], at
+
+    def take_stored(self, cols: int, owner: int, k: int) -> tuple:
+        """As `take`, and remember the place for the column tile that shares the block; owner: 0 gate, 1 up, 2
+        down.
+        """
+        self.shared[owner][k] = self.position
+        return self.take(cols)
+
+    def take_shared(self, owner: int, k: int) -> tuple:
+        """The block that was taken for row tile `k` of the column tile before."""
+        position = self.shared[owner][k]
+        chunk = self.chunk
+        while self.bounds[chunk] > position:
+            chunk -= 1
+        self.load(chunk)
+        return self.slots[chunk % len(self.slots)], position - self.bounds[chunk]
+
+    def load(self, chunk: int) -> None:
+        """Have a chunk in its slot."""
+        slot = chunk % len(self.slots)
+        if self.held[slot] != chunk:
+            start = self.bounds[chunk]
+            size = self.bounds[chunk + 1] - start
             nisa.dma_copy(
                 dst=self.slots[slot][:, 0:size],
                 src=self.packed[:, start : start + size],
                 dge_mode=nisa.dge_mode.none,
             )
-            self.held[slot] = self.chunk
-        at = self.position - start
-        self.position += cols
-        return self.slots[slot], at
+            self.held[slot] = chunk

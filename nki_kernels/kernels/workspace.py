@@ -83,9 +83,10 @@ class Workspace(nl.NKIObject):
         self.banks = Banks()
         self.stream = WeightStream(weights, plan)
         self.identity = tensor_at(plan.at.identity, (PMAX, PMAX), weights.dtype)
+        size, col = plan.identity_size, plan.identity_col
         nisa.dma_copy(
-            dst=self.identity,
-            src=weights[:, plan.identity_col : plan.identity_col + PMAX],
+            dst=self.identity[0:size, 0:size],
+            src=weights[0:size, col : col + size],
             dge_mode=nisa.dge_mode.none,
         )
         # The vendor's library passes activation a bias always: without one there was trouble at run time.
@@ -130,7 +131,9 @@ class Workspace(nl.NKIObject):
         """Two tensors `[128, channels]`: natural z on its way between a collective and the transpose."""
         rows = []
         for i in range(2):
-            rows.append(tensor_at(self.plan.at.z_rows + i * self.plan.z_row_bytes, (PMAX, channels), self.dtype))
+            rows.append(
+                tensor_at(self.plan.at.z_rows + i * self.plan.z_row_bytes, (PMAX, channels), self.dtype)
+            )
         return rows
 
     def output_rows(self, token_tiles: int) -> Tensor:

@@ -169,7 +169,9 @@ class Machine:
             type(partition) is int and type(offset) is int and offset >= 0,
             f"address must be (partition, byte offset), two Python integers, got {address}",
         )
-        require(partition == 0, f"address partition {partition} is not modelled, put the tensor on partition 0")
+        require(
+            partition == 0, f"address partition {partition} is not modelled, put the tensor on partition 0"
+        )
         step = dtype.itemsize if space == SBUF else self.target.psum_bank_bytes
         require(
             offset % step == 0,
@@ -204,7 +206,11 @@ class Machine:
         placed = self._placed[storage.space]
         for reference in list(placed.values()):
             other = reference()
-            if other is not None and other.address < end and first < other.address + other.bytes_per_partition:
+            if (
+                other is not None
+                and other.address < end
+                and first < other.address + other.bytes_per_partition
+            ):
                 storage.neighbours.append(reference)
                 other.neighbours.append(weakref.ref(storage))
         placed[storage.identity] = weakref.ref(storage)
@@ -289,7 +295,9 @@ class Machine:
         """Who holds what, largest first, e.g. `wide 65536 B, ring0 8192 B`."""
         if space == PSUM:
             return ", ".join(f"bank {bank} {name}" for bank, name in enumerate(self._banks) if name)
-        placed = [storage for storage in (reference() for reference in self._placed[SBUF].values()) if storage]
+        placed = [
+            storage for storage in (reference() for reference in self._placed[SBUF].values()) if storage
+        ]
         held = [*self._live.values(), *((storage.name, storage.bytes_per_partition) for storage in placed)]
         ranked = sorted(held, key=lambda held: -held[1])
         return ", ".join(f"{name} {size} B" for name, size in ranked)

@@ -138,7 +138,7 @@ def test_layers_prints_every_form_beside_the_bound(capsys):
     for line in lines[2:]:
         dense, *gains = (0.0 if word == "-" else float(word) for word in line[31:].split()[:5])
         best = float(line[101:109])
-        assert dense > 0 and best == max(gains[:3]) and best > 1 or "TTFT" in line
+        assert dense > 0 and best in gains and best >= max(gains[:3]) - 0.05
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,9 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
-from neuronmlp_plugin.calibration.text import (
-    bos_prefix,
-    read_documents,
-    spread,
-    token_windows,
-    windows_digest,
-)
+from neuronmlp_plugin.calibration.text import bos_prefix, read_windows, spread, token_windows, windows_digest
 from neuronmlp_plugin.errors import CalibrationError
 from tests.letters import write_tokenizer
 
@@ -43,64 +35,25 @@ def test_too_little_text_for_one_window_is_refused(tmp_path):
         token_windows(["ab"], tokenizer(tmp_path), 100)
 
 
-def test_text_jsonl_and_chat_are_read(tmp_path):
+def test_reading_stops_at_the_limit(tmp_path):
+    taken = []
+
+    def documents():
+        for _ in range(1000):
+            taken.append(1)
+            yield "abcdefgh"
+
+    windows = token_windows(documents(), tokenizer(tmp_path), 5, limit=40)
+    assert windows.shape == (10, 5) and len(taken) == 5
+
+
+def test_a_token_beyond_the_embedding_is_named(tmp_path):
     tok = tokenizer(tmp_path)
-    (tmp_path / "a.txt").write_text("one\ntwo")
-    assert read_documents(tmp_path / "a.txt", tok) == ["one\ntwo"]
-    lines = [{"text": "x"}, {"messages": [{"role": "user", "content": "y"}]}]
-    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    assert read_documents(tmp_path / "b.jsonl", tok) == ["x", "user:y;"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "b.jsonl:1: expected one JSON object"),
-        ('{"body": "x"}', "expected a `text` string or a `messages` list"),
-        ("3", "found 3"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, content, message):
-    (tmp_path / "b.jsonl").write_text(content)
-    with pytest.raises(CalibrationError, match=message):
-        read_documents(tmp_path / "b.jsonl", tokenizer(tmp_path))
-
-
-@pytest.mark.parametrize(("name", "content"), [("a.txt", "one"), ("b.jsonl", '{"text": "one"}')])
-def test_a_byte_order_mark_is_no_text(tmp_path, name, content):
-    (tmp_path / name).write_text(content, encoding="utf-8-sig")
-    assert read_documents(tmp_path / name, tokenizer(tmp_path)) == ["one"]
-
-
-def test_lines_end_at_newlines_alone(tmp_path):
-    texts = ["one\u2028two", "a\x85b", "c\x0bd\x1ce"]
-    (tmp_path / "b.jsonl").write_text(
-        "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts), newline=""
-    )
-    assert read_documents(tmp_path / "b.jsonl", tokenizer(tmp_path)) == texts
-
-
-def test_a_chat_that_the_template_refuses_is_named(tmp_path):
-    tok = tokenizer(tmp_path)
-    tok.chat_template = "{{ raise_exception('roles must alternate') }}"
-    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "y"}]}))
-    with pytest.raises(CalibrationError, match=r"b\.jsonl:1: expected messages .*roles must alternate"):
-        read_documents(tmp_path / "b.jsonl", tok)
-
-
-def test_unreadable_files_are_named(tmp_path):
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    for name in ("latin.txt", "absent.txt"):
-        with pytest.raises(CalibrationError, match=name):
-            read_documents(tmp_path / name, None)
-
-
-def test_a_chat_needs_a_template(tmp_path):
-    tok = tokenizer(tmp_path)
-    tok.chat_template = None
-    (tmp_path / "b.jsonl").write_text('{"messages": []}')
-    with pytest.raises(CalibrationError, match="chat template"):
-        read_documents(tmp_path / "b.jsonl", tok)
+    tok.add_tokens(["<extra>"])
+    (tmp_path / "a.txt").write_text("abc<extra>defgh")
+    with pytest.raises(CalibrationError, match=r"a\.txt: expected token ids below .*'<extra>'"):
+        read_windows(tmp_path / "a.txt", tok, 4, 8, vocabulary=len(tok) - 1)
+    assert read_windows(tmp_path / "a.txt", tok, 4, 8, vocabulary=len(tok)).shape == (3, 4)
 
 
 def test_spread_takes_from_all_over_the_text():

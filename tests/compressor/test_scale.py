@@ -79,7 +79,7 @@ def test_llama_8b_is_planned_as_scale_md_says_far_below_16_gb():
 
 def test_a_machine_that_is_too_small_is_refused(tmp_path, monkeypatch):
     write_sharded(tmp_path / "dense", MLPShape(512, 640, 1), vocabulary=128)
-    monkeypatch.setattr("neuronmlp_plugin.compressor.plan.physical_bytes", lambda: 2**28)
+    monkeypatch.setattr("neuronmlp_plugin.compressor.plan.available_bytes", lambda: 2**28)
     with pytest.raises(UsageError, match=r"dense: expected a machine with .* GiB of memory, found 0\.2 GiB"):
         make_plan(
             Settings(tmp_path / "dense", tmp_path / "out", None, 0.2, method="plain", allocation="uniform")

@@ -97,7 +97,11 @@ def test_blocks_of_zeros_are_neither_stored_nor_multiplied(groups):
     stored = sum(t.numel() for given in tensors.values() for t in given.values())
     assert counter.get_total_flops() == 2 * T * stored == 2 * T * layer.parameters
     h, width = SHAPE.hidden_size, layer.channels // groups
-    per_group = {"gate_proj": 3 * (h + width), "up_proj": 2 * (h + width - 2), "down_proj": 4 * (h + width - 4)}
+    per_group = {
+        "gate_proj": 3 * (h + width),
+        "up_proj": 2 * (h + width - 2),
+        "down_proj": 4 * (h + width - 4),
+    }
     assert layer.parameters == groups * sum(per_group.values())
 
 

@@ -8,6 +8,7 @@ from nki_kernels import reference
 from nki_kernels.backend import simulate
 from nki_kernels.cases import DTYPES, MLPCase, Weights, random_array, random_weights
 from nki_kernels.kernels.svd_mlp import svd_mlp
+from nki_kernels.layout import layout_of
 from nki_kernels.packing import factors_by_name, pack, pack_norm
 from nki_kernels.plan import Plan
 from nki_kernels.planner import plan_mlp
@@ -44,11 +45,11 @@ def run_svd_mlp(
     weights = random_weights(case) if weights is None else weights
     plan = plan_case(case) if plan is None else plan
     x, norm_weight, residual = inputs(case)
-    packed = pack(plan.layout, factors_by_name(weights))
+    packed = pack(layout_of(plan.products, plan.external_z), factors_by_name(weights))
     arguments = {
         "norm_weight": pack_norm(norm_weight) if case.norm else None,
         "residual": residual if case.residual else None,
     }
     found = simulate(svd_mlp, **options)(x, packed, plan, **arguments)
     norm = (norm_weight, EPS) if case.norm else None
-    return found, reference.svd_mlp(x, weights, norm, residual if case.residual else None)
+    return found, reference.svd_mlp(x, weights, norm, residual if case.residual else None, case.groups)

@@ -62,6 +62,7 @@ def test_a_factor_file_is_served_beside_its_model():
     ids=["stated", "no front matter", "broken", "a list", "no card"],
 )  # fmt: skip
 def test_the_license_is_the_one_that_the_base_states(tmp_path, readme, expected):
+    (tmp_path / "config.json").write_text("{}")
     if readme is not None:
         (tmp_path / "README.md").write_text(readme)
     assert base_facts(tmp_path) == {"name": tmp_path.name, "license": expected}

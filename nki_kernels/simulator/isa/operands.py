@@ -114,6 +114,5 @@ def record(
     if dst.storage.neighbours or not dst.storage.written:
         dst.storage.note_write(*dst.access.span)
     reads = tuple(source.access for source in sources if source is not None)
-    machine.emit(
-        Instruction(machine.instructions, engine, op, reads, (dst.access,), function=function, **figures)
-    )  # type: ignore[arg-type]
+    where = machine.instructions
+    machine.emit(Instruction(where, engine, op, reads, (dst.access,), function=function, **figures))  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from nki_kernels.cost.perfetto import trace_json
 from nki_kernels.cost.tensor_parallel import Setting, collectives_us, mlp_time
 from nki_kernels.cost.transformer import Step, amdahl, step_time
 from nki_kernels.targets import TRN1
+from nki_kernels.tiling import IDENTITY
 from tests.nki_kernels.cost.programs import BF16, array, matmuls, slots_of
 
 TINY = ModelShape("tiny", 256, 1024, 3, 4, 2, 64, 1000)
@@ -61,9 +62,8 @@ def parameters(blend):
     for share, core in blend:
         for layout in core.launches:
             for _, matrix, n, _ in layout.tiles():
-                total += (
-                    share * sum(rows for _, rows, stored in matrix.blocks(n) if stored) * matrix.tile_width(n)
-                )
+                rows = sum(rows for _, _, rows, kind in matrix.blocks(n) if kind != IDENTITY)
+                total += share * rows * matrix.tile_width(n)
     return total
 
 

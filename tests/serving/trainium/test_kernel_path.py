@@ -38,9 +38,11 @@ class Simulated:
 
 
 @torch.no_grad()
-def run(mix, tp, x, norm=None):
+def run(mix, tp, x, norm=None, groups=1):
     """`(outputs by rank, launches of rank 0, collectives, the plain answer)`, in the dtype of x."""
     layer = mix_layer(mix, SHAPE)
+    if groups > 1:
+        layer = mix_layer(mix, SHAPE, ranks=dict.fromkeys(layer, 5), channels=36, groups=groups)
     modules = {name: module.to(x.dtype) for name, module in random_modules(layer).items()}
     group = ThreadGroup(tp)
     launches = [Simulated() for _ in range(tp)]
@@ -62,6 +64,16 @@ def test_the_kernels_give_the_plain_answer_at_every_rank(mix, tp):
     outputs, _, _, expected = run(mix, tp, x)
     for y in outputs:
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("tp", "groups"), [(2, 2), (3, 3), (2, 4), (2, 6), (3, 6)])
+@pytest.mark.parametrize("mix", MIXES, ids="-".join)
+def test_a_rank_with_groups_of_its_own_is_one_launch_and_the_sum_of_y(mix, tp, groups):
+    x = torch.randn(2, 3, SHAPE.hidden_size)
+    outputs, launches, collectives, expected = run(mix, tp, x, groups=groups)
+    for y in outputs:
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    assert launches == ["svd_mlp"] and collectives == [("all_reduce", x.numel() * 4)]
 
 
 @pytest.mark.parametrize("tp", [1, 2])

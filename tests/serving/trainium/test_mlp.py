@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neuronmlp_plugin.models.factors import DENSE, MLPLayer, MLPShape, ProjectionSpec
+from neuronmlp_plugin.models.factors import DENSE, PROJECTIONS, MLPLayer, MLPShape, ProjectionSpec
 from neuronmlp_plugin.models.gather import Collectives
 from neuronmlp_plugin.serving.trainium.layout import laid_out_shapes
 from tests.models.layers import MIXES, RANKS, SHAPE, mix_layer, plain_mlp, random_modules
@@ -13,11 +13,12 @@ from tests.serving.trainium.sharded import rank_mlp, rank_state
 from tests.thread_group import ThreadGroup
 
 B, S = 2, 12
+NARROW = dict.fromkeys(PROJECTIONS, 3)
 
 
-def run_all(mix, tp, x, **options):
+def run_all(mix, tp, x, groups=1, **options):
     """Each rank's `(y, residual)`; `x(rank)` gives its input."""
-    layer = mix_layer(mix)
+    layer = mix_layer(mix) if groups == 1 else mix_layer(mix, ranks=NARROW, channels=32, groups=groups)
     modules = {p: m.double() for p, m in random_modules(layer).items()}
     group = ThreadGroup(tp)
 
@@ -41,9 +42,22 @@ def test_every_rank_gives_the_plain_answer(mix, tp):
         assert residual is None
 
 
+@pytest.mark.parametrize(("groups", "tp"), [(2, 1), (2, 2), (4, 2), (8, 4), (8, 8)])
+@pytest.mark.parametrize("mix", MIXES, ids="-".join)
+def test_ranks_that_own_groups_give_the_plain_answer_at_the_price_of_a_dense_mlp(mix, groups, tp):
+    """Of 32 of the 48 channels: counts and bytes of collectives are those of a dense layer."""
+    x = torch.randn(B, S, SHAPE.hidden_size, dtype=torch.float64)
+    modules, results, log = run_all(mix, tp, lambda rank: x, groups)
+    with torch.no_grad():
+        expected = plain_mlp(modules, x)
+    for y, _ in results:
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    assert log == collectives_of(("dense", "dense", "dense"), tp) == [OUTPUT]
+
+
+@pytest.mark.parametrize(("groups", "tp"), [(1, 3), (4, 2)])
 @pytest.mark.parametrize("mix", [("compact", "uv", "dense"), ("dense", "compact", "compact")], ids="-".join)
-def test_sequence_parallel_shares_out_the_tokens(mix):
-    tp = 3
+def test_sequence_parallel_shares_out_the_tokens(mix, groups, tp):
     x = torch.randn(B, S, SHAPE.hidden_size, dtype=torch.float64)
     modules, results, _ = run_all(mix, tp, lambda rank: x.chunk(tp, dim=1)[rank], sequence_parallel=True)
     with torch.no_grad():

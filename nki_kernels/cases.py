@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from nki_kernels.layout import FORMS, Projection
+from nki_kernels.reference.mlp import SCALE
 
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 # Allowed scale-free error ||a - b|| / ||b|| against the reference, which rounds where the kernel does. It
@@ -138,6 +139,19 @@ def random_weights(case: MLPCase, seed: int = 0) -> Weights:
     """Weights of all three projections."""
     rng = np.random.default_rng(seed)
     return {name: random_projection(rng, name, case) for name in PROJECTIONS}
+
+
+def quantised(weights: Weights) -> Weights:
+    """The same in int8 with a scale for every output channel, under FORMAT.md's names."""
+    found: Weights = {}
+    for name, tensors in weights.items():
+        found[name] = {}
+        for suffix, tensor in tensors.items():
+            wide = tensor.astype(np.float32)
+            scale = np.abs(wide).max(axis=1) / 127
+            found[name][suffix] = np.rint(wide / scale[:, None]).astype(np.int8)
+            found[name][suffix + SCALE] = scale.astype(np.float32)
+    return found
 
 
 def error(found: np.ndarray, expected: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""How long a plan keeps TensorE and the DMA queues at work: what the planner compares plans by.
+"""How long a plan keeps its engines and the DMA queues at work: what the planner compares plans by.
 
 A matmul of n moving columns takes n cycles and a turnaround of 64 [perf], so narrow token blocks are dear; every
 block of tokens reads the weights that the ring does not hold, so they are cheap in SBUF only.
@@ -45,8 +45,14 @@ def tensor_us(plan: Plan, target: Target) -> float:
 
 
 def weights_us(plan: Plan, target: Target) -> float:
-    """The weights that cross HBM, at the documented rate of long rows."""
-    return plan.weight_cols_read() * PMAX * plan.itemsize / target.dma_achieved_gbps / 1000
+    """The weights that cross HBM, at the documented rate of long rows; where they are int8, no less than ScalarE
+    and VectorE take to cast them, a column a cycle.
+    """
+    columns = plan.weight_cols_read()
+    if not plan.is_int8:
+        return columns * PMAX * plan.itemsize / target.dma_achieved_gbps / 1000
+    arriving = columns * PMAX / target.dma_achieved_gbps / 1000
+    return max(arriving, columns / (target.scalar_ghz + target.vector_ghz) / 1000)
 
 
 def effort_us(plan: Plan, target: Target) -> float:

@@ -24,6 +24,7 @@ from nki_kernels.tiling import (
     Block,
     Matrix,
     Products,
+    tile_count,
 )
 
 # Stages run one after another; matrices that share a stage are interleaved column tile by column tile.
@@ -201,6 +202,19 @@ class Layout:
         """Columns of the packed array that hold weights."""
         return sum(stored_cols(matrix, n) for _, matrix, n, _ in self.tiles())
 
+    @functools.cached_property
+    def is_int8(self) -> bool:
+        """Whether the packed array is int8, with scales beside it."""
+        return any(matrix.scale_at >= 0 for matrix in map(self.matrix, MATRICES) if matrix is not None)
+
+    @functools.cached_property
+    def scale_cols(self) -> int:
+        """Columns of the packed scales `[128, S]` fp32; 0 where there are none."""
+        found = [
+            matrix for matrix in map(self.matrix, MATRICES) if matrix is not None and matrix.scale_at >= 0
+        ]
+        return max((matrix.scale_at + scale_cols(matrix) for matrix in found), default=0)
+
     @property
     def packed_cols(self) -> int:
         """C of the packed array `[128, C]`: the weights, and a 128 x 128 identity behind them."""
@@ -312,6 +326,28 @@ def chain_layout(k: int, n: int, projection: Projection, transposed_output: bool
     tile_cols = STATIONARY_COLS if transposed_output else MOVING_COLS
     first, second = down_layout(n, k, projection, tile_cols)
     return Layout(down_first=first, down_second=second)
+
+
+def int8_layout(layout: Layout) -> Layout:
+    """The same launch with weights of one byte: every matrix learns where its scales are."""
+    columns = 0
+    matrices = {}
+    for name in MATRICES:
+        matrix = layout.matrix(name)
+        if matrix is None:
+            continue
+        if matrix.shift:
+            raise ValueError(
+                f"{name}: expected pivots that begin with the core's own, found a shift of {matrix.shift}."
+            )
+        matrices[name] = dataclasses.replace(matrix, scale_at=columns)
+        columns += scale_cols(matrix)
+    return dataclasses.replace(layout, **matrices)
+
+
+def scale_cols(matrix: Matrix) -> int:
+    """Columns of the packed scales that a matrix takes: one for each tile of at most 128 of its own."""
+    return matrix.col_groups * tile_count(matrix.group_cols(), min(PMAX, matrix.tile_cols))
 
 
 @functools.lru_cache(maxsize=64)

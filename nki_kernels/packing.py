@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nki_kernels.layout import MATRICES, Layout
+from nki_kernels.layout import MATRICES, Layout, scale_cols
 from nki_kernels.targets import PMAX
 from nki_kernels.tiling import Block, Matrix, tile_count
 
@@ -76,7 +76,8 @@ def pack(layout: Layout, weights: Mapping[str, Array], out: Array | None = None)
         out = np.zeros((PMAX, layout.packed_cols), dtype)
     for name, matrix, n, block, offset in layout.blocks():
         _copy_block(matrix, n, block, weights[name].T, out, offset, packing=True)
-        _write_identity(matrix, n, block, out, offset)
+        if not matrix.adds_pivots():
+            _write_identity(matrix, n, block, out, offset)
     for i in range(PMAX):
         out[i, layout.stored_cols + i] = 1
     return out
@@ -94,6 +95,39 @@ def unpack(layout: Layout, packed: Array, out: dict[str, Array] | None = None) -
     for name, matrix, n, block, offset in layout.blocks():
         _copy_block(matrix, n, block, out[name].T, packed, offset, packing=False)
     return out
+
+
+def pack_scales(layout: Layout, scales: Mapping[str, Array], out: Array | None = None) -> Array:
+    """The scales of an int8 layout, `[128, layout.scale_cols]` fp32, from matrix name -> scales `[out]` of what
+    `pack` is given.
+
+    Element p of column scale_at + n belongs to column 128 n + p of the matrix. Pivots of gate and up are z as
+    it is: their scale is 1. `out`, if given, must be ones. Raises ValueError for scales of another length.
+    """
+    if out is None:
+        out = np.ones((PMAX, layout.scale_cols), np.float32)
+    for name in MATRICES:
+        matrix = layout.matrix(name)
+        if matrix is None:
+            continue
+        expected, found = stored_shape(matrix)[0], tuple(scales[name].shape) if name in scales else None
+        if found != (expected,):
+            raise ValueError(
+                f"{name}: expected {expected} scales, found {found}; pack with the layout of these weights."
+            )
+        _copy_scales(matrix, scales[name], out)
+    return out
+
+
+def _copy_scales(matrix: Matrix, scales: Array, out: Array) -> None:
+    """Group by group, behind the pivots of a matrix that has them among its columns."""
+    pivots = matrix.pivots if matrix.pivot_axis == "cols" else 0
+    cols = matrix.group_cols()
+    tiles = scale_cols(matrix) // matrix.col_groups
+    for group in range(matrix.col_groups):
+        first = group * (cols - pivots)
+        for col in range(pivots, cols):
+            out[col % PMAX, matrix.scale_at + group * tiles + col // PMAX] = scales[first + col - pivots]
 
 
 def pack_norm(weight: Array, out: Array | None = None) -> Array:

@@ -16,6 +16,7 @@ from nki_kernels.request import Request, z_is_natural
 from nki_kernels.targets import PMAX
 from nki_kernels.tiling import MOVING_COLS, tile_count
 
+RAW_SLOTS = 4  # int8 chunks: one being cast, one there, two arriving
 ALIGN_BYTES = 256  # so that no two tensors share a line
 
 
@@ -59,7 +60,9 @@ def place(room: Room) -> dict[str, Any]:
     norm_weight = zero + ALIGN_BYTES
     norm_eps = norm_weight + aligned(tile_count(layout.hidden) * 4)
     norm_sums = norm_eps + ALIGN_BYTES
-    ring = norm_sums + 2 * ALIGN_BYTES if room.request.norm_eps is not None else norm_weight
+    scales = norm_sums + 2 * ALIGN_BYTES if room.request.norm_eps is not None else norm_weight
+    after = _int8(room, scales)
+    ring, raw_bytes = after.pop("ring"), after.pop("raw_bytes")
     at = Addresses(
         **wide,
         gate_z=z,
@@ -72,6 +75,7 @@ def place(room: Room) -> dict[str, Any]:
         norm_weight=norm_weight,
         norm_eps=norm_eps,
         norm_sums=norm_sums,
+        **after,
         ring=ring,
     )
     return {
@@ -82,6 +86,36 @@ def place(room: Room) -> dict[str, Any]:
         "z_row_bytes": z_row_bytes,
         "activated_bytes": activated_bytes,
         "align_bytes": ALIGN_BYTES,
+        "raw_bytes": raw_bytes,
+    }
+
+
+def _int8(room: Room, start: int) -> dict[str, int]:
+    """Addresses of what int8 weights need, from `start` on, and of the ring behind; `start` for all where they
+    are not int8.
+    """
+    layout = room.request.layout
+    if not layout.is_int8:
+        return {
+            **dict.fromkeys(("scales", "spread", "small", "scaled", "raw", "ring"), start),
+            "raw_bytes": 0,
+        }
+    last = layout.down_second
+    natural = last.cols if last is not None and last.tile_cols == MOVING_COLS else 0
+    spread = start + aligned(layout.scale_cols * 4)
+    small = spread + aligned(natural * 4)
+    scaled = small + (3 * PMAX * 4 if natural else 0)
+    raw = scaled + (2 * MOVING_COLS * 4 if room.request.residual else 0)
+    raw_bytes = aligned(max(room.ring_cols, PMAX))
+    ring = raw + RAW_SLOTS * raw_bytes
+    return {
+        "scales": start,
+        "spread": spread,
+        "small": small,
+        "scaled": scaled,
+        "raw": raw,
+        "ring": ring,
+        "raw_bytes": raw_bytes,
     }
 
 

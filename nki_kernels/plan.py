@@ -37,6 +37,11 @@ class Addresses(nl.NKIObject):
     norm_weight: int
     norm_eps: int
     norm_sums: int
+    scales: int  # of int8 weights,
+    spread: int  # those of natural output, alike on all partitions,
+    small: int  # and what it takes to spread them
+    scaled: int  # natural output before the residual, two turns
+    raw: int  # int8 chunks and the int8 identity, before they are cast
     ring: int  # the last, so that it can be deepened
 
 
@@ -81,6 +86,11 @@ class Plan(nl.NKIObject):
     identity_col: int  # first column of the identity in the packed weights,
     identity_size: int  # and how many of its rows and columns the launch reads
     natural_output: bool
+    is_int8: bool  # weights are int8, cast on the way through the ring, and scaled when a product leaves PSUM
+    scale_cols: int  # columns of the packed scales
+    raw_slots: int  # int8 chunks on their way
+    raw_bytes: int  # from one to the next
+    scalar_share: int  # of 128 columns, how many ScalarE casts; VectorE takes the rest
     natural_z: bool  # z crosses collectives as [T, channels]
     with_norm: bool = False  # RMSNorm in front
     norm_eps: float = 0.0

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from nki_kernels.casts import scalar_share
 from nki_kernels.effort import effort_us
 from nki_kernels.layout import Layout, Projection, mlp_layout
-from nki_kernels.placement import Room, largest, place
+from nki_kernels.placement import RAW_SLOTS, Room, largest, place
 from nki_kernels.plan import Plan
 from nki_kernels.plan_file import own_choice
 from nki_kernels.request import Request, z_is_natural
@@ -184,6 +185,19 @@ def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan 
         with_residual=request.residual,
         silu=request.silu,
         transposed_input=request.transposed_input,
+        is_int8=layout.is_int8,
+        scale_cols=layout.scale_cols,
+        raw_slots=min(RAW_SLOTS, len(bounds) - 1) if layout.is_int8 else 0,
+        scalar_share=scalar_share(
+            layout,
+            choice.block_tokens,
+            moving_tokens,
+            request.norm_eps is not None,
+            request.residual,
+            target,
+        )
+        if layout.is_int8
+        else 0,
         natural_z=z_is_natural(request.tokens, request.dtype),
         **_products(layout),
         **place(Room(request, choice.block_tokens, moving_tokens, out_cols, ring_cols, choice.shares_rows)),
@@ -224,11 +238,12 @@ def _pythons(request: Request, choice: Choice) -> tuple[Request, Choice]:
 
 
 def _identity_size(request: Request, block_tokens: int) -> int:
-    """Rows and columns of the identity that the launch reads: all where blocks are identities or z is turned
-    round, else as many as a tile of tokens that is transposed.
+    """Rows and columns of the identity that the launch reads: all where blocks are identities, z is turned
+    round or scales are spread, else as many as a tile of tokens that is transposed.
     """
     turns = request.layout.down_second is None and z_is_natural(request.tokens, request.dtype)
-    return PMAX if request.layout.sums_identity or turns else min(PMAX, block_tokens)
+    spreads = request.layout.is_int8
+    return PMAX if request.layout.sums_identity or turns or spreads else min(PMAX, block_tokens)
 
 
 def staged_cols(layout: Layout, out_cols: int) -> int:

@@ -11,6 +11,7 @@ ROOT = pathlib.Path(__file__).parent
 # Packing and plans are part of it: an artifact compiled for another layout would read the weights wrongly.
 PROGRAM = (
     "backend.py",
+    "casts.py",
     "effort.py",
     "layout.py",
     "packing.py",

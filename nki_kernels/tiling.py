@@ -46,6 +46,9 @@ class Matrix(nl.NKIObject):
     `halves`: the last row tile of a group has at most 64 rows, and two column tiles share a block for it, one
     in either half of the partitions. `twice`: the last column tile of a group has at most 64 columns, and its
     product is kept in both halves, for the next matrix to find.
+
+    `scale_at`: of an int8 matrix, the first of its columns in the packed scales, one for every 128 of its own;
+    -1 where there are none. The identity of its pivot rows is not in the blocks: the scale would spoil it.
     """
 
     rows: int
@@ -58,6 +61,7 @@ class Matrix(nl.NKIObject):
     col_groups: int = 1
     halves: bool = False
     twice: bool = False
+    scale_at: int = -1
 
     def group_rows(self) -> int:
         return self.rows // self.row_groups
@@ -86,6 +90,21 @@ class Matrix(nl.NKIObject):
         """Rows of row tile `k`."""
         return min(PMAX, self.group_rows() - k % self.group_row_tiles() * PMAX)
 
+    def adds_pivots(self) -> bool:
+        """Whether pivots are added to the scaled product, and not in the sum."""
+        return self.scale_at >= 0 and self.pivot_axis == "rows"
+
+    def added_rows(self, n: int) -> int:
+        """How many rows of the source's tile of the same number are added to column tile `n`."""
+        if not self.adds_pivots():
+            return 0
+        left = self.pivots - n % self.group_col_tiles() * self.tile_cols
+        return max(0, min(left, self.tile_width(n)))
+
+    def added_tile(self, n: int) -> int:
+        """And which row tile of the source that is."""
+        return n // self.group_col_tiles() * self.group_row_tiles() + n % self.group_col_tiles()
+
     def is_kept_twice(self, n: int) -> bool:
         """Whether column tile `n` is the last, ragged one of a group that is kept in both halves."""
         return self.twice and n % self.group_col_tiles() == self.group_col_tiles() - 1
@@ -102,7 +121,7 @@ class Matrix(nl.NKIObject):
         for k in range(first, end):
             kind = self._kind(k % self.group_row_tiles(), n % self.group_col_tiles())
             rows = self.tile_rows(k)
-            if kind == "identity":
+            if kind == "identity" and not self.adds_pivots():
                 found.append((k, 0, min(rows, self.tile_width(n)), IDENTITY))
             elif kind == "full" and self._is_second_half(k, n):
                 found.append((k, HALF, rows, SHARED))

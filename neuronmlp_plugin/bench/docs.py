@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from neuronmlp_plugin.bench.kernel_cases import Result
 
 PAGE, ROWS, IMAGES = "cost_model.md", "simulated.csv", "images"
-BLOCKS = ("calibration", "kernels", "asked", "rates", "plans", "layers ring", "layers mesh")
+BLOCKS = (
+    "calibration",
+    "kernels",
+    "asked",
+    "rates",
+    "plans",
+    "layers ring",
+    "layers mesh",
+    "int8 MLPs",
+    "int8 models",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +74,7 @@ def _options(module: object, *given: str) -> argparse.Namespace:
 
 def make(made: Made) -> list[Result]:
     """All blocks and rows; the results of the kernels are given back for the pictures."""
-    from neuronmlp_plugin.bench import calibrate, kernels, layer_cases, layers, summary
+    from neuronmlp_plugin.bench import calibrate, int8_cases, kernels, layer_cases, layers, summary
     from nki_kernels.cost.constants import CALIBRATED
 
     made.add(calibrate.csv_rows(calibrate.report(CALIBRATED, made.block("calibration")), CALIBRATED))
@@ -78,6 +88,8 @@ def make(made: Made) -> list[Result]:
         options = _options(layers, "--collectives", name)
         done = layer_cases.report(options, made.block(f"layers {name}"))
         made.add(row for item in done for row in item.rows(layer_cases.where(options)))
+    made.add(int8_cases.report_mlps(0.20, made.block("int8 MLPs")))
+    made.add(int8_cases.report_models(_options(layers), made.block("int8 models")))
     return results
 
 

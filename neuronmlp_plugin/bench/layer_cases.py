@@ -110,14 +110,22 @@ def compare(
     return found
 
 
+def cores_of(args: argparse.Namespace, shape: ModelShape) -> list[int]:
+    """The core counts that are asked for, or the usual ones."""
+    return args.tp or [n for n in CORES if n >= shape.least_tp]
+
+
+def setting_of(args: argparse.Namespace, tp: int) -> Setting:
+    """What the options say of target, constants and collectives."""
+    return Setting(TARGETS[args.target], SETS[args.constants], COLLECTIVES[args.collectives], tp)
+
+
 def cases(args: argparse.Namespace) -> Iterator[list[Compared]]:
     """Every model and core count."""
     steps = steps_of(args.prompt, args.batch)
-    between = COLLECTIVES[args.collectives]
     for shape in (MODELS[name] for name in args.models):
-        for tp in args.tp or [n for n in CORES if n >= shape.least_tp]:
-            setting = Setting(TARGETS[args.target], SETS[args.constants], between, tp)
-            yield compare(shape, args.remove, steps, setting)
+        for tp in cores_of(args, shape):
+            yield compare(shape, args.remove, steps, setting_of(args, tp))
 
 
 def report(args: argparse.Namespace, write: Write = say) -> list[Compared]:

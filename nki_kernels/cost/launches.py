@@ -33,7 +33,9 @@ def launch_of(plan: Plan, dtype: np.dtype, tp: int = 1) -> Launch:
     layout = layout_of(plan.products, plan.external_z)
     features = layout.hidden or layout.intermediate
     shape = (features, plan.tokens) if plan.transposed_input else (plan.tokens, features)
-    x, weights = Placeholder(shape, dtype), Placeholder((PMAX, layout.packed_cols), dtype)
+    x = Placeholder(shape, dtype)
+    weights = Placeholder((PMAX, layout.packed_cols), np.dtype(np.int8) if plan.is_int8 else dtype)
+    scales = Placeholder((PMAX, plan.scale_cols), np.dtype(np.float32)) if plan.is_int8 else None
     norm = Placeholder((PMAX, tile_count(layout.hidden)), np.dtype(np.float32)) if plan.with_norm else None
     last = layout.down_second
     residual = (
@@ -44,14 +46,18 @@ def launch_of(plan: Plan, dtype: np.dtype, tp: int = 1) -> Launch:
         down = layout.down_first.cols // tp if layout.down_first is not None else 0
         rows, cols = tp * (gate + up), plan.tokens
         z = Placeholder((tp * cols, gate + up) if plan.natural_z else (rows, cols), dtype)
-        return second_factors, (x if plan.x_tiles else None, z, (gate, up, down), weights, plan, norm)
+        return second_factors, (x if plan.x_tiles else None, z, (gate, up, down), weights, plan, norm, scales)
     if layout.gate_second is not None:
         return (
-            (gated_up, (x, weights, plan, norm))
+            (gated_up, (x, weights, plan, norm, scales))
             if last is None
-            else (svd_mlp, (x, weights, plan, norm, residual))
+            else (svd_mlp, (x, weights, plan, norm, residual, scales))
         )
-    return (first_factors, (x, weights, plan, norm)) if last is None else (xuv, (x, weights, plan, residual))
+    return (
+        (first_factors, (x, weights, plan, norm, scales))
+        if last is None
+        else (xuv, (x, weights, plan, residual, scales))
+    )
 
 
 def z_rows(layout: Layout, projection: str) -> int:

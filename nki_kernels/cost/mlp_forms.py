@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 
 from nki_kernels.cost.models import ModelShape, rank_at
-from nki_kernels.layout import DENSE, Layout, Projection, mlp_layout
+from nki_kernels.layout import DENSE, Layout, Projection, int8_layout, mlp_layout
 from nki_kernels.staging import gathered_projection, gathered_stages
 from nki_kernels.targets import PMAX
 
@@ -70,6 +70,14 @@ def gather(shape: ModelShape, tp: int, form: str, removed_ratio: float) -> Blend
     share = gathered_projection(form, rank, tp)
     stages = gathered_stages(shape.hidden, shape.intermediate // tp, (share, share, share))
     return ((1.0, CoreMLP(tuple(stages.values()), 2 * share.rank, share.rank)),)
+
+
+def in_int8(blend: Blend) -> Blend:
+    """The same with weights of one byte."""
+    return tuple(
+        (share, dataclasses.replace(core, launches=tuple(int8_layout(layout) for layout in core.launches)))
+        for share, core in blend
+    )
 
 
 FORMS = {

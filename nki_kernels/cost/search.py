@@ -79,7 +79,8 @@ def dma_bound_us(plan: Plan, target: Target = TRN1, constants: Constants = CALIB
     rates.
     """
     size = plan.itemsize
-    weights = _dma_us(plan.weight_cols_read() * PMAX * size, plan.ring_cols * size, target, constants)
+    weight = 1 if plan.is_int8 else size
+    weights = _dma_us(plan.weight_cols_read() * PMAX * weight, plan.ring_cols * weight, target, constants)
     layout = layout_of(plan.products, plan.external_z)
     given = sum(z_rows(layout, name) for name in ("gate", "up"))
     features = given + (plan.hidden or (0 if given else plan.intermediate))

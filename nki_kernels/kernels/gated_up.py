@@ -17,12 +17,14 @@ Tensor = Any
 
 
 @nki.jit
-def gated_up(x: Tensor, weights: Tensor, plan: Plan, norm_weight: Tensor = None) -> Tensor:
+def gated_up(
+    x: Tensor, weights: Tensor, plan: Plan, norm_weight: Tensor = None, scales: Tensor = None
+) -> Tensor:
     """x `[T, H]` (or `[H, T]`) -> h^T `[I, T]`; gate and up of any forms and ranks, x loaded once. Layout:
     `gated_layout`.
     """
     h = nl.ndarray((plan.intermediate, plan.tokens), dtype=x.dtype, buffer=nl.shared_hbm)
-    work = Workspace(plan, weights, norm_weight)
+    work = Workspace(plan, weights, norm_weight, scales, x.dtype)
     blocks = pieces(plan.tokens, plan.block_tokens)
     for b in range(len(blocks)):
         first_token, tokens = blocks[b]

@@ -11,22 +11,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from nki_kernels import backend
 from nki_kernels.backend import nisa, nl
+from nki_kernels.kernels.matmul import matmul
 from nki_kernels.kernels.workspace import Workspace
 from nki_kernels.tiling import HALF, IDENTITY, SHARED, Matrix
 
 Tensor = Any
 
 
-def matmul(dst: Tensor, stationary: Tensor, moving: Tensor, first: bool) -> None:
-    """One nc_matmul under either call convention; before 0.3 the first one into a fresh tile starts the sum
-    by itself.
+def evict(work: Workspace, matrix: Matrix, n: int, dst: Tensor, data: Tensor, op: Any) -> None:
+    """dst = op(column tile `n` of a transposed product), times the scales of int8 weights: both free on the way
+    out of PSUM.
     """
-    if backend.TAKES_ACCUMULATE:
-        nisa.nc_matmul(dst, stationary, moving, accumulate=not first)
+    cols = matrix.tile_width(n)
+    bias = work.zero[0:cols, :]
+    if matrix.scale_at >= 0:
+        nisa.activation(dst=dst, op=op, data=data, bias=bias, scale=work.scales.of(matrix, n, cols))
     else:
-        nisa.nc_matmul(dst, stationary, moving)
+        nisa.activation(dst=dst, op=op, data=data, bias=bias)
 
 
 def block_of(work: Workspace, kind: int, owner: int, k: int, cols: int) -> tuple:
@@ -92,7 +94,18 @@ def transposed_product(work: Workspace, matrix: Matrix, source: Tensor, dst: Ten
         for j in range(len(widths)):
             start, width = widths[j]
             there = dst[0:cols, n, start : start + width]
-            nisa.activation(dst=there, op=nl.copy, data=sums[j], bias=work.zero[0:cols, :])
+            added = matrix.added_rows(n)
+            if added < cols:
+                evict(work, matrix, n, there, sums[j], nl.copy)
+            if added > 0:
+                nisa.scalar_tensor_tensor(
+                    dst=dst[0:added, n, start : start + width],
+                    data=sums[j][0:added, :],
+                    op0=nl.multiply,
+                    operand0=work.scales.of(matrix, n, added),
+                    op1=nl.add,
+                    operand1=source[0:added, matrix.added_tile(n), start : start + width],
+                )
             if matrix.is_kept_twice(n):
                 nisa.tensor_copy(dst=dst[HALF : HALF + cols, n, start : start + width], src=there)
 

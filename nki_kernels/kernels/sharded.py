@@ -32,7 +32,9 @@ Tensor = Any
 
 
 @nki.jit
-def first_factors(x: Tensor, weights: Tensor, plan: Plan, norm_weight: Tensor = None) -> Tensor:
+def first_factors(
+    x: Tensor, weights: Tensor, plan: Plan, norm_weight: Tensor = None, scales: Tensor = None
+) -> Tensor:
     """x `[T, H]` -> this core's z `[slots of gate + slots of up, T]` (`[T, slots]` if `plan.natural_z`). Plan:
     of `first_stage(layout)`.
     """
@@ -41,7 +43,7 @@ def first_factors(x: Tensor, weights: Tensor, plan: Plan, norm_weight: Tensor = 
     slots = gate_slots + up_slots
     shape = (plan.tokens, slots) if plan.natural_z else (slots, plan.tokens)
     z = nl.ndarray(shape, dtype=x.dtype, buffer=nl.shared_hbm)
-    work = Workspace(plan, weights, norm_weight)
+    work = Workspace(plan, weights, norm_weight, scales, x.dtype)
     blocks = pieces(plan.tokens, plan.block_tokens)
     for b in range(len(blocks)):
         first_token, tokens = blocks[b]
@@ -68,7 +70,13 @@ def store_z(work: Workspace, z: Tensor, source: Tensor, channels: tuple, where: 
 
 @nki.jit
 def second_factors(
-    x: Tensor, z: Tensor, slots: tuple, weights: Tensor, plan: Plan, norm_weight: Tensor = None
+    x: Tensor,
+    z: Tensor,
+    slots: tuple,
+    weights: Tensor,
+    plan: Plan,
+    norm_weight: Tensor = None,
+    scales: Tensor = None,
 ) -> Tensor:
     """Gathered z `[tp (slots of gate + slots of up), T]` -> this core's summand of down's z `[tp slots of
     down, T]` (`[tp T, slots]` both, if `plan.natural_z`); of y `[T, H]` if down is dense.
@@ -76,8 +84,9 @@ def second_factors(
     `slots` = (slots of gate, of up, of down) of one core, 0 for a dense projection. x `[T, H]` is what dense
     ones start from; pass None for x or z if no projection needs it. Plan: of `second_stage(layout)`.
     """
-    out = nl.ndarray(second_shape(plan, slots), dtype=weights.dtype, buffer=nl.shared_hbm)
-    work = Workspace(plan, weights, norm_weight)
+    dtype = z.dtype if x == None else x.dtype  # noqa: E711
+    out = nl.ndarray(second_shape(plan, slots), dtype=dtype, buffer=nl.shared_hbm)
+    work = Workspace(plan, weights, norm_weight, scales, dtype)
     stride = slots[0] + slots[1]
     blocks = pieces(plan.tokens, plan.block_tokens)
     for b in range(len(blocks)):

@@ -6,7 +6,14 @@ from typing import Any
 
 from nki_kernels.backend import nisa, nl
 from nki_kernels.kernels.load import load_natural, load_transposed
-from nki_kernels.kernels.products import column_tile, natural_tile, transposed_product, transposed_tile
+from nki_kernels.kernels.products import (
+    column_tile,
+    evict,
+    is_source_itself,
+    natural_tile,
+    transposed_product,
+    transposed_tile,
+)
 from nki_kernels.kernels.workspace import Workspace
 from nki_kernels.targets import PMAX
 from nki_kernels.tiling import pieces, tile_count
@@ -46,16 +53,24 @@ def gated_product(work: Workspace, tokens: int) -> None:
         up = column_tile(work, products.up_second, n, up_source, widths, 1)
         for j in range(len(widths)):
             start, width = widths[j]
-            activated = work.activated[(n * len(widths) + j) % 2]
-            nisa.activation(
-                dst=activated[0:cols, 0:width], op=nl.silu, data=gate[j], bias=work.zero[0:cols, :]
-            )
-            nisa.tensor_tensor(
-                dst=work.h[0:cols, n, start : start + width],
-                data1=activated[0:cols, 0:width],
-                data2=up[j],
-                op=nl.multiply,
-            )
+            activated = work.activated[(n * len(widths) + j) % 2][0:cols, 0:width]
+            gate_matrix, up_matrix = products.gate_second, products.up_second
+            if is_source_itself(gate_matrix, n):
+                nisa.activation(dst=activated, op=nl.silu, data=gate[j], bias=work.zero[0:cols, :])
+            else:
+                evict(work, gate_matrix, n, activated, gate[j], nl.silu)
+            there = work.h[0:cols, n, start : start + width]
+            if up_matrix.scale_at < 0 or is_source_itself(up_matrix, n):
+                nisa.tensor_tensor(dst=there, data1=activated, data2=up[j], op=nl.multiply)
+            else:
+                nisa.scalar_tensor_tensor(
+                    dst=there,
+                    data=up[j],
+                    op0=nl.multiply,
+                    operand0=work.scales.of(up_matrix, n, cols),
+                    op1=nl.multiply,
+                    operand1=activated,
+                )
 
 
 def down_first_product(work: Workspace, tokens: int) -> None:
@@ -96,11 +111,29 @@ def natural_column(work: Workspace, source: Tensor, stage: Tensor, n: int, at: i
         for j in range(count):
             size = tiles[first + j][1]
             row = stage[0:size, first + j, at : at + cols]
-            if work.plan.with_residual:
+            if matrix.scale_at >= 0:
+                evict_scaled(work, row, sums[j], n * matrix.tile_cols, j)
+            elif work.plan.with_residual:
                 nisa.tensor_tensor(dst=row, data1=sums[j], data2=row, op=nl.add)
             else:
                 op = nl.silu if work.plan.silu else nl.copy
                 nisa.activation(dst=row, op=op, data=sums[j], bias=work.zero[0:size, :])
+
+
+def evict_scaled(work: Workspace, row: Tensor, total: Tensor, col: int, turn: int) -> None:
+    """row (residual, if any) (+)= a PSUM tile `[tokens, cols]` times the scales of output columns [col, +
+    cols), SiLU behind if the plan says so.
+    """
+    size, cols = total.shape
+    scale = work.scales.spread[0:size, col : col + cols]
+    if work.plan.with_residual:
+        scaled = work.scales.scaled[turn % 2][0:size, 0:cols]
+        nisa.tensor_tensor(dst=scaled, data1=total, data2=scale, op=nl.multiply)
+        nisa.tensor_tensor(dst=row, data1=scaled, data2=row, op=nl.add)
+    else:
+        nisa.tensor_tensor(dst=row, data1=total, data2=scale, op=nl.multiply)
+        if work.plan.silu:
+            nisa.activation(dst=row, op=nl.silu, data=row, bias=work.zero[0:size, :])
 
 
 def copy_rows(
@@ -129,12 +162,8 @@ def transposed_output(work: Workspace, source: Tensor, out: Tensor, first_token:
         sums = transposed_tile(work, matrix, n, source, widths, 2)
         for j in range(len(widths)):
             start, width = widths[j]
-            nisa.activation(
-                dst=stage[0:cols, start : start + width],
-                op=nl.silu if work.plan.silu else nl.copy,
-                data=sums[j],
-                bias=work.zero[0:cols, :],
-            )
+            op = nl.silu if work.plan.silu else nl.copy
+            evict(work, matrix, n, stage[0:cols, start : start + width], sums[j], op)
         nisa.dma_copy(
             dst=out[n * PMAX : n * PMAX + cols, first_token : first_token + tokens],
             src=stage[0:cols, 0:tokens],

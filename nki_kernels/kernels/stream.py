@@ -6,6 +6,7 @@ from typing import Any
 
 from nki_kernels.backend import nisa, nl
 from nki_kernels.plan import Plan
+from nki_kernels.targets import PMAX
 
 Tensor = Any  # an NKI tensor, or the simulator's
 
@@ -19,8 +20,10 @@ class WeightStream(nl.NKIObject):
     reuses what the first has read.
     """
 
-    def __init__(self, packed: Tensor, plan: Plan) -> None:
+    def __init__(self, packed: Tensor, plan: Plan, dtype: Any, zero: Tensor) -> None:
         self.packed = packed
+        self.zero = zero
+        self.plan = plan
         self.bounds = plan.chunk_bounds
         # Where the blocks lie that the next column tile shares: a list over row tiles for gate, up and down.
         products = plan.products
@@ -36,13 +39,23 @@ class WeightStream(nl.NKIObject):
         for i in range(plan.ring_slots):
             slot = nl.ndarray(
                 (packed.shape[0], plan.ring_cols),
-                dtype=packed.dtype,
+                dtype=dtype,
                 buffer=nl.sbuf,
                 name=f"ring{i}",
                 address=(0, plan.at.ring + i * plan.slot_bytes),
             )
             self.slots.append(slot)
             self.held.append(-1)
+        self.raw = []
+        for i in range(plan.raw_slots):
+            raw = nl.ndarray(
+                (packed.shape[0], plan.ring_cols),
+                dtype=packed.dtype,
+                buffer=nl.sbuf,
+                name=f"raw{i}",
+                address=(0, plan.at.raw + i * plan.raw_bytes),
+            )
+            self.raw.append(raw)
         self.seek(0)
 
     def seek(self, position: int) -> None:
@@ -57,6 +70,9 @@ class WeightStream(nl.NKIObject):
         if self.position >= self.bounds[self.chunk + 1]:
             self.chunk += 1
         self.load(self.chunk)
+        # An engine works in order: what the next chunk needs cast must not wait behind this one's results.
+        if self.plan.is_int8 and len(self.slots) > 1 and self.chunk + 2 < len(self.bounds):
+            self.load(self.chunk + 1)
         at = self.position - self.bounds[self.chunk]
         self.position += cols
         return self.slots[self.chunk % len(self.slots)], at
@@ -83,9 +99,22 @@ class WeightStream(nl.NKIObject):
         if self.held[slot] != chunk:
             start = self.bounds[chunk]
             size = self.bounds[chunk + 1] - start
+            there = self.slots[slot]
+            if self.plan.is_int8:
+                there = self.raw[chunk % len(self.raw)]
             nisa.dma_copy(
-                dst=self.slots[slot][:, 0:size],
+                dst=there[:, 0:size],
                 src=self.packed[:, start : start + size],
                 dge_mode=nisa.dge_mode.none,
             )
+            if self.plan.is_int8:
+                self.cast(self.slots[slot], there, size)
             self.held[slot] = chunk
+
+    def cast(self, dst: Tensor, src: Tensor, cols: int) -> None:
+        """int8 to the type of the products, shared by ScalarE and VectorE so that neither is late."""
+        middle = cols // PMAX * self.plan.scalar_share // PMAX * PMAX
+        if middle > 0:
+            nisa.activation(dst=dst[:, 0:middle], op=nl.copy, data=src[:, 0:middle], bias=self.zero)
+        if middle < cols:
+            nisa.tensor_copy(dst=dst[:, middle:cols], src=src[:, middle:cols])

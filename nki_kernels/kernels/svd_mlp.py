@@ -21,7 +21,12 @@ Tensor = Any
 
 @nki.jit
 def svd_mlp(
-    x: Tensor, weights: Tensor, plan: Plan, norm_weight: Tensor = None, residual: Tensor = None
+    x: Tensor,
+    weights: Tensor,
+    plan: Plan,
+    norm_weight: Tensor = None,
+    residual: Tensor = None,
+    scales: Tensor = None,
 ) -> Tensor:
     """x `[T, H]` (`[H, T]` if `plan.transposed_input`) -> y `[T, H]`, in the element type of the weights.
 
@@ -32,7 +37,7 @@ def svd_mlp(
     check_given("residual", residual, plan.with_residual)
     products = plan.products
     y = nl.ndarray((plan.tokens, products.down_second.cols), dtype=x.dtype, buffer=nl.shared_hbm)
-    work = Workspace(plan, weights, norm_weight)
+    work = Workspace(plan, weights, norm_weight, scales, x.dtype)
     blocks = pieces(plan.tokens, plan.block_tokens)
     for b in range(len(blocks)):
         first_token, tokens = blocks[b]

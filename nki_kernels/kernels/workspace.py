@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from nki_kernels.backend import nisa, nl
+from nki_kernels.kernels.matmul import matmul
 from nki_kernels.kernels.stream import WeightStream
 from nki_kernels.plan import Plan
 from nki_kernels.targets import PMAX, PSUM_BANK_BYTES, PSUM_BANKS
+from nki_kernels.tiling import MOVING_COLS, Matrix, tile_count
 
 Tensor = Any
 
@@ -70,28 +72,69 @@ class Norm(nl.NKIObject):
         )
 
 
+class Scales(nl.NKIObject):
+    """Scales of int8 weights: by partition for transposed products, spread over all for natural ones."""
+
+    def __init__(self, plan: Plan, packed: Tensor, work: Workspace) -> None:
+        self.columns = None
+        self.spread = None
+        self.scaled = []
+        if not plan.is_int8:
+            return
+        self.columns = tensor_at(plan.at.scales, packed.shape, nl.float32)
+        nisa.dma_copy(dst=self.columns, src=packed, dge_mode=nisa.dge_mode.none)
+        if plan.natural_output:
+            self.spread_rows(plan, work)
+        if plan.with_residual:
+            for i in range(2):
+                address = plan.at.scaled + i * MOVING_COLS * 4
+                self.scaled.append(tensor_at(address, (PMAX, MOVING_COLS), nl.float32))
+
+    def spread_rows(self, plan: Plan, work: Workspace) -> None:
+        """The scales of natural output `[128, columns]`, the same on every partition: ones^T diag(scales), whose
+        sums have one term each.
+        """
+        matrix = plan.products.down_second
+        ones = tensor_at(plan.at.small, (PMAX, PMAX), nl.float32)
+        nisa.memset(ones, 1.0)
+        self.spread = tensor_at(plan.at.spread, (PMAX, matrix.cols), nl.float32)
+        for n in range(tile_count(matrix.cols, PMAX)):
+            cols = min(PMAX, matrix.cols - n * PMAX)
+            diagonal = tensor_at(plan.at.small + (1 + n % 2) * PMAX * 4, (PMAX, PMAX), nl.float32)
+            nisa.activation(
+                dst=diagonal[0:cols, 0:cols],
+                op=nl.copy,
+                data=work.identity[0:cols, 0:cols],
+                bias=work.zero[0:cols, :],
+                scale=self.of(matrix, n, cols),
+            )
+            bank = work.banks.tile((PMAX, cols))
+            matmul(bank, ones[0:cols, :], diagonal[0:cols, 0:cols], True)
+            nisa.tensor_copy(dst=self.spread[:, n * PMAX : n * PMAX + cols], src=bank)
+
+    def of(self, matrix: Matrix, n: int, cols: int) -> Tensor:
+        """`[cols, 1]`: the scales of the matrix's n-th 128 columns."""
+        return self.columns[0:cols, matrix.scale_at + n : matrix.scale_at + n + 1]
+
+
 class Workspace(nl.NKIObject):
     """What lives as long as the launch (ring, identity, small tiles), and the tensors of one block of tokens.
 
     x, h and the z are `[128, row tiles, block_tokens]`. Those that the launch does not use are None.
     """
 
-    def __init__(self, plan: Plan, weights: Tensor, norm_weight: Tensor) -> None:
+    def __init__(self, plan: Plan, weights: Tensor, norm_weight: Tensor, scales: Tensor, dtype: Any) -> None:
         check_given("norm_weight", norm_weight, plan.with_norm)
+        check_given("scales", scales, plan.is_int8)
         self.plan = plan
-        self.dtype = weights.dtype
+        self.dtype = dtype
         self.banks = Banks()
-        self.stream = WeightStream(weights, plan)
-        self.identity = tensor_at(plan.at.identity, (PMAX, PMAX), weights.dtype)
-        size, col = plan.identity_size, plan.identity_col
-        nisa.dma_copy(
-            dst=self.identity[0:size, 0:size],
-            src=weights[0:size, col : col + size],
-            dge_mode=nisa.dge_mode.none,
-        )
         # The vendor's library passes activation a bias always: without one there was trouble at run time.
         self.zero = tensor_at(plan.at.zero, (PMAX, 1), nl.float32)
         nisa.memset(self.zero, 0.0)
+        self.load_identity(weights)
+        self.stream = WeightStream(weights, plan, dtype, self.zero)
+        self.scales = Scales(plan, scales, self)
         self.activated = []
         if plan.runs_gated:
             for i in range(2):
@@ -100,6 +143,21 @@ class Workspace(nl.NKIObject):
         self.norms = []
         if plan.with_norm:
             self.norms.append(Norm(plan, norm_weight, self.zero))
+
+    def load_identity(self, weights: Tensor) -> None:
+        """As much of it as the launch reads; it lies behind the weights, in their type."""
+        size, col = self.plan.identity_size, self.plan.identity_col
+        self.identity = tensor_at(self.plan.at.identity, (PMAX, PMAX), self.dtype)
+        there = self.identity
+        if self.plan.is_int8:
+            there = tensor_at(self.plan.at.raw, (PMAX, PMAX), weights.dtype)
+        nisa.dma_copy(
+            dst=there[0:size, 0:size],
+            src=weights[0:size, col : col + size],
+            dge_mode=nisa.dge_mode.none,
+        )
+        if self.plan.is_int8:
+            nisa.tensor_copy(dst=self.identity[0:size, 0:size], src=there[0:size, 0:size])
 
     def open_block(self) -> None:
         """Fresh tensors for a block of tokens. Several share bytes; each is used up before another is

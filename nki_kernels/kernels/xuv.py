@@ -19,7 +19,7 @@ Tensor = Any
 
 
 @nki.jit
-def xuv(x: Tensor, weights: Tensor, plan: Plan, residual: Tensor = None) -> Tensor:
+def xuv(x: Tensor, weights: Tensor, plan: Plan, residual: Tensor = None, scales: Tensor = None) -> Tensor:
     """x `[T, K]` (`[K, T]` if `plan.transposed_input`) -> `[T, N]`, or `[N, T]` for a layout with transposed
     output.
 
@@ -31,7 +31,7 @@ def xuv(x: Tensor, weights: Tensor, plan: Plan, residual: Tensor = None) -> Tens
     cols = products.down_second.cols
     shape = (plan.tokens, cols) if plan.natural_output else (cols, plan.tokens)
     out = nl.ndarray(shape, dtype=x.dtype, buffer=nl.shared_hbm)
-    work = Workspace(plan, weights, None)
+    work = Workspace(plan, weights, None, scales, x.dtype)
     blocks = pieces(plan.tokens, plan.block_tokens)
     for b in range(len(blocks)):
         first_token, tokens = blocks[b]

@@ -14,9 +14,24 @@ import numpy as np
 Weights = Mapping[str, np.ndarray]
 
 
+SCALE = "_scale"  # behind a suffix: the scales `[out]` of int8 weights (FORMAT.md)
+
+
 def matmul(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """x weight^T in fp32; x `[T, in]`, weight `[out, in]`."""
     return x.astype(np.float32) @ weight.astype(np.float32).T
+
+
+def product(x: np.ndarray, weights: Weights, suffix: str, part: slice = slice(None)) -> np.ndarray:
+    """x W^T in fp32 for rows `part` of a weight; an int8 one is scaled behind the sum."""
+    y = matmul(x, weights[suffix][part])
+    return y * weights[suffix + SCALE][part].astype(np.float32) if suffix + SCALE in weights else y
+
+
+def groups_of(size: int, groups: int) -> list[slice]:
+    """Equal, contiguous parts of `size` rows."""
+    step = size // groups
+    return [slice(start, start + step) for start in range(0, size, step)]
 
 
 def output_projection(x: np.ndarray, weights: Weights, groups: int = 1) -> np.ndarray:
@@ -24,28 +39,30 @@ def output_projection(x: np.ndarray, weights: Weights, groups: int = 1) -> np.nd
     `groups`, their blocks stacked.
     """
     if "weight" in weights:
-        return matmul(x, weights["weight"])
-    z = matmul(x, weights["u.weight"]).astype(x.dtype)
-    second = weights["v.weight"] if "v.weight" in weights else weights["c.weight"]
+        return product(x, weights, "weight")
+    z = product(x, weights, "u.weight").astype(x.dtype)
+    second = "v.weight" if "v.weight" in weights else "c.weight"
     parts = []
-    for z_part, part in zip(np.split(z, groups, axis=1), np.split(second, groups), strict=True):
-        if "c.weight" in weights:
+    rows = groups_of(weights[second].shape[0], groups)
+    for z_part, part in zip(np.split(z, groups, axis=1), rows, strict=True):
+        if second == "c.weight":
             parts.append(z_part.astype(np.float32))
-        parts.append(matmul(z_part, part))
+        parts.append(product(z_part, weights, second, part))
     return np.concatenate(parts, axis=1)
 
 
 def input_projection(h: np.ndarray, weights: Weights, groups: int = 1) -> np.ndarray:
     """down in fp32; h `[T, I]`. First factors are block-diagonal over `groups`, their blocks stacked."""
     if "weight" in weights:
-        return matmul(h, weights["weight"])
-    first = weights["u.weight"] if "u.weight" in weights else weights["c.weight"]
+        return product(h, weights, "weight")
+    first = "u.weight" if "u.weight" in weights else "c.weight"
     parts = []
-    for h_part, part in zip(np.split(h, groups, axis=1), np.split(first, groups), strict=True):
-        pivots = 0 if "u.weight" in weights else part.shape[0]
-        z = matmul(h_part[:, pivots:], part)
+    rows = groups_of(weights[first].shape[0], groups)
+    for h_part, part in zip(np.split(h, groups, axis=1), rows, strict=True):
+        pivots = 0 if first == "u.weight" else part.stop - part.start
+        z = product(h_part[:, pivots:], weights, first, part)
         parts.append(z + h_part[:, :pivots].astype(np.float32) if pivots else z)
-    return matmul(np.concatenate(parts, axis=1).astype(h.dtype), weights["v.weight"])
+    return product(np.concatenate(parts, axis=1).astype(h.dtype), weights, "v.weight")
 
 
 def silu(x: np.ndarray) -> np.ndarray:

@@ -47,7 +47,7 @@ ARROWS = {
 }
 # Third-party packages that only these places may import.
 CONFINED = {
-    "vllm": ("neuronmlp_plugin/serving/", "neuronmlp_plugin/bench/decode.py"),
+    "vllm": ("neuronmlp_plugin/serving/", "neuronmlp_plugin/bench/engines.py"),
     "neuronx_distributed_inference": ("neuronmlp_plugin/serving/trainium/",),
     "neuronx_distributed": ("neuronmlp_plugin/serving/trainium/",),
     "nki": ("nki_kernels/backend.py", "nki_kernels/frontend/vendor.py", "neuronmlp_plugin/serving/trainium/"),

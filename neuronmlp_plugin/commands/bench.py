@@ -1,5 +1,5 @@
-"""`neuronmlp bench`: `decode` is measured here, now, against the first model named; the others are simulated,
-all but `tune --measure`.
+"""`neuronmlp bench`: `decode` and `serve` are measured here, now, against the first model named; the others are
+simulated, all but `tune --measure`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import pathlib
 from typing import Any
 
 from neuronmlp_plugin.arguments import positive
+from neuronmlp_plugin.bench.folders import named_folders
+from neuronmlp_plugin.commands import bench_serve
 from neuronmlp_plugin.errors import UsageError
 
 
@@ -33,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decode.add_argument("--dtype", default="float32", help="as for `vllm serve` (default %(default)s)")
     decode.add_argument("--csv", type=pathlib.Path, help="append the rows to this file")
     decode.set_defaults(run_kind=_decode)
+    bench_serve.add_kinds(kinds)
     _add_simulated(kinds)
 
 
@@ -54,15 +57,6 @@ def _add_simulated(kinds: Any) -> None:
         parser.set_defaults(run_kind=module.run)
 
 
-def _folders(models: list[str]) -> dict[str, pathlib.Path]:
-    pairs = [model.partition("=") for model in models]
-    if any(not sep for _, sep, _ in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
-        raise UsageError(
-            f"bench decode: expected models as NAME=FOLDER with different names, found {' '.join(models)}."
-        )
-    return {name: pathlib.Path(folder) for name, _, folder in pairs}
-
-
 def run(args: argparse.Namespace) -> int:
     status: int = args.run_kind(args)
     return status
@@ -75,7 +69,7 @@ def _decode(args: argparse.Namespace) -> int:
     from neuronmlp_plugin.bench.rows import Row, append_rows
     from neuronmlp_plugin.compressor.progress import ProgressBars
 
-    folders = _folders(args.models)
+    folders = named_folders("decode", args.models)
     if args.new_tokens < 2:
         raise UsageError(
             f"--new-tokens: expected at least 2 (the first one belongs to the prefill), found {args.new_tokens}."

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from nki_kernels.backend import nisa, nki, nl
+from nki_kernels.kernels.matmul import matmul
 from nki_kernels.kernels.plain_matmul import (
     add_block_products,
     check_multiple,
@@ -21,7 +22,6 @@ from nki_kernels.kernels.plain_matmul import (
     load_tile,
     store_sum,
 )
-from nki_kernels.kernels.matmul import matmul
 from nki_kernels.targets import PMAX
 from nki_kernels.tiling import MOVING_COLS
 

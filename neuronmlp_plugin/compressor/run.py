@@ -22,6 +22,7 @@ from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
 from neuronmlp_plugin.checkpoint.writer import (
     alone_in,
+    copy_tokenizer_beside_factors,
     layer_prefix,
     save_json,
     write_factor_file,
@@ -272,6 +273,7 @@ def _write_whole(run: Run, block: FormatBlock) -> None:
     for index in range(len(block.layers)):
         tensors |= {name: t for name, t in run.work.load(f"factors-{index:05d}").items() if name in names}
     write_factor_file(run.result / FACTOR_FILE.name, block, tensors)
+    copy_tokenizer_beside_factors(run.plan.base.folder, run.result)
 
 
 def _judge(run: Run, bars: ProgressBars) -> tuple[dict[str, float] | None, dict[str, Any] | None]:

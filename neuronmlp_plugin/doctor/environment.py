@@ -25,6 +25,7 @@ PACKAGES = {
     "neuronx-distributed-inference": "neuronx_distributed_inference",
     "neuronx-distributed": "neuronx_distributed",
     "neuronx-cc": "neuronxcc",
+    "torch-neuronx": "torch_neuronx",
     "nki": "nki",
 }
 GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")

@@ -125,9 +125,11 @@ def _copy_scales(matrix: Matrix, scales: Array, out: Array) -> None:
     cols = matrix.group_cols()
     tiles = scale_cols(matrix) // matrix.col_groups
     for group in range(matrix.col_groups):
-        first = group * (cols - pivots)
-        for col in range(pivots, cols):
-            out[col % PMAX, matrix.scale_at + group * tiles + col // PMAX] = scales[first + col - pivots]
+        mine = scales[group * (cols - pivots) : (group + 1) * (cols - pivots)]
+        for tile in range(pivots // PMAX, tiles):
+            start, end = max(pivots, tile * PMAX), min(cols, (tile + 1) * PMAX)
+            where = slice(start - tile * PMAX, end - tile * PMAX)
+            out[where, matrix.scale_at + group * tiles + tile] = mine[start - pivots : end - pivots]
 
 
 def pack_norm(weight: Array, out: Array | None = None) -> Array:

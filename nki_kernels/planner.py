@@ -28,6 +28,7 @@ from nki_kernels.tiling import MOVING_COLS, SHARED, tile_count
 
 SLOT_BYTES = (8 * 1024, 4 * 1024)  # per partition: twice what saturates a DMA queue, and just that
 MIN_SLOTS = 3  # one in use, one arriving, one asked for
+INT8_SLOTS = 4  # and one being cast
 MAX_SLOTS = 8  # deeper rings only where they save reads
 TOKEN_GROUPS = (4, 8)  # half the PSUM banks, so that the other half can be emptied meanwhile; or all
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
@@ -112,10 +113,23 @@ def why_not(request: Request, target: Target) -> Declined:
 
 def _cost(plan: Plan, target: Target) -> tuple[float, ...]:
     """Effort first; then what costs overlap: more blocks, whole PSUM in use, shared rows, short
-    chunks, short stores.
+    chunks, short stores. int8 before all that: a ring in which casts and products do not wait for one another.
     """
     shares = plan.at.rows == plan.at.output
-    return effort_us(plan, target), plan.blocks(), plan.token_group, shares, -plan.ring_cols, -plan.out_cols
+    starved = (
+        plan.is_int8
+        and plan.chunks() > plan.ring_slots
+        and (plan.ring_slots < INT8_SLOTS or 4 * plan.ring_cols * plan.itemsize < 3 * SLOT_BYTES[0])
+    )
+    return (
+        starved,
+        effort_us(plan, target),
+        plan.blocks(),
+        plan.token_group,
+        shares,
+        -plan.ring_cols,
+        -plan.out_cols,
+    )
 
 
 def choices(request: Request) -> Iterator[Choice]:
@@ -128,7 +142,8 @@ def choices(request: Request) -> Iterator[Choice]:
     for slot_bytes in SLOT_BYTES:
         cols = min(slot_bytes // request.dtype.itemsize, layout.packed_cols)
         tile_slots = MIN_SLOTS if last is None else tile_count(last.row_tiles() * last.tile_cols, cols) + 1
-        rings = sorted({MIN_SLOTS, tile_slots, len(chunk_bounds(layout, cols)) - 1})
+        least = INT8_SLOTS if layout.is_int8 else MIN_SLOTS
+        rings = sorted({MIN_SLOTS, least, tile_slots, len(chunk_bounds(layout, cols)) - 1})
         for tokens, slots, out_cols in itertools.product(block_sizes(request), rings, staged):
             for group, shares in itertools.product(TOKEN_GROUPS, (False, True)):
                 yield Choice(tokens, slots, cols, out_cols, group, shares)
@@ -220,7 +235,7 @@ def _products(layout: Layout) -> dict[str, Any]:
 
 def _casts(
     request: Request, choice: Choice, moving_tokens: int, bounds: tuple[int, ...], target: Target
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Who casts how much of which chunk (see Plan); nothing where the weights are not int8."""
     layout = request.layout
     if not layout.is_int8:

@@ -131,7 +131,7 @@ def _result(found: Found | Measured) -> str:
 def _about(args: argparse.Namespace) -> str:
     """Where a table's choices come from."""
     if args.measure:
-        from neuronmlp_plugin.serving.trainium.decisions import installed_nki
+        from neuronmlp_plugin.serving.trainium.dispatch import installed_nki
 
         return f"measured on {args.target} with nki {installed_nki()}; neuronmlp bench tune --measure"
     return f"simulated on {args.target} with constants {args.constants}; neuronmlp bench tune"

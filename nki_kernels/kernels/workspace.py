@@ -76,13 +76,11 @@ class Scales(nl.NKIObject):
     """Scales of int8 weights: by partition for transposed products, spread over all for natural ones."""
 
     def __init__(self, plan: Plan, packed: Tensor) -> None:
-        self.columns = None
-        self.spread = None
+        self.packed = self.columns = self.spread = packed  # None where the weights are not int8
         self.is_loaded = False
         self.scaled = []
         if not plan.is_int8:
             return
-        self.packed = packed
         self.columns = tensor_at(plan.at.scales, packed.shape, nl.float32)
         if plan.with_residual:
             for i in range(2):
@@ -93,7 +91,7 @@ class Scales(nl.NKIObject):
         """Once, behind the first activations and before the first weights: what is needed first comes first, and
         the engines have nothing to cast yet.
         """
-        if self.columns == None or self.is_loaded:  # noqa: E711
+        if not work.plan.is_int8 or self.is_loaded:
             return
         self.is_loaded = True
         nisa.dma_copy(dst=self.columns, src=self.packed, dge_mode=nisa.dge_mode.none)

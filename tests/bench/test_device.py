@@ -15,7 +15,7 @@ from neuronmlp_plugin.bench import device
 from neuronmlp_plugin.bench.device import LAUNCHES, ROUNDS, WARMUP, XlaCore, measure_us
 from neuronmlp_plugin.cli import main
 from neuronmlp_plugin.errors import UsageError
-from neuronmlp_plugin.serving.trainium import decisions
+from neuronmlp_plugin.serving.trainium import dispatch
 from nki_kernels.backend import HAS_NKI
 from nki_kernels.cost.launches import launch_of
 from nki_kernels.layout import Projection, mlp_layout
@@ -127,7 +127,7 @@ def timed(monkeypatch):
     """A device that takes 40 us for the first plan and a microsecond less for each one after."""
     plans = []
     monkeypatch.setattr(device, "neuron_runtime", lambda: "xla")
-    monkeypatch.setattr(decisions, "installed_nki", lambda: "0.2.0")
+    monkeypatch.setattr(dispatch, "installed_nki", lambda: "0.2.0")
     monkeypatch.setattr(
         device, "plan_us", lambda xla, dtype, tp, plan: plans.append(plan) or 41.0 - len(plans)
     )

@@ -31,10 +31,10 @@ class Mutant:
 
 # (module, what the mistake is, right text, wrong text)
 BY_HAND = (
-    ("products", "dropped accumulate", "accumulate=not first", "accumulate=False"),
-    ("products", "accumulate from the start", "accumulate=not first", "accumulate=True"),
+    ("matmul", "dropped accumulate", "accumulate=not first", "accumulate=False"),
+    ("matmul", "accumulate from the start", "accumulate=not first", "accumulate=True"),
     (
-        "products",
+        "matmul",
         "swapped operands",
         "nisa.nc_matmul(dst, stationary, moving, accumulate",
         "nisa.nc_matmul(dst, moving, stationary, accumulate",
@@ -155,9 +155,9 @@ BY_HAND = (
     ),
     ("stages", "gate and up swapped", "op=nl.silu, data=gate[j]", "op=nl.silu, data=up[j]"),
     ("stages", "no activation", "op=nl.silu, data=gate[j]", "op=nl.copy, data=gate[j]"),
-    ("stages", "sum instead of product", "op=nl.multiply,", "op=nl.add,"),
+    ("stages", "sum instead of product", "data2=up[j], op=nl.multiply)", "data2=up[j], op=nl.add)"),
     ("stages", "up from the z of gate", "up_source = work.up_z if", "up_source = work.gate_z if"),
-    ("stages", "h tile off by one", "dst=work.h[0:cols, n, start", "dst=work.h[0:cols, max(0, n - 1), start"),
+    ("stages", "h tile off by one", "work.h[0:cols, n, start", "work.h[0:cols, max(0, n - 1), start"),
     (
         "stages",
         "residual added to nothing",
@@ -167,8 +167,8 @@ BY_HAND = (
     (
         "stages",
         "residual overwritten",
-        "            if work.plan.with_residual:\n                nisa.tensor_tensor",
-        "            if False:\n                nisa.tensor_tensor",
+        "            elif work.plan.with_residual:\n                nisa.tensor_tensor",
+        "            elif False:\n                nisa.tensor_tensor",
     ),
     ("stages", "staged at the wrong columns", "n * matrix.tile_cols - first_col, tiles)", "0, tiles)"),
     ("stages", "second token group not rewound", "work.stream.seek(mark)", "pass"),
@@ -191,8 +191,8 @@ BY_HAND = (
     (
         "workspace",
         "a quarter of the identity",
-        "size, col = plan.identity_size,",
-        "size, col = plan.identity_size // 4 + 1,",
+        "size, col = self.plan.identity_size,",
+        "size, col = self.plan.identity_size // 4 + 1,",
     ),
     ("load", "natural z of one core for all", "first = r * work.plan.tokens +", "first ="),
     (

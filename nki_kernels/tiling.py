@@ -118,23 +118,32 @@ class Matrix(nl.NKIObject):
             first = n // self.group_col_tiles() * self.group_row_tiles()
             end = first + self.group_row_tiles()
         found = []
+        shared = []
+        last = []
         for k in range(first, end):
             kind = self._kind(k % self.group_row_tiles(), n % self.group_col_tiles())
             rows = self.tile_rows(k)
             if kind == "identity" and not self.adds_pivots():
                 found.append((k, 0, min(rows, self.tile_width(n)), IDENTITY))
-            elif kind == "full" and self._is_second_half(k, n):
-                found.append((k, HALF, rows, SHARED))
-            elif kind == "full":
+            elif kind == "full" and not self._is_tail(k):
                 found.append((k, 0, rows, STORED))
+            elif kind == "full" and self._is_second_half(n):
+                shared.append((k, HALF, rows, SHARED))
+            elif kind == "full":
+                last.append((k, 0, rows, STORED))
+        # Of several groups, the blocks that two column tiles share end the first and begin the second: near
+        # enough to be on chip still.
+        found = shared + found + last if self.row_groups > 1 else found + last + shared
         if len(found) == 0:
             found.append((first, 0, self.tile_rows(first), STORED))
         return found
 
-    def _is_second_half(self, k: int, n: int) -> bool:
-        """Whether block (k, n) is the second of two that share one."""
-        if not self.halves or k % self.group_row_tiles() != self.group_row_tiles() - 1:
-            return False
+    def _is_tail(self, k: int) -> bool:
+        """Whether row tile `k` is the last one of a group, and shared by two column tiles."""
+        return self.halves and k % self.group_row_tiles() == self.group_row_tiles() - 1
+
+    def _is_second_half(self, n: int) -> bool:
+        """Whether column tile `n` is the second of the two that share blocks."""
         # Column tiles of pivots alone come first, and have no stored block.
         before = self.pivots // self.tile_cols if self.pivot_axis == "cols" else 0
         return (n % self.group_col_tiles() - before) % 2 == 1

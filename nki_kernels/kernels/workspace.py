@@ -76,7 +76,9 @@ class Scales(nl.NKIObject):
     """Scales of int8 weights: by partition for transposed products, spread over all for natural ones."""
 
     def __init__(self, plan: Plan, packed: Tensor) -> None:
-        self.packed = self.columns = self.spread = packed  # None where the weights are not int8
+        self.packed = packed  # None where the weights are not int8, and so are the others then
+        self.columns = packed
+        self.spread = packed
         self.is_loaded = False
         self.scaled = []
         if not plan.is_int8:

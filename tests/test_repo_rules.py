@@ -21,6 +21,7 @@ MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 # Rooms of neuronmlp_plugin -> the rooms that they may import (docs/architecture.md). `errors` is a leaf that
 # everyone may use.
 ARROWS = {
+    "hf": {"checkpoint", "models"},
     "cli": {"commands", "checkpoint"},
     "commands": {
         "refinement",

@@ -22,6 +22,9 @@ from neuronmlp_plugin.models.factors import (
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "neuronmlp"
+# Which shard holds which tensor, for transformers (neuronmlp_plugin/hf.py); not by the name that every engine
+# looks for, since one that does not know the block would invent the MLPs that it does not find.
+INDEX_FILE = "neuronmlp.safetensors.index.json"
 CHANNELS = "intermediate_size"  # key of a layer that keeps fewer channels than the config says
 _MLP_NAME = re.compile(r"^model\.layers\.(\d+)\.mlp$")
 

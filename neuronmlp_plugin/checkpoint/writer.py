@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from neuronmlp_plugin.checkpoint.hub import files_to_copy
 from neuronmlp_plugin.checkpoint.reader import Checkpoint, read_headers
-from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, shard_name
+from neuronmlp_plugin.checkpoint.schema import INDEX_FILE, QUANT_METHOD, FormatBlock, shard_name
 from neuronmlp_plugin.errors import OutputError, reason_of
 
 
@@ -167,30 +167,33 @@ def write_rest(folder: pathlib.Path, base: Checkpoint, block: FormatBlock) -> No
     save_tensors(folder / shard_name(count, count), {name: base.tensor(name) for name in rest})
     copy_tokenizer(base.folder, folder)
     config = portable_config(base.config)
+    shards = [folder / shard_name(position + 1, count) for position in range(count)]
     if block.ordinary_size is None:
         config["quantization_config"] = block.to_json()
+        save_json(folder / INDEX_FILE, _index(shards))
     else:
         config["intermediate_size"] = block.ordinary_size
-        _index_as_ordinary(folder, count)
+        save_json(folder / "model.safetensors.index.json", _index([_ordinary(path) for path in shards]))
     save_json(folder / "config.json", config)
 
 
-def _index_as_ordinary(folder: pathlib.Path, count: int) -> None:
-    """Give the shards the names that any engine looks for, and the index that goes with them. What an
-    interrupted call did is not done again.
-    """
+def _ordinary(shard: pathlib.Path) -> pathlib.Path:
+    """The shard under the name that any engine looks for; what an interrupted call renamed stays so."""
+    path = shard.with_name(shard.name.replace(QUANT_METHOD, "model", 1))
+    if shard.is_file():
+        shard.replace(path)
+    return path
+
+
+def _index(shards: list[pathlib.Path]) -> dict[str, Any]:
+    """Where each tensor is, in the form of Hugging Face's `*.safetensors.index.json`."""
     files: dict[str, str] = {}
     size = 0
-    for position in range(1, count + 1):
-        path = folder / f"model-{position:05d}-of-{count:05d}.safetensors"
-        if (folder / shard_name(position, count)).is_file():
-            (folder / shard_name(position, count)).replace(path)
+    for path in shards:
         files |= dict.fromkeys(read_headers(path), path.name)
         with path.open("rb") as handle:  # the header's length comes first, then the header, then the tensors
             size += path.stat().st_size - 8 - int.from_bytes(handle.read(8), "little")
-    save_json(
-        folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": files}
-    )
+    return {"metadata": {"total_size": size}, "weight_map": files}
 
 
 def write_factor_file(path: pathlib.Path, block: FormatBlock, tensors: dict[str, torch.Tensor]) -> None:

@@ -7,7 +7,7 @@ int8 is symmetric with one scale per output channel and without zero points: w =
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -151,6 +151,20 @@ def mlp(layer: MLPLayer, tensors: Mapping[str, Tensors], x: torch.Tensor) -> tor
     return down(F.silu(gate(x)) * up(x))
 
 
+class BlockLinear(nn.Module):
+    """A factor of several groups: `weight` `[b n, m]`, x `[..., b m]` -> `[..., b n]` (`block_product`).
+
+    No `nn.Linear`, so that an adapter for one refuses it instead of multiplying whole rows of x.
+    """
+
+    def __init__(self, columns: int, rows: int, blocks: int) -> None:
+        super().__init__()
+        self.weight, self.blocks = nn.Parameter(torch.empty(rows, columns)), blocks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return block_product(x, self.weight, self.blocks)
+
+
 class StoredLinear(nn.Module):
     """A low-rank matrix in the place of a projection's `nn.Linear`: x `[..., in]` -> `[..., out]`, with a
     child of the letter of each factor, so that `state_dict` keys are exactly the suffixes of FORMAT.md.
@@ -159,13 +173,16 @@ class StoredLinear(nn.Module):
     def __init__(self, matrix: Matrix) -> None:
         super().__init__()
         self.matrix = matrix
-        for suffix, (rows, columns) in matrix.tensor_shapes().items():
-            self.add_module(suffix.removesuffix(".weight"), nn.Linear(columns, rows, bias=False))
+        for suffix, blocks in zip(matrix.suffixes, matrix.blocks, strict=True):
+            rows, columns = matrix.tensor_shapes()[suffix]
+            child = (
+                nn.Linear(columns, rows, bias=False) if blocks == 1 else BlockLinear(columns, rows, blocks)
+            )
+            self.add_module(suffix.removesuffix(".weight"), child)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # A child's weight is asked for, not a tensor kept: while it is trained it may be computed.
-        layers: list[Any] = [getattr(self, suffix.removesuffix(".weight")) for suffix in self.matrix.suffixes]
-        first, second = (plain_linear(n.weight, b) for n, b in zip(layers, self.matrix.blocks, strict=True))
+        # The children are called, not their weights read: an adapter may have taken the place of one.
+        first, second = (getattr(self, suffix.removesuffix(".weight")) for suffix in self.matrix.suffixes)
         return product(self.matrix, first, second, x)
 
 

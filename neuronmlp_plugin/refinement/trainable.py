@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,18 +30,14 @@ class LowRankUpdate(nn.Module):
         return weight + self.b @ self.a
 
 
-def factor_linears(module: nn.Module) -> dict[str, nn.Linear]:
+def factor_linears(module: nn.Module) -> dict[str, Any]:
     """The products of every factored projection inside `module`, by name. A pivot's identity is no tensor,
     and so stays one.
     """
-    found: dict[str, nn.Linear] = {}
+    found: dict[str, Any] = {}
     for name, projection in module.named_modules():
         if isinstance(projection, StoredLinear):
-            found |= {
-                f"{name}.{part}": linear
-                for part, linear in projection.named_children()
-                if isinstance(linear, nn.Linear)
-            }
+            found |= {f"{name}.{part}": child for part, child in projection.named_children()}
     return found
 
 

@@ -218,21 +218,28 @@ static void run_vectors(const Call *c, const Product *p, int kind, const char *w
     }
 }
 
+/* `live` is a constant for whole panels, and half for a chain, so that all of it runs in vectors. */
+INLINE void silu_columns(const char *x, const char *factor, char *y, const int live, const int half) {
+    float value[LANES] = {0}, times[LANES] = {0};
+    for (int j = 0; j < live; j++) {
+        value[j] = half ? to_float(((const uint16_t *)x)[j]) : ((const float *)x)[j];
+        times[j] = half ? to_float(((const uint16_t *)factor)[j]) : ((const float *)factor)[j];
+    }
+    for (int j = 0; j < LANES; j++) value[j] *= sigmoid(value[j]) * times[j];
+    uint16_t halves[LANES];
+    for (int j = 0; half && j < LANES; j++) halves[j] = to_bf16(value[j]);
+    if (half) memcpy(y, halves, 2 * live);
+    else memcpy(y, value, 4 * live);
+}
+
 static void run_silu(const Call *c, const Product *p, int64_t first, int64_t count, int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++)
         for (int64_t at = first * LANES; at < (first + count) * LANES && at < p->n; at += LANES) {
-            const int64_t live = p->n - at < LANES ? p->n - at : LANES;
-            const char *x = place(c, p->x_of, p->x_at + at, t), *m = place(c, p->add_of, p->add_at + at, t);
+            const char *x = place(c, p->x_of, p->x_at + at, t), *factor = place(c, p->add_of, p->add_at + at, t);
             char *y = (char *)place(c, p->y_of, p->y_at + at, t);
-            float value[LANES] = {0}, times[LANES] = {0};
-            for (int64_t j = 0; j < live; j++) {
-                value[j] = c->half ? to_float(((const uint16_t *)x)[j]) : ((const float *)x)[j];
-                times[j] = c->half ? to_float(((const uint16_t *)m)[j]) : ((const float *)m)[j];
-            }
-            for (int j = 0; j < LANES; j++) value[j] *= sigmoid(value[j]) * times[j];
-            for (int64_t j = 0; j < live; j++)
-                if (c->half) ((uint16_t *)y)[j] = to_bf16(value[j]);
-                else ((float *)y)[j] = value[j];
+            if (p->n - at < LANES) silu_columns(x, factor, y, (int)(p->n - at), (int)c->half);
+            else if (c->half) silu_columns(x, factor, y, LANES, 1);
+            else silu_columns(x, factor, y, LANES, 0);
         }
 }
 

@@ -109,6 +109,28 @@ BY_HAND = (
         "position = self.shared[owner]",
         "position = self.shared[0]",
     ),
+    ("products", "int8: product not scaled", "scale=work.scales.of(matrix, n, cols)", "scale=1.0"),
+    (
+        "products",
+        "int8: pivots of the tile before",
+        "matrix.added_tile(n)",
+        "max(0, matrix.added_tile(n) - 1)",
+    ),
+    ("products", "int8: pivots forgotten", "if added > 0", "if False"),
+    ("stages", "int8: scale of up forgotten", "op0=nl.multiply,\n", "op0=nl.maximum,\n"),
+    ("stages", "int8: scales of other columns", "n * matrix.tile_cols, j)", "0, j)"),
+    (
+        "stream",
+        "int8: half of a chunk cast",
+        "dst=dst[:, middle:cols], src=src[:, middle:cols]",
+        "dst=dst[:, middle : middle + 1], src=src[:, middle : middle + 1]",
+    ),
+    (
+        "workspace",
+        "int8: scale of the next tile",
+        "matrix.scale_at + n : matrix.scale_at + n + 1",
+        "matrix.scale_at + n + 1 : matrix.scale_at + n + 2",
+    ),
     ("products", "z kept once", "if matrix.is_kept_twice(n)", "if False"),
     (
         "products",
@@ -155,9 +177,14 @@ BY_HAND = (
     ),
     ("stages", "gate and up swapped", "op=nl.silu, data=gate[j]", "op=nl.silu, data=up[j]"),
     ("stages", "no activation", "op=nl.silu, data=gate[j]", "op=nl.copy, data=gate[j]"),
-    ("stages", "sum instead of product", "data2=up[j], op=nl.multiply)", "data2=up[j], op=nl.add)"),
+    ("stages", "sum instead of product", "data2=up[j], op=nl.multiply", "data2=up[j], op=nl.add"),
     ("stages", "up from the z of gate", "up_source = work.up_z if", "up_source = work.gate_z if"),
-    ("stages", "h tile off by one", "work.h[0:cols, n, start", "work.h[0:cols, max(0, n - 1), start"),
+    (
+        "stages",
+        "h tile off by one",
+        "there = work.h[0:cols, n, start",
+        "there = work.h[0:cols, max(0, n - 1), start",
+    ),
     (
         "stages",
         "residual added to nothing",
@@ -229,7 +256,7 @@ BY_HAND = (
         "load_input(work, work.x, x, 0, tokens)",
     ),
 )
-MODULES = ("products", "stream", "load", "stages", "svd_mlp", "sharded", "workspace")
+MODULES = ("products", "stream", "load", "stages", "svd_mlp", "sharded", "workspace", "matmul")
 # Changes by rule that no run can tell from the original -> why they are no mistakes.
 TURNS = (
     "two turns are there to overlap one tile's use with the next one's making; in program order one will do"

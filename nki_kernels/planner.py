@@ -1,9 +1,9 @@
 """Chooses a tile plan from layout, token count and target. What it returns fits SBUF and PSUM by
 construction.
 
-The rule here is traffic alone: of all choices that fit, take the one that reads the fewest weight bytes; of
-those the fewest blocks, then the least memory for staging. A cost model may try others through `build_plan`,
-which holds any choice to the same limits.
+The rule is `effort`: of all choices that fit, take the one that keeps TensorE and the DMA queues busy for the
+shortest time; of those the fewest blocks, then the least memory for staging. A cost model may try others
+through `build_plan`, which holds any choice to the same limits.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from nki_kernels.casts import Block, scalar_shares
+from nki_kernels.effort import effort_us
 from nki_kernels.layout import Layout, Projection, mlp_layout
 from nki_kernels.placement import Room, largest, place, raw_slots
 from nki_kernels.plan import Plan
+from nki_kernels.plan_file import own_choice
 from nki_kernels.request import Request, z_is_natural
 from nki_kernels.targets import PMAX, TRN1, Target
 from nki_kernels.tiling import MOVING_COLS, SHARED, tile_count
@@ -73,16 +75,26 @@ def plan_mlp(
 
 
 def plan_launch(request: Request, target: Target = TRN1) -> Plan | Declined:
-    """The plan of least weight traffic, or why there is none."""
+    """The plan that the user's own file names (`plan_file`) or, without one, that of least effort; or
+    why there is none.
+    """
     if request.dtype.name not in SUPPORTED_DTYPES:
         return Declined(
             f"dtype: expected one of {', '.join(SUPPORTED_DTYPES)}, found {request.dtype.name}; cast the weights."
         )
     if request.tokens < 1:
         return Declined(f"tokens: expected at least 1, found {request.tokens}.")
+    fields = own_choice(request)
+    own = build_plan(request, Choice(**fields), target) if fields else None
+    if isinstance(own, Plan):
+        return own
     plans = [build_plan(request, choice, target) for choice in choices(request)]
     fitting = [plan for plan in plans if isinstance(plan, Plan)]
-    return _with_spare_ring(min(fitting, key=_cost), target) if fitting else why_not(request, target)
+    return (
+        _with_spare_ring(min(fitting, key=lambda plan: _cost(plan, target)), target)
+        if fitting
+        else why_not(request, target)
+    )
 
 
 def why_not(request: Request, target: Target) -> Declined:
@@ -99,9 +111,9 @@ def why_not(request: Request, target: Target) -> Declined:
     return declined
 
 
-def _cost(plan: Plan) -> tuple[int, ...]:
-    """Weight traffic first; then what costs overlap: more blocks, whole PSUM in use, shared rows, short chunks,
-    short stores. int8 before all that: a ring in which casts and products do not wait for one another.
+def _cost(plan: Plan, target: Target) -> tuple[float, ...]:
+    """Effort first; then what costs overlap: more blocks, whole PSUM in use, shared rows, short chunks, short
+    stores. int8 before all that: a ring in which casts and products do not wait for one another.
     """
     shares = plan.at.rows == plan.at.output
     starved = (
@@ -109,15 +121,8 @@ def _cost(plan: Plan) -> tuple[int, ...]:
         and plan.chunks() > plan.ring_slots
         and (plan.ring_slots < INT8_SLOTS or 4 * plan.ring_cols * plan.itemsize < 3 * SLOT_BYTES[0])
     )
-    return (
-        starved,
-        plan.weight_cols_read(),
-        plan.blocks(),
-        plan.token_group,
-        shares,
-        -plan.ring_cols,
-        -plan.out_cols,
-    )
+    effort = effort_us(plan, target)
+    return starved, effort, plan.blocks(), plan.token_group, shares, -plan.ring_cols, -plan.out_cols
 
 
 def choices(request: Request) -> Iterator[Choice]:

@@ -4,7 +4,7 @@ kernel can be checked for all.
 Sources (AWS Neuron documentation, SDK 2.26 - 2.33): [tile] nki.language.tile_size; [alloc]
 nki_direct_allocation_guide (16 KiB of every partition are the compiler's); [nkilib] nki-library's own SBUF
 budget; [arch] nki/guides/architecture/trainium*_arch; [dma] the DMA bandwidth guide; [doc] the nki.isa page
-of the op.
+of the op; [perf] the NKI performance guide.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ PMAX = (
     128  # partitions of SBUF and PSUM, and rows and columns of the TensorE array, on every generation [tile]
 )
 KIB = 1024
+# "TensorE instruction turnaround time", MM_INIT_LATENCY on NeuronCore-v2 [perf]. [doc] gives a matmul the larger
+# of it and its moving columns; the matmul tutorial's fastest kernel, published at 6.97 ms, takes their sum (the
+# larger of the two would make it 6.23).
+TURNAROUND_CYCLES = 64
 # PSUM, alike on every generation [arch]: banks, and bytes of one bank in each partition.
 PSUM_BANKS, PSUM_BANK_BYTES = 8, 2 * KIB
 

@@ -38,13 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_simulated(kinds: Any) -> None:
     """The kinds that ask the cost model of `nki_kernels`."""
-    from neuronmlp_plugin.bench import calibrate, kernels, layers, tune
+    from neuronmlp_plugin.bench import calibrate, docs, int8, kernels, layers, tune
 
     described = {
         "calibrate": (calibrate, "the cost model against every published latency (simulated)"),
         "kernels": (kernels, "our kernels, their bounds and the published algorithms (simulated)"),
         "layers": (layers, "time to first token and per output token of whole models (simulated)"),
-        "tune": (tune, "search tile plans for the shipped table (simulated, or measured on a device)"),
+        "int8": (int8, "int8 weights against bf16 ones, one MLP and whole models (simulated)"),
+        "tune": (tune, "search tile plans for a file of your own (simulated, or measured on a device)"),
+        "docs": (docs, "make every simulated table, picture and row of docs/ again (simulated)"),
     }
     for name, (module, text) in described.items():
         parser = kinds.add_parser(name, help=text, description=module.__doc__)

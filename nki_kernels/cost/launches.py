@@ -19,6 +19,8 @@ from nki_kernels.kernels.svd_mlp import svd_mlp
 from nki_kernels.kernels.xuv import xuv
 from nki_kernels.layout import Layout, layout_of
 from nki_kernels.plan import Plan
+from nki_kernels.planner import plan_launch
+from nki_kernels.request import Request
 from nki_kernels.simulator import Placeholder
 from nki_kernels.targets import PMAX, TRN1, Target
 from nki_kernels.tiling import tile_count
@@ -106,3 +108,21 @@ def price_plan(
 ) -> Estimate:
     """The estimate of a whole launch on one of `tp` cores."""
     return PlanRuns(plan, dtype, target, constants, tp).estimate()
+
+
+@dataclasses.dataclass(frozen=True)
+class Priced:
+    """A launch under the planner's plan, as serving runs it."""
+
+    plan: Plan
+    estimate: Estimate
+
+
+def price_launch(
+    request: Request, target: Target = TRN1, constants: Constants = CALIBRATED, tp: int = 1
+) -> Priced:
+    """One launch on one of `tp` cores. Raises ValueError where there is no plan."""
+    plan = plan_launch(request, target)
+    if not isinstance(plan, Plan):
+        raise ValueError(plan.reason)
+    return Priced(plan, price_plan(plan, request.dtype, target, constants, tp))

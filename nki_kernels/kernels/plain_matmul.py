@@ -86,7 +86,7 @@ def matmul_blocked(
     lhs_t: Tensor, rhs: Tensor, m_tiles: int = 16, n_tiles: int = 2, k_tiles: int = 8
 ) -> Tensor:
     """Blocked in all three dimensions; the sums over blocks of K are kept in SBUF, in the inputs' element
-    type, as the tutorial does.
+    type, as the tutorial does. Fewer columns than a moving tile are one narrower tile, as in the paper's copy.
 
     The tutorial keeps all M rows of a block of columns on chip and relies on spilling where they do not fit.
     Here M is cut into as many passes as SBUF needs instead, which is kinder to it.
@@ -94,13 +94,14 @@ def matmul_blocked(
     k_size, m_size = lhs_t.shape
     check_multiple("K", k_size, k_tiles * PMAX)
     check_multiple("M", m_size, m_tiles * PMAX)
-    check_multiple("N", rhs.shape[1], n_tiles * MOVING_COLS)
+    cols = n_tiles * min(MOVING_COLS, rhs.shape[1])
+    check_multiple("N", rhs.shape[1], cols)
     out = nl.ndarray((m_size, rhs.shape[1]), dtype=lhs_t.dtype, buffer=nl.shared_hbm)
     rows = pass_rows(m_size, m_tiles * PMAX, n_tiles)
     for first_row in range(0, m_size, rows):
-        for col in range(0, rhs.shape[1], n_tiles * MOVING_COLS):
+        for col in range(0, rhs.shape[1], cols):
             blocked_columns(
-                lhs_t, rhs, out, (first_row, min(rows, m_size - first_row), col), (m_tiles, n_tiles, k_tiles)
+                lhs_t, rhs, out, (first_row, min(rows, m_size - first_row), col), (m_tiles, cols, k_tiles)
             )
     return out
 
@@ -119,11 +120,10 @@ def pass_rows(m_size: int, block_rows: int, n_tiles: int) -> int:
 
 def blocked_columns(lhs_t: Tensor, rhs: Tensor, out: Tensor, where: tuple, block: tuple) -> None:
     """Rows [first_row, + rows) of one block of columns: where = (first_row, rows, col), block = (m_tiles,
-    n_tiles, k_tiles).
+    cols, k_tiles).
     """
     first_row, rows, col = where
-    m_tiles, n_tiles, k_tiles = block
-    cols = n_tiles * MOVING_COLS
+    m_tiles, cols, k_tiles = block
     results = nl.ndarray((PMAX, rows // PMAX, cols), dtype=lhs_t.dtype, buffer=nl.sbuf)
     for k in range(0, lhs_t.shape[0], k_tiles * PMAX):
         moving = load_block(rhs, k, k_tiles, col, cols)
@@ -151,12 +151,13 @@ def add_block_products(
     tile of stationary that they begin at, its column tile).
     """
     row, col = where[0], where[1] * PMAX
-    for n in range(0, moving.shape[2], MOVING_COLS):
-        total = nl.ndarray((PMAX, MOVING_COLS), dtype=nl.float32, buffer=nl.psum)
+    width = min(MOVING_COLS, moving.shape[2])
+    for n in range(0, moving.shape[2], width):
+        total = nl.ndarray((PMAX, width), dtype=nl.float32, buffer=nl.psum)
         for i in range(moving.shape[1]):
             left = stationary[:, row + i, col : col + PMAX]
-            matmul(total, left, moving[:, i, n : n + MOVING_COLS], i == 0)
-        there = results[:, tile, n : n + MOVING_COLS]
+            matmul(total, left, moving[:, i, n : n + width], i == 0)
+        there = results[:, tile, n : n + width]
         if first:
             nisa.tensor_copy(dst=there, src=total)
         else:

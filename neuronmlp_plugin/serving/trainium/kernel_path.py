@@ -20,16 +20,16 @@ from torch import nn
 from neuronmlp_plugin.errors import UsageError
 from neuronmlp_plugin.models.definition import Tensors
 from neuronmlp_plugin.models.factors import IN, OUT, PROJECTIONS, Matrix, MLPLayer
-from neuronmlp_plugin.models.gather import slots_per_rank
-from neuronmlp_plugin.serving.trainium.layout import even_pivots, lay_out, partition_dim
+from neuronmlp_plugin.serving.trainium.layout import lay_out, partition_dim
 from neuronmlp_plugin.serving.trainium.parallel import Parallel
 from nki_kernels.kernels.sharded import first_factors, last_factor, second_factors
 from nki_kernels.kernels.svd_mlp import svd_mlp
-from nki_kernels.layout import DENSE, Layout, Projection, first_stage, last_stage, mlp_layout, second_stage
+from nki_kernels.layout import Layout, Projection, mlp_layout
 from nki_kernels.packing import pack
 from nki_kernels.plan import Plan
 from nki_kernels.planner import Declined, plan_launch
 from nki_kernels.request import Request, stage_request
+from nki_kernels.staging import gathered_projection, gathered_stages
 from nki_kernels.targets import PMAX
 
 _NUMPY_DTYPES = {torch.bfloat16: ml_dtypes.bfloat16, torch.float16: np.float16, torch.float32: np.float32}
@@ -43,22 +43,13 @@ def stage_layouts(stored: MLPLayer, tp: int) -> dict[str, Layout]:
         mine = stored.share(tp)
         projections = [Projection.whole(spec.form, spec.rank, mine.groups) for spec in mine.values()]
         return {"whole": mlp_layout(mine.hidden_size, mine.channels, *projections)}
-    projections = [_projection(matrix, tp) for matrix in stored.matrices.values()]
-    whole = mlp_layout(stored.hidden_size, stored.channels // tp, *projections)
-    stages = {"second": second_stage(whole)}
-    if whole.gate_first or whole.up_first:
-        stages["first"] = first_stage(whole)
-    if whole.down_first:
-        stages["last"] = last_stage(whole)
-    return stages
+    gate, up, down = (_projection(matrix, tp) for matrix in stored.matrices.values())
+    return gathered_stages(stored.hidden_size, stored.channels // tp, (gate, up, down))
 
 
 def _projection(matrix: Matrix, tp: int) -> Projection:
     """A matrix under `gather`."""
-    if not matrix.spec.is_low_rank:
-        return DENSE
-    slots = slots_per_rank(matrix.rank, tp)
-    return Projection(matrix.spec.form, tp * slots, slots, even_pivots(matrix, tp))
+    return gathered_projection(matrix.spec.form, matrix.spec.rank or 0, tp)
 
 
 def turned(stored: MLPLayer) -> tuple[bool, bool]:

@@ -11,8 +11,12 @@ from types import ModuleType
 from typing import Any
 
 from nki_kernels.frontend.foreign import LoadError, load
+from nki_kernels.frontend.gather import Gatherer
+from nki_kernels.frontend.refusal import RefusedError
 from nki_kernels.frontend.verdict import check
 from nki_kernels.frontend.versions import REFERENCE, VERSIONS, UnknownVersionError
+from nki_kernels.simulator import NkiValidationError, simulate
+from nki_kernels.simulator.standin import UnmodelledError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,16 +25,39 @@ def main(argv: list[str] | None = None) -> int:
     try:
         kernel, module = load(options.kernel)
         arguments = _arguments(module, options.arguments)
-        refusals = check(kernel, arguments, target=options.target)
+        refusals: list[Any] = list(check(kernel, arguments or (), target=options.target))
+        program = Gatherer(kernel).run()
     except (LoadError, UnknownVersionError) as error:
         print(error, file=sys.stderr)
         return 2
+    unseen = ""
+    if not any(not refusal.warns for refusal in refusals):
+        unseen = _run(kernel, arguments, options.target, refusals)
     for refusal in refusals:
         print(refusal)
-    refused = sum(not refusal.warns for refusal in refusals)
-    verdict = f"refused in {refused} places" if refused else "accepted"
-    print(f"{options.kernel}: {verdict} by our front end of nki {options.target}")
+    refused = sum(not getattr(refusal, "warns", False) for refusal in refusals)
+    places = "in one place" if refused == 1 else f"in {refused} places"
+    verdict = f"refused {places}" if refused else "accepted"
+    print(f"read {len(program.functions)} functions in {len(program.classes)} classes and outside")
+    print(f"{options.kernel}: {verdict} by our front end of nki {options.target}{unseen}")
     return int(refused > 0)
+
+
+def _run(kernel: Any, arguments: tuple[Any, ...] | None, target: str, refusals: list[Any]) -> str:
+    """Let the simulator walk through the kernel: views, names and sizes show only then. What keeps it from
+    doing so, in brackets.
+    """
+    if arguments is None:
+        return " (views, names and sizes: give --arguments)"
+    try:
+        simulate(kernel, dry=True, api=target, language=True)(*arguments)
+    except RefusedError as error:
+        refusals += error.refusals
+    except NkiValidationError as error:
+        refusals.append(f"refused by the simulator of trn1: {error}")
+    except UnmodelledError as error:
+        return f" (views, names and sizes: {error})"
+    return ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,15 +75,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--arguments",
         metavar="NAME",
-        help="a tuple in the same file, or a function that returns one: the kernel's arguments, which are "
-        "gathered, too",
+        help="a tuple in the same file, or a function that returns one: the kernel's arguments, with which "
+        "it is walked through",
     )
     return parser
 
 
-def _arguments(module: ModuleType, name: str | None) -> tuple[Any, ...]:
+def _arguments(module: ModuleType, name: str | None) -> tuple[Any, ...] | None:
     if name is None:
-        return ()
+        return None
     if not hasattr(module, name):
         raise LoadError(f"{module.__name__}: expected arguments named {name!r}, found no such name.")
     value = getattr(module, name)

@@ -146,6 +146,18 @@ _TRACED = {
     "name": Rule(
         TRACE, "{found} not found!", "write a loop over range(...) and do with the built-ins that NKI knows"
     ),
+    "undefined name": Rule(
+        TRACE,
+        "{found} not found! (if this line is reached)",
+        "write a name that the function or its module has",
+        warns=True,
+    ),
+    "module word": Rule(
+        TRACE,
+        "{found} not found!",
+        "import the word itself, or the module under another name: one that is named like its module is not "
+        "followed; of math there are ceil, floor, gcd, log2, log10, pow, sqrt, pi, e, inf and nan",
+    ),
     "builtin": Rule(
         TRACE, "'none' is not a callable type ({found})", "write a loop; NKI knows few built-ins"
     ),
@@ -187,11 +199,22 @@ _TRACED = {
         "unsupported attribute {found} (type is tensor access)",
         "tensors have shape, dtype, buffer and name: compute it from the shape",
     ),
-    "keyword name": Rule(TRACE, "unexpected keyword argument '{found}'", "name a parameter of the function"),
-    "too many arguments": Rule(
-        TRACE, "too many arguments given (varargs not supported)", "pass no more than the function takes"
+    # Python says these, too, where such a line runs; here they are told of every line that could.
+    "keyword name": Rule(
+        TRACE,
+        "unexpected keyword argument '{found}' (if this line is reached)",
+        "name a parameter of the function",
+        warns=True,
     ),
-    "missing argument": Rule(TRACE, "argument '{found}' not supplied", "pass it"),
+    "too many arguments": Rule(
+        TRACE,
+        "too many arguments given (varargs not supported) (if this line is reached)",
+        "pass no more than the function takes",
+        warns=True,
+    ),
+    "missing argument": Rule(
+        TRACE, "argument '{found}' not supplied (if this line is reached)", "pass it", warns=True
+    ),
     "helper default": Rule(
         TRACE,
         "the default of '{found}' is used; since 0.3 users report that defaults of helpers are dropped",

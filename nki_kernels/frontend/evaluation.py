@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import types
 from collections.abc import Iterator
 
 from nki_kernels.frontend.calls import check_call
@@ -31,6 +32,7 @@ BUILTINS = frozenset(
 ARRAY_ATTRIBUTES = frozenset(
     ("ndim", "size", "T", "astype", "nbytes", "itemsize", "strides", "numel", "transpose", "copy_", "fill")
 )
+MATH = ("ceil", "floor", "gcd", "log2", "log10", "pow", "sqrt", "pi", "e", "inf", "nan")
 MODULES = ("nki", "math", "numpy")  # known without an import
 RANGES = ("range", "static_range", "affine_range", "sequential_range", "dynamic_range")
 
@@ -38,8 +40,10 @@ RANGES = ("range", "static_range", "affine_range", "sequential_range", "dynamic_
 def check_evaluation(program: Program, version: Version) -> list[Refusal]:
     """All refusals of stage T that can be read off the functions that the kernel reaches."""
     refusals = []
+    by_method = methods_by_name(program)
+    attributes = frozenset(by_method) | _attributes(program)
     for function in reached(program):
-        for rule, node, what in _Evaluation(program, version, function).findings():
+        for rule, node, what in _Evaluation(program, version, function, by_method, attributes).findings():
             source = function.source
             refusals.append(refusal(rule, source.file, source.place(node), what))
     return refusals
@@ -48,10 +52,16 @@ def check_evaluation(program: Program, version: Version) -> list[Refusal]:
 class _Evaluation:
     """One function."""
 
-    def __init__(self, program: Program, version: Version, function: Function) -> None:
+    def __init__(
+        self,
+        program: Program,
+        version: Version,
+        function: Function,
+        by_method: dict[str, list[Function]],
+        attributes: frozenset[str],
+    ) -> None:
         self.program, self.version, self.of = program, version, function
-        self.by_method = methods_by_name(program)
-        self.attributes = _attributes(program)
+        self.by_method, self.attributes = by_method, attributes
         arguments = function.node.args
         every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
         self.locals = {argument.arg for argument in every}
@@ -99,7 +109,21 @@ class _Evaluation:
         elif constants.get(node.id) is getattr(builtins, node.id, self) and node.id not in BUILTINS:
             yield "builtin", node, node.id
         elif not name and node.id not in constants and node.id not in MODULES:
-            yield "name", node, node.id
+            yield "undefined name", node, node.id
+
+    def _module_word(self, node: ast.Attribute) -> Iterator[Found]:
+        """`import helpers; helpers.f` is looked for, but not gathered: the module has taken the name."""
+        if (
+            not isinstance(node.value, ast.Name)
+            or node.value.id in self.locals
+            or node in self.program.resolved
+        ):
+            return
+        name = dotted(node, self.program) or ""
+        module = name.rpartition(".")[0]
+        unknown = node.attr not in MATH if module == "math" else module != "numpy"
+        if unknown and isinstance(self.program.constants.get(module), types.ModuleType):
+            yield "module word", node, name
 
     # -- when values are taken
 
@@ -152,6 +176,7 @@ class _Evaluation:
 
     def _value(self, node: ast.AST) -> Iterator[Found]:
         if isinstance(node, ast.Attribute):
+            yield from self._module_word(node)
             if isinstance(node.value, ast.JoinedStr | ast.Constant):
                 yield "string method", node, node.attr
             elif node.attr in ARRAY_ATTRIBUTES - self.attributes and node not in self.program.resolved:
@@ -166,8 +191,8 @@ class _Evaluation:
 
 
 def _attributes(program: Program) -> set[str]:
-    """Every name that a gathered class has as a field, a method or an attribute that is set anywhere."""
-    found = set(methods_by_name(program))
+    """Every name that a gathered class has as a field, or as an attribute that is set anywhere in it."""
+    found: set[str] = set()
     for cls in program.classes.values():
         for node in ast.walk(cls.node):
             if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):

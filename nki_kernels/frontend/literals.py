@@ -29,6 +29,7 @@ NKI_DTYPES = (
     "uint8",
 )
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
+_PLAIN = (bool, float, str, type(None))
 
 
 class Collector(Protocol):
@@ -73,7 +74,8 @@ class Literals:
             return
         self.seen.add(id(value))
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            self.take(item, f"{path}[{key!r}]")
+            if not _is_plain(item):
+                self.take(item, f"{path}[{key!r}]")
 
     def _object(self, value: Any, path: str) -> None:
         if id(value) in self.seen:
@@ -81,7 +83,7 @@ class Literals:
         self.seen.add(id(value))
         self.collector.work(type(value))
         for key, item in vars(value).items():
-            if key != "__objclass__":  # an enum member's way back to its class
+            if not _is_plain(item) and key != "__objclass__":  # an enum member's way back to its class
                 self.take(item, f"{path}.{key}")
 
     def _scalar(self, value: Any, path: str) -> None:
@@ -100,6 +102,12 @@ class Literals:
         if isinstance(value, np.dtype):
             return not self.arguments and value.name in NKI_DTYPES
         return is_vendors(name_of(type(value)))
+
+
+def _is_plain(value: Any) -> bool:
+    """Most values are: numbers of 32 bits, words and None."""
+    kind = type(value)
+    return INT_MIN <= value <= INT_MAX if kind is int else kind in _PLAIN
 
 
 def _numpy_type(value: Any) -> str | None:

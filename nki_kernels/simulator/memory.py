@@ -321,6 +321,11 @@ def current() -> Machine:
     return _machines[-1]
 
 
+def is_running() -> bool:
+    """Whether a kernel is being simulated."""
+    return bool(_machines)
+
+
 @contextmanager
 def running(machine: Machine) -> Iterator[Machine]:
     """Make `machine` the current one."""

@@ -32,7 +32,7 @@ def simulate(
     listeners: Sequence[Listener] = (),
     dry: bool = False,
     api: str = "0.6",
-    language: bool = False,
+    language: bool = True,
 ) -> Callable[..., Any]:
     """A callable that runs `kernel` on numpy arrays and returns numpy arrays.
 

@@ -1,7 +1,7 @@
 """Lets a file that imports `nki` be read where nki is not installed.
 
 Words that our simulator models are the simulator's; every other word of nki is a `Word`, which can be named,
-called and subscripted and does nothing. What is gathered and checked is the file's own source.
+called and subscripted and does nothing outside a run. What is gathered and checked is the file's own source.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nki_kernels.simulator import isa, language
+from nki_kernels.simulator.memory import is_running
+
+
+class UnmodelledError(NotImplementedError):
+    """A kernel that runs in the simulator calls a word of nki that the simulator does not have."""
 
 
 class Word:
@@ -31,6 +36,8 @@ class Word:
         return Word(f"{self.__name__}.{name}")
 
     def __call__(self, *_args: Any, **_kwargs: Any) -> Word:
+        if is_running():
+            raise UnmodelledError(f"{self.__name__} is not modelled")
         return self
 
     def __getitem__(self, _key: Any) -> Word:

@@ -11,7 +11,7 @@ import numpy as np
 from nki_kernels.simulator.memory import BY_MATMUL, MATMUL_READ, UNWRITTEN, Storage
 from nki_kernels.simulator.rules import UninitializedError, refuse, require
 from nki_kernels.simulator.trace import HBM, PSUM, SBUF, Access
-from nki_kernels.simulator.views import INDEXED, SLICED, WHOLE, refuse_view_of, refuse_word
+from nki_kernels.simulator.views import INDEXED, PATTERN, SLICED, WHOLE, refuse_view_of, refuse_word
 
 Key = Any  # int, slice, Ellipsis, or a tuple of them
 
@@ -145,6 +145,30 @@ class Tensor:
         )
         assert strides is not None
         return Tensor(self.storage, shape, strides, self.offset)
+
+    def ap(self, pattern: Sequence[Sequence[int]], offset: int = 0, dtype: Any = None) -> Tensor:
+        """A view by an access pattern over the whole tensor: [step, count] of each dimension, in elements,
+        the first one from row to row of partitions. Another element type is not modelled.
+        """
+        if self.view != WHOLE and self.storage.machine.language:
+            refuse_word("pattern of a slice")
+        require(dtype in (None, self.dtype), f"ap of '{self.name}' as {dtype} is not modelled")
+        steps = tuple(int(step) for step, _ in pattern)
+        counts = tuple(int(count) for _, count in pattern)
+        row = math.prod(self.shape[1:]) if self.on_chip else self.size
+        free = list(zip(steps, counts, strict=True))[1 if self.on_chip else 0 :]
+        if self.on_chip:
+            require(
+                steps[0] == row,
+                f"no stride is possible on the partition dimension of '{self.name}': expected a first step "
+                f"of {row}, a row of the tensor, got {steps[0]}",
+            )
+            self._check_bounds(offset // row, offset // row + counts[0] - 1, 0, self.shape[0])
+        start = offset % row if self.on_chip else offset
+        low = start + sum((count - 1) * step for step, count in free if step < 0)
+        high = start + sum((count - 1) * step for step, count in free if step > 0)
+        self._check_bounds(low, high, len(self.shape) - 1, row)
+        return Tensor(self.storage, counts, steps, self.offset + offset, PATTERN)
 
     def _refuse_arithmetic(self, _other: object) -> Tensor:
         if self.storage.machine.language:

@@ -11,8 +11,9 @@ from typing import NoReturn
 from nki_kernels.frontend.catalogue import refusal
 from nki_kernels.frontend.refusal import RefusedError
 
-# What a view is made of: nothing yet, slices, or slices and at least one integer index.
-WHOLE, SLICED, INDEXED = 0, 1, 2
+# What a view is made of: nothing yet, slices, slices and at least one integer index, or an access pattern.
+WHOLE, SLICED, INDEXED, PATTERN = 0, 1, 2, 3
+_REFUSALS = {INDEXED: "slice after index", SLICED: "slice of a slice", PATTERN: "slice of a pattern"}
 _OURS = "nki_kernels.simulator."
 
 
@@ -27,7 +28,7 @@ def refuse_word(rule: str, found: str = "") -> NoReturn:
 
 def refuse_view_of(view: int) -> NoReturn:
     """A slice of what is no whole tensor."""
-    refuse_word("slice after index" if view == INDEXED else "slice of a slice")
+    refuse_word(_REFUSALS[view])
 
 
 def check_sizes(shape: tuple) -> None:

@@ -197,7 +197,7 @@ def test_listeners_do_not_keep_memory_alive():
             del tile
         return out
 
-    records, _ = trace_of(kernel, random_array(np.random.default_rng(0), (1, 1), FP32))
+    records, _ = trace_of(kernel, random_array(np.random.default_rng(0), (1, 1), FP32), language=False)
     assert (
         len(records) == 128
         and len(set(itertools.chain(*[[a.buffer for a in r.writes] for r in records]))) == 65

@@ -7,9 +7,9 @@ from nki_kernels.backend import nisa, nl
 from nki_kernels.cost.calibration import FITTED, published_rows
 from nki_kernels.cost.constants import CALIBRATED, DOCUMENTED, EFFECTIVE, EVERY_ROW, SETS
 from nki_kernels.cost.costs import dma_engines_used, engine_cycles
-from nki_kernels.simulator import simulate
 from nki_kernels.simulator.trace import Instruction
 from nki_kernels.targets import TRN1
+from tests.nki_kernels.any_python import simulate
 
 BF16, FP32 = nl.bfloat16, nl.float32
 

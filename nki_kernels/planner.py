@@ -112,8 +112,8 @@ def why_not(request: Request, target: Target) -> Declined:
 
 
 def _cost(plan: Plan, target: Target) -> tuple[float, ...]:
-    """Effort first; then what costs overlap: more blocks, whole PSUM in use, shared rows, short
-    chunks, short stores. int8 before all that: a ring in which casts and products do not wait for one another.
+    """Effort first; then what costs overlap: more blocks, whole PSUM in use, shared rows, short chunks, short
+    stores. int8 before all that: a ring in which casts and products do not wait for one another.
     """
     shares = plan.at.rows == plan.at.output
     starved = (
@@ -121,15 +121,8 @@ def _cost(plan: Plan, target: Target) -> tuple[float, ...]:
         and plan.chunks() > plan.ring_slots
         and (plan.ring_slots < INT8_SLOTS or 4 * plan.ring_cols * plan.itemsize < 3 * SLOT_BYTES[0])
     )
-    return (
-        starved,
-        effort_us(plan, target),
-        plan.blocks(),
-        plan.token_group,
-        shares,
-        -plan.ring_cols,
-        -plan.out_cols,
-    )
+    effort = effort_us(plan, target)
+    return starved, effort, plan.blocks(), plan.token_group, shares, -plan.ring_cols, -plan.out_cols
 
 
 def choices(request: Request) -> Iterator[Choice]:

@@ -10,10 +10,10 @@ import pytest
 
 from nki_kernels import reference
 from nki_kernels.backend import simulate
-from nki_kernels.cases import DTYPES, MAX_ERROR, MLPCase, error, random_array, random_weights
+from nki_kernels.cases import DTYPES, MAX_ERROR, MLPCase, error, quantised, random_array, random_weights
 from nki_kernels.kernels.sharded import first_factors, last_factor, second_factors
 from nki_kernels.kernels.xuv import xuv
-from nki_kernels.layout import chain_layout, first_stage, last_stage, mlp_layout, second_stage
+from nki_kernels.layout import chain_layout, first_stage, int8_layout, last_stage, mlp_layout, second_stage
 from nki_kernels.packing import factors_by_name, pack
 from nki_kernels.planner import Choice, Request, build_plan
 from nki_kernels.reference.mlp import silu
@@ -66,6 +66,15 @@ class Work:
 
     def totals(self) -> tuple[int, int, int]:
         return self.flops, self.moved_bytes, self.peak.sbuf_bytes
+
+
+def run_int8(work: Work) -> float:
+    """Error of svd_mlp with int8 weights, over what the format allows."""
+    case = MLPCase(140, 300, 400, ("uv", "compact", "compact"), (70, 140, 290), "fp32", True, True)
+    layout = int8_layout(mlp_layout(case.hidden, case.intermediate, *case.projections))
+    plan = build_plan(Request(layout, case.tokens, DTYPES["fp32"], EPS, True), Choice(140, 3, 512, 512, 1))
+    found, expected = run_svd_mlp(case, plan, quantised(random_weights(case)), listeners=[work])
+    return error(found, expected) / MAX_ERROR["fp32"]
 
 
 def run_whole(case: MLPCase, choice: Choice, work: Work) -> float:
@@ -154,6 +163,7 @@ JUDGES = (
     *(functools.partial(run_whole, case, choice) for case, choice in SMALL),
     *(functools.partial(run_pieces, shards) for shards in SHARDS),
     run_transposed,
+    run_int8,
 )
 
 

@@ -63,7 +63,7 @@ MLP_HEAD = (
 )
 
 
-def _mean(blend: Blend, tokens: int, constants: Constants) -> Estimate:
+def mean_mlp(blend: Blend, tokens: int, constants: Constants) -> Estimate:
     """The mean MLP, in one launch on one core."""
     total = Estimate()
     for share, core in blend:
@@ -81,17 +81,17 @@ def mlp_cases(removed_ratio: float) -> Iterator[MLPCase]:
             form: FORMS[form](shape, 1, removed_ratio) for form in MLP_FORMS
         }
         for tokens in MLP_TOKENS:
-            dense_us = _mean(blends["dense"], tokens, CALIBRATED).simulated_us
+            dense_us = mean_mlp(blends["dense"], tokens, CALIBRATED).simulated_us
             for form, blend in blends.items():
                 int8 = in_int8(blend)
                 yield MLPCase(
                     name,
                     tokens,
                     form,
-                    _mean(int8, tokens, CALIBRATED),
-                    _mean(blend, tokens, CALIBRATED).simulated_us,
+                    mean_mlp(int8, tokens, CALIBRATED),
+                    mean_mlp(blend, tokens, CALIBRATED).simulated_us,
                     dense_us,
-                    _mean(int8, tokens, SLOW_CASTS).simulated_us,
+                    mean_mlp(int8, tokens, SLOW_CASTS).simulated_us,
                 )
 
 

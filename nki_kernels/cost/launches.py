@@ -118,6 +118,7 @@ class Priced:
     estimate: Estimate
 
 
+@functools.lru_cache(maxsize=4096)
 def price_launch(
     request: Request, target: Target = TRN1, constants: Constants = CALIBRATED, tp: int = 1
 ) -> Priced:

@@ -5,7 +5,6 @@ behind them by formulas. Nothing overlaps.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import numpy as np
 
@@ -42,7 +41,6 @@ class MLPTime:
         return self.kernels_us + self.collectives_us
 
 
-@functools.lru_cache(maxsize=4096)
 def launch_us(
     layout: Layout, tokens: int, dtype: np.dtype, target: Target, constants: Constants, tp: int
 ) -> float:

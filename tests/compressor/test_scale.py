@@ -64,13 +64,14 @@ def test_llama_8b_is_planned_as_scale_md_says_far_below_16_gb():
         "metric_tokens": 16384,
         "measured_tokens": 8192,
         "judge_tokens": 8192,
+        "removes_channels": True,
     }
     full = Footprint(LLAMA_8B, LAYER_8B, VOCABULARY, window=1024, **tokens)
     found = {name: round(size / GB, 1) for name, size in full.stages().items()}
     assert found == {
         "backward pass": 4.7,
         "statistics": 6.5,
-        "factors": 8.2,
+        "channels and ranks": 9.1,
         "measured gains": 5.8,
         "pivots": 6.1,
         "quality": 5.2,

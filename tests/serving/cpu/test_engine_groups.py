@@ -35,7 +35,7 @@ ENGINES = (
     (4, 2, False, False),
     (1, 4, False, True),
     (4, 4, False, True),
-    (8, 4, True, False),
+    (8, 4, True, True),
 )
 
 

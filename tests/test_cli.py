@@ -91,6 +91,9 @@ def test_every_setting_can_be_said_and_arrives():
         "allocation": "uniform",
         "rank_multiple": 8,
         "dtype": "bfloat16",
+        "groups": 8,
+        "tp": 4,
+        "channels": "keep",
     }
     said |= {
         "window": 64,

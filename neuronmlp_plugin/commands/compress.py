@@ -166,6 +166,8 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
 
 
 def _groups(text: str) -> int | None:
+    if text != "auto" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected auto or a number, found {text!r}.")
     return None if text == "auto" else int(text)
 
 

@@ -57,6 +57,7 @@ METHODS = {
     "refined, tp 4": Method("refine", parent="training-free, tp 4"),
     "refined, int8, from global": Method("quantize", parent="refined, from global"),
     "refined, int8": Method("quantize", parent="refined"),
+    "refined through int8": Method("refine", ("--storage", "int8"), parent="training-free"),
     "int8 dense": Method("quantize", sized=False, seeded=False),
 }
 DEFAULT = (
@@ -133,6 +134,8 @@ def build(cell: Cell, args: argparse.Namespace) -> pathlib.Path:
             "--quiet",
             *args.refine_options.split(),
         ]
+    if method.command == "quantize":
+        command += ["--text", args.calibrate, "--quiet"]
     print(f"{cell.method}, removed {cell.removed:.2f}, seed {cell.seed}", file=sys.stderr, flush=True)
     neuronmlp(*command)
     return target

@@ -9,7 +9,7 @@ import importlib.util
 import pytest
 
 from neuronmlp_plugin.checkpoint.loader import load_model
-from neuronmlp_plugin.models.factors import DENSE, MLPLayer
+from neuronmlp_plugin.models.factors import DENSE, MLPLayer, ProjectionSpec
 from tests.serving.cpu.test_engine import check
 from tests.serving.engine import logits_of, run_engine
 from tests.tiny_models import SHAPE, grouped_layers, write_dense, write_mixed
@@ -54,10 +54,12 @@ def test_served_logits_equal_the_torch_forward(tmp_path, groups, ranks, int8, ea
 
 
 def test_ranks_that_cannot_serve_the_groups_are_refused_in_words(tmp_path):
-    process = run_engine(grouped(tmp_path, 2), tensor_parallel_size=4)
+    three = (MLPLayer(SHAPE.hidden_size, 192, ProjectionSpec("uv", 9), DENSE, DENSE, 3),) * SHAPE.num_layers
+    folder = write_mixed(tmp_path / "three", write_dense(tmp_path / "dense", "llama"), layers=three)
+    process = run_engine(folder, tensor_parallel_size=2)
     assert process.returncode != 0
     words = (
-        "tensor parallel size 4: expected a size that serves this MLP (1, 2 for its 2 groups), found another"
+        "tensor parallel size 2: expected a size that serves this MLP (1, 3 for its 3 groups), found another"
     )
     assert words in process.stdout + process.stderr
 

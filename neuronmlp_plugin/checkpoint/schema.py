@@ -26,7 +26,8 @@ QUANT_METHOD = "neuronmlp"
 # looks for, since one that does not know the block would invent the MLPs that it does not find.
 INDEX_FILE = "neuronmlp.safetensors.index.json"
 CHANNELS = "intermediate_size"  # key of a layer that keeps fewer channels than the config says
-_MLP_NAME = re.compile(r"^model\.layers\.(\d+)\.mlp$")
+# Engines put a prefix before the name: "draft_model." of the small model that guesses for a large one.
+_MLP_NAME = re.compile(r"(?:.*\.)?model\.layers\.(\d+)\.mlp")
 
 
 def shard_name(position: int, count: int) -> str:
@@ -115,7 +116,7 @@ class FormatBlock:
 
     def mlp(self, name: str) -> MLPLayer | None:
         """The MLP of the module `name` ("model.layers.3.mlp"), or None where it is none."""
-        match = _MLP_NAME.match(name)
+        match = _MLP_NAME.fullmatch(name)
         return self.layers[int(match[1])] if match else None
 
     def expected_tensors(self, only_changed: bool = False) -> dict[str, tuple[int, int]]:

@@ -49,7 +49,8 @@ def _print_table(block) -> None:  # type: ignore[no-untyped-def]
     from neuronmlp_plugin.models.factors import PROJECTIONS
 
     dense = base_layers(block.shape)[0].weight_bytes
-    title = f"{block.removed_ratio:.2%} of the MLP parameters removed ({printable(block.created_by)})"
+    groups = f", {block.groups} groups" if block.groups > 1 else ""
+    title = f"{block.removed_ratio:.2%} of the MLP parameters removed{groups} ({printable(block.created_by)})"
     table = Table(title=Text(title))
     for column in ("layer", "channels", *PROJECTIONS, "bytes"):
         table.add_column(column, justify="right")

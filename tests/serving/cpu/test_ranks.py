@@ -79,11 +79,16 @@ def run(layer, tp, tensors, x, options, monkeypatch):
     return group.run(work), group.log
 
 
-@pytest.mark.parametrize("options", [Options(), Options(fast_path=False)], ids=["fused", "plain"])
+@pytest.mark.parametrize("how", ["fused", "prepacked", "plain"])
 @pytest.mark.parametrize(("groups", "tp"), [(1, 1), (4, 1), (2, 2), (4, 2), (4, 4)])
 @pytest.mark.parametrize("mix", MIXES, ids="-".join)
-def test_ranks_that_own_groups_pay_for_the_output_alone(mix, groups, tp, options, monkeypatch):
+def test_ranks_that_own_groups_pay_for_the_output_alone(mix, groups, tp, how, monkeypatch):
     """Of 64 of the 96 channels: counts and bytes of collectives are those of a dense layer."""
+    from neuronmlp_plugin.serving.cpu import linear_method
+
+    if how == "prepacked":  # as without a C compiler
+        monkeypatch.setattr(linear_method, "usable", lambda *_: False)
+    options = Options(fast_path=how != "plain")
     layer = mix_layer(mix, SHAPE, ranks=RANKS, channels=64, groups=groups)
     tensors, x = random_tensors(layer), torch.randn(T, SHAPE.hidden_size)
     outputs, log = run(layer, tp, tensors, x, options, monkeypatch)

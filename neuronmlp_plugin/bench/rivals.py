@@ -84,7 +84,9 @@ def write_q8_0(dense: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
         if data.ndim == 2:
             kind = gguf.GGMLQuantizationType.Q8_0
             data = gguf.quants.quantize(data, kind)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), data, raw_dtype=kind)
+        told = names.get_name(name, try_suffixes=(".weight",))
+        assert told is not None, f"{name}: llama.cpp has no such tensor"
+        writer.add_tensor(told, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

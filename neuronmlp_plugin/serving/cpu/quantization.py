@@ -88,7 +88,8 @@ class NeuronMLPConfig(QuantizationConfig):
     def _chains(options: Options) -> bool:
         """Whether dense layers run as chains here."""
         device = torch.device(current_platform.device_type)
-        return fuses(options, False, device, get_current_vllm_config().model_config.dtype)
+        dtype: Any = get_current_vllm_config().model_config.dtype
+        return fuses(options, False, device, dtype)
 
     def _open(self) -> tuple[FormatBlock, FactorFile | None, Options]:
         if self.opened is None:

@@ -175,8 +175,10 @@ BY_HAND = (
         "col = (first + j) * PMAX",
         "col = first * PMAX",
     ),
-    ("stages", "gate and up swapped", "op=nl.silu, data=gate[j]", "op=nl.silu, data=up[j]"),
-    ("stages", "no activation", "op=nl.silu, data=gate[j]", "op=nl.copy, data=gate[j]"),
+    ("stages", "pivots of up for those of gate", "op=nl.silu, data=gate[j]", "op=nl.silu, data=up[j]"),
+    ("stages", "no activation of pivots", "op=nl.silu, data=gate[j]", "op=nl.copy, data=gate[j]"),
+    ("stages", "gate and up swapped", "activated, gate[j], nl.silu", "activated, up[j], nl.silu"),
+    ("stages", "no activation", "activated, gate[j], nl.silu", "activated, gate[j], nl.copy"),
     ("stages", "sum instead of product", "data2=up[j], op=nl.multiply", "data2=up[j], op=nl.add"),
     ("stages", "up from the z of gate", "up_source = work.up_z if", "up_source = work.gate_z if"),
     (

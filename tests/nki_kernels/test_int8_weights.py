@@ -77,7 +77,7 @@ def test_the_reference_is_that_of_the_dequantised_weights():
 
 @pytest.mark.parametrize("form", ["dense", "uv", "compact"])
 @pytest.mark.parametrize(
-    ("transposed_input", "transposed_output"), itertools.product((False, True), repeat=2)
+    ("transposed_input", "transposed_output"), list(itertools.product((False, True), repeat=2))
 )
 @pytest.mark.parametrize("silu", [False, True])
 def test_a_projection_by_itself(form, transposed_input, transposed_output, silu):

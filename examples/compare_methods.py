@@ -44,19 +44,28 @@ class Method:
 METHODS = {
     "plain SVD": Method("compress", ("--method", "plain", *UNIFORM_UV), seeded=False),
     "SVD-LLM (whitened, uniform)": Method("compress", ("--method", "whitened", *UNIFORM_UV)),
-    "training-free, uv": Method("compress", ("--form", "uv")),
-    "training-free, global": Method("compress", ("--allocation", "global")),
+    "MoDeGPT's MLP step": Method("compress", ("--method", "modegpt")),
+    "training-free, uv": Method("compress", ("--form", "uv", "--groups", "1", "--channels", "keep")),
+    "one group, all channels": Method("compress", ("--groups", "1", "--channels", "keep")),
+    "groups, all channels": Method("compress", ("--tp", "4", "--channels", "keep")),
+    "fewer channels alone": Method("compress", ("--form", "narrow", "--tp", "4")),
+    "training-free, global": Method("compress", ("--tp", "4", "--allocation", "global")),
+    "training-free, tp 4": Method("compress", ("--tp", "4")),
     "training-free": Method("compress"),
     "refined, from global": Method("refine", parent="training-free, global"),
     "refined": Method("refine", parent="training-free"),
+    "refined, tp 4": Method("refine", parent="training-free, tp 4"),
     "refined, int8, from global": Method("quantize", parent="refined, from global"),
     "refined, int8": Method("quantize", parent="refined"),
+    "refined through int8": Method("refine", ("--storage", "int8"), parent="training-free"),
     "int8 dense": Method("quantize", sized=False, seeded=False),
 }
 DEFAULT = (
     "plain SVD",
     "SVD-LLM (whitened, uniform)",
+    "MoDeGPT's MLP step",
     "training-free",
+    "training-free, tp 4",
     "refined",
     "int8 dense",
     "refined, int8",
@@ -125,6 +134,8 @@ def build(cell: Cell, args: argparse.Namespace) -> pathlib.Path:
             "--quiet",
             *args.refine_options.split(),
         ]
+    if method.command == "quantize":
+        command += ["--text", args.calibrate, "--quiet"]
     print(f"{cell.method}, removed {cell.removed:.2f}, seed {cell.seed}", file=sys.stderr, flush=True)
     neuronmlp(*command)
     return target

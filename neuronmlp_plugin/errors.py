@@ -51,6 +51,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
 
 
+def shown(value: object) -> str:
+    """A value out of a file, for the middle of a sentence: as Python writes it, and no longer than a line."""
+    if isinstance(value, int) and abs(value) > 10**18:  # Python itself refuses to write out the longest
+        return "a whole number of more than 18 digits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def reason_of(error: BaseException) -> str:
     """The first line of what another library said, for the middle of a sentence of ours."""
     return (str(error).strip().partition("\n")[0] or type(error).__name__)[:300].rstrip(".")

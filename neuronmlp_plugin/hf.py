@@ -48,7 +48,7 @@ class NeuronMLPConfig(QuantizationConfigMixin):
 
     def __init__(self, **block: Any) -> None:
         self.__dict__.update(block)
-        self.quant_method = QUANT_METHOD
+        self.quant_method: Any = QUANT_METHOD  # transformers lists its own methods in an enumeration
 
 
 class NeuronMLPQuantizer(HfQuantizer):

@@ -1,6 +1,7 @@
 """The one switch: the vendor's `nki` where it is installed, our simulator of it elsewhere.
 
-Kernels import `nl`, `nisa` and `jit` from here and nothing else of NKI. `TAKES_ACCUMULATE` says which call
+Kernels import `nki` (for `@nki.jit`: the compiler knows the decorator by this dotted name), `nl` and `nisa`
+from here and nothing else of NKI. `TAKES_ACCUMULATE` says which call
 convention is in force: from 0.3 on nc_matmul is told whether it starts a sum, before that the first write of
 a fresh PSUM tile does.
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +33,6 @@ if HAS_NKI:
     import nki.isa as nisa
     import nki.language as nl
 
-    jit: Callable[..., Any] = nki.jit
     simulate: Callable[..., Any] = getattr(nki, "simulate", no_simulator)  # from 0.3 on
     TAKES_ACCUMULATE = "accumulate" in inspect.signature(nisa.nc_matmul).parameters
 else:
@@ -45,5 +46,7 @@ else:
         """Marks an entry kernel; nothing to compile here."""
         return kernel
 
+    nki: Any = types.SimpleNamespace(jit=jit)  # type: ignore[no-redef]
 
-__all__ = ["HAS_NKI", "TAKES_ACCUMULATE", "jit", "nisa", "nl", "no_simulator", "simulate"]
+
+__all__ = ["HAS_NKI", "TAKES_ACCUMULATE", "nisa", "nki", "nl", "no_simulator", "simulate"]

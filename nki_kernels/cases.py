@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from nki_kernels.layout import FORMS, Projection
+from nki_kernels.reference.mlp import SCALE
 
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 # Allowed scale-free error ||a - b|| / ||b|| against the reference, which rounds where the kernel does. It
@@ -41,7 +42,7 @@ Weights = dict[str, dict[str, np.ndarray]]
 @dataclasses.dataclass(frozen=True)
 class MLPCase:
     """One gated MLP: T tokens, H hidden, I intermediate, and form and rank of gate, up and down (ranks of
-    dense ones are not used).
+    dense ones are not used), the rank that of each of `groups` equal groups of channels.
     """
 
     tokens: int
@@ -52,6 +53,7 @@ class MLPCase:
     dtype: str = "bf16"
     norm: bool = False
     residual: bool = False
+    groups: int = 1
 
     def __str__(self) -> str:
         shape = f"T{self.tokens}-H{self.hidden}-I{self.intermediate}"
@@ -59,13 +61,14 @@ class MLPCase:
             form if form == "dense" else f"{form}{rank}"
             for form, rank in zip(self.forms, self.ranks, strict=True)
         )
-        return f"{shape}-{parts}-{self.dtype}" + "-norm" * self.norm + "-residual" * self.residual
+        groups = f"-g{self.groups}" * (self.groups > 1)
+        return f"{shape}-{parts}{groups}-{self.dtype}" + "-norm" * self.norm + "-residual" * self.residual
 
     @property
     def projections(self) -> tuple[Projection, Projection, Projection]:
         """Gate, up and down as a layout wants them."""
         gate, up, down = (
-            Projection.whole(form, None if form == "dense" else rank)
+            Projection.whole(form, None if form == "dense" else rank, self.groups)
             for form, rank in zip(self.forms, self.ranks, strict=True)
         )
         return gate, up, down
@@ -116,14 +119,16 @@ def random_projection(rng: np.random.Generator, name: str, case: MLPCase) -> dic
     n_in, n_out = (
         (case.intermediate, case.hidden) if name == "down_proj" else (case.hidden, case.intermediate)
     )
+    stacked = case.groups * rank  # all groups' z
     if form == "dense":
         shapes = {"weight": (n_out, n_in)}
-    elif form == "uv":
-        shapes = {"u.weight": (rank, n_in), "v.weight": (n_out, rank)}
     elif name == "down_proj":
-        shapes = {"c.weight": (rank, n_in - rank), "v.weight": (n_out, rank)}
+        first = (stacked, n_in // case.groups - (rank if form == "compact" else 0))
+        shapes = {"c.weight" if form == "compact" else "u.weight": first, "v.weight": (n_out, stacked)}
+    elif form == "uv":
+        shapes = {"u.weight": (stacked, n_in), "v.weight": (n_out, rank)}
     else:
-        shapes = {"u.weight": (rank, n_in), "c.weight": (n_out - rank, rank)}
+        shapes = {"u.weight": (stacked, n_in), "c.weight": (n_out - stacked, rank)}
     return {
         suffix: random_array(rng, shape, DTYPES[case.dtype], shape[1] ** -0.5)
         for suffix, shape in shapes.items()
@@ -134,6 +139,19 @@ def random_weights(case: MLPCase, seed: int = 0) -> Weights:
     """Weights of all three projections."""
     rng = np.random.default_rng(seed)
     return {name: random_projection(rng, name, case) for name in PROJECTIONS}
+
+
+def quantised(weights: Weights) -> Weights:
+    """The same in int8 with a scale for every output channel, under FORMAT.md's names."""
+    found: Weights = {}
+    for name, tensors in weights.items():
+        found[name] = {}
+        for suffix, tensor in tensors.items():
+            wide = tensor.astype(np.float32)
+            scale = np.abs(wide).max(axis=1) / 127
+            found[name][suffix] = np.rint(wide / scale[:, None]).astype(np.int8)
+            found[name][suffix + SCALE] = scale.astype(np.float32)
+    return found
 
 
 def error(found: np.ndarray, expected: np.ndarray) -> float:

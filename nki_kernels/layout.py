@@ -11,9 +11,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 from nki_kernels.targets import PMAX
-from nki_kernels.tiling import MOVING_COLS, STATIONARY_COLS, Block, Matrix, Products, tile_count
+from nki_kernels.tiling import (
+    HALF,
+    IDENTITY,
+    MOVING_COLS,
+    SHARED,
+    STATIONARY_COLS,
+    STORED,
+    Block,
+    Matrix,
+    Products,
+    tile_count,
+)
 
 # Stages run one after another; matrices that share a stage are interleaved column tile by column tile.
 STAGES = (("gate_first",), ("up_first",), ("gate_second", "up_second"), ("down_first",), ("down_second",))
@@ -25,9 +37,9 @@ FORMS = ("dense", "uv", "compact")
 class Projection:
     """One projection as one core sees it.
 
-    `rank`: length of the whole z (R, or tp * slots under tensor parallelism); `slots`: length of the share of
+    `rank`: length of the whole z of a group (R, or tp * slots under tensor parallelism); `slots`: length of the share of
     z that this core computes (gate, up) or consumes (down); `pivots`: how many of the core's intermediate
-    channels are pivots; `shift`: where its share of z begins.
+    channels are pivots; `shift`: where its share of z begins; `groups` of equal channels follow one another.
     """
 
     form: str
@@ -35,16 +47,34 @@ class Projection:
     slots: int = 0
     pivots: int = 0
     shift: int = 0
+    groups: int = 1
 
     @classmethod
-    def whole(cls, form: str, rank: int | None = None) -> Projection:
-        """The unsharded projection of FORMAT.md."""
+    def whole(cls, form: str, rank: int | None = None, groups: int = 1) -> Projection:
+        """The unsharded projection of FORMAT.md: `groups` of them, each of `rank`, side by side."""
         if form not in FORMS or (form == "dense") == bool(rank):
             raise ValueError(
                 f"projection: expected dense without a rank, or uv or compact with one, found {form!r} with rank {rank}."
             )
         size = rank or 0
-        return cls(form, size, size, size if form == "compact" else 0)
+        return cls(form, size, size, size if form == "compact" else 0, 0, 1 if form == "dense" else groups)
+
+    def in_python(self) -> Projection:
+        """The same in Python's numbers, wherever they come from: in a plan numpy's become None before nki
+        0.7.
+        """
+        numbers: dict[str, Any] = {name: int(n) for name, n in vars(self).items() if name != "form"}
+        return dataclasses.replace(self, **numbers)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the core makes and takes the same z, which then never leaves the chip."""
+        return self.slots == self.rank
+
+    @property
+    def halves(self) -> bool:
+        """Whether the last row tile of z fits half the partitions, so that blocks for it can be shared."""
+        return self.is_whole and 0 < self.rank % PMAX <= HALF
 
 
 DENSE = Projection.whole("dense")
@@ -52,12 +82,12 @@ DENSE = Projection.whole("dense")
 
 def stored_cols(matrix: Matrix, n: int) -> int:
     """Packed columns that column tile `n` takes."""
-    return matrix.tile_width(n) * sum(stored for _, _, stored in matrix.blocks(n))
+    return matrix.tile_width(n) * sum(kind == STORED for *_, kind in matrix.blocks(n))
 
 
 def has_identity(matrix: Matrix) -> bool:
-    """Whether a product with it needs an identity tile on chip."""
-    return any(not stored for n in range(matrix.col_tiles()) for _, _, stored in matrix.blocks(n))
+    """Whether a product with it reads an identity from chip."""
+    return any(kind == IDENTITY for n in range(matrix.col_tiles()) for *_, kind in matrix.blocks(n))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +134,18 @@ class Layout:
                         offset += stored_cols(matrix, n)
 
     def blocks(self) -> Iterator[tuple[str, Matrix, int, Block, int]]:
-        """Every stored block: (name, matrix, column tile, block, first packed column) in packed order."""
+        """Every block that is somewhere in the packed array: (name, matrix, column tile, block, first packed
+        column), the stored ones in packed order.
+        """
+        shared: dict[tuple[str, int], int] = {}
         for name, matrix, n, first in self.tiles():
             offset = first
             for block in matrix.blocks(n):
-                if block[2]:
+                if block[3] == SHARED:
+                    yield name, matrix, n, block, shared[name, block[0]]
+                if block[3] == STORED:
                     yield name, matrix, n, block, offset
+                    shared[name, block[0]] = offset
                     offset += matrix.tile_width(n)
 
     def has_z(self, projection: str) -> bool:
@@ -137,12 +173,20 @@ class Layout:
         return 0 if down is None else down.rows
 
     @functools.cached_property
+    def h_tiles(self) -> int:
+        """Row tiles of h."""
+        if self.gate_second is not None:
+            return self.gate_second.col_tiles()
+        down = self.down_first or self.down_second
+        return 0 if down is None else down.row_tiles()
+
+    @functools.cached_property
     def x_outlives_firsts(self) -> bool:
         """Whether a second product starts from x."""
         return any(self.matrix(f"{p}_second") is not None and not self.has_z(p) for p in ("gate", "up"))
 
     @functools.cached_property
-    def needs_identity(self) -> bool:
+    def sums_identity(self) -> bool:
         """Whether any block of the launch is an identity that is not stored."""
         return any(has_identity(matrix) for matrix in map(self.matrix, MATRICES) if matrix is not None)
 
@@ -150,7 +194,7 @@ class Layout:
         """Row tiles of the z of "gate", "up" or "down" that the launch keeps on chip."""
         first, second = self.matrix(f"{projection}_first"), self.matrix(f"{projection}_second")
         if first is not None:
-            return tile_count(first.cols)
+            return first.col_tiles()
         return second.row_tiles() if second is not None and self.has_z(projection) else 0
 
     @functools.cached_property
@@ -158,21 +202,45 @@ class Layout:
         """Columns of the packed array that hold weights."""
         return sum(stored_cols(matrix, n) for _, matrix, n, _ in self.tiles())
 
+    @functools.cached_property
+    def is_int8(self) -> bool:
+        """Whether the packed array is int8, with scales beside it."""
+        return any(matrix.scale_at >= 0 for matrix in map(self.matrix, MATRICES) if matrix is not None)
+
+    @functools.cached_property
+    def scale_cols(self) -> int:
+        """Columns of the packed scales `[128, S]` fp32; 0 where there are none."""
+        found = [
+            matrix for matrix in map(self.matrix, MATRICES) if matrix is not None and matrix.scale_at >= 0
+        ]
+        return max((matrix.scale_at + scale_cols(matrix) for matrix in found), default=0)
+
     @property
     def packed_cols(self) -> int:
-        """C of the packed array `[128, C]`: the weights and, if some block needs one, a 128 x 128 identity
-        behind them.
-        """
-        return self.stored_cols + (PMAX if self.needs_identity else 0)
+        """C of the packed array `[128, C]`: the weights, and a 128 x 128 identity behind them."""
+        return self.stored_cols + PMAX
 
 
 def gate_layout(hidden: int, intermediate: int, projection: Projection) -> tuple[Matrix | None, Matrix]:
     """First and second matrix of a gate or up projection, both stationary; a dense one has only the second."""
-    if projection.form == "dense":
-        return None, Matrix(hidden, intermediate)
-    axis = "cols" if projection.form == "compact" else ""
-    second = Matrix(projection.rank, intermediate, STATIONARY_COLS, axis, projection.pivots, projection.shift)
-    return Matrix(hidden, projection.slots), second
+    hidden, intermediate, part = int(hidden), int(intermediate), projection.in_python()
+    if part.form == "dense":
+        return None, Matrix(hidden, intermediate, col_groups=part.groups)
+    axis = "cols" if part.form == "compact" else ""
+    groups = part.groups
+    first = Matrix(hidden, groups * part.slots, col_groups=groups, twice=part.halves)
+    second = Matrix(
+        groups * part.rank,
+        intermediate,
+        STATIONARY_COLS,
+        axis,
+        part.pivots,
+        part.shift,
+        row_groups=groups,
+        col_groups=groups,
+        halves=part.halves,
+    )
+    return first, second
 
 
 def down_layout(
@@ -181,15 +249,37 @@ def down_layout(
     """First and second matrix of a down projection; the second is moving unless the output is wanted
     transposed (`tile_cols` 128).
     """
-    if projection.form == "dense":
-        return None, Matrix(intermediate, hidden, tile_cols)
-    axis = "rows" if projection.form == "compact" else ""
-    first = Matrix(intermediate, projection.rank, STATIONARY_COLS, axis, projection.pivots, projection.shift)
-    return first, Matrix(projection.slots, hidden, tile_cols)
+    hidden, intermediate, part = int(hidden), int(intermediate), projection.in_python()
+    if part.form == "dense":
+        return None, Matrix(intermediate, hidden, tile_cols, row_groups=part.groups)
+    axis = "rows" if part.form == "compact" else ""
+    groups = part.groups
+    first = Matrix(
+        intermediate,
+        groups * part.rank,
+        STATIONARY_COLS,
+        axis,
+        part.pivots,
+        part.shift,
+        row_groups=groups,
+        col_groups=groups,
+        twice=part.halves,
+    )
+    return first, Matrix(groups * part.slots, hidden, tile_cols, row_groups=groups, halves=part.halves)
+
+
+def _grouped_alike(*parts: Projection) -> list[Projection]:
+    """Dense matrices cut at the groups of the others, so that all agree on the tiles of h."""
+    groups = max(part.groups for part in parts)
+    for part in parts:
+        if part.form != "dense" and part.groups != groups:
+            raise ValueError(f"groups: expected {groups} in every projection, found {part.groups} in one.")
+    return [dataclasses.replace(part, groups=groups) for part in parts]
 
 
 def mlp_layout(hidden: int, intermediate: int, gate: Projection, up: Projection, down: Projection) -> Layout:
     """Everything: one launch computes the whole gated MLP."""
+    gate, up, down = _grouped_alike(gate, up, down)
     gate_first, gate_second = gate_layout(hidden, intermediate, gate)
     up_first, up_second = gate_layout(hidden, intermediate, up)
     down_first, down_second = down_layout(hidden, intermediate, down)
@@ -203,23 +293,32 @@ def gated_layout(hidden: int, intermediate: int, gate: Projection, up: Projectio
     return Layout(gate_first, up_first, gate_second, up_second)
 
 
+def _between_launches(matrix: Matrix | None) -> Matrix | None:
+    """A matrix whose z leaves the chip: collectives know nothing of halves."""
+    return None if matrix is None else dataclasses.replace(matrix, halves=False, twice=False)
+
+
 def first_stage(whole: Layout) -> Layout:
     """What runs before the all-gather of z."""
-    return Layout(gate_first=whole.gate_first, up_first=whole.up_first)
+    return Layout(gate_first=_between_launches(whole.gate_first), up_first=_between_launches(whole.up_first))
 
 
 def second_stage(whole: Layout) -> Layout:
     """What runs between the all-gather of z and the reduce-scatter of down's z (or, where down is dense, the
     last all-reduce).
     """
-    given = tuple(name for name in ("gate", "up") if whole.has_z(name))
-    last = None if whole.down_first else whole.down_second
-    return dataclasses.replace(whole, gate_first=None, up_first=None, down_second=last, external_z=given)
+    return Layout(
+        gate_second=_between_launches(whole.gate_second),
+        up_second=_between_launches(whole.up_second),
+        down_first=_between_launches(whole.down_first),
+        down_second=None if whole.down_first else whole.down_second,
+        external_z=tuple(name for name in ("gate", "up") if whole.has_z(name)),
+    )
 
 
 def last_stage(whole: Layout) -> Layout:
     """What runs between the reduce-scatter of down's z and the last all-reduce."""
-    return Layout(down_second=whole.down_second)
+    return Layout(down_second=_between_launches(whole.down_second))
 
 
 def chain_layout(k: int, n: int, projection: Projection, transposed_output: bool = False) -> Layout:
@@ -227,3 +326,41 @@ def chain_layout(k: int, n: int, projection: Projection, transposed_output: bool
     tile_cols = STATIONARY_COLS if transposed_output else MOVING_COLS
     first, second = down_layout(n, k, projection, tile_cols)
     return Layout(down_first=first, down_second=second)
+
+
+def int8_layout(layout: Layout) -> Layout:
+    """The same launch with weights of one byte: every matrix learns where its scales are."""
+    columns = 0
+    matrices = {}
+    for name in MATRICES:
+        matrix = layout.matrix(name)
+        if matrix is None:
+            continue
+        if matrix.shift:
+            raise ValueError(
+                f"{name}: expected pivots that begin with the core's own, found a shift of {matrix.shift}."
+            )
+        matrices[name] = dataclasses.replace(matrix, scale_at=columns)
+        columns += scale_cols(matrix)
+    return dataclasses.replace(layout, **matrices)
+
+
+def scale_cols(matrix: Matrix) -> int:
+    """Columns of the packed scales that a matrix takes: one for each tile of at most 128 of its own."""
+    return matrix.col_groups * tile_count(matrix.group_cols(), min(PMAX, matrix.tile_cols))
+
+
+@functools.lru_cache(maxsize=64)
+def layout_of(products: Products, external_z: tuple[str, ...]) -> Layout:
+    """The layout that a plan was made for, from the plan's fields; one object per layout, since a layout
+    remembers what it has counted.
+    """
+    return Layout(
+        products.gate_first,
+        products.up_first,
+        products.gate_second,
+        products.up_second,
+        products.down_first,
+        products.down_second,
+        external_z,
+    )

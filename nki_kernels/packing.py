@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nki_kernels.layout import MATRICES, Layout
+from nki_kernels.layout import MATRICES, Layout, scale_cols
 from nki_kernels.targets import PMAX
 from nki_kernels.tiling import Block, Matrix, tile_count
 
@@ -48,12 +48,20 @@ def factors_by_name(projections: Mapping[str, Mapping[str, Array]]) -> dict[str,
 
 
 def stored_shape(matrix: Matrix) -> tuple[int, int]:
-    """`[out, in]` of the tensor that a matrix is packed from: without the identity of a compact factor."""
+    """`[out, in]` of the tensor that a matrix is packed from: without the identity of a compact factor, and
+    without the zeros of a block-diagonal one, whose blocks follow one another along `out`.
+    """
+    out, rows = matrix.cols, matrix.group_rows() if is_block_diagonal(matrix) else matrix.rows
     if matrix.pivot_axis == "cols":
-        return matrix.cols - matrix.pivots, matrix.rows
+        return out - matrix.col_groups * matrix.pivots, rows
     if matrix.pivot_axis == "rows":
-        return matrix.cols, matrix.rows - matrix.pivots
-    return matrix.cols, matrix.rows
+        return out, rows - matrix.pivots
+    return out, rows
+
+
+def is_block_diagonal(matrix: Matrix) -> bool:
+    """Whether rows and columns are both grouped."""
+    return matrix.row_groups > 1 and matrix.col_groups > 1
 
 
 def pack(layout: Layout, weights: Mapping[str, Array], out: Array | None = None) -> Array:
@@ -68,10 +76,10 @@ def pack(layout: Layout, weights: Mapping[str, Array], out: Array | None = None)
         out = np.zeros((PMAX, layout.packed_cols), dtype)
     for name, matrix, n, block, offset in layout.blocks():
         _copy_block(matrix, n, block, weights[name].T, out, offset, packing=True)
-        _write_identity(matrix, n, block, out, offset)
-    if layout.needs_identity:
-        for i in range(PMAX):
-            out[i, layout.stored_cols + i] = 1
+        if not matrix.adds_pivots():
+            _write_identity(matrix, n, block, out, offset)
+    for i in range(PMAX):
+        out[i, layout.stored_cols + i] = 1
     return out
 
 
@@ -87,6 +95,41 @@ def unpack(layout: Layout, packed: Array, out: dict[str, Array] | None = None) -
     for name, matrix, n, block, offset in layout.blocks():
         _copy_block(matrix, n, block, out[name].T, packed, offset, packing=False)
     return out
+
+
+def pack_scales(layout: Layout, scales: Mapping[str, Array], out: Array | None = None) -> Array:
+    """The scales of an int8 layout, `[128, layout.scale_cols]` fp32, from matrix name -> scales `[out]` of what
+    `pack` is given.
+
+    Element p of column scale_at + n belongs to column 128 n + p of the matrix. Pivots of gate and up are z as
+    it is: their scale is 1. `out`, if given, must be ones. Raises ValueError for scales of another length.
+    """
+    if out is None:
+        out = np.ones((PMAX, layout.scale_cols), np.float32)
+    for name in MATRICES:
+        matrix = layout.matrix(name)
+        if matrix is None:
+            continue
+        expected, found = stored_shape(matrix)[0], tuple(scales[name].shape) if name in scales else None
+        if found != (expected,):
+            raise ValueError(
+                f"{name}: expected {expected} scales, found {found}; pack with the layout of these weights."
+            )
+        _copy_scales(matrix, scales[name], out)
+    return out
+
+
+def _copy_scales(matrix: Matrix, scales: Array, out: Array) -> None:
+    """Group by group, behind the pivots of a matrix that has them among its columns."""
+    pivots = matrix.pivots if matrix.pivot_axis == "cols" else 0
+    cols = matrix.group_cols()
+    tiles = scale_cols(matrix) // matrix.col_groups
+    for group in range(matrix.col_groups):
+        mine = scales[group * (cols - pivots) : (group + 1) * (cols - pivots)]
+        for tile in range(pivots // PMAX, tiles):
+            start, end = max(pivots, tile * PMAX), min(cols, (tile + 1) * PMAX)
+            where = slice(start - tile * PMAX, end - tile * PMAX)
+            out[where, matrix.scale_at + group * tiles + tile] = mine[start - pivots : end - pivots]
 
 
 def pack_norm(weight: Array, out: Array | None = None) -> Array:
@@ -116,21 +159,31 @@ def _copy_block(
     """Copy what a block of column tile `n` has outside the identity; `weight` is the stored tensor as `[in,
     out]`.
     """
-    k, rows, _ = block
-    row, col = k * PMAX, n * matrix.tile_cols
+    k, first, rows, _ = block
+    row, col = _within_group(matrix, k, n)
     skip_rows = min(rows, max(0, matrix.pivots - row)) if matrix.pivot_axis == "rows" else 0
     width = matrix.tile_width(n)
     skip_cols = min(width, max(0, matrix.pivots - col)) if matrix.pivot_axis == "cols" else 0
     if skip_rows == rows or skip_cols == width:
         return
-    first_row = row + skip_rows - (matrix.pivots if matrix.pivot_axis == "rows" else 0)
-    first_col = col + skip_cols - (matrix.pivots if matrix.pivot_axis == "cols" else 0)
-    here = (slice(skip_rows, rows), slice(offset + skip_cols, offset + width))
+    # Stored are the groups one after another, each without its pivots.
+    pivot_rows = matrix.pivots if matrix.pivot_axis == "rows" else 0
+    pivot_cols = matrix.pivots if matrix.pivot_axis == "cols" else 0
+    row_group = 0 if is_block_diagonal(matrix) else k // matrix.group_row_tiles()
+    first_row = row_group * matrix.group_rows() + row + skip_rows - pivot_rows
+    col_group = n // matrix.group_col_tiles()
+    first_col = col_group * (matrix.group_cols() - pivot_cols) + col + skip_cols - pivot_cols
+    here = (slice(first + skip_rows, first + rows), slice(offset + skip_cols, offset + width))
     there = (slice(first_row, first_row + rows - skip_rows), slice(first_col, first_col + width - skip_cols))
     if packing:
         packed[here] = weight[there]
     else:
         weight[there] = packed[here]
+
+
+def _within_group(matrix: Matrix, k: int, n: int) -> tuple[int, int]:
+    """First row and column of block (k, n), counted from those of its group."""
+    return k % matrix.group_row_tiles() * PMAX, n % matrix.group_col_tiles() * matrix.tile_cols
 
 
 def _write_identity(matrix: Matrix, n: int, block: Block, out: Array, offset: int) -> None:
@@ -139,11 +192,11 @@ def _write_identity(matrix: Matrix, n: int, block: Block, out: Array, offset: in
     In a mixed "rows" block (some pivots, some not) the pivot rows hold their identity too: the kernel sums
     the block as it is.
     """
-    k, rows, _ = block
+    k, first, rows, _ = block
     by_column = matrix.pivot_axis == "cols"
-    row, col = k * PMAX, n * matrix.tile_cols
+    row, col = _within_group(matrix, k, n)
     start, count = (col, matrix.tile_width(n)) if by_column else (row, rows)
     for i in range(start, min(matrix.pivots, start + count)):
         r, c = (matrix.shift + i - row, i - col) if by_column else (i - row, matrix.shift + i - col)
         if 0 <= r < rows and 0 <= c < matrix.tile_width(n):
-            out[r, offset + c] = 1
+            out[first + r, offset + c] = 1

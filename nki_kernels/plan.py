@@ -1,38 +1,61 @@
 """A tile plan: every size and placement that a kernel needs, as data. Made by `planner`, read by the kernels
 and by the cost model.
 
-Kernels read fields and call plain methods only: before NKI 0.7 a compiler of its own reads them, which knows
-fewer words than Python.
+Kernels read fields and call plain methods only, and every class that they can reach is in this file or in
+`tiling`: before NKI 0.7 a compiler of its own reads them, which knows fewer words than Python. Numbers are
+Python's: numpy's would silently become None there.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import Any
 
 from nki_kernels.backend import nl
-from nki_kernels.layout import Layout
 from nki_kernels.tiling import Products
+
+
+@dataclasses.dataclass(frozen=True)
+class Addresses(nl.NKIObject):
+    """Where in SBUF every tensor of a launch begins, in bytes of each partition (`placement` makes them).
+
+    x, h, rows and output share bytes wherever their lives do not meet, so that the next block's x can be
+    loaded during this block's last product; so do the z of gate and up, and the z of down once both are used
+    up. Two of a kind follow one another.
+    """
+
+    x: int
+    h: int
+    gate_z: int
+    up_z: int
+    down_z: int
+    output: int  # results on their way out
+    rows: int  # raw natural input: two rows and, with a norm, one normalised
+    z_rows: int  # natural z from a collective, or on its way to one, two turns
+    activated: int  # silu(gate), two turns
+    identity: int
+    zero: int
+    norm_weight: int
+    norm_eps: int
+    norm_sums: int
+    scales: int  # of int8 weights,
+    spread: int  # those of natural output, alike on all partitions,
+    small: int  # and what it takes to spread them
+    scaled: int  # natural output before the residual, two turns
+    raw: int  # int8 chunks and the int8 identity, before they are cast
+    ring: int  # the last, so that it can be deepened
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan(nl.NKIObject):
     """One launch over `tokens` tokens, `block_tokens` at a time.
 
-    On chip there are two arenas, a ring and some small tiles, all allocated once. Sizes and offsets are
-    elements per partition:
-
-    * `wide`:   x^T from 0, h^T from `h_offset`, results on their way out from `output_offset`, raw input rows
-                from `input_offset`. They share memory wherever their lives do not meet, so that the next
-                block's x can be loaded during this block's last product.
-    * `narrow`: z of gate, then z of up; and, once both are used up, z of down from 0.
-    * `ring`:   `ring_slots` slots of `ring_cols` that the packed weights stream through, in chunks bounded by
-                `chunk_bounds`. A chunk that is still in its slot is not read again, so a ring that holds all
-                chunks reads the weights once.
+    The packed weights stream through a ring of `ring_slots` slots of `ring_cols` columns, in chunks bounded
+    by `chunk_bounds`. A chunk that is still in its slot is not read again, so a ring that holds all chunks
+    reads the weights once.
     """
 
     products: Products
+    at: Addresses
     external_z: tuple[str, ...]  # as in Layout
     tokens: int
     hidden: int  # H: width of x, 0 where no x is read
@@ -45,11 +68,12 @@ class Plan(nl.NKIObject):
     ring_slots: int
     ring_cols: int
     chunk_bounds: tuple[int, ...]
-    h_offset: int
-    output_offset: int
-    input_offset: int
-    wide_cols: int
-    narrow_cols: int
+    slot_bytes: int  # of the ring; bytes from one turn to the next of ...
+    row_bytes: int  # ... raw input,
+    turn_bytes: int  # ... transposed results,
+    z_row_bytes: int  # ... natural z,
+    activated_bytes: int  # ... silu(gate),
+    align_bytes: int  # ... single columns
     x_tiles: int  # row tiles of x^T, h^T and each z; 0 where the launch has none
     h_tiles: int
     gate_z_tiles: int
@@ -59,18 +83,22 @@ class Plan(nl.NKIObject):
     runs_up_first: bool
     runs_gated: bool
     runs_down_first: bool
-    identity_at: int  # first column of the identity in the packed weights, or -1
+    identity_col: int  # first column of the identity in the packed weights,
+    identity_size: int  # and how many of its rows and columns the launch reads
     natural_output: bool
+    is_int8: bool  # weights are int8, cast on the way through the ring, and scaled when a product leaves PSUM
+    scale_cols: int  # columns of the packed scales
+    raw_slots: int  # int8 chunks on their way
+    raw_bytes: int  # from one to the next
+    scalar_share: int  # of 128 columns, how many ScalarE casts, where VectorE takes the rest,
+    natural_share: int  # and in chunks of the last, natural product,
+    natural_chunk: int  # which begin here
+    natural_z: bool  # z crosses collectives as [T, channels]
     with_norm: bool = False  # RMSNorm in front
     norm_eps: float = 0.0
     with_residual: bool = False  # a residual is added behind
     silu: bool = False  # SiLU behind (xuv)
     transposed_input: bool = False  # x comes as [H, T]
-
-    @property
-    def layout(self) -> Layout:
-        """The layout that the plan was made for."""
-        return _layout_of(self.products, self.external_z)
 
     def blocks(self) -> int:
         """Token blocks of the launch."""
@@ -81,16 +109,8 @@ class Plan(nl.NKIObject):
         return len(self.chunk_bounds) - 1
 
     def sbuf_bytes(self) -> int:
-        """Bytes per partition that the kernel allocates in SBUF, exactly."""
-        elements = self.wide_cols + self.narrow_cols + self.ring_slots * self.ring_cols
-        if self.identity_at >= 0:
-            elements += 128
-        small = 0  # fp32
-        if self.runs_gated:
-            small += 2 * self.moving_tokens
-        if self.with_norm:
-            small += self.x_tiles + 3
-        return elements * self.itemsize + small * 4
+        """Bytes per partition up to the end of the last tensor in SBUF, exactly."""
+        return self.at.ring + (self.ring_slots - 1) * self.slot_bytes + self.ring_cols * self.itemsize
 
     def weight_cols_read(self) -> int:
         """Columns of the packed weights that cross HBM in the whole launch, at most: a further token group
@@ -126,20 +146,6 @@ class Plan(nl.NKIObject):
         """
         if not self.natural_output:
             return 0
-        matrix: Any = self.products.down_second
+        matrix = self.products.down_second
         spanned = (matrix.row_tiles() * matrix.tile_cols + self.ring_cols - 1) // self.ring_cols + 1
         return 0 if spanned <= self.ring_slots else matrix.row_tiles() * matrix.cols
-
-
-@functools.lru_cache(maxsize=64)
-def _layout_of(products: Products, external_z: tuple[str, ...]) -> Layout:
-    """One object per layout, since a layout remembers what it has counted."""
-    return Layout(
-        products.gate_first,
-        products.up_first,
-        products.gate_second,
-        products.up_second,
-        products.down_first,
-        products.down_second,
-        external_z,
-    )

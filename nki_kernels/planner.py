@@ -1,9 +1,9 @@
 """Chooses a tile plan from layout, token count and target. What it returns fits SBUF and PSUM by
 construction.
 
-The rule here is traffic alone: of all choices that fit, take the one that reads the fewest weight bytes; of
-those the fewest blocks, then the least memory for staging. A cost model may try others through `build_plan`,
-which holds any choice to the same limits.
+The rule is `effort`: of all choices that fit, take the one that keeps TensorE and the DMA queues busy for the
+shortest time; of those the fewest blocks, then the least memory for staging. A cost model may try others
+through `build_plan`, which holds any choice to the same limits.
 """
 
 from __future__ import annotations
@@ -16,30 +16,22 @@ from typing import Any
 
 import numpy as np
 
+from nki_kernels.casts import Block, scalar_shares
+from nki_kernels.effort import effort_us
 from nki_kernels.layout import Layout, Projection, mlp_layout
+from nki_kernels.placement import Room, largest, place, raw_slots
 from nki_kernels.plan import Plan
+from nki_kernels.plan_file import own_choice
+from nki_kernels.request import Request, z_is_natural
 from nki_kernels.targets import PMAX, TRN1, Target
-from nki_kernels.tiling import MOVING_COLS, tile_count
-from nki_kernels.tuned import tuned_choice
+from nki_kernels.tiling import MOVING_COLS, SHARED, tile_count
 
 SLOT_BYTES = (8 * 1024, 4 * 1024)  # per partition: twice what saturates a DMA queue, and just that
 MIN_SLOTS = 3  # one in use, one arriving, one asked for
+INT8_SLOTS = 4  # and one being cast
 MAX_SLOTS = 8  # deeper rings only where they save reads
 TOKEN_GROUPS = (4, 8)  # half the PSUM banks, so that the other half can be emptied meanwhile; or all
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What a launch has to do; everything a plan depends on besides the target."""
-
-    layout: Layout
-    tokens: int
-    dtype: np.dtype
-    norm_eps: float | None = None
-    residual: bool = False
-    silu: bool = False
-    transposed_input: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +75,8 @@ def plan_mlp(
 
 
 def plan_launch(request: Request, target: Target = TRN1) -> Plan | Declined:
-    """The plan tuned for this very launch or, where there is none, the one of least weight traffic; or why
-    there is no plan.
+    """The plan that the user's own file names (`plan_file`) or, without one, that of least effort; or
+    why there is none.
     """
     if request.dtype.name not in SUPPORTED_DTYPES:
         return Declined(
@@ -92,13 +84,17 @@ def plan_launch(request: Request, target: Target = TRN1) -> Plan | Declined:
         )
     if request.tokens < 1:
         return Declined(f"tokens: expected at least 1, found {request.tokens}.")
-    fields = tuned_choice(request, target.name)
-    tuned = build_plan(request, Choice(**fields), target) if fields else None
-    if isinstance(tuned, Plan):
-        return tuned
+    fields = own_choice(request)
+    own = build_plan(request, Choice(**fields), target) if fields else None
+    if isinstance(own, Plan):
+        return own
     plans = [build_plan(request, choice, target) for choice in choices(request)]
     fitting = [plan for plan in plans if isinstance(plan, Plan)]
-    return _with_spare_ring(min(fitting, key=_cost), target) if fitting else why_not(request, target)
+    return (
+        _with_spare_ring(min(fitting, key=lambda plan: _cost(plan, target)), target)
+        if fitting
+        else why_not(request, target)
+    )
 
 
 def why_not(request: Request, target: Target) -> Declined:
@@ -115,12 +111,18 @@ def why_not(request: Request, target: Target) -> Declined:
     return declined
 
 
-def _cost(plan: Plan) -> tuple[int, ...]:
-    """Weight traffic first; then what costs overlap: more blocks, whole PSUM in use, shared rows, short
-    chunks, short stores.
+def _cost(plan: Plan, target: Target) -> tuple[float, ...]:
+    """Effort first; then what costs overlap: more blocks, whole PSUM in use, shared rows, short chunks, short
+    stores. int8 before all that: a ring in which casts and products do not wait for one another.
     """
-    shares = plan.input_offset == plan.output_offset
-    return plan.weight_cols_read(), plan.blocks(), plan.token_group, shares, -plan.ring_cols, -plan.out_cols
+    shares = plan.at.rows == plan.at.output
+    starved = (
+        plan.is_int8
+        and plan.chunks() > plan.ring_slots
+        and (plan.ring_slots < INT8_SLOTS or 4 * plan.ring_cols * plan.itemsize < 3 * SLOT_BYTES[0])
+    )
+    effort = effort_us(plan, target)
+    return starved, effort, plan.blocks(), plan.token_group, shares, -plan.ring_cols, -plan.out_cols
 
 
 def choices(request: Request) -> Iterator[Choice]:
@@ -133,7 +135,8 @@ def choices(request: Request) -> Iterator[Choice]:
     for slot_bytes in SLOT_BYTES:
         cols = min(slot_bytes // request.dtype.itemsize, layout.packed_cols)
         tile_slots = MIN_SLOTS if last is None else tile_count(last.row_tiles() * last.tile_cols, cols) + 1
-        rings = sorted({MIN_SLOTS, tile_slots, len(chunk_bounds(layout, cols)) - 1})
+        least = INT8_SLOTS if layout.is_int8 else MIN_SLOTS
+        rings = sorted({MIN_SLOTS, least, tile_slots, len(chunk_bounds(layout, cols)) - 1})
         for tokens, slots, out_cols in itertools.product(block_sizes(request), rings, staged):
             for group, shares in itertools.product(TOKEN_GROUPS, (False, True)):
                 yield Choice(tokens, slots, cols, out_cols, group, shares)
@@ -158,34 +161,45 @@ def block_sizes(request: Request) -> list[int]:
 
 def _with_spare_ring(plan: Plan, target: Target) -> Plan:
     """Deepen the ring with what SBUF has left: more transfers in flight."""
-    spare = (target.sbuf_usable_bytes - plan.sbuf_bytes()) // (plan.ring_cols * plan.itemsize)
+    spare = (target.sbuf_usable_bytes - plan.sbuf_bytes()) // plan.slot_bytes
     slots = min(plan.ring_slots + spare, max(MAX_SLOTS, plan.ring_slots), plan.chunks())
     return dataclasses.replace(plan, ring_slots=slots)
 
 
 def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan | Declined:
     """The plan that `choice` describes, or why it does not fit `target`."""
+    request, choice = _pythons(request, choice)
     layout, itemsize = request.layout, request.dtype.itemsize
     bounds = chunk_bounds(layout, choice.ring_cols or SLOT_BYTES[0] // itemsize)
+    moving_tokens = tile_count(choice.block_tokens, tile_count(choice.block_tokens, MOVING_COLS))
+    out_cols = staged_cols(layout, choice.out_cols)
+    ring_cols = max(end - start for start, end in itertools.pairwise(bounds))
     plan = Plan(
         products=layout.products,
         external_z=layout.external_z,
         tokens=request.tokens,
         itemsize=itemsize,
         block_tokens=choice.block_tokens,
-        moving_tokens=tile_count(choice.block_tokens, tile_count(choice.block_tokens, MOVING_COLS)),
+        moving_tokens=moving_tokens,
         token_group=choice.token_group,
+        out_cols=out_cols,
         ring_slots=min(choice.ring_slots, len(bounds) - 1),
-        ring_cols=max(end - start for start, end in itertools.pairwise(bounds)),
+        ring_cols=ring_cols,
         chunk_bounds=bounds,
-        identity_at=layout.stored_cols if layout.needs_identity else -1,
+        identity_col=layout.stored_cols,
+        identity_size=_identity_size(request, choice.block_tokens),
         with_norm=request.norm_eps is not None,
         norm_eps=request.norm_eps or 0.0,
         with_residual=request.residual,
         silu=request.silu,
         transposed_input=request.transposed_input,
+        is_int8=layout.is_int8,
+        scale_cols=layout.scale_cols,
+        raw_slots=min(raw_slots(choice.block_tokens), len(bounds) - 1) if layout.is_int8 else 0,
+        **_casts(request, choice, moving_tokens, bounds, target),
+        natural_z=z_is_natural(request.tokens, request.dtype),
         **_products(layout),
-        **_arenas(request, choice),
+        **place(Room(request, choice.block_tokens, moving_tokens, out_cols, ring_cols, choice.shares_rows)),
     )
     for declined in (_refuse_contradiction(plan), _refuse_oversize(plan, target)):
         if declined is not None:
@@ -200,7 +214,7 @@ def _products(layout: Layout) -> dict[str, Any]:
         "hidden": layout.hidden,
         "intermediate": layout.intermediate,
         "x_tiles": tile_count(layout.hidden),
-        "h_tiles": tile_count(layout.intermediate),
+        "h_tiles": layout.h_tiles,
         "gate_z_tiles": layout.z_tiles("gate"),
         "up_z_tiles": layout.z_tiles("up"),
         "down_z_tiles": layout.z_tiles("down"),
@@ -212,50 +226,47 @@ def _products(layout: Layout) -> dict[str, Any]:
     }
 
 
-def _arenas(request: Request, choice: Choice) -> dict[str, Any]:
-    """Offsets and sizes of the arenas (see Plan), in elements."""
-    layout, tokens = request.layout, choice.block_tokens
-    x_cols, h_cols = tile_count(layout.hidden) * tokens, tile_count(layout.intermediate) * tokens
-    h_offset = x_cols if layout.x_outlives_firsts else 0
-    # Rows may lie over h where h is dead by the time that results are staged, and never over x, which they
-    # are on their way to.
-    output_offset = (
-        x_cols if layout.hidden and layout.down_first is not None else max(x_cols, h_offset + h_cols)
-    )
-    out_cols, stage_cols = _output_stage(layout, choice)
-    input_offset = output_offset if choice.shares_rows else output_offset + stage_cols
-    first_z = (layout.z_tiles("gate") + layout.z_tiles("up")) * tokens
-    return {
-        "out_cols": out_cols,
-        "h_offset": h_offset,
-        "output_offset": output_offset,
-        "input_offset": input_offset,
-        "wide_cols": max(
-            1, h_offset + h_cols, output_offset + stage_cols, input_offset + _input_row_cols(request)
-        ),
-        "narrow_cols": max(1, first_z, layout.z_tiles("down") * tokens),
-    }
-
-
-def _input_row_cols(request: Request) -> int:
-    """Two raw rows of natural input, and one normalised; nothing where input comes transposed."""
+def _casts(
+    request: Request, choice: Choice, moving_tokens: int, bounds: tuple[int, ...], target: Target
+) -> dict[str, Any]:
+    """Who casts how much of which chunk (see Plan); nothing where the weights are not int8."""
     layout = request.layout
-    if request.transposed_input or (layout.external_z and not layout.hidden):
-        return 0
-    return (layout.hidden or layout.intermediate) * (2 if request.norm_eps is None else 3)
+    if not layout.is_int8:
+        return {"scalar_share": 0, "natural_share": 0, "natural_chunk": 0}
+    block = Block(choice.block_tokens, moving_tokens, request.norm_eps is not None, request.residual)
+    scalar, natural = scalar_shares(layout, block, target)
+    first = next(
+        (offset for name, _, _, offset in layout.tiles() if name == "down_second"), layout.stored_cols
+    )
+    chunk = sum(bound < first for bound in bounds[:-1])
+    return {"scalar_share": scalar, "natural_share": natural, "natural_chunk": chunk}
 
 
-def _output_stage(layout: Layout, choice: Choice) -> tuple[int, int]:
-    """(columns of natural output staged at a time, elements that the stage takes); two turns of a column tile
-    where it is transposed.
+def _pythons(request: Request, choice: Choice) -> tuple[Request, Choice]:
+    """The same in Python's numbers: a compiler before nki 0.7 would read numpy's as None."""
+    eps = None if request.norm_eps is None else float(request.norm_eps)
+    numbers: dict[str, Any] = {name: int(n) for name, n in vars(choice).items() if name != "shares_rows"}
+    return (
+        dataclasses.replace(request, tokens=int(request.tokens), norm_eps=eps),
+        dataclasses.replace(choice, **numbers),
+    )
+
+
+def _identity_size(request: Request, block_tokens: int) -> int:
+    """Rows and columns of the identity that the launch reads: all where blocks are identities, z is turned
+    round or scales are spread, else as many as a tile of tokens that is transposed.
     """
+    turns = request.layout.down_second is None and z_is_natural(request.tokens, request.dtype)
+    spreads = request.layout.is_int8
+    return PMAX if request.layout.sums_identity or turns or spreads else min(PMAX, block_tokens)
+
+
+def staged_cols(layout: Layout, out_cols: int) -> int:
+    """Columns of natural output that are staged at a time; 0 where the output is transposed, or none."""
     last = layout.down_second
-    if last is None:
-        return 0, 0
-    if last.tile_cols != MOVING_COLS:
-        return 0, 2 * choice.block_tokens
-    cols = min(choice.out_cols or last.cols, last.cols)
-    return cols, tile_count(choice.block_tokens) * cols
+    if last is None or last.tile_cols != MOVING_COLS:
+        return 0
+    return min(out_cols or last.cols, last.cols)
 
 
 def _refuse_contradiction(plan: Plan) -> Declined | None:
@@ -283,11 +294,7 @@ def _refuse_contradiction(plan: Plan) -> Declined | None:
 def _refuse_oversize(plan: Plan, target: Target) -> Declined | None:
     found, usable = plan.sbuf_bytes(), target.sbuf_usable_bytes
     if found > usable:
-        parts = {"wide": plan.wide_cols, "narrow": plan.narrow_cols, "ring": plan.ring_slots * plan.ring_cols}
-        held = ", ".join(
-            f"{name} {cols * plan.itemsize} B"
-            for name, cols in sorted(parts.items(), key=lambda item: -item[1])
-        )
+        held = ", ".join(f"{name} {size} B" for name, size in largest(plan))
         return Declined(
             f"SBUF of {target.name}: expected at most {usable} bytes per partition, found {found} for a block of "
             f"{plan.block_tokens} tokens ({held}); use fewer tokens per block or shard the layer over more cores."
@@ -310,7 +317,9 @@ def chunk_bounds(layout: Layout, ring_cols: int) -> tuple[int, ...]:
     """
     bounds = [0]
     end = 0
-    for _, matrix, n, _, offset in layout.blocks():
+    for _, matrix, n, block, offset in layout.blocks():
+        if block[3] == SHARED:
+            continue
         end = offset + matrix.tile_width(n)
         if end - bounds[-1] > ring_cols:
             bounds.append(offset)

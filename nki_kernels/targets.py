@@ -4,7 +4,7 @@ kernel can be checked for all.
 Sources (AWS Neuron documentation, SDK 2.26 - 2.33): [tile] nki.language.tile_size; [alloc]
 nki_direct_allocation_guide (16 KiB of every partition are the compiler's); [nkilib] nki-library's own SBUF
 budget; [arch] nki/guides/architecture/trainium*_arch; [dma] the DMA bandwidth guide; [doc] the nki.isa page
-of the op.
+of the op; [perf] the NKI performance guide.
 """
 
 from __future__ import annotations
@@ -15,6 +15,12 @@ PMAX = (
     128  # partitions of SBUF and PSUM, and rows and columns of the TensorE array, on every generation [tile]
 )
 KIB = 1024
+# "TensorE instruction turnaround time", MM_INIT_LATENCY on NeuronCore-v2 [perf]. [doc] gives a matmul the larger
+# of it and its moving columns; the matmul tutorial's fastest kernel, published at 6.97 ms, takes their sum (the
+# larger of the two would make it 6.23).
+TURNAROUND_CYCLES = 64
+# PSUM, alike on every generation [arch]: banks, and bytes of one bank in each partition.
+PSUM_BANKS, PSUM_BANK_BYTES = 8, 2 * KIB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +41,9 @@ class Target:
     moving_fmax_fp32: int = 512  # [tile] free size of a moving operand, i.e. of a matmul's fp32 destination
     dma_engines: int = 16  # [arch] per core
     stationary_fmax: int = 128  # [tile]
-    psum_bytes: int = 16 * KIB  # [arch]
-    psum_banks: int = 8  # [arch]
+    psum_banks: int = PSUM_BANKS
+    psum_bank_bytes: int = PSUM_BANK_BYTES
     matmul_dst_dtypes: tuple[str, ...] = ("float32",)  # [doc] nc_matmul
-
-    @property
-    def psum_bank_bytes(self) -> int:
-        """Bytes of one PSUM bank, per partition."""
-        return self.psum_bytes // self.psum_banks
 
 
 TRN1 = Target(

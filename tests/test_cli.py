@@ -91,6 +91,9 @@ def test_every_setting_can_be_said_and_arrives():
         "allocation": "uniform",
         "rank_multiple": 8,
         "dtype": "bfloat16",
+        "groups": 8,
+        "tp": 4,
+        "channels": "keep",
     }
     said |= {
         "window": 64,
@@ -179,6 +182,17 @@ def test_factors_only_goes_beside_the_model(home, capsys):
     assert main(["inspect", str(home / "dense")]) == 0
     assert compress(home, "--factors-only", "--quiet") == 2
     assert "expected a path that does not exist yet" in capsys.readouterr().err
+
+
+def test_beside_factors_lies_the_tokenizer_that_transformers_4_can_read_too(home):
+    settings = home / "dense" / "tokenizer_config.json"
+    values = json.loads(settings.read_text()) | {"tokenizer_class": "TokenizersBackend"}
+    settings.write_text(json.dumps(values))
+    assert compress(home, "--factors-only", "--quiet") == 0
+    beside = json.loads((home / "dense" / "neuronmlp" / "tokenizer_config.json").read_text())
+    assert beside["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (home / "dense" / "neuronmlp" / "tokenizer.json").is_file()
+    assert json.loads(settings.read_text()) == values  # the dense folder is left alone
 
 
 def refused(capsys, code: int, *words: str) -> None:

@@ -42,15 +42,15 @@ ARROWS = {
     "models": set(),
     "lowrank": set(),
     "serving": {"checkpoint", "models", "nki_kernels"},
-    "doctor": {"serving"},
+    "doctor": {"serving", "nki_kernels"},
     "bench": {"serving", "compressor", "checkpoint", "models", "nki_kernels"},
 }
 # Third-party packages that only these places may import.
 CONFINED = {
-    "vllm": ("neuronmlp_plugin/serving/", "neuronmlp_plugin/bench/decode.py"),
+    "vllm": ("neuronmlp_plugin/serving/", "neuronmlp_plugin/bench/engines.py"),
     "neuronx_distributed_inference": ("neuronmlp_plugin/serving/trainium/",),
     "neuronx_distributed": ("neuronmlp_plugin/serving/trainium/",),
-    "nki": ("nki_kernels/backend.py", "neuronmlp_plugin/serving/trainium/"),
+    "nki": ("nki_kernels/backend.py", "nki_kernels/frontend/vendor.py", "neuronmlp_plugin/serving/trainium/"),
     "torch_xla": ("neuronmlp_plugin/bench/device.py",),
     "torch_neuronx": ("neuronmlp_plugin/bench/device.py",),
 }

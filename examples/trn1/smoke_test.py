@@ -7,12 +7,16 @@ Generates greedily for a batch of prompts, then scores each new token by the pla
 checkpoint on the host's CPU (in fp32). bf16 rounds, so a token passes if its reference logit is within
 --margin of the best one; garbage is off by far more. Prints one line a sequence, which path the MLPs took,
 and one verdict; exit code 1 if the verdict is FAIL.
+
+NEURON_COMPILED_ARTIFACTS is ignored: the smoke test compiles for its own sizes, so that it judges this folder,
+these kernels and these versions, and nothing that an earlier run left.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from typing import Any
 
@@ -30,10 +34,14 @@ PROMPTS = (
 
 def generate(args: argparse.Namespace) -> list[tuple[list[int], list[int]]]:
     """(prompt, new tokens) of every sequence, from one batch through vLLM."""
+    if os.environ.pop("NEURON_COMPILED_ARTIFACTS", None):
+        print("NEURON_COMPILED_ARTIFACTS is ignored here: the smoke test compiles for its own sizes")
     from vllm import LLM, SamplingParams
 
+    blocks = {} if on_cpu() else {"num_gpu_blocks_override": len(PROMPTS)}
     llm = LLM(
         args.model,
+        tokenizer=args.tokenizer,
         tensor_parallel_size=args.tensor_parallel_size,
         max_model_len=args.max_model_len,
         max_num_seqs=len(PROMPTS),
@@ -41,12 +49,22 @@ def generate(args: argparse.Namespace) -> list[tuple[list[int], list[int]]]:
         dtype=args.dtype,
         enforce_eager=args.enforce_eager,
         additional_config=json.loads(args.additional_config),
+        **blocks,
     )
     sampling = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, ignore_eos=True)
     return [
         (list(out.prompt_token_ids), list(out.outputs[0].token_ids))
         for out in llm.generate(list(PROMPTS), sampling)
     ]
+
+
+def on_cpu() -> bool:
+    """Whether vLLM serves on the CPU itself, where blocks of the KV cache are small and many. On Neuron, without
+    prefix caching, a block is a whole sequence, and the vendor wants as many as sequences.
+    """
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def worst_gap(model: Any, prompt: list[int], new: list[int]) -> float:
@@ -74,6 +92,8 @@ def main() -> int:
     parser.add_argument("--max-model-len", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--factors", help="a factor file, if MODEL is a dense folder")
+    parser.add_argument("--tokenizer", help="a folder of its own, where MODEL's is of another transformers")
     parser.add_argument(
         "--enforce-eager",
         action="store_true",
@@ -82,11 +102,16 @@ def main() -> int:
     parser.add_argument("--margin", type=float, default=1.0, help="logits")
     parser.add_argument("--additional-config", default="{}", help="as for `vllm serve`")
     args = parser.parse_args()
+    if args.factors:
+        config = json.loads(args.additional_config)
+        ours = config.setdefault("override_neuron_config", {}).setdefault("neuronmlp", {})
+        ours.setdefault("factors", args.factors)
+        args.additional_config = json.dumps(config)
 
     batch = generate(args)
     from neuronmlp_plugin.checkpoint.loader import load_model
 
-    model = load_model(args.model)
+    model = load_model(args.model, factors=args.factors)
     gaps = [worst_gap(model, prompt, new) for prompt, new in batch]
     for text, gap in zip(PROMPTS, gaps, strict=True):
         print(f"{'ok   ' if gap <= args.margin else 'WRONG'}  worst gap {gap:8.3f} logits  {text!r}")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import pathlib
 from collections.abc import Callable, Collection
 
+from nki_kernels.cost.collectives import COLLECTIVES
 from nki_kernels.cost.constants import SETS
 from nki_kernels.targets import TARGETS
+
+Write = Callable[[str], None]
+say: Write = functools.partial(print, flush=True)  # a line of a table, as soon as it is known
 
 
 def one_of(names: Collection[str]) -> Callable[[str], str]:
@@ -28,6 +33,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", choices=TARGETS, default="trn1")
     parser.add_argument(
         "--constants", choices=SETS, default="calibrated", help="set of DMA rates (default %(default)s)"
+    )
+
+
+def add_collectives(parser: argparse.ArgumentParser) -> None:
+    """Set of latencies between cores."""
+    parser.add_argument(
+        "--collectives", choices=COLLECTIVES, default="ring", help="set of latencies (default %(default)s)"
     )
 
 

@@ -5,9 +5,10 @@ Simulated beside published.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from neuronmlp_plugin.bench.arguments import add_csv
+from neuronmlp_plugin.bench.arguments import Write, add_csv, say
 from neuronmlp_plugin.bench.rows import Row, append_rows
 from nki_kernels.cost.constants import SETS, Constants
 
@@ -24,33 +25,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _line(judged: Judged) -> str:
     row = judged.row
-    predicted = "-" if judged.simulated_us is None else f"{judged.simulated_us:12.1f}"
+    digits = 1 if row.unit == "us" else 2
+    predicted = "-" if judged.simulated is None else f"{judged.simulated:.{digits}f}"
     error = "-" if judged.error is None else f"{judged.error:+.1%}"
     promise = "-" if row.tolerance is None else f"{row.tolerance:.0%}{'' if judged.holds else ' BROKEN'}"
-    return f"{row.name:<60}{row.published_us:>12.1f}{predicted:>14}{error:>9}{promise:>8}  {row.role}; {row.source}"
+    values = f"{row.published:>12.{digits}f}{predicted:>12} {row.unit:<4}{error:>8}{promise:>8}"
+    return f"{row.name:<48}{values}  {row.role}; {row.source}"
 
 
-def report(judged: list[Judged], constants: Constants) -> str:
-    """The table, as text."""
+def heading(constants: Constants) -> str:
+    """What the lines are about."""
     head = f"constants: {constants.name} ({constants.source}; {constants.fitted} fitted)"
-    names = f"{'one NeuronCore, bf16':<60}{'published_us':>12}{'simulated_us':>14}{'error':>9}{'within':>8}  role; source"
-    return "\n".join([head, names, *map(_line, judged)])
+    return f"{head}\n{'one NeuronCore, bf16':<48}{'published':>12}{'simulated':>12} {'':<4}{'error':>8}{'within':>8}  role; source"
 
 
 def run(args: argparse.Namespace) -> int:
     """0 if every promise of the chosen set holds; only the calibrated set makes any."""
-    from nki_kernels.cost.calibration import judge, published_rows
-
     constants = SETS[args.constants]
-    judged = judge(published_rows(), constants)
-    print(report(judged, constants))
+    judged = report(constants)
     if args.csv:
-        predicted = [(item.row, item.simulated_us) for item in judged if item.simulated_us is not None]
-        target = f"constants {constants.name}"
-        rows = [
-            Row(f"calibrate {row.name}", "simulated_us", "us", value, "simulated", target)
-            for row, value in predicted
-        ]
-        append_rows(args.csv, rows)
+        append_rows(args.csv, csv_rows(judged, constants))
     promised = constants.name == "calibrated"
     return 0 if not promised or all(item.holds for item in judged) else 1
+
+
+def report(constants: Constants, write: Write = say) -> list[Judged]:
+    """All rows, a line each as it is predicted."""
+    from nki_kernels.cost import calibration
+
+    write(heading(constants))
+    judged = []
+    for item in calibration.judge(calibration.published_rows(), constants):
+        write(_line(item))
+        judged.append(item)
+    return judged
+
+
+def csv_rows(judged: Iterable[Judged], constants: Constants) -> Iterator[Row]:
+    """One row for each prediction."""
+    for item in judged:
+        if item.simulated is not None:
+            metric = "simulated_us" if item.row.unit == "us" else "hbm_gib"
+            name = f"calibrate {item.row.name}"
+            yield Row(name, metric, item.row.unit, item.simulated, "simulated", f"constants {constants.name}")

@@ -9,26 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import multiprocessing
-import os
 import pathlib
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from neuronmlp_plugin.checkpoint.reader import Checkpoint, read_config
-from neuronmlp_plugin.errors import UsageError
+from neuronmlp_plugin.bench.engines import EngineSettings, Job, engines
+from neuronmlp_plugin.checkpoint.reader import Checkpoint
 
 PROMPT_TOKENS, WARM_TOKENS = 32, 8
-_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,14 +74,21 @@ def measure_decode(
     sizes = {name: bytes_per_step(folder, dtype) for name, folder in folders.items()}
     names = list(folders)
     times: dict[tuple[str, int], list[float]] = {(name, batch): [] for name in names for batch in batches}
-    with _engines(folders, dtype, max(batches), PROMPT_TOKENS + max(WARM_TOKENS, new_tokens)) as engines:
+    settings = EngineSettings(dtype, max(batches), PROMPT_TOKENS + max(WARM_TOKENS, new_tokens))
+    with engines(folders, settings) as ask:
+
+        def seconds(name: str, batch: int, tokens: int) -> float:
+            """All but the first token."""
+            whole = ask[name](Job(batch, PROMPT_TOKENS, tokens)).seconds
+            return whole - ask[name](Job(batch, PROMPT_TOKENS, 1)).seconds
+
         for name in names:
             for batch in batches:  # warm up: packing, caches, first-shape costs
-                engines[name]((batch, WARM_TOKENS))
+                seconds(name, batch, WARM_TOKENS)
         for turn in range(rounds):
             for batch in batches:
                 for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                    times[name, batch].append(engines[name]((batch, new_tokens)))
+                    times[name, batch].append(seconds(name, batch, new_tokens))
                     tick(1)
     results = []
     for batch in batches:
@@ -103,84 +98,3 @@ def measure_decode(
             rate = batch * (new_tokens - 1) / statistics.median(mine)
             results.append(Decode(name, batch, rate, speedup, sizes[names[0]] / sizes[name]))
     return results
-
-
-@contextmanager
-def _engines(
-    folders: dict[str, pathlib.Path], dtype: str, batch: int, length: int
-) -> Iterator[dict[str, Callable[[Any], float]]]:
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for name, folder in folders.items():
-        ours, theirs = context.Pipe()
-        process = context.Process(
-            target=_serve, args=(theirs, str(folder), dtype, batch, length), daemon=True
-        )
-        process.start()
-        theirs.close()
-        pipes[name] = ours
-        processes.append(process)
-    try:
-        for name in folders:
-            _answer(name, pipes[name])  # ready
-        yield {name: lambda job, name=name: _ask(name, pipes[name], job) for name in folders}  # type: ignore[misc]
-    finally:
-        for pipe in pipes.values():
-            pipe.close()
-        for process in processes:
-            process.join(timeout=30)
-            process.kill()
-
-
-def _ask(name: str, pipe: Connection, job: tuple[int, int]) -> float:
-    pipe.send(job)
-    return float(_answer(name, pipe))
-
-
-def _answer(name: str, pipe: Connection) -> Any:
-    try:
-        return pipe.recv()
-    except EOFError as error:
-        raise UsageError(
-            f"{name}: expected an engine that answers, found that it stopped; its own message stands above."
-        ) from error
-
-
-def _serve(pipe: Connection, folder: str, dtype: Any, batch: int, length: int) -> None:
-    """Engine process: answers (batch, new tokens) with the seconds that all but the first token took."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    from vllm import LLM
-
-    llm = LLM(
-        folder,
-        skip_tokenizer_init=True,
-        dtype=dtype,
-        enforce_eager=True,
-        max_model_len=length,
-        max_num_seqs=max(8, batch),
-        disable_log_stats=True,
-    )
-    vocabulary = int(read_config(pathlib.Path(folder))["vocab_size"])
-    pipe.send("ready")
-    while True:
-        try:
-            batch, new_tokens = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(_timed(llm, vocabulary, batch, new_tokens) - _timed(llm, vocabulary, batch, 1))
-
-
-def _timed(llm: Any, vocabulary: int, batch: int, new_tokens: int) -> float:
-    from vllm import SamplingParams
-
-    params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
-    # Different first tokens, so that no prefix is shared or cached between sequences and calls.
-    start = time.perf_counter_ns()
-    prompts = [
-        {"prompt_token_ids": [(start + 7 * i + j) % vocabulary for j in range(PROMPT_TOKENS)]}
-        for i in range(batch)
-    ]
-    begin = time.perf_counter()
-    llm.generate(prompts, params, use_tqdm=False)
-    return time.perf_counter() - begin

@@ -13,8 +13,9 @@ from nki_kernels.cost.baselines import BF16, aws_matmul, aws_twice, paper_fused
 from nki_kernels.cost.calibration import CHAIN
 from nki_kernels.cost.constants import Constants
 from nki_kernels.cost.estimate import Estimate
+from nki_kernels.cost.launches import Priced, price_launch
 from nki_kernels.cost.models import MODELS, ModelShape, rank_at
-from nki_kernels.cost.search import Found, dma_bound_us, search, tensor_bound_us
+from nki_kernels.cost.search import dma_bound_us, tensor_bound_us
 from nki_kernels.layout import DENSE, Layout, Projection, chain_layout, gated_layout, mlp_layout
 from nki_kernels.planner import Request
 from nki_kernels.targets import Target
@@ -28,15 +29,15 @@ REMOVED_RATIO = 0.20
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One case. `tensor_bound_us`: useful FLOPs at TensorE's rate; `traffic_bound_us`: the traffic of `best`
-    at the DMA rate of its rows.
+    """One case. `tensor_bound_us`: useful FLOPs at the rate of TensorE's widest matmuls; `traffic_bound_us`: the
+    traffic of `best` at the DMA rate of its rows.
 
     `others`: simulated_us by name of what it is compared with.
     """
 
     case: str
     tokens: int
-    best: Found
+    best: Priced
     tensor_bound_us: float
     traffic_bound_us: float
     others: dict[str, float]
@@ -57,24 +58,26 @@ class Result:
         return min({"fused": self.simulated_us, **ours}.items(), key=lambda item: item[1])[0]
 
 
-def _best(request: Request, target: Target, constants: Constants) -> Found:
-    found = search(request, target, constants)
-    if not isinstance(found, Found):
-        raise UsageError(f"bench kernels: {found.reason}")
-    return found
+def _priced(request: Request, target: Target, constants: Constants) -> Priced:
+    try:
+        return price_launch(request, target, constants)
+    except ValueError as error:
+        raise UsageError(f"bench kernels: {error}") from error
 
 
 def _result(
     case: str, request: Request, target: Target, constants: Constants, others: dict[str, float]
 ) -> Result:
-    best = _best(request, target, constants)
+    best = _priced(request, target, constants)
     work = tensor_bound_us(request.layout, request.tokens, target)
     return Result(case, request.tokens, best, work, dma_bound_us(best.plan, target, constants), others)
 
 
 def _in_turn(requests: list[Request], target: Target, constants: Constants) -> float:
     """Launches one after the other, what passes between them in HBM."""
-    return sum((_best(request, target, constants).estimate for request in requests), Estimate()).simulated_us
+    return sum(
+        (_priced(request, target, constants).estimate for request in requests), Estimate()
+    ).simulated_us
 
 
 def chain_case(tokens: int, target: Target, constants: Constants) -> Result:
@@ -89,7 +92,7 @@ def chain_case(tokens: int, target: Target, constants: Constants) -> Result:
     natural = Request(chain_layout(k, n, Projection.whole("uv", r)), tokens, BF16)
     others = {
         "unfused": _in_turn(halves, target, constants),
-        "x not transposed": _best(natural, target, constants).estimate.simulated_us,
+        "x not transposed": _priced(natural, target, constants).estimate.simulated_us,
         "AWS dense": aws_matmul(tokens, k, n, target, constants).simulated_us,
         "AWS twice": aws_twice(tokens, k, r, n, target, constants).simulated_us,
     }
@@ -100,7 +103,11 @@ def chain_case(tokens: int, target: Target, constants: Constants) -> Result:
 
 def _layouts(shape: ModelShape, form: str) -> tuple[Layout, list[tuple[Layout, bool]]]:
     """The MLP in one launch, and its two halves with whether they take their input transposed."""
-    projection = DENSE if form == "dense" else Projection.whole(form, rank_at(shape, REMOVED_RATIO))
+    projection = (
+        DENSE
+        if form == "dense"
+        else Projection.whole(form, rank_at(shape.hidden, shape.intermediate, form, REMOVED_RATIO))
+    )
     sizes = shape.hidden, shape.intermediate
     halves = [
         (gated_layout(*sizes, projection, projection), False),
@@ -117,7 +124,7 @@ def mlp_case(name: str, tokens: int, target: Target, constants: Constants) -> Re
         [Request(layout, tokens, BF16, transposed_input=t) for layout, t in pair]
         for pair in (halves, dense_halves)
     ]
-    dense_us = _best(Request(dense, tokens, BF16), target, constants).estimate.simulated_us
+    dense_us = _priced(Request(dense, tokens, BF16), target, constants).estimate.simulated_us
     others = {
         "unfused": _in_turn(apart[0], target, constants),
         "dense": min(dense_us, _in_turn(apart[1], target, constants)),

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from neuronmlp_plugin.bench.arguments import add_csv, add_model_arguments, one_of
+from neuronmlp_plugin.bench.arguments import Write, add_csv, add_model_arguments, one_of, say
 from neuronmlp_plugin.bench.rows import Row, append_rows
 from nki_kernels.cost.constants import SETS
 from nki_kernels.targets import TARGETS
@@ -92,26 +92,44 @@ def _write_trace(path: pathlib.Path, result: Result, args: argparse.Namespace) -
 
 
 def run(args: argparse.Namespace) -> int:
-    from neuronmlp_plugin.bench import plots
+    results = report(args)
+    if args.csv:
+        append_rows(args.csv, csv_rows(results, args))
+    if args.plots:
+        draw(args.plots, results, args)
+    if args.trace:
+        _write_trace(args.trace, results[-1], args)
+    return 0
+
+
+def report(args: argparse.Namespace, write: Write = say) -> list[Result]:
+    """All cases, a line each as it is done."""
     from neuronmlp_plugin.bench.kernel_cases import cases
 
     target, constants = TARGETS[args.target], SETS[args.constants]
-    print(
-        f"simulated, one core of {target.name}, bf16, constants {constants.name} ({constants.source})\n{HEAD}"
-    )
+    write(f"simulated, one core of {target.name}, bf16, constants {constants.name} ({constants.source})")
+    write(HEAD)
     done = []
     for kind in args.kinds:
         for result in cases(kind, target, constants):
-            print(_line(result), flush=True)
+            write(_line(result))
             done.append(result)
-    if args.csv:
-        where = f"{target.name}, constants {constants.name}"
-        append_rows(args.csv, (row for result in done for row in _rows(result, where)))
-    if args.plots:
-        args.plots.mkdir(parents=True, exist_ok=True)
-        plots.roofline(args.plots / "roofline.png", done, target, constants)
-        plots.latency(args.plots / "latency.png", done, target, constants)
-        plots.waterfall(args.plots / "waterfall.png", done, target, constants)
-    if args.trace:
-        _write_trace(args.trace, done[-1], args)
-    return 0
+    return done
+
+
+def csv_rows(results: list[Result], args: argparse.Namespace) -> Iterator[Row]:
+    """The rows of all cases."""
+    where = f"{args.target}, constants {args.constants}"
+    for result in results:
+        yield from _rows(result, where)
+
+
+def draw(folder: pathlib.Path, results: list[Result], args: argparse.Namespace) -> None:
+    """The three pictures."""
+    from neuronmlp_plugin.bench import plots
+
+    target, constants = TARGETS[args.target], SETS[args.constants]
+    folder.mkdir(parents=True, exist_ok=True)
+    plots.roofline(folder / "roofline.png", results, target, constants)
+    plots.latency(folder / "latency.png", results, target, constants)
+    plots.waterfall(folder / "waterfall.png", results, target, constants)

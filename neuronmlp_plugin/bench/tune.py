@@ -1,6 +1,8 @@
-"""`neuronmlp bench tune`: searches tile plans and writes the table that the planner looks into first.
+"""`neuronmlp bench tune`: searches tile plans and writes them to a file of your own, which the planner looks into
+first where NKI_KERNELS_PLANS names it.
 
-By the cost model (simulated) or, with --measure, by a Neuron device's clock.
+By the cost model (simulated; the planner's own rule comes within a percent of it) or, with --measure, by a
+Neuron device's clock.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import time
@@ -17,13 +20,17 @@ from typing import TYPE_CHECKING, Any
 from neuronmlp_plugin.arguments import positive, share
 from neuronmlp_plugin.bench.arguments import add_model_arguments, one_of
 from neuronmlp_plugin.errors import UsageError
+from nki_kernels.cost import mlp_forms
 from nki_kernels.cost.constants import SETS
-from nki_kernels.cost.models import MODELS, rank_at
+from nki_kernels.cost.models import MODELS
 from nki_kernels.targets import TARGETS
 
 if TYPE_CHECKING:
     from nki_kernels.cost.search import Found, Measure, Measured
     from nki_kernels.planner import Request
+
+
+FORMS = {"dense": lambda shape, tp, _removed: mlp_forms.dense(shape, tp), **mlp_forms.FORMS}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="of the MLP parameters (default 0.20)",
     )
-    parser.add_argument("--form", choices=("dense", "uv", "compact"), nargs="+", default=["dense", "uv"])
+    parser.add_argument(
+        "--form",
+        choices=FORMS,
+        nargs="+",
+        default=["dense", "groups compact"],
+        help="how the MLPs are stored (default: dense, and compact with a group a core)",
+    )
     parser.add_argument(
         "--tokens",
         type=positive,
@@ -64,19 +77,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _requests(args: argparse.Namespace, model: str) -> Iterator[tuple[int, Request]]:
-    """(tp, launch) for every form, removed ratio, token count and core count."""
+    """(tp, launch) for every form, removed ratio, core count and token count. Raises UsageError where cores do
+    not divide the model or a budget allows no form.
+    """
     from nki_kernels.cost.baselines import BF16
-    from nki_kernels.cost.tensor_parallel import shard, stage_request, stages
+    from nki_kernels.request import stage_request
 
     shape = MODELS[model]
-    ranks = [rank_at(shape, share) for share in args.remove]
-    forms = [(form, rank) for form in args.form for rank in ([0] if form == "dense" else ranks)]
-    for form, rank in forms:
-        for tp in args.tp:
-            projection = shard(form, rank, shape.intermediate, tp)
-            for layout in stages(shape.hidden, shape.intermediate, (projection,) * 3, tp):
-                for tokens in args.tokens:
-                    yield tp, stage_request(layout, tokens, BF16)
+    for name, tp in itertools.product(args.form, args.tp):
+        reason = shape.why_not_on(tp)
+        if reason:
+            raise UsageError(f"--tp {tp}: {reason}")
+        for removed in args.remove if name != "dense" else args.remove[:1]:
+            try:
+                blend = FORMS[name](shape, tp, removed)
+            except ValueError as error:
+                raise UsageError(
+                    f"--remove {removed}: {shape.name} on {tp} cores, {name}: {error}"
+                ) from error
+            layouts = (layout for _, core in blend for layout in core.launches)
+            for layout, tokens in itertools.product(layouts, args.tokens):
+                yield tp, stage_request(layout, tokens, BF16)
 
 
 def _choose(
@@ -110,7 +131,7 @@ def _result(found: Found | Measured) -> str:
 def _about(args: argparse.Namespace) -> str:
     """Where a table's choices come from."""
     if args.measure:
-        from neuronmlp_plugin.serving.trainium.decisions import installed_nki
+        from neuronmlp_plugin.serving.trainium.dispatch import installed_nki
 
         return f"measured on {args.target} with nki {installed_nki()}; neuronmlp bench tune --measure"
     return f"simulated on {args.target} with constants {args.constants}; neuronmlp bench tune"
@@ -133,14 +154,14 @@ def _stored(path: pathlib.Path, about: str) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     from neuronmlp_plugin.bench.device import neuron_runtime, plan_us
-    from nki_kernels.tuned import key
+    from nki_kernels.plan_file import plan_key
 
     xla = neuron_runtime() if args.measure else None
     about = _about(args)
     choices = _stored(args.out, about)
     for model in args.models:
         for tp, request in _requests(args, model):
-            name = key(request)
+            name = plan_key(request)
             if name in choices:
                 continue
             measure = functools.partial(plan_us, xla, request.dtype, tp) if args.measure else None

@@ -223,10 +223,11 @@ def _message(message: Any, where: str) -> dict[str, Any]:
 def _joined(parts: list[Any], where: str) -> str:
     """The text of content in parts; a picture or a sound cannot be calibrated on."""
     texts = [
-        part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
+        part["text"]
         for part in parts
+        if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
     ]
-    if not all(isinstance(text, str) for text in texts):
+    if len(texts) < len(parts):
         kinds = sorted(
             {str(part.get("type")) if isinstance(part, dict) else type(part).__name__ for part in parts}
         )

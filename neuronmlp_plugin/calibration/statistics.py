@@ -1,4 +1,4 @@
-"""The two statistics of shared svd.md: input moments (S0, one forward pass) and output metrics (S1, a short
+"""The two statistics of docs/method.md: input moments (one forward pass) and output metrics (a short
 backward pass).
 """
 

@@ -20,6 +20,11 @@ from neuronmlp_plugin.errors import NonFiniteError, UsageError
 CPU = torch.device("cpu")
 
 
+def best_device() -> torch.device:
+    """The GPU where there is one, as every command takes it."""
+    return torch.device("cuda") if torch.cuda.is_available() else CPU
+
+
 class LayerStream:
     """The layers of a dense or factored checkpoint, loaded on demand in `dtype` (fp32) on `device`.
 

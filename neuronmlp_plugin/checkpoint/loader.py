@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from neuronmlp_plugin.checkpoint.reader import Checkpoint, FactorFile
+from neuronmlp_plugin.checkpoint.reader import Checkpoint, FactorFile, older_rope
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
-from neuronmlp_plugin.errors import CheckpointError
+from neuronmlp_plugin.errors import CheckpointError, NeuronMLPError, reason_of
 from neuronmlp_plugin.models.definition import build_linear
 
 
@@ -59,9 +59,25 @@ def open_folder(
 
 def build_skeleton(checkpoint: Checkpoint) -> Any:
     """The architecture on the meta device, with real rotary tables: modules to load weights into."""
+    try:
+        return _skeleton(checkpoint)
+    except NeuronMLPError:
+        raise
+    except Exception as error:  # whatever a value of the config leads transformers to
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'}: expected a config that transformers builds a model from, found: "
+            f"{reason_of(error)}."
+        ) from error
+
+
+def _skeleton(checkpoint: Checkpoint) -> Any:
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    if transformers.__version__.startswith("4."):
+        for name, value in older_rope(checkpoint.config).items():
+            setattr(config, name, value)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     config.tie_word_embeddings = bool(checkpoint.config.get("tie_word_embeddings"))

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
-import re
 from collections.abc import Container, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from neuronmlp_plugin.checkpoint.files import (
+    Headers,
+    index_tensors,
+    open_safetensors,
+    parse_object,
+    read_config,
+    read_headers,
+    weight_files,
+)
 from neuronmlp_plugin.checkpoint.schema import (
     QUANT_METHOD,
     FormatBlock,
     base_layers,
     mlp_shape,
     parse_block,
-    shard_name,
 )
 from neuronmlp_plugin.errors import CheckpointError, NonFiniteError
 from neuronmlp_plugin.models.definition import LIMIT, dequantize
@@ -28,18 +33,6 @@ from neuronmlp_plugin.models.families import check_supported, names_outside_mlps
 FACTOR_FILE = pathlib.Path("neuronmlp", "factors.safetensors")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _FLOATS = ("BF16", "F16", "F32")  # the same, as safetensors spells them
-_OUR_SHARD = re.compile(r"neuronmlp-\d{5}-of-(\d{5})\.safetensors")
-
-
-class Header(NamedTuple):
-    """What a safetensors file says about one tensor; `dtype` in its own spelling ("BF16", "I8")."""
-
-    path: pathlib.Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
-Headers = dict[str, Header]
 
 
 class Checkpoint:
@@ -55,7 +48,7 @@ class Checkpoint:
         check_supported(self.config, str(self.folder / "config.json"))
         block = self.config.get("quantization_config")
         self.block = self._parse(block) if block is not None else None
-        self._files = _index_tensors(_weight_files(self.folder))
+        self._files = index_tensors(weight_files(self.folder))
         self._scales = self.block.expected_scales() if self.block is not None else {}
         _check_complete(self.config, self._files, str(self.folder))
         if self.block is not None:
@@ -64,6 +57,19 @@ class Checkpoint:
             self.config["tie_word_embeddings"] = False
         if self.block is not None:
             _check_headers(self.block, self._files, str(self.folder))
+            self._check_known()
+
+    def _check_known(self) -> None:
+        """Every tensor has a place in the model: an engine may know one that we do not, and serve it unchecked."""
+        assert self.block is not None
+        known = {*names_outside_mlps(self.config, self.block.shape.num_layers), "lm_head.weight"}
+        known |= {*self.block.expected_tensors(), *self._scales}
+        for name, header in self._files.items():
+            # Old exports store rotary tables; they are recomputed, so an extra one is harmless.
+            if name not in known and not name.endswith("rotary_emb.inv_freq"):
+                raise CheckpointError(
+                    f"{header.path}: expected no tensor {name[:200]} (the model has no such part), found one; remove it."
+                )
 
     def _parse(self, block: Any) -> FormatBlock:
         where = str(self.folder / "config.json")
@@ -126,7 +132,7 @@ class FactorFile:
             raise CheckpointError(
                 f"{self.path}: expected `{QUANT_METHOD}` metadata in the safetensors header, found none."
             )
-        self.block = parse_block(_parse_object(text, self.path), config, str(self.path))
+        self.block = parse_block(parse_object(text, self.path), config, str(self.path))
         self._files = read_headers(self.path)
         _check_headers(self.block, self._files, str(self.path), only_changed=True)
         expected = self.block.expected_tensors(only_changed=True)
@@ -161,24 +167,15 @@ def dense_block(base: Checkpoint) -> FormatBlock:
     return block
 
 
-def read_config(folder: pathlib.Path) -> dict[str, Any]:
-    """`config.json` of a local folder, as a dict."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path}: expected a Hugging Face config, found no such file; name a local model folder."
-        )
-    return _read_object(path)
-
-
-def open_safetensors(path: pathlib.Path) -> Any:
-    """`safe_open`, with a truncated or foreign file refused in words."""
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: expected a whole safetensors file, found: {error}; copy or download it again."
-        ) from error
+def older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling`, as transformers 4 spells them, of a config that has transformers 5's
+    `rope_parameters`; nothing of any other. Transformers 4 would read 10000 and no scaling instead.
+    """
+    rope = config.get("rope_parameters") or {}
+    older = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return older
 
 
 def checked_tensor(tensor: torch.Tensor, name: str, path: pathlib.Path) -> torch.Tensor:
@@ -294,85 +291,3 @@ def check_names(
             raise CheckpointError(
                 f"{source}: expected no tensor {name} (no form in the config has it), found one."
             )
-
-
-def _read_object(path: pathlib.Path) -> dict[str, Any]:
-    """A file that holds one JSON object."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: expected a readable file in UTF-8, found: {error}.") from error
-    return _parse_object(text, path)
-
-
-def _parse_object(text: str, path: pathlib.Path) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: expected JSON, found: {error}.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}.")
-    return value
-
-
-def read_headers(path: pathlib.Path) -> Headers:
-    """Every tensor of one file, by name."""
-    with open_safetensors(path) as handle:
-        slices = {name: handle.get_slice(name) for name in handle.keys()}
-        return {
-            name: Header(path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
-        }
-
-
-def _index_tensors(files: list[pathlib.Path]) -> Headers:
-    index: Headers = {}
-    for path in files:
-        for name, header in read_headers(path).items():
-            if name in index:
-                raise CheckpointError(
-                    f"{path}: expected {name} once, found it in {index[name].path.name} too; remove the stale file."
-                )
-            index[name] = header
-    return index
-
-
-def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The folder's weight files, as transformers finds them: `model.safetensors`, else those that its index
-    names; else all safetensors and every shard that they count.
-
-    An index beside `model.safetensors` is what an older save in shards left behind.
-    """
-    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if whole.is_file():
-        files = [whole]
-    elif index.is_file():
-        files = [folder / name for name in _indexed(index)]
-    else:
-        found = {path.name for path in folder.glob("*.safetensors")}
-        counts = {int(match[1]) for match in map(_OUR_SHARD.fullmatch, found) if match}
-        files = [
-            folder / name
-            for name in sorted(found | {shard_name(i + 1, count) for count in counts for i in range(count)})
-        ]
-    missing = [path.name for path in files if not path.is_file()]
-    if missing or not files:
-        what = ", ".join(missing) or "*.safetensors"
-        raise CheckpointError(
-            f"{folder}: expected {what}, found no such file (pickled *.bin weights are never read)."
-        )
-    return files
-
-
-def _indexed(index: pathlib.Path) -> list[str]:
-    """The files that an index names, all of which lie beside it."""
-    table = _read_object(index).get("weight_map")
-    names = (
-        set(table.values())
-        if isinstance(table, dict) and all(isinstance(name, str) for name in table.values())
-        else set()
-    )
-    if not names or any(pathlib.PurePath(name).name != name for name in names):
-        raise CheckpointError(
-            f"{index}: expected `weight_map`, from tensors to files of this folder, found another; download it again."
-        )
-    return sorted(names)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from neuronmlp_plugin.errors import CheckpointError, FormatVersionError
+from neuronmlp_plugin.errors import CheckpointError, FormatVersionError, shown
 from neuronmlp_plugin.models.factors import (
     DENSE,
     FORMS,
@@ -26,7 +26,8 @@ QUANT_METHOD = "neuronmlp"
 # looks for, since one that does not know the block would invent the MLPs that it does not find.
 INDEX_FILE = "neuronmlp.safetensors.index.json"
 CHANNELS = "intermediate_size"  # key of a layer that keeps fewer channels than the config says
-_MLP_NAME = re.compile(r"^model\.layers\.(\d+)\.mlp$")
+# Engines put a prefix before the name: "draft_model." of the small model that guesses for a large one.
+_MLP_NAME = re.compile(r"(?:.*\.)?model\.layers\.(\d+)\.mlp")
 
 
 def shard_name(position: int, count: int) -> str:
@@ -115,7 +116,7 @@ class FormatBlock:
 
     def mlp(self, name: str) -> MLPLayer | None:
         """The MLP of the module `name` ("model.layers.3.mlp"), or None where it is none."""
-        match = _MLP_NAME.match(name)
+        match = _MLP_NAME.fullmatch(name)
         return self.layers[int(match[1])] if match else None
 
     def expected_tensors(self, only_changed: bool = False) -> dict[str, tuple[int, int]]:
@@ -152,14 +153,19 @@ def base_layers(shape: MLPShape) -> tuple[MLPLayer, ...]:
     return (MLPLayer.of(shape, dict.fromkeys(PROJECTIONS, DENSE)),) * shape.num_layers
 
 
+# Far beyond every model, and small enough that whatever is done for each of them is done in a moment.
+MOST = {"hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1 << 12}
+
+
 def mlp_shape(config: dict[str, Any], source: str) -> MLPShape:
     """Read the MLP sizes from a Hugging Face config; `source` names it in errors."""
-    sizes = []
-    for key in ("hidden_size", "intermediate_size", "num_hidden_layers"):
-        value = config.get(key)
-        if not isinstance(value, int) or value < 1:
+    sizes: list[int] = []
+    for key, most in MOST.items():
+        value: Any = config.get(key)
+        if not _is_count(value, most):
             raise CheckpointError(
-                f"{source}: expected a positive integer `{key}`, found {value!r}; the config is not usable."
+                f"{source}: expected a whole number `{key}` from 1 to {most:,}, found {shown(value)}; "
+                "the config is not usable."
             )
         sizes.append(value)
     return MLPShape(*sizes)
@@ -173,13 +179,13 @@ def parse_block(block: dict[str, Any], config: dict[str, Any], source: str) -> F
     version = block.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise FormatVersionError(
-            f"{source}: expected neuronmlp format_version {FORMAT_VERSION}, found {version!r}; "
+            f"{source}: expected neuronmlp format_version {FORMAT_VERSION}, found {shown(version)}; "
             "use the neuronmlp release that wrote the checkpoint, or compress again."
         )
     shape = mlp_shape(config, source)
     layers = block.get("layers")
     if not isinstance(layers, list) or len(layers) != shape.num_layers:
-        found = f"{len(layers)} entries" if isinstance(layers, list) else repr(layers)
+        found = f"{len(layers)} entries" if isinstance(layers, list) else shown(layers)
         raise CheckpointError(
             f"{source}: expected `layers` with {shape.num_layers} entries (num_hidden_layers), found {found}."
         )
@@ -191,7 +197,7 @@ def parse_block(block: dict[str, Any], config: dict[str, Any], source: str) -> F
     groups = block.get("groups")
     if not _is_count(groups, shape.intermediate_size):
         raise CheckpointError(
-            f"{source}: expected `groups` from 1 to the {shape.intermediate_size} channels, found {groups!r}."
+            f"{source}: expected `groups` from 1 to the {shape.intermediate_size} channels, found {shown(groups)}."
         )
     parsed = tuple(
         _parse_layer(layer, f"{source}: layers[{index}]", shape, groups) for index, layer in enumerate(layers)
@@ -206,11 +212,12 @@ def _is_count(value: Any, limit: int) -> bool:
 
 
 def _check_ratio(claimed: Any, block: FormatBlock, source: str) -> None:
-    if (
-        not isinstance(claimed, (int, float)) or not abs(claimed - block.removed_ratio) <= 1e-3
-    ):  # NaN is near nothing
+    found = (
+        isinstance(claimed, (int, float)) and -1 <= claimed <= 1
+    )  # before it is subtracted from: 10^400 is whole
+    if not found or not abs(claimed - block.removed_ratio) <= 1e-3:
         raise CheckpointError(
-            f"{source}: expected removed_ratio {block.removed_ratio:.4f} (what the forms and ranks give), found {claimed!r}; "
+            f"{source}: expected removed_ratio {block.removed_ratio:.4f} (what the forms and ranks give), found {shown(claimed)}; "
             "the block was edited or damaged."
         )
 
@@ -218,11 +225,11 @@ def _check_ratio(claimed: Any, block: FormatBlock, source: str) -> None:
 def _parse_layer(layer: Any, where: str, shape: MLPShape, groups: Any) -> MLPLayer:
     names = sorted(set(layer) - {CHANNELS}) if isinstance(layer, dict) else layer
     if names != sorted(PROJECTIONS):
-        raise CheckpointError(f"{where}: expected exactly {', '.join(PROJECTIONS)}, found {names!r}.")
+        raise CheckpointError(f"{where}: expected exactly {', '.join(PROJECTIONS)}, found {shown(names)}.")
     channels = layer.get(CHANNELS, shape.intermediate_size)
     if not _is_count(channels, shape.intermediate_size) or channels % groups:
         raise CheckpointError(
-            f"{where}: expected {CHANNELS} from 1 to {shape.intermediate_size} that {groups} groups divide, found {channels!r}."
+            f"{where}: expected {CHANNELS} from 1 to {shape.intermediate_size} that {groups} groups divide, found {shown(channels)}."
         )
     specs = {name: _parse_spec(layer[name], f"{where}.{name}") for name in PROJECTIONS}
     parsed = MLPLayer.of(shape, specs, channels=channels, groups=groups)
@@ -235,9 +242,9 @@ def _parse_spec(entry: Any, where: str) -> ProjectionSpec:
     given = entry if isinstance(entry, dict) else {}
     form, rank, dtype = given.get("form"), given.get("rank"), given.get("dtype")
     if form not in FORMS:
-        raise CheckpointError(f"{where}: expected a form of {', '.join(FORMS)}, found {form!r}.")
+        raise CheckpointError(f"{where}: expected a form of {', '.join(FORMS)}, found {shown(form)}.")
     if dtype not in (None, INT8):
-        raise CheckpointError(f"{where}: expected dtype {INT8!r} or none, found {dtype!r}.")
+        raise CheckpointError(f"{where}: expected dtype {INT8!r} or none, found {shown(dtype)}.")
     return ProjectionSpec(form, rank, dtype)
 
 
@@ -245,10 +252,10 @@ def _check_rank(matrix: Matrix, where: str) -> None:
     rank = matrix.spec.rank
     if not matrix.spec.is_low_rank:
         if rank is not None:
-            raise CheckpointError(f"{where}: expected no rank for a dense matrix, found {rank!r}.")
+            raise CheckpointError(f"{where}: expected no rank for a dense matrix, found {shown(rank)}.")
     elif not _is_count(rank, matrix.max_rank):
         n_in, n_out = matrix.in_out
         parts = f" in {matrix.groups} groups" if matrix.groups > 1 else ""
         raise CheckpointError(
-            f"{where}: expected a rank from 1 to {matrix.max_rank} for {matrix.spec.form} of {n_out} x {n_in}{parts}, found {rank!r}."
+            f"{where}: expected a rank from 1 to {matrix.max_rank} for {matrix.spec.form} of {n_out} x {n_in}{parts}, found {shown(rank)}."
         )

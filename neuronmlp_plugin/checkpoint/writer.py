@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from neuronmlp_plugin.checkpoint.files import read_headers
 from neuronmlp_plugin.checkpoint.hub import files_to_copy
-from neuronmlp_plugin.checkpoint.reader import Checkpoint, read_headers
+from neuronmlp_plugin.checkpoint.reader import Checkpoint, older_rope
 from neuronmlp_plugin.checkpoint.schema import INDEX_FILE, QUANT_METHOD, FormatBlock, shard_name
 from neuronmlp_plugin.errors import OutputError, reason_of
 
@@ -203,15 +204,19 @@ def write_factor_file(path: pathlib.Path, block: FormatBlock, tensors: dict[str,
 
 def portable_config(config: dict[str, Any]) -> dict[str, Any]:
     """The config with the spelling of transformers 4 beside that of transformers 5."""
-    result = dict(config)
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        result.setdefault("rope_theta", rope["rope_theta"])
-    if rope.get("rope_type", "default") != "default":
-        result.setdefault("rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"})
+    result = {**older_rope(config), **config}
     if "dtype" in config:
         result.setdefault("torch_dtype", config["dtype"])
     return result
+
+
+def copy_tokenizer_beside_factors(source: pathlib.Path, target: pathlib.Path) -> None:
+    """`copy_tokenizer` into the folder of a factor file, where the dense folder's own is one that transformers 4
+    cannot read: it is then to be named to the engine (`--tokenizer`).
+    """
+    settings = source / "tokenizer_config.json"
+    if settings.is_file() and "TokenizersBackend" in settings.read_text(encoding="utf-8"):
+        copy_tokenizer(source, target)
 
 
 def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:

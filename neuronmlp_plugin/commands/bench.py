@@ -1,5 +1,5 @@
-"""`neuronmlp bench`: `decode` is measured here, now, against the first model named; the others are simulated,
-all but `tune --measure`.
+"""`neuronmlp bench`: `decode` and `serve` are measured here, now, against the first model named; the others are
+simulated, all but `tune --measure`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import pathlib
 from typing import Any
 
 from neuronmlp_plugin.arguments import positive
+from neuronmlp_plugin.bench.folders import named_folders
+from neuronmlp_plugin.commands import bench_serve
 from neuronmlp_plugin.errors import UsageError
 
 
@@ -33,32 +35,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decode.add_argument("--dtype", default="float32", help="as for `vllm serve` (default %(default)s)")
     decode.add_argument("--csv", type=pathlib.Path, help="append the rows to this file")
     decode.set_defaults(run_kind=_decode)
+    bench_serve.add_kinds(kinds)
     _add_simulated(kinds)
 
 
 def _add_simulated(kinds: Any) -> None:
     """The kinds that ask the cost model of `nki_kernels`."""
-    from neuronmlp_plugin.bench import calibrate, kernels, layers, tune
+    from neuronmlp_plugin.bench import calibrate, docs, int8, kernels, layers, tune
 
     described = {
         "calibrate": (calibrate, "the cost model against every published latency (simulated)"),
         "kernels": (kernels, "our kernels, their bounds and the published algorithms (simulated)"),
         "layers": (layers, "time to first token and per output token of whole models (simulated)"),
-        "tune": (tune, "search tile plans for the shipped table (simulated, or measured on a device)"),
+        "int8": (int8, "int8 weights against bf16 ones, one MLP and whole models (simulated)"),
+        "tune": (tune, "search tile plans for a file of your own (simulated, or measured on a device)"),
+        "docs": (docs, "make every simulated table, picture and row of docs/ again (simulated)"),
     }
     for name, (module, text) in described.items():
         parser = kinds.add_parser(name, help=text, description=module.__doc__)
         module.add_arguments(parser)
         parser.set_defaults(run_kind=module.run)
-
-
-def _folders(models: list[str]) -> dict[str, pathlib.Path]:
-    pairs = [model.partition("=") for model in models]
-    if any(not sep for _, sep, _ in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
-        raise UsageError(
-            f"bench decode: expected models as NAME=FOLDER with different names, found {' '.join(models)}."
-        )
-    return {name: pathlib.Path(folder) for name, _, folder in pairs}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,7 +69,7 @@ def _decode(args: argparse.Namespace) -> int:
     from neuronmlp_plugin.bench.rows import Row, append_rows
     from neuronmlp_plugin.compressor.progress import ProgressBars
 
-    folders = _folders(args.models)
+    folders = named_folders("decode", args.models)
     if args.new_tokens < 2:
         raise UsageError(
             f"--new-tokens: expected at least 2 (the first one belongs to the prefill), found {args.new_tokens}."

@@ -8,11 +8,13 @@ from typing import Any
 
 from neuronmlp_plugin.compressor.settings import (
     ALLOCATIONS,
+    CHANNELS,
     DTYPES,
     FORMS,
     METHODS,
     Settings,
     default_allocation,
+    default_form,
 )
 from neuronmlp_plugin.errors import UsageError, printable
 
@@ -116,14 +118,35 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--form",
         choices=FORMS,
-        default=_DEFAULTS["form"],
-        help="compact (default): pivoted, no break-even rank; uv: the paper's",
+        help="compact (default): pivoted factors, no break-even rank; uv: the paper's; narrow: fewer channels, no factors, "
+        "and with --allocation uniform an ordinary folder that any engine loads",
+    )
+    method.add_argument(
+        "--groups",
+        type=_groups,
+        metavar="auto|N",
+        default=None,
+        help="factorise N groups of channels apart: tensor parallel sizes that divide N communicate no more than a dense model "
+        "(default auto: what makes the slices nearest to square; 1 for the baselines)",
+    )
+    method.add_argument(
+        "--tp",
+        type=int,
+        metavar="N",
+        default=_DEFAULTS["tp"],
+        help="groups that serve N ranks at full speed: a multiple of N",
+    )
+    method.add_argument(
+        "--channels",
+        choices=CHANNELS,
+        default=_DEFAULTS["channels"],
+        help="remove (default): layers may lose channels beside having factors; keep: factors only",
     )
     method.add_argument(
         "--method",
         choices=METHODS,
         default=_DEFAULTS["method"],
-        help="two-sided (default) or a baseline: whitened (SVD-LLM), plain (SVD)",
+        help="two-sided (default) or a baseline: whitened (SVD-LLM), plain (SVD), modegpt (its MLP step: channels by leverage)",
     )
     method.add_argument(
         "--allocation",
@@ -142,6 +165,12 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _groups(text: str) -> int | None:
+    if text != "auto" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected auto or a number, found {text!r}.")
+    return None if text == "auto" else int(text)
+
+
 def settings_of(args: argparse.Namespace) -> Settings:
     """Raises UsageError for combinations that cannot work."""
     if args.out is None and not args.factors_only:
@@ -155,6 +184,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
             f"--keep: expected a share between 0 and 1 (0.80 takes a fifth away), found {args.keep}."
         )
     known["remove"] = args.remove if args.keep is None else 1.0 - args.keep
+    known["form"] = args.form or default_form(args.method)
     known["allocation"] = args.allocation or default_allocation(args.method, args.target)
     return Settings(**known)
 
@@ -188,16 +218,29 @@ def print_rows(console: Any, rows: list[tuple[str, str]]) -> None:
     console.print(table)
 
 
+def channels_row(report: dict[str, Any]) -> str:
+    """How many channels layers keep, and which tensor-parallel sizes are at full speed."""
+    kept = [row["channels"] for row in report["matrices"]]
+    sizes = ", ".join(map(str, report["full_speed_tensor_parallel"]))
+    return f"{min(kept)} to {max(kept)} a layer; full speed at tensor parallel size {sizes}"
+
+
 def summary_rows(report: dict[str, Any], target: pathlib.Path) -> list[tuple[str, str]]:
     """What was reached, in a few lines."""
     forms = [row["form"] for row in report["matrices"]]
     rows = [
         ("removed", f"{report['block']['removed_ratio']:.2%} of the MLP parameters"),
+        ("channels", channels_row(report)),
         (
             "bytes",
             f"{report['weight_bytes'] / 1e6:.1f} MB in bf16, {report['bytes_ratio']:.1%} of the dense MLPs",
         ),
-        ("forms", ", ".join(f"{forms.count(form)} {form}" for form in ("dense", *FORMS) if form in forms)),
+        (
+            "forms",
+            ", ".join(
+                f"{forms.count(form)} {form}" for form in dict.fromkeys(("dense", *FORMS)) if form in forms
+            ),
+        ),
     ]
     quality = report["quality"]
     if quality:

@@ -87,9 +87,9 @@ def run(args: argparse.Namespace) -> int:
 def _stream(args: argparse.Namespace, checkpoint: Checkpoint, factors: FactorFile | None) -> LayerStream:
     import torch
 
-    from neuronmlp_plugin.calibration.stream import LayerStream
+    from neuronmlp_plugin.calibration.stream import LayerStream, best_device
 
-    return LayerStream(checkpoint, factors, dtype=getattr(torch, args.dtype))
+    return LayerStream(checkpoint, factors, dtype=getattr(torch, args.dtype), device=best_device())
 
 
 def _print(folder: pathlib.Path, quality: Quality) -> None:

@@ -17,22 +17,35 @@ if TYPE_CHECKING:
     from neuronmlp_plugin.compressor.progress import ProgressBars
 
 
+WINDOW = 1024  # tokens
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", type=pathlib.Path, help="a dense Hugging Face folder, or one that `neuronmlp compress` wrote"
     )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write; must not exist yet")
     parser.add_argument(
-        "--dense",
+        "--text",
         type=pathlib.Path,
-        help="with --text: the dense folder, to measure the quality for the report",
+        help="calibration text, as for `compress`: numbers are rounded by what the MLPs see on it, not by themselves",
     )
-    parser.add_argument("--text", type=pathlib.Path, help="with --dense: held-out text, .txt or .jsonl")
     parser.add_argument(
         "--tokens",
         type=positive,
+        default=32768,
+        help="how much of the text to see, spread evenly (default %(default)s)",
+    )
+    parser.add_argument(
+        "--dense",
+        type=pathlib.Path,
+        help="with --text: the dense folder, to measure the quality for the report on the text's end",
+    )
+    parser.add_argument(
+        "--judge-tokens",
+        type=positive,
         default=8192,
-        help="how much of the text to use, spread evenly (default %(default)s)",
+        help="kept apart from the text's end to judge (default %(default)s)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -40,7 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from neuronmlp_plugin.calibration.text import held_out_windows
     from neuronmlp_plugin.checkpoint.reader import open_dense
     from neuronmlp_plugin.compressor.progress import ProgressBars
     from neuronmlp_plugin.compressor.quantize import quantize_folder
@@ -48,29 +60,45 @@ def run(args: argparse.Namespace) -> int:
     from neuronmlp_plugin.reporting.folder import REPORT_FILE
 
     bars = ProgressBars(Console(stderr=True), quiet=args.quiet)
-    if (args.dense is None) != (args.text is None):
+    if args.dense is not None and args.text is None:
+        raise UsageError("--dense: expected --text to judge on beside it, found none; name a text.")
+    if args.dense is not None and not (args.model / REPORT_FILE).is_file():
         raise UsageError(
-            "--dense, --text: expected both or neither, found one; quality is measured against the dense folder on a text."
+            f"--dense: expected a folder with a report to put the quality into, found none in {args.model}; use `evaluate`."
         )
-    judge = None
-    if args.dense is not None:
-        if not (args.model / REPORT_FILE).is_file():
-            raise UsageError(
-                f"--text: expected a folder with a report to put the quality into, found none in {args.model}; use `evaluate`."
-            )
-        windows = held_out_windows(args.dense, args.text, args.tokens)
-        judge = functools.partial(_judge, windows, open_dense(args.dense), bars)
-    block = quantize_folder(args.model, args.out, bars, judge, args.text)
+    windows, judge = None, None
+    if args.text is not None:
+        windows, judged = _windows(args)
+        if args.dense is not None:
+            judge = functools.partial(_judge, judged, open_dense(args.dense), bars)
+    block = quantize_folder(args.model, args.out, bars, windows, judge, args.text)
     print(
         f"{args.out}: MLPs in int8, {block.weight_bytes / 1e6:.1f} MB, {block.bytes_ratio:.1%} of the dense ones in bf16"
     )
     return 0
 
 
+def _windows(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows to round by and windows to judge on, of one text."""
+    from neuronmlp_plugin.calibration.text import hold_out, load_tokenizer, read_windows, spread
+    from neuronmlp_plugin.checkpoint.reader import Checkpoint
+    from neuronmlp_plugin.errors import CalibrationError
+
+    vocabulary = Checkpoint(args.model).shapes()["model.embed_tokens.weight"][0]
+    wanted = args.tokens + args.judge_tokens
+    found = read_windows(args.text, load_tokenizer(args.model), WINDOW, wanted, vocabulary)
+    pool, judged = hold_out(found, args.judge_tokens if args.dense is not None else 0)
+    if args.dense is not None and not len(judged):
+        raise CalibrationError(
+            f"{args.text}: expected at least {8 * WINDOW:,} tokens, so that some can judge, found fewer; give more."
+        )
+    return spread(pool, args.tokens // WINDOW), judged
+
+
 def _judge(windows: torch.Tensor, checkpoint: Checkpoint, bars: ProgressBars) -> Judge:
     from neuronmlp_plugin.calibration.quality import Judge
-    from neuronmlp_plugin.calibration.stream import LayerStream
+    from neuronmlp_plugin.calibration.stream import LayerStream, best_device
 
-    dense = LayerStream(checkpoint)
+    dense = LayerStream(checkpoint, device=best_device())
     with bars.stage("dense model", dense.num_layers) as tick:
         return Judge(dense, windows, tick)

@@ -6,7 +6,7 @@ import argparse
 import pathlib
 from typing import Any
 
-from neuronmlp_plugin.refinement.settings import ARITHMETIC, LOSSES, STAGES, RefineSettings
+from neuronmlp_plugin.refinement.settings import ARITHMETIC, LOSSES, STAGES, STORAGES, RefineSettings
 
 _DEFAULTS: dict[str, Any] = {
     name: field.default for name, field in RefineSettings.__dataclass_fields__.items()
@@ -33,20 +33,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--loss",
         choices=LOSSES,
         default=_DEFAULTS["loss"],
-        help="of distill: KL to the dense model (default) or the text",
+        help="of distill: KL to the dense model with a share of the text's next token (default), without, or that token alone",
     )
     parser.add_argument(
         "--adapter-rank",
         type=int,
         default=0,
-        help="train a LoRA of this rank on every factor and merge it (default 0: the factors)",
+        help="train a LoRA of this rank on every weight and merge it (default 0: the weights)",
     )
     parser.add_argument(
         "--learning-rate", type=float, help="of Adam (default: by how far the model is from the dense one)"
     )
     parser.add_argument(
-        "--tokens", type=int, default=_DEFAULTS["tokens"], help="to train on, once each (default %(default)s)"
+        "--tokens",
+        type=int,
+        default=_DEFAULTS["tokens"],
+        help="to train on; a shorter text is gone through again (default %(default)s)",
     )
+    _add_steps(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--quiet", action="store_true", help="no plan, no progress bars")
+
+
+def _add_steps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--window",
         type=int,
@@ -68,9 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULTS["arithmetic"],
         help="of the products in training (default: bfloat16 where the processor has it, else float32)",
     )
+    parser.add_argument(
+        "--storage",
+        choices=STORAGES,
+        default=_DEFAULTS["storage"],
+        help="of the result: as the source (default), or int8, trained through the rounding",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the order of the text, and of the adapters")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    parser.add_argument("--quiet", action="store_true", help="no plan, no progress bars")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""First half of a run: statistics and decompositions of every layer, saved one by one."""
+"""First stage of a run: the statistics of every layer, saved one by one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from neuronmlp_plugin.compressor.backward import backward_pass, metrics_name
 from neuronmlp_plugin.compressor.plan import Plan
 from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.compressor.workspace import Workspace
-from neuronmlp_plugin.lowrank.decompose import Decomposition, decompose
-from neuronmlp_plugin.models.factors import PROJECTIONS
 
 SAMPLE_ROWS = 512  # held-out rows per layer on which the achieved error is measured
 
@@ -24,13 +22,8 @@ def layer_name(index: int) -> str:
     return f"layer-{index:05d}"
 
 
-def load_decomposition(tensors: dict[str, torch.Tensor], projection: str) -> Decomposition:
-    """A decomposition out of a saved layer."""
-    return Decomposition(*(tensors[f"{projection}.{part}"] for part in ("left", "right", "energy")))
-
-
 def analyse(plan: Plan, workspace: Workspace, bars: ProgressBars, workers: Workers) -> None:
-    """Bring `layer-*` (decompositions, sampled inputs) and `metrics-*` of every layer into the workspace,
+    """Bring `layer-*` (input moments, sampled inputs) and `metrics-*` of every layer into the workspace,
     skipping what is there.
     """
     stream = LayerStream(plan.base, device=workers.device)
@@ -42,7 +35,7 @@ def analyse(plan: Plan, workspace: Workspace, bars: ProgressBars, workers: Worke
     windows = workers.share(plan.calibration)
     parts = [windows, plan.judge] if workers.is_first else [windows]
     hidden = _hidden_states(workspace, stream, start, parts, workers)
-    with bars.stage("statistics and factors", (stream.num_layers - start) * max(len(hidden), 1)) as tick:
+    with bars.stage("statistics", (stream.num_layers - start) * max(len(hidden), 1)) as tick:
         for index in range(start, stream.num_layers):
             _analyse_layer(plan, workspace, stream, index, hidden, tick, workers)
     workspace.drop(workers.own(hidden_name(stream.num_layers)))
@@ -86,29 +79,21 @@ def _analyse_layer(
     workspace.save(workers.own(hidden_name(index + 1)), {"hidden": hidden})
     workers.wait()  # a finished layer says that every process can go on behind it
     if workers.is_first:
-        workspace.save(
-            layer_name(index),
-            samples | _decompositions(plan, layer, moments, metrics_of(plan, workspace, index)),
-        )
+        workspace.save(layer_name(index), samples | _moments(plan, moments))
     stream.release(index)
     workers.wait()  # what led here is dropped only when the layer is on disk
     workspace.drop(workers.own(hidden_name(index)))
     tick(len(hidden) - count)
 
 
-def _decompositions(
-    plan: Plan, layer: torch.nn.Module, moments: LayerMoments | None, metrics: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for name in PROJECTIONS:
-        weight = getattr(layer.mlp, name).weight.cpu()
-        found = decompose(weight, _moment(plan, moments, name), metrics.get(name))
-        tensors |= {
-            f"{name}.left": found.left.float(),
-            f"{name}.right": found.right.float(),
-            f"{name}.energy": found.energy,
-        }
-    return tensors
+def _moments(plan: Plan, moments: LayerMoments | None) -> dict[str, torch.Tensor]:
+    """E[x x^T] of the layer's input and of down's, fp32: half of the room, and rounding is far below what a
+    finite text leaves open.
+    """
+    if moments is None or plan.settings.method == "plain":
+        return {}
+    tokens = torch.tensor(moments.num_tokens)
+    return {"inputs": moments.gate_up.float(), "channels": moments.down.float(), "tokens": tokens}
 
 
 def metrics_of(plan: Plan, workspace: Workspace, index: int) -> dict[str, torch.Tensor]:
@@ -116,12 +101,6 @@ def metrics_of(plan: Plan, workspace: Workspace, index: int) -> dict[str, torch.
     if plan.settings.method != "two-sided":
         return {}
     return workspace.load(metrics_name(index))
-
-
-def _moment(plan: Plan, moments: LayerMoments | None, name: str) -> torch.Tensor | None:
-    if moments is None or plan.settings.method == "plain":
-        return None
-    return moments.down if name == "down_proj" else moments.gate_up
 
 
 @torch.no_grad()

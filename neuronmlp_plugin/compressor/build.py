@@ -1,26 +1,26 @@
-"""Second half of a run: ranks for all matrices, then the tensors of each layer in the form that is served."""
+"""From a choice to what is stored: tensors of each layer in the form that is served, and what they lose."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 
-import numpy as np
 import torch
 
-from neuronmlp_plugin.compressor.analyse import layer_name, load_decomposition
+from neuronmlp_plugin.compressor.analyse import layer_name
+from neuronmlp_plugin.compressor.factor import FactoredLayer, Pair
 from neuronmlp_plugin.compressor.plan import Plan
-from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.compressor.workspace import Workspace
-from neuronmlp_plugin.lowrank.allocate import CHOOSERS, Curve, cost
-from neuronmlp_plugin.lowrank.decompose import Decomposition
+from neuronmlp_plugin.errors import NonFiniteError
+from neuronmlp_plugin.lowrank.allocate import Choice, cost
+from neuronmlp_plugin.lowrank.decompose import metric_norm
 from neuronmlp_plugin.lowrank.pivots import common_order, pivot_inputs, pivot_outputs
-from neuronmlp_plugin.models.factors import DENSE, PROJECTIONS, ProjectionSpec
+from neuronmlp_plugin.models.definition import build_linear, tensors_of
+from neuronmlp_plugin.models.factors import DENSE, PROJECTIONS, Matrix, MLPLayer, ProjectionSpec
 
 # A compact matrix is refused where rounding to the stored dtype alone moves it by more than this share (bf16
 # with good pivots: 0.3-1 %).
 ROUNDING_LIMIT = 0.03
-Layer = dict[str, ProjectionSpec]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,140 +30,228 @@ class BuiltLayer:
     """
 
     tensors: dict[str, torch.Tensor]
-    specs: Layer
+    layer: MLPLayer
     rounding: dict[str, float]  # relative change of the matrix from storing its factors in their dtype
     notes: list[str]
-    order: torch.Tensor | None  # of the intermediate channels; None is the base's own
+    channels: torch.Tensor  # of the base, in the order that is stored
+    order: torch.Tensor  # the same, as places among those of the factored layer
 
 
-def read_curves(plan: Plan, workspace: Workspace) -> list[Curve]:
-    """The loss curve of every matrix, layer by layer in the order of PROJECTIONS."""
-    curves = []
-    for index in range(plan.shape.num_layers):
-        tensors = workspace.load(layer_name(index))
-        for name in PROJECTIONS:
-            n_in, n_out = plan.shape.in_out(name)
-            curves.append(Curve(n_out, n_in, load_decomposition(tensors, name).tail().numpy()))
-    return curves
+@dataclasses.dataclass(frozen=True)
+class MatrixError:
+    """One projection. Errors are relative output errors sqrt(E|G^1/2 (W - W') x|^2 / E|G^1/2 W x|^2) in the
+    metric of the method; channels removed are down's error.
+
+    `predicted_loss`: the numerator squared, on the calibration moment, which the allocation adds up over
+    matrices.
+    `achieved_error`: of the factors as stored, on held-out rows; None where no text was kept to judge on.
+    `rounding`: relative change of the matrix itself from storing the factors in their dtype.
+    """
+
+    layer: int
+    projection: str
+    form: str
+    rank: int | None
+    channels: int
+    parameters: int
+    predicted_loss: float
+    predicted_error: float
+    achieved_error: float | None
+    rounding: float
 
 
-def priced(curves: list[Curve], prices: dict[str, np.ndarray]) -> list[Curve]:
-    """The same curves with `prices[projection]` in place of parameters."""
-    per_layer = len(PROJECTIONS)
-    return [
-        dataclasses.replace(curve, prices=prices[PROJECTIONS[i % per_layer]])
-        for i, curve in enumerate(curves)
-    ]
+def layer_of(plan: Plan, choice: Choice) -> MLPLayer:
+    """The stored layer that a choice asks for."""
+    specs = [DENSE if rank is None else ProjectionSpec(plan.settings.form, rank) for rank in choice.ranks]
+    named = dict(zip(PROJECTIONS, specs, strict=True))
+    return MLPLayer.of(plan.shape, named, channels=choice.kept, groups=plan.groups)
 
 
-def choose_ranks(settings: Settings, curves: list[Curve], keep: float) -> list[Layer]:
-    """A spec for every projection of every layer, for `keep` of the dense cost."""
-    ranks = CHOOSERS[settings.allocation](curves, keep, settings.form, settings.rank_multiple)
-    specs = [DENSE if rank is None else ProjectionSpec(settings.form, rank) for rank in ranks]
-    return [dict(zip(PROJECTIONS, specs[i : i + 3], strict=True)) for i in range(0, len(specs), 3)]
-
-
-def build_layer(plan: Plan, workspace: Workspace, index: int, specs: Layer, dtype: torch.dtype) -> BuiltLayer:
-    """Truncate, permute the intermediate channels, pivot, and cast one layer."""
-    dense = [name for name, spec in specs.items() if spec.form == "dense"]
-    weights = {name: plan.base.tensor(f"model.layers.{index}.mlp.{name}.weight") for name in dense}
-    if len(dense) == len(specs):
-        return BuiltLayer({f"{name}.weight": w for name, w in weights.items()}, specs, {}, [], None)
-    saved = workspace.load(layer_name(index))
-    factors = {
-        n: _factors(load_decomposition(saved, n), spec) for n, spec in specs.items() if spec.form != "dense"
+def untouched(plan: Plan, index: int) -> BuiltLayer:
+    """The base model's own layer."""
+    weights = {
+        f"{name}.weight": plan.base.tensor(f"model.layers.{index}.mlp.{name}.weight") for name in PROJECTIONS
     }
-    order = _order(factors, specs)
-    result = BuiltLayer({}, {}, {}, [], order)
-    for name, spec in specs.items():
-        if spec.form == "dense":
-            weight = weights[name] if order is None else _permuted(name, weights[name], order)
-            stored, real = {"weight": weight}, spec
+    specs = dict.fromkeys(PROJECTIONS, DENSE)
+    layer = MLPLayer.of(plan.shape, specs, groups=plan.groups)
+    return BuiltLayer(weights, layer, {}, [], *[torch.arange(layer.channels)] * 2)
+
+
+def build_layer(
+    plan: Plan, index: int, factored: FactoredLayer, layer: MLPLayer, dtype: torch.dtype
+) -> BuiltLayer:
+    """Order the channels inside each group, pivot, and cast one layer."""
+    order = _order(factored, layer)
+    whole = torch.cat(order)
+    built = BuiltLayer({}, layer, {}, [], factored.channels[whole], whole)
+    specs: dict[str, ProjectionSpec] = dict(layer)
+    for name, matrix in layer.matrices.items():
+        pairs = factored.factors.get(name)
+        if pairs is None:
+            stored = {"weight": _dense(plan, index, factored, name, built, dtype)}
         else:
-            stored, real, rounding, note = _store(
-                name, spec, _permuted_factors(name, factors[name], order), dtype
+            permuted = [
+                _permuted(pair, place, matrix.is_down)
+                for pair, place in zip(pairs, _local(order), strict=True)
+            ]
+            stored, specs[name], built.rounding[name], note = _store(matrix, permuted, dtype)
+            built.notes.extend([f"layer {index} {name}: {note}"] if note else [])
+        built.tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in stored.items()})
+    _check_finite(built, index, dtype)
+    return dataclasses.replace(built, layer=layer.with_specs(specs))
+
+
+def _check_finite(built: BuiltLayer, index: int, dtype: torch.dtype) -> None:
+    for name, tensor in built.tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(
+                f"model.layers.{index}.mlp.{name}: expected finite values in {str(dtype).removeprefix('torch.')}, found NaN or Inf; "
+                "choose --dtype bfloat16 or float32."
             )
-            result.rounding[name] = rounding
-            result.notes.extend([f"layer {index} {name}: {note}"] if note else [])
-        result.specs[name] = real
-        result.tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in stored.items()})
-    return result
 
 
-def _factors(decomposition: Decomposition, spec: ProjectionSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    assert spec.rank is not None
-    first, second = decomposition.truncate(spec.rank)
-    return first.double(), second.double()
+def _order(factored: FactoredLayer, layer: MLPLayer) -> list[torch.Tensor]:
+    """Of every group, its places among the layer's channels in the order that is stored: its pivots first."""
+    size, orders = layer.channels // layer.groups, []
+    for group in range(layer.groups):
+        bases = [
+            pairs[group][0].T if name == "down_proj" else pairs[group][1]
+            for name, pairs in factored.factors.items()
+            if layer[name].form == "compact"
+        ]
+        orders.append(group * size + (common_order(bases) if bases else torch.arange(size)))
+    return orders
 
 
-def _order(factors: dict[str, tuple[torch.Tensor, torch.Tensor]], specs: Layer) -> torch.Tensor | None:
-    """The common order of the intermediate channels, or None where nothing is compact."""
-    bases = [
-        factors[n][0].T if n == "down_proj" else factors[n][1]
-        for n, spec in specs.items()
-        if spec.form == "compact"
-    ]
-    return common_order(bases) if bases else None
+def _local(order: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same, counted from the beginning of each group."""
+    return [places - group * len(places) for group, places in enumerate(order)]
 
 
-def _permuted(name: str, weight: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    return weight[:, order] if name == "down_proj" else weight[order]
+def _dense(
+    plan: Plan,
+    index: int,
+    factored: FactoredLayer,
+    name: str,
+    built: BuiltLayer,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The base model's own numbers in another order, or down as it was repaired."""
+    if name == "down_proj" and len(built.channels) < plan.shape.intermediate_size:
+        return factored.weights[name][:, built.order].to(dtype)
+    weight = plan.base.tensor(f"model.layers.{index}.mlp.{name}.weight")
+    return weight[:, built.channels] if name == "down_proj" else weight[built.channels]
 
 
-def _permuted_factors(
-    name: str, pair: tuple[torch.Tensor, torch.Tensor], order: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if order is None:
-        return pair
-    first, second = pair
-    return (first[:, order], second) if name == "down_proj" else (first, second[order])
+def _permuted(pair: Pair, order: torch.Tensor, is_down: bool) -> Pair:
+    first, second = (factor.double() for factor in pair)
+    return (first[:, order], second) if is_down else (first, second[order])
 
 
 Stored = tuple[dict[str, torch.Tensor], ProjectionSpec, float, str]
 
 
-def _store(
-    name: str, spec: ProjectionSpec, pair: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype
-) -> Stored:
+def _store(matrix: Matrix, pairs: list[Pair], dtype: torch.dtype) -> Stored:
     """Tensors of one matrix in `dtype`, falling back from `compact` to `uv` at equal bytes where the pivots
-    are not good enough.
+    of a group are not good enough.
     """
-    first, second = pair
-    if spec.form == "compact":
-        try:
-            compact, rounding = _compact(name, first, second, dtype)
-        except torch.linalg.LinAlgError:  # singular pivots: the matrix has a lower rank than it was given
-            compact, rounding = {}, math.inf
-        if rounding <= ROUNDING_LIMIT:
-            return compact, spec, rounding, ""
-        n_in, n_out, rank = first.shape[1], second.shape[0], spec.rank or 0
-        affordable = max(1, cost(rank, n_in, n_out, "compact") // (n_in + n_out))
-        note = f"pivots too weak (rounding {rounding:.1%}), stored as uv of rank {affordable} instead of compact of rank {rank}"
-        first, second, spec = first[:affordable], second[:, :affordable], ProjectionSpec("uv", affordable)
-    else:
-        note = ""
-    stored = {"u.weight": first.to(dtype), "v.weight": second.to(dtype)}
-    return (
-        stored,
-        spec,
-        _change(second @ first, stored["v.weight"].double() @ stored["u.weight"].double()),
-        note,
+    if matrix.spec.form == "uv":
+        return _store_as(matrix, pairs, dtype, "")
+    try:
+        found = _store_as(matrix, [_pivoted(pair, matrix.is_down) for pair in pairs], dtype, "", pairs)
+    except torch.linalg.LinAlgError:  # singular pivots: the matrix has a lower rank than it was given
+        found = {}, matrix.spec, math.inf, ""
+    if found[2] <= ROUNDING_LIMIT:
+        return found
+    n_in, n_out = pairs[0][0].shape[1], pairs[0][1].shape[0]
+    rank = max(1, cost(matrix.rank, n_in, n_out, "compact") // (n_in + n_out))
+    note = f"pivots too weak (rounding {found[2]:.1%}), stored as uv of rank {rank} instead of compact of rank {matrix.rank}"
+    lower = dataclasses.replace(matrix, spec=ProjectionSpec("uv", rank))
+    return _store_as(lower, [(first[:rank], second[:, :rank]) for first, second in pairs], dtype, note)
+
+
+def _store_as(
+    matrix: Matrix, stored: list[Pair], dtype: torch.dtype, note: str, exact: list[Pair] | None = None
+) -> Stored:
+    """`stored` are the factors of the form; `exact` those that they stand for, where they are others."""
+    cast = [(first.to(dtype), second.to(dtype)) for first, second in stored]
+    change = max(
+        _change(second @ first, _expanded(matrix, pair))
+        for (first, second), pair in zip(exact or stored, cast, strict=True)
     )
+    firsts, seconds = zip(*cast, strict=True)
+    joined = torch.cat(firsts), torch.cat(seconds, 1 if matrix.is_down else 0)
+    return tensors_of(matrix, *joined), matrix.spec, change, note
 
 
-def _compact(
-    name: str, first: torch.Tensor, second: torch.Tensor, dtype: torch.dtype
-) -> tuple[dict[str, torch.Tensor], float]:
-    rank, exact = first.shape[0], second @ first
-    eye = torch.eye(rank, dtype=torch.float64)
-    if name == "down_proj":
-        c, v = (x.to(dtype) for x in pivot_inputs(first, second))
-        return {"c.weight": c, "v.weight": v}, _change(exact, v.double() @ torch.cat((eye, c.double()), 1))
-    u, c = (x.to(dtype) for x in pivot_outputs(first, second))
-    return {"u.weight": u, "c.weight": c}, _change(exact, torch.cat((eye, c.double())) @ u.double())
+def _pivoted(pair: Pair, is_down: bool) -> Pair:
+    return pivot_inputs(*pair) if is_down else pivot_outputs(*pair)
+
+
+def _expanded(matrix: Matrix, pair: Pair) -> torch.Tensor:
+    """The product of one group's stored factors, fp64."""
+    first, second = (factor.double() for factor in pair)
+    if matrix.spec.form == "uv":
+        return second @ first
+    eye = torch.eye(matrix.rank, dtype=torch.float64)
+    return second @ torch.cat((eye, first), 1) if matrix.is_down else torch.cat((eye, second)) @ first
 
 
 def _change(exact: torch.Tensor, stored: torch.Tensor) -> float:
     """Relative Frobenius distance; infinite where the stored matrix is not finite."""
     distance = float((exact - stored).norm() / exact.norm().clamp_min(1e-300))
     return distance if math.isfinite(distance) else math.inf
+
+
+def matrix_errors(
+    plan: Plan, analysis: Workspace, index: int, built: BuiltLayer, factored: FactoredLayer | None
+) -> list[MatrixError]:
+    """The three rows of one built layer; `factored` is None where it is the base's own."""
+    rows, saved = [], analysis.load(layer_name(index)) if factored else {}
+    for position, (name, matrix) in enumerate(built.layer.matrices.items()):
+        spec = matrix.spec
+        loss = float(factored.losses[position]) if factored else 0.0
+        energy = float(factored.energies[position]) if factored else 1.0
+        achieved: float | None = 0.0
+        if factored and loss > 0.0:
+            metric = factored.metrics[name]
+            metric = metric[built.order] if metric.ndim == 1 else metric
+            achieved = _achieved(plan, saved, index, name, built, metric)
+        rows.append(
+            MatrixError(
+                index,
+                name,
+                spec.form,
+                spec.rank,
+                matrix.channels,
+                matrix.parameters,
+                loss,
+                (loss / max(energy, 1e-300)) ** 0.5,
+                achieved,
+                built.rounding.get(name, 0.0),
+            )
+        )
+    return rows
+
+
+@torch.no_grad()
+def _achieved(
+    plan: Plan, saved: dict[str, torch.Tensor], index: int, name: str, built: BuiltLayer, metric: torch.Tensor
+) -> float | None:
+    """Down is compared over all channels that it saw; gate and up over those that are kept."""
+    rows = saved.get("down.sample" if name == "down_proj" else "gate_up.sample")
+    if rows is None:
+        return None
+    module = build_linear(built.layer.matrix(name))
+    prefix = f"{name}."
+    module.load_state_dict(
+        {key.removeprefix(prefix): t.float() for key, t in built.tensors.items() if key.startswith(prefix)}
+    )
+    weight, channels = plan.base.tensor(f"model.layers.{index}.mlp.{name}.weight").float(), built.channels
+    if name == "down_proj":
+        exact, stored = rows @ weight.T, module(rows[:, channels])
+    else:
+        exact, stored = rows @ weight[channels].T, module(rows)
+    return metric_norm(exact - stored, metric) / max(
+        metric_norm(exact, metric), 1e-300
+    )  # a matrix of zeros has no error

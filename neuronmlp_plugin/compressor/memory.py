@@ -47,6 +47,7 @@ class Footprint:
     metric_tokens: int
     measured_tokens: int
     judge_tokens: int
+    removes_channels: bool
 
     def stages(self) -> dict[str, int]:
         """Peak bytes of each stage."""
@@ -56,10 +57,7 @@ class Footprint:
             + self._layer()
             + self._moments()
             + self._forward(),
-            "factors": self._hidden(self.calibration_tokens + self.judge_tokens)
-            + self._layer()
-            + self._moments()
-            + self._decompose(),
+            "channels and ranks": self._offers(),
             "measured gains": self._measured() if self.measured_tokens else 0,
             "pivots": self._pivots(),
             "quality": self._judge() if self.judge_tokens else 0,
@@ -100,22 +98,23 @@ class Footprint:
     def _forward(self) -> int:
         return self._batch(self.calibration_tokens, 4, 8) + BLOCK * self.shape.intermediate_size * _FP32
 
-    def _decompose(self) -> int:
-        """Factors of two projections in fp32, four matrices of a projection's shape and six of the narrow
-        side in fp64.
+    def _offers(self) -> int:
+        """A layer with its moments; C_h^-1 and W^T G W in fp64, shrunk into copies, where channels go, and what
+        repairs down; or the whitened rows of all three matrices with two more of their size, and slices at work.
         """
         h, i = self.shape.hidden_size, self.shape.intermediate_size
-        narrow = min(h, i)
-        return 2 * (h + i) * narrow * _FP32 + (4 * h * i + 6 * narrow**2) * _FP64
+        statistics = (3 * h * i + h * h + i * i) * _FP32 + 3 * h * h * _FP64
+        eliminated = 4 * i * i * _FP64 if self.removes_channels else i * i * _FP64
+        return statistics + max(eliminated, i * i * _FP32 + 9 * h * i * _FP32 + 3 * h * i * _FP64)
 
     def _measured(self) -> int:
-        """Hidden states of both models and a gradient, with the output matrix; or a layer of both, its
-        factors and weight gradients.
+        """Hidden states of both models and a gradient, with the output matrix; or a layer of both, its weights
+        and factors as they were chosen, and weight gradients.
         """
         h, i = self.shape.hidden_size, self.shape.intermediate_size
-        factors = 3 * (h + i) * min(h, i) * _FP32
+        factored = 3 * (h * i + (h + i) * min(h, i) // 2) * _FP32 + 2 * h * i * _FP64
         layers = (
-            2 * self._layer() + 3 * h * i * _FP32 + max(factors, self._batch(self.measured_tokens, 6, 16))
+            2 * self._layer() + 3 * h * i * _FP32 + max(factored, self._batch(self.measured_tokens, 6, 16))
         )
         return 3 * self._hidden(self.measured_tokens) + max(self.vocabulary * h * _FP32, layers)
 

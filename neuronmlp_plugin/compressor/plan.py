@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -25,11 +26,14 @@ from neuronmlp_plugin.checkpoint.writer import check_new, layer_prefix, partial_
 from neuronmlp_plugin.compressor.memory import Footprint, available_bytes
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, OutputError, UsageError
-from neuronmlp_plugin.lowrank.allocate import Curve, check_removable, most_removable, uniform_ranks
-from neuronmlp_plugin.models.factors import PROJECTIONS, MLPShape
+from neuronmlp_plugin.lowrank.allocate import Curve, Level, check_removable, most_removable, uniform
+from neuronmlp_plugin.models.factors import PROJECTIONS, MLPShape, divisors
 
 _FP32 = 4
-_LAYOUT = 2  # of the files in the analysis folder
+_LAYOUT = 3  # of the files in the analysis folder
+QUANTUM = 16  # channels of a group that go at a time
+LEAST_CHANNELS = 1 / 3  # of a layer: with fewer, summed losses predict nothing
+FACTORED_LEVELS = 6  # at about so many counts of channels factors are offered too, besides at all of them
 # What a measured allocation looks at: so many calibration windows, and of each the beginning, since attention
 # over all of it would be most
 # of the pass on a CPU.
@@ -46,6 +50,17 @@ class Plan:
     calibration: torch.Tensor  # [windows, S]
     judge: torch.Tensor  # [windows, S], disjoint from `calibration`; may be empty
     metric_windows: int
+    groups: int = 1
+
+    @functools.cached_property
+    def levels(self) -> tuple[int, ...]:
+        """How many channels a layer may keep, from all of them down."""
+        return _levels(self.settings, self.shape, self.groups)
+
+    @functools.cached_property
+    def factored_levels(self) -> tuple[int, ...]:
+        """At which of these its matrices may have factors."""
+        return _factored(self.settings, self.levels)
 
     @property
     def target(self) -> pathlib.Path:
@@ -80,15 +95,17 @@ class Plan:
         metric_tokens = self.metric_windows * self.settings.window
         vocabulary = shapes["model.embed_tokens.weight"][0]
         tokens = (self.calibration.numel(), metric_tokens, self.measured.numel(), self.judge.numel())
-        return Footprint(self.shape, layer, vocabulary, self.settings.window, *tokens)
+        return Footprint(
+            self.shape, layer, vocabulary, self.settings.window, *tokens, self.settings.removes_channels
+        )
 
     @property
     def disk_bytes(self) -> int:
-        """Room for metrics (fp64), the backward pass or the decompositions (fp32) with hidden states, and the
+        """Room for metrics (fp64), the backward pass or the moments and factors (fp32) with hidden states, and the
         result.
         """
         h, i, layers = self.shape.hidden_size, self.shape.intermediate_size, self.shape.num_layers
-        decompositions = layers * 3 * (h + i) * min(h, i) * _FP32
+        decompositions = layers * (h * h + i * i + 6 * h * i) * _FP32  # moments, and the layers as chosen
         metrics = layers * (h * h + 2 * i) * 8 if self.metric_windows else 0
         inputs = (layers + 3) * self.metric_windows * self.settings.window * h * _FP32
         hidden = (
@@ -131,6 +148,7 @@ class Plan:
                 "method",
                 f"{s.method}, allocation {s.allocation}, form {s.form}, rank multiple {s.rank_multiple}",
             ),
+            ("groups", self._groups_row()),
             (
                 "calibration",
                 f"{self.calibration.numel():,} tokens in {len(self.calibration)} windows; backward pass on {self.metric_windows}",
@@ -140,6 +158,17 @@ class Plan:
             ("disk", f"about {self.disk_bytes / 2**30:.1f} GiB while it runs"),
             ("output", str(self.target)),
         ]
+
+    def _groups_row(self) -> str:
+        """Which tensor-parallel sizes the folder will serve as a dense one would be served."""
+        channels = (
+            math.gcd(self.shape.intermediate_size, QUANTUM * self.groups)
+            if self.settings.removes_channels
+            else 0
+        )
+        fits = divisors(self.groups if self.settings.form != "narrow" else channels)
+        more = "; channels may be removed" if self.settings.removes_channels else ""
+        return f"{self.groups}: full speed at tensor parallel size {', '.join(map(str, fits))}{more}"
 
     def _size_row(self) -> str:
         s = self.settings
@@ -178,14 +207,15 @@ def make_plan(settings: Settings) -> Plan:
             f"{settings.model}: expected a dense model, found one that is factored already; compress the original."
         )
     shape = dense_block(base).shape
-    _check_size(settings, shape)
+    groups = _groups(settings, shape)
+    _check_size(settings, shape, groups)
     calibration, judge = _windows(settings, shape, base.shapes()["model.embed_tokens.weight"][0])
     metric_windows = (
         min(max(1, settings.metric_tokens // settings.window), len(calibration))
         if settings.method == "two-sided"
         else 0
     )
-    plan = Plan(settings, base, shape, calibration, judge, metric_windows)
+    plan = Plan(settings, base, shape, calibration, judge, metric_windows, groups)
     check_new(plan.target)
     _check_places(plan)
     _check_room(plan)
@@ -226,21 +256,68 @@ def _check_enough(settings: Settings, shape: MLPShape, found: int) -> None:
         )
 
 
-def _check_size(settings: Settings, shape: MLPShape) -> None:
+def _groups(settings: Settings, shape: MLPShape) -> int:
+    """Into how many groups the channels are dealt."""
+    channels, tp, asked = shape.intermediate_size, settings.tp, settings.groups
+    if channels % tp:
+        raise UsageError(
+            f"--tp {tp}: expected a divisor of the {channels} intermediate channels, found {tp}; choose one."
+        )
+    if asked is not None:
+        if channels % asked or asked % tp:
+            raise UsageError(
+                f"--groups {asked}: expected a divisor of the {channels} intermediate channels that is a multiple of --tp {tp}, "
+                f"found {asked}; choose one, or auto."
+            )
+        return asked
+    if settings.method != "two-sided" or settings.form == "narrow":
+        return tp
+    # nearest to square: in a slice [I / g, H] that is, no rank is dear
+    square = channels / shape.hidden_size
+    return min((g for g in divisors(channels) if g % tp == 0), key=lambda g: abs(math.log(square / g)))
+
+
+def _levels(settings: Settings, shape: MLPShape, groups: int) -> tuple[int, ...]:
+    channels, step = shape.intermediate_size, QUANTUM * groups
+    least = math.ceil(LEAST_CHANNELS * channels / step) * step
+    fewer = range((channels - 1) // step * step, least - 1, -step)
+    return (channels, *(fewer if settings.removes_channels else ()))
+
+
+def _factored(settings: Settings, levels: tuple[int, ...]) -> tuple[int, ...]:
+    if settings.form == "narrow":
+        return ()
+    step = max(1, round((len(levels) - 1) / FACTORED_LEVELS))
+    return (levels[0], *levels[step::step])
+
+
+def _check_size(settings: Settings, shape: MLPShape, groups: int) -> None:
     """What no allocation could reach is refused before the analysis: what the cheapest choices cost does not
     hang on losses.
     """
     if settings.remove is None:
         return
-    curves = [
-        Curve(n_out, n_in, np.linspace(1.0, 0.0, min(n_in, n_out) + 1))
-        for n_in, n_out in map(shape.in_out, PROJECTIONS)
-    ]
+    levels = _levels(settings, shape, groups)
+    factored = _factored(settings, levels)
+    layer = [_any_level(shape, k, groups, k in factored) for k in levels]
     keep, form, multiple = 1.0 - settings.remove, settings.form, settings.rank_multiple
     if settings.allocation == "uniform":
-        uniform_ranks(curves, keep, form, multiple)
+        uniform([layer], keep, form, multiple)
     else:
-        check_removable(1.0 - most_removable(curves, form, multiple), keep, form, multiple)
+        check_removable(1.0 - most_removable([layer], form, multiple), keep, form, multiple)
+
+
+def _any_level(shape: MLPShape, channels: int, groups: int, is_factored: bool) -> Level:
+    """A level of some losses: convex, so that every rank is worth offering."""
+    h, part = shape.hidden_size, channels // groups
+    tail = (
+        np.linspace(1.0, 0.0, min(h, part) + 1) ** 2
+        if is_factored
+        else np.append(np.full(min(h, part), np.inf), 0.0)
+    )
+    sides = ((h, part) if name == "down_proj" else (part, h) for name in PROJECTIONS)
+    removal = float(shape.intermediate_size - channels)
+    return Level(channels, removal, tuple(Curve(out, n_in, tail, groups) for out, n_in in sides))
 
 
 def _check_places(plan: Plan) -> None:

@@ -8,7 +8,7 @@ import functools
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from neuronmlp_plugin.calibration.text import load_tokenizer
 from neuronmlp_plugin.calibration.workers import Workers
 from neuronmlp_plugin.checkpoint.loader import open_folder
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE
-from neuronmlp_plugin.checkpoint.schema import FormatBlock
+from neuronmlp_plugin.checkpoint.schema import FormatBlock, parse_block
 from neuronmlp_plugin.checkpoint.writer import (
     alone_in,
+    copy_tokenizer_beside_factors,
     layer_prefix,
     save_json,
     write_factor_file,
@@ -29,29 +30,24 @@ from neuronmlp_plugin.checkpoint.writer import (
     write_rest,
 )
 from neuronmlp_plugin.compressor.analyse import analyse
-from neuronmlp_plugin.compressor.build import (
-    BuiltLayer,
-    Layer,
-    build_layer,
-    choose_ranks,
-    priced,
-    read_curves,
-)
-from neuronmlp_plugin.compressor.decode_time import model_us, priced_ranks, rank_prices
-from neuronmlp_plugin.compressor.errors import matrix_errors
-from neuronmlp_plugin.compressor.marginal import measured_gains, scaled
-from neuronmlp_plugin.compressor.plan import Plan, describe
+from neuronmlp_plugin.compressor.build import BuiltLayer, build_layer, layer_of, matrix_errors, untouched
+from neuronmlp_plugin.compressor.decode_time import dense_us, level_prices, model_us, priced_launches
+from neuronmlp_plugin.compressor.factor import FactoredLayer, factor_layer
+from neuronmlp_plugin.compressor.marginal import TruncatedStream, measured_gains, scaled
+from neuronmlp_plugin.compressor.offers import make_offers, priced, read_layers, read_mlp, read_offer
+from neuronmlp_plugin.compressor.plan import Plan, describe, digest
 from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.compressor.report import loss_by_size, spectra
 from neuronmlp_plugin.compressor.samples import sample_texts
-from neuronmlp_plugin.compressor.search import SIZES, Search, TruncatedStream
+from neuronmlp_plugin.compressor.search import SIZES, Search
 from neuronmlp_plugin.compressor.target import parse_target
 from neuronmlp_plugin.compressor.workspace import Workspace, refuse_anothers
-from neuronmlp_plugin.lowrank.allocate import Curve, most_removable
-from neuronmlp_plugin.models.factors import DENSE, PROJECTIONS, MLPLayer, ProjectionSpec
+from neuronmlp_plugin.lowrank.allocate import CHOOSERS, Choice, Layer, most_removable
+from neuronmlp_plugin.models.factors import PROJECTIONS, MLPLayer, ProjectionSpec
 from neuronmlp_plugin.reporting.card import base_facts
 from neuronmlp_plugin.reporting.folder import write_report
 
+MEASURED_TURNS = 1  # how often gains are measured and layers chosen anew: docs/compression_experiments.md
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -76,6 +72,34 @@ class Run:
         shutil.rmtree(self.result)
         self.result.mkdir()
 
+    def factored(self, index: int, choice: Choice) -> FactoredLayer | None:
+        """The layer that a choice stands for; None where it is the base's own. The last choice of each layer is
+        kept as a file.
+        """
+        if choice.kept == self.plan.shape.intermediate_size and not any(choice.ranks):
+            return None
+        kind = f"factored-{index:05d}"
+        name = f"{kind}-{digest(dataclasses.asdict(choice))}"
+        if not self.work.has(name):
+            mlp, offer = (
+                read_mlp(self.plan, self.analysis, index, self.device),
+                read_offer(self.plan, self.analysis, index),
+            )
+            for path in self.work.path.glob(f"{kind}-*"):
+                path.unlink()
+            self.work.save(name, factor_layer(mlp, offer, choice, self.plan.groups).to_tensors())
+        return FactoredLayer.of(self.work.load(name))
+
+    def factor(self, choices: Sequence[Choice], bars: ProgressBars) -> TruncatedStream:
+        """All layers at once, with a bar; the model of them."""
+        with bars.stage("factors", len(choices)) as tick:
+            for index, choice in enumerate(choices):
+                self.factored(index, choice)
+                tick(1)
+        return TruncatedStream(
+            self.plan.base, lambda index: self.factored(index, choices[index]), self.device
+        )
+
     def finish(self) -> None:
         self.plan.target.parent.mkdir(parents=True, exist_ok=True)
         self.result.rename(self.plan.target)
@@ -97,22 +121,24 @@ def compress(plan: Plan, bars: ProgressBars) -> dict[str, Any] | None:
         # Once an analysis is whole, runs of other sizes may read it side by side.
         with alone_in(run.analysis.path) if workers.is_first else contextlib.nullcontext():
             analyse(plan, run.analysis, shown, workers)
+            workers.wait()
+            make_offers(plan, run.analysis, shown, workers)
         workers.wait()  # the first removes the folder that the others look into
         return _finish(run, bars) if workers.is_first else None
 
 
 def _finish(run: Run, bars: ProgressBars) -> dict[str, Any]:
-    curves, settings = read_curves(run.plan, run.analysis), run.plan.settings
+    layers, settings = read_layers(run.plan, run.analysis), run.plan.settings
     if settings.target is not None:
-        report = _meet_target(run, curves, settings.target, bars)
+        report = _meet_target(run, layers, settings.target, bars)
     elif settings.faster is not None:
-        report = _be_faster(run, curves, settings.faster, bars)
+        report = _be_faster(run, layers, settings.faster, bars)
     else:
         assert settings.remove is not None
-        report = _make(run, _ranks_for(run, curves, 1.0 - settings.remove, bars), bars)
+        report = _make(run, _choices_for(run, layers, 1.0 - settings.remove, bars), bars)
     report |= {
-        "loss_by_size": loss_by_size(curves, settings),
-        "spectra": spectra(curves),
+        "loss_by_size": loss_by_size(layers, settings),
+        "spectra": spectra(layers) if run.plan.factored_levels else None,
         "base": base_facts(run.plan.base.folder),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")},
     }
@@ -121,30 +147,35 @@ def _finish(run: Run, bars: ProgressBars) -> dict[str, Any]:
     return report
 
 
-def _ranks_for(run: Run, curves: list[Curve], keep: float, bars: ProgressBars) -> list[Layer]:
-    """The chosen ranks; with `measured`, chosen again under what the first choice turned out to be worth."""
+def _choose(run: Run, layers: Sequence[Layer], keep: float) -> list[Choice]:
     settings = run.plan.settings
-    chosen = choose_ranks(settings, curves, keep)
-    if settings.allocation != "measured":
-        return chosen
-    path = run.work.path / "gains.json"
-    if not path.is_file():
-        truncated = TruncatedStream(run.plan.base, run.analysis, chosen, run.device)
-        save_json(path, measured_gains(truncated, run.plan.measured, run.work, bars))
-    ranks = [layer[name].rank for layer in chosen for name in PROJECTIONS]
-    return choose_ranks(settings, scaled(curves, ranks, json.loads(path.read_text(encoding="utf-8"))), keep)
+    return CHOOSERS[settings.allocation](layers, keep, settings.form, settings.rank_multiple)
 
 
-def _make(run: Run, chosen: list[Layer], bars: ProgressBars) -> dict[str, Any]:
-    """Build, write and judge what `chosen` says; the report of it."""
-    records = _build_layers(run, chosen, bars)
-    layers = tuple(MLPLayer.of(run.plan.shape, _specs(record)) for record in records)
+def _choices_for(run: Run, layers: list[Layer], keep: float, bars: ProgressBars) -> list[Choice]:
+    """What the layers become; with `measured`, chosen again under what the last choice turned out to be worth."""
+    choices = _choose(run, layers, keep)
+    for turn in range(MEASURED_TURNS if run.plan.settings.allocation == "measured" else 0):
+        path = run.work.path / f"gains-{turn}.json"
+        if not path.is_file():
+            truncated = run.factor(choices, bars)
+            save_json(path, measured_gains(truncated, run.plan.measured, run.work, bars))
+        choices = _choose(run, scaled(layers, choices, json.loads(path.read_text(encoding="utf-8"))), keep)
+    return choices
+
+
+def _make(run: Run, choices: list[Choice], bars: ProgressBars) -> dict[str, Any]:
+    """Build, write and judge what `choices` say; the report of it."""
+    records = _build_layers(run, choices, bars)
+    layers = tuple(_stored_layer(run.plan, record) for record in records)
     block = FormatBlock(layers, run.plan.shape, describe(run.plan), _created_by())
     _write_whole(run, block)
     quality, samples = _judge(run, bars)
     return {
         "block": block.to_json(),
         "weight_bytes": block.weight_bytes,
+        "full_speed_tensor_parallel": block.full_speed_sizes,
+        "ordinary": block.ordinary_size is not None,
         "bytes_ratio": block.bytes_ratio,
         "matrices": [row for record in records for row in record["matrices"]],
         "notes": [note for record in records for note in record["notes"]],
@@ -153,19 +184,19 @@ def _make(run: Run, chosen: list[Layer], bars: ProgressBars) -> dict[str, Any]:
     }
 
 
-def _meet_target(run: Run, curves: list[Curve], asked: str, bars: ProgressBars) -> dict[str, Any]:
+def _meet_target(run: Run, layers: list[Layer], asked: str, bars: ProgressBars) -> dict[str, Any]:
     """The largest removal that meets the target both truncated and as stored; its report, with all probes as
     `target`.
     """
     search = Search(run.plan.work / "target.json", asked, parse_target(asked))
     settings = run.plan.settings
-    most = most_removable(curves, settings.form, settings.rank_multiple)
+    most = most_removable(layers, settings.form, settings.rank_multiple)
     sizes = [size for size in SIZES if size <= most] or SIZES[
         :1
     ]  # where nothing can go, choosing ranks says so
     while True:
-        removed = search.candidate(sizes, _prober(run, curves, bars))
-        report = _make(run, choose_ranks(settings, curves, 1.0 - removed), bars)
+        removed = search.candidate(sizes, _prober(run, layers, bars))
+        report = _make(run, _choose(run, layers, 1.0 - removed), bars)
         if search.target.met(report["quality"]):
             search.record(removed, report["quality"], stored=True)
             return {**report, "target": search.to_json()}
@@ -174,7 +205,7 @@ def _meet_target(run: Run, curves: list[Curve], asked: str, bars: ProgressBars) 
         search.record(removed, report["quality"], stored=True)
 
 
-def _prober(run: Run, curves: list[Curve], bars: ProgressBars) -> Callable[[float], dict[str, float]]:
+def _prober(run: Run, layers: list[Layer], bars: ProgressBars) -> Callable[[float], dict[str, float]]:
     """The function that judges a size. The dense model runs at its first call, as a resumed run may need
     none.
     """
@@ -182,31 +213,28 @@ def _prober(run: Run, curves: list[Curve], bars: ProgressBars) -> Callable[[floa
     judge = functools.cache(lambda: Judge(LayerStream(base, device=run.device), run.plan.judge))
 
     def measure(removed: float) -> dict[str, float]:
-        chosen = choose_ranks(run.plan.settings, curves, 1.0 - removed)
-        with bars.stage(f"probe, {removed:.1%} removed", len(chosen)) as tick:
-            return judge().compare(TruncatedStream(base, run.analysis, chosen, run.device), tick).to_json()
+        truncated = run.factor(_choose(run, layers, 1.0 - removed), bars)
+        with bars.stage(f"probe, {removed:.1%} removed", truncated.num_layers) as tick:
+            return judge().compare(truncated, tick).to_json()
 
     return measure
 
 
-def _be_faster(run: Run, curves: list[Curve], factor: float, bars: ProgressBars) -> dict[str, Any]:
+def _be_faster(run: Run, layers: list[Layer], factor: float, bars: ProgressBars) -> dict[str, Any]:
     """Least loss within 1 / factor of the dense MLPs' simulated decode time; what it comes to is in the
     report as `decode`.
     """
-    shape, settings = run.plan.shape, run.plan.settings
-    with bars.stage("simulated prices", 2 * len(priced_ranks(shape))) as tick:
-        prices = rank_prices(shape, settings.form, tick)
-    report = _make(run, _ranks_for(run, priced(curves, prices), 1.0 / factor, bars), bars)
-    made = [
-        {name: ProjectionSpec(**spec) for name, spec in layer.items()} for layer in report["block"]["layers"]
-    ]
-    dense_us = model_us(shape, [dict.fromkeys(PROJECTIONS, DENSE)] * shape.num_layers)
-    simulated_us = model_us(shape, made)
+    plan = run.plan
+    with bars.stage("simulated prices", priced_launches(plan)) as tick:
+        prices = level_prices(plan, tick)
+    report = _make(run, _choices_for(run, priced(layers, prices), 1.0 / factor, bars), bars)
+    made = parse_block(report["block"], plan.base.config, str(plan.base.folder)).layers
+    before, simulated_us = dense_us(plan), model_us(made)
     decode = {
         "asked": factor,
-        "dense_simulated_us": dense_us,
+        "dense_simulated_us": before,
         "simulated_us": simulated_us,
-        "simulated_speedup": dense_us / simulated_us,
+        "simulated_speedup": before / simulated_us,
     }
     return {**report, "decode": decode}
 
@@ -217,25 +245,41 @@ def _created_by() -> str:
     return f"neuronmlp {__version__}"
 
 
-def _specs(record: dict[str, Any]) -> Layer:
-    return {name: ProjectionSpec(**record["specs"][name]) for name in PROJECTIONS}
+def _stored_layer(plan: Plan, record: dict[str, Any]) -> MLPLayer:
+    specs = {name: ProjectionSpec(**record["specs"][name]) for name in PROJECTIONS}
+    return MLPLayer.of(plan.shape, specs, channels=record["channels"], groups=plan.groups)
 
 
-def _build_layers(run: Run, chosen: list[Layer], bars: ProgressBars) -> list[dict[str, Any]]:
+def _build_layers(run: Run, choices: list[Choice], bars: ProgressBars) -> list[dict[str, Any]]:
     """Write each layer's tensors and return one record a layer; both are skipped where an earlier run left
     them.
     """
-    records, dtype = [], _dtype(run.plan)
-    with bars.stage("pivots and writing", len(chosen)) as tick:
-        for index, specs in enumerate(chosen):
+    records = []
+    with bars.stage("factors and writing", len(choices)) as tick:
+        for index, choice in enumerate(choices):
             path = run.work.path / f"built-{index:05d}.json"
             if not path.is_file():
-                built = build_layer(run.plan, run.analysis, index, specs, dtype)
-                _write_layer(run, index, built)
-                save_json(path, _record(run, index, built))
+                save_json(path, _built(run, index, choice))
             records.append(json.loads(path.read_text(encoding="utf-8")))
             tick(1)
     return records
+
+
+def _built(run: Run, index: int, choice: Choice) -> dict[str, Any]:
+    """Write one layer; its record."""
+    factored = run.factored(index, choice)
+    if factored is None:
+        built = untouched(run.plan, index)
+    else:
+        built = build_layer(run.plan, index, factored, layer_of(run.plan, choice), _dtype(run.plan))
+    _write_layer(run, index, built)
+    errors = matrix_errors(run.plan, run.analysis, index, built, factored)
+    return {
+        "specs": {name: spec.to_json() for name, spec in built.layer.items()},
+        "channels": built.layer.channels,
+        "notes": built.notes,
+        "matrices": [dataclasses.asdict(error) for error in errors],
+    }
 
 
 def _dtype(plan: Plan) -> torch.dtype:
@@ -253,16 +297,6 @@ def _write_layer(run: Run, index: int, built: BuiltLayer) -> None:
         write_layer(run.result, run.plan.base, index, factors)
 
 
-def _record(run: Run, index: int, built: BuiltLayer) -> dict[str, Any]:
-    return {
-        "specs": {name: spec.to_json() for name, spec in built.specs.items()},
-        "notes": built.notes,
-        "matrices": [
-            dataclasses.asdict(error) for error in matrix_errors(run.plan, run.analysis, index, built)
-        ],
-    }
-
-
 def _write_whole(run: Run, block: FormatBlock) -> None:
     if not run.plan.settings.factors_only:
         write_rest(run.result, run.plan.base, block)
@@ -272,6 +306,7 @@ def _write_whole(run: Run, block: FormatBlock) -> None:
     for index in range(len(block.layers)):
         tensors |= {name: t for name, t in run.work.load(f"factors-{index:05d}").items() if name in names}
     write_factor_file(run.result / FACTOR_FILE.name, block, tensors)
+    copy_tokenizer_beside_factors(run.plan.base.folder, run.result)
 
 
 def _judge(run: Run, bars: ProgressBars) -> tuple[dict[str, float] | None, dict[str, Any] | None]:

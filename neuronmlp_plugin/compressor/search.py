@@ -13,45 +13,13 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
-
-from neuronmlp_plugin.calibration.stream import LayerStream
-from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.checkpoint.writer import save_json
-from neuronmlp_plugin.compressor.analyse import layer_name, load_decomposition
-from neuronmlp_plugin.compressor.build import Layer
 from neuronmlp_plugin.compressor.target import Target
-from neuronmlp_plugin.compressor.workspace import Workspace
 from neuronmlp_plugin.errors import UsageError
 
 # A finer step than allocation's own tolerance (0.5 % of the parameters) would probe the same ranks twice.
 STEP = 0.005
 SIZES = tuple(round(STEP * notch, 3) for notch in range(1, 191))
-
-
-class TruncatedStream(LayerStream):
-    """The dense model, one layer at a time, with the matrices that `chosen` stands for: W' itself in place of
-    any factors.
-    """
-
-    def __init__(
-        self, base: Checkpoint, analysis: Workspace, chosen: Sequence[Layer], device: torch.device
-    ) -> None:
-        super().__init__(base, device=device)
-        self.analysis, self.chosen = analysis, chosen
-
-    def load(self, index: int) -> nn.Module:
-        layer: Any = super().load(index)
-        ranks = {name: spec.rank for name, spec in self.chosen[index].items() if spec.rank is not None}
-        saved = self.analysis.load(layer_name(index)) if ranks else {}
-        for name, rank in ranks.items():
-            found = load_decomposition(saved, name)
-            weight = found.left[:, :rank] @ found.right[:rank]
-            getattr(layer.mlp, name).weight = nn.Parameter(
-                weight.to(self.device, self.dtype), requires_grad=False
-            )
-        return layer
 
 
 def largest(sizes: Sequence[float], meets: Callable[[float], bool]) -> float | None:

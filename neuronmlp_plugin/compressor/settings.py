@@ -9,8 +9,9 @@ from typing import Any
 from neuronmlp_plugin.compressor.target import parse_target
 from neuronmlp_plugin.errors import UsageError
 
-METHODS = ("two-sided", "whitened", "plain")
-FORMS = ("compact", "uv")
+METHODS = ("two-sided", "whitened", "plain", "modegpt")
+FORMS = ("compact", "uv", "narrow")
+CHANNELS = ("remove", "keep")
 ALLOCATIONS = ("global", "measured", "uniform")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -20,6 +21,11 @@ def default_allocation(method: str, target: str | None) -> str:
     if method != "two-sided":
         return "uniform"
     return "measured" if target is None else "global"
+
+
+def default_form(method: str) -> str:
+    """The best that a method can have."""
+    return "narrow" if method == "modegpt" else "compact"
 
 
 def check_seed(seed: int) -> None:
@@ -46,10 +52,14 @@ class Settings:
         # as little as makes the MLPs this many times faster in decode, simulated (compressor/decode_time.py)
         None
     )
-    form: str = "compact"
-    method: str = (
-        "two-sided"  # input moment and output metric | input moment alone (SVD-LLM) | neither (plain SVD)
+    form: str = "compact"  # of the factors | "narrow": channels go, and all matrices stay dense
+    groups: int | None = (
+        None  # of channels that are factorised apart; None: what makes slices nearest to square
     )
+    tp: int = 1  # groups are to be a multiple of this
+    channels: str = "remove"  # where it pays, beside factors | "keep" all
+    # input moment and output metric | input moment alone (SVD-LLM) | neither (plain SVD) | MoDeGPT's MLP step
+    method: str = "two-sided"
     # ranks across all matrices, with a dense option | and losses measured in place | the same share of each
     allocation: str = "global"
     rank_multiple: int = 16
@@ -70,13 +80,14 @@ class Settings:
         for name, value, allowed in (
             ("form", self.form, FORMS),
             ("method", self.method, METHODS),
+            ("channels", self.channels, CHANNELS),
             ("allocation", self.allocation, ALLOCATIONS),
             ("dtype", self.dtype, DTYPES),
         ):
             if value not in allowed:
                 raise UsageError(f"--{name}: expected one of {', '.join(allowed)}, found {value!r}.")
-        for name in ("rank_multiple", "window", "tokens"):
-            if getattr(self, name) < 1:
+        for name in ("rank_multiple", "window", "tokens", "groups", "tp"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(
                     f"--{name.replace('_', '-')}: expected a positive number, found {getattr(self, name)}."
                 )
@@ -94,11 +105,30 @@ class Settings:
             raise UsageError(
                 f"--text: expected calibration text for --method {self.method}, found none; name a .txt or .jsonl file."
             )
+        self._check_form()
         if self.method != "two-sided" and self.allocation != "uniform":
             raise UsageError(
                 f"--method {self.method}: expected --allocation uniform, found {self.allocation}; without the output metric the losses of "
                 "different layers cannot be compared (it does worse than uniform)."
             )
+
+    def _check_form(self) -> None:
+        narrow = self.form == "narrow"
+        if narrow != (self.method == "modegpt") and self.method != "two-sided":
+            raise UsageError(
+                f"--method {self.method}: expected --form {'narrow' if not narrow else 'compact or uv'}, found {self.form}; "
+                "modegpt removes channels, whitened and plain make factors."
+            )
+        if narrow and self.channels == "keep":
+            raise UsageError(
+                "--form narrow: expected --channels remove, found keep; dense matrices of all channels are the model itself."
+            )
+
+    @property
+    def removes_channels(self) -> bool:
+        """Whether layers may lose channels."""
+        mixes = self.method == "two-sided" and self.allocation != "uniform" and self.channels == "remove"
+        return self.form == "narrow" or mixes
 
     def _check_size(self) -> None:
         sizes = {"--remove": self.remove, "--target": self.target, "--faster": self.faster}

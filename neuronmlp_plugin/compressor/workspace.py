@@ -7,7 +7,7 @@ import pathlib
 
 import torch
 
-from neuronmlp_plugin.checkpoint.reader import open_safetensors
+from neuronmlp_plugin.checkpoint.files import open_safetensors
 from neuronmlp_plugin.checkpoint.writer import save_json, save_tensors, told_when_unwritable
 from neuronmlp_plugin.errors import OutputError
 

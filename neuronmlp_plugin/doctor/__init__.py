@@ -13,9 +13,11 @@ def run(args: argparse.Namespace) -> int:
     """Print all findings (`--json` as JSON); exit code 1 if one of them is a problem."""
     from neuronmlp_plugin.doctor.checks import PROBLEM, examine
     from neuronmlp_plugin.doctor.environment import observe
+    from neuronmlp_plugin.doctor.kernel_verdict import check_kernels
+    from neuronmlp_plugin.doctor.stacks import nki_of, stack_of
 
     environment = observe()
-    findings = examine(environment)
+    findings = [*examine(environment), *check_kernels(environment)]
     if args.json:
         values = {
             "environment": dataclasses.asdict(environment),
@@ -27,6 +29,10 @@ def run(args: argparse.Namespace) -> int:
             print(f"{name:32} {version}")
         print(
             f"{'Neuron devices':32} {', '.join(environment.devices) or 'none'}  ({environment.instance or 'unknown machine'})"
+        )
+        stack = stack_of(environment.versions)
+        print(
+            f"{'Neuron SDK':32} {stack.sdk if stack else 'none'}  (kernels are read as by nki {nki_of(environment.versions)})"
         )
         for finding in findings:
             print(f"\n{finding.severity}: {finding.what}\n  fix: {finding.fix}")

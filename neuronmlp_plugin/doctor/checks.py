@@ -40,7 +40,7 @@ def check_serving_stack(env: Environment) -> Iterator[Finding]:
         )
     new = env.version("vllm-neuron")
     if new and new[:2] >= (0, 21):
-        fix = f"use SDK {REFERENCE.sdk}.1 on trn1 (docs/trainium.md)"
+        fix = f"use SDK {REFERENCE.sdk} on trn1 (docs/trainium.md)"
         yield Finding(
             PROBLEM,
             f"vllm-neuron {env.versions['vllm-neuron']} has its own models instead of NxD Inference, which we do not extend",
@@ -86,44 +86,47 @@ def check_devices(env: Environment) -> Iterator[Finding]:
 
 
 def check_versions(env: Environment) -> Iterator[Finding]:
-    nxdi = env.version("neuronx-distributed-inference")
-    if nxdi is None:
+    if not any(env.has(module) for module in ("neuronx_distributed_inference", "neuronxcc", "nki")):
         return
-    stack = stack_of(nxdi, env.version("nki"))
+    stack = stack_of(env.versions)
     if stack is None:
-        fix = f"install the set of SDK {REFERENCE.sdk}.1 (docs/trainium.md)"
+        found = ", ".join(
+            f"{name} {env.versions[name]}" for name in REFERENCE.versions if name in env.versions
+        )
+        fix = f"install the set of SDK {REFERENCE.sdk} (docs/trainium.md)"
         yield Finding(
-            PROBLEM,
-            f"NxD Inference {env.versions['neuronx-distributed-inference']} is none that we know (0.6 to 0.10)",
-            fix,
+            PROBLEM, f"{found or 'the Neuron packages'}: of no SDK that we know (2.26 to 2.33)", fix
         )
         return
     yield from _mismatches(env, stack)
     if not stack.kernels:
-        severity = PROBLEM if env.instance.startswith(("trn1", "inf2")) else NOTE
+        severity = PROBLEM if env.instance.startswith(("trn1", "inf2")) or not stack.serves else NOTE
         yield Finding(
             severity,
-            f"SDK {stack.sdk}, {stack.remark}",
-            f"for the NKI kernels on trn1 use SDK {REFERENCE.sdk}.1; on others see docs/trainium.md",
+            f"SDK {stack.sdk}: {stack.remark}",
+            f"for the NKI kernels on trn1 use SDK {REFERENCE.sdk}; on others see docs/trainium.md",
         )
 
 
 def _mismatches(env: Environment, stack: Stack) -> Iterator[Finding]:
-    expected = {
-        "vllm": stack.vllm,
-        "vllm-neuron": stack.vllm_neuron,
-        "nki": (stack.nki,) if stack.nki else (),
-    }
-    for name, versions in expected.items():
-        found = env.version(name)
-        if found is not None and versions and found[:2] not in versions:
-            wanted = " or ".join(".".join(map(str, version)) for version in versions)
+    for name, wanted in stack.versions.items():
+        found = env.versions.get(name)
+        if found is not None and not stack.matches(name, found):
             fix = f"install {name} {wanted}.*, or another SDK as a whole; mixed sets are untested"
-            yield Finding(
-                PROBLEM,
-                f"{name} {env.versions[name]} does not belong to SDK {stack.sdk}, which NxD Inference is from",
-                fix,
-            )
+            what = f"{name} {found} does not belong to SDK {stack.sdk}, which the others are from"
+            yield Finding(PROBLEM, what, fix)
+
+
+def check_kernels(env: Environment) -> Iterator[Finding]:
+    version = env.version("nki")
+    if version is None or version < (0, 2):
+        return
+    if env.kernels_refused:
+        yield Finding(
+            PROBLEM,
+            f"nki {env.versions['nki']}, asked with a small layer: {env.kernels_refused}",
+            'MLPs run by torch operations under "kernels": "auto"; report the sentence, or use the reference stack (docs/trainium.md)',
+        )
 
 
 def check_artifacts(env: Environment) -> Iterator[Finding]:
@@ -132,11 +135,13 @@ def check_artifacts(env: Environment) -> Iterator[Finding]:
     folder = env.variables.get("NEURON_COMPILED_ARTIFACTS")
     if folder is None:
         fix = "export NEURON_COMPILED_ARTIFACTS=<folder of its own for each model and set of options>"
-        yield Finding(
-            NOTE, "vllm-neuron deletes its compiled artifacts at each start and compiles again", fix
-        )
+        what = "vllm-neuron deletes its compiled artifacts at each start and compiles again"
+        yield Finding(NOTE, what, fix)
     elif pathlib.Path(folder, "neuron_config.json").is_file():
-        what = f"the options compiled into {folder} are in force; override_neuron_config on the command line is ignored"
+        what = (
+            f"what was compiled into {folder} is in force: another model, other sizes or other options of ours are refused, "
+            "NxD Inference's own options of the command line are ignored"
+        )
         yield Finding(NOTE, what, "name another folder after changing the model, its factors or an option")
 
 
@@ -144,14 +149,14 @@ def check_sampling(env: Environment) -> Iterator[Finding]:
     if not env.has("neuronx_distributed_inference"):
         return
     off = env.variables.get("NEURON_ON_DEVICE_SAMPLING_DISABLED", "0") not in ("", "0")
-    if off and (env.version("vllm-neuron") or (0, 2))[:2] == (0, 2):
+    if off and (env.version("vllm-neuron") or (0, 2))[:2] <= (0, 5):
+        what = "NEURON_ON_DEVICE_SAMPLING_DISABLED makes vllm-neuron to 0.5.0 call a module and fail (its pull request 28)"
         fix = 'unset it and put "on_device_sampling_config": null into override_neuron_config'
-        yield Finding(
-            PROBLEM, "NEURON_ON_DEVICE_SAMPLING_DISABLED makes vllm-neuron 0.2 call a module and fail", fix
-        )
+        yield Finding(PROBLEM, what, fix)
     yield Finding(
         NOTE,
-        "users report wrong text in all but one sequence of a batch under on-device sampling, with HTTP 200 (vllm-neuron issue 57)",
+        "on-device sampling gave wrong text for Qwen2 and Qwen3 at tensor parallel 2 with continuous batching, with HTTP 200 "
+        "(optimum-neuron pull request 886)",
         "run examples/trn1/smoke_test.py, which compares every sequence, before you serve with --max-num-seqs above 1",
     )
 
@@ -175,6 +180,7 @@ CHECKS: tuple[Callable[[Environment], Iterator[Finding]], ...] = (
     check_registration,
     check_devices,
     check_versions,
+    check_kernels,
     check_artifacts,
     check_sampling,
     check_cpu,

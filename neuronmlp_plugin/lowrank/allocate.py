@@ -1,22 +1,26 @@
-"""Where to spend a budget: a rank for every matrix, or leave it dense.
+"""Where to spend a budget: for every layer the channels that it keeps, and a rank for each matrix or none.
 
-Each matrix has a curve loss(k) (comparable across matrices, because of the output metric) and a cost(k): its
-parameters, or any price that the caller puts on its ranks, such as simulated time. A dense matrix loses
-nothing. Minimising the summed loss under a summed cost is a knapsack: Lagrange's mu is found by bisection,
-and what is left of the budget is filled greedily by the upgrade with the most loss saved per unit of cost.
+A layer offers levels, each with some channels removed; at a level each matrix has a curve loss(k), comparable
+across matrices because of the output metric, and a cost(k): its parameters, or any price that the caller puts
+on its ranks, such as simulated time. Losses add up: exactly for channels removed and down's rank, and nearly
+for the rest. Minimising the summed loss under a summed cost is a knapsack: Lagrange's mu is found by
+bisection, and what is left of the budget is filled greedily by the upgrade with the most loss saved per unit
+of cost.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from neuronmlp_plugin.errors import UsageError
 
-FORMS = ("uv", "compact")
+T = TypeVar("T")
+FORMS = ("uv", "compact", "narrow")  # narrow: channels go, and matrices stay dense
 # Below this share of the break-even rank the summed loss stops predicting: errors of one matrix get too large
 # to be additive.
 MIN_RANK_SHARE = 0.35
@@ -24,7 +28,8 @@ MIN_RANK_SHARE = 0.35
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """What one matrix offers: `tail[k]` is the loss of rank k (`[min(out, in) + 1]`, fp64).
+    """What one matrix offers in `groups` slices `[out, in]`, all of one rank: `tail[k]` is the loss of rank k
+    (`[min(out, in) + 1]`, fp64).
 
     `prices[k]`, of the same shape, is what rank k costs, and its last entry what the dense matrix costs; None
     counts parameters.
@@ -33,21 +38,21 @@ class Curve:
     out_features: int
     in_features: int
     tail: np.ndarray
+    groups: int = 1
     prices: np.ndarray | None = None
 
     @property
     def dense_cost(self) -> float:
-        return self.out_features * self.in_features if self.prices is None else float(self.prices[-1])
+        parameters = self.groups * self.out_features * self.in_features
+        return parameters if self.prices is None else float(self.prices[-1])
 
     def cost(self, rank: int | None, form: str) -> float:
         """Of a rank in a form, or of the dense matrix (None)."""
         if rank is None:
             return self.dense_cost
-        return (
-            cost(rank, self.in_features, self.out_features, form)
-            if self.prices is None
-            else float(self.prices[rank])
-        )
+        if self.prices is not None:
+            return float(self.prices[rank])
+        return self.groups * cost(rank, self.in_features, self.out_features, form)
 
     def loss(self, rank: int | None) -> float:
         """Of a rank; a dense matrix (None) has none."""
@@ -55,10 +60,34 @@ class Curve:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Options:
-    """Choices of one matrix worth making, in order of rising cost and falling loss; rank 0 stands for dense."""
+class Level:
+    """A layer with `kept` channels, whose removal loses `removal`; what its gate, up and down then offer."""
 
-    ranks: np.ndarray
+    kept: int
+    removal: float
+    curves: tuple[Curve, ...]
+
+    @property
+    def dense_cost(self) -> float:
+        return sum(curve.dense_cost for curve in self.curves)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a layer becomes: channels kept, and the rank of each matrix in every group (None: dense)."""
+
+    kept: int
+    ranks: tuple[int | None, ...]
+
+
+Layer = Sequence[Level]  # the first has all channels
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """Choices of one layer worth making, in order of rising cost and falling loss."""
+
+    choices: list[Choice]
     costs: np.ndarray
     losses: np.ndarray
 
@@ -76,16 +105,30 @@ def rank_for_share(keep: float, in_features: int, out_features: int, form: str) 
     return (total - math.sqrt(max(total * total - 4 * target, 0.0))) / 2
 
 
-def uniform_ranks(curves: Sequence[Curve], keep: float, form: str, multiple: int) -> list[int | None]:
-    """The same share of every matrix, rounded down to a multiple: the published baseline. Raises UsageError
-    where that would be none.
+def uniform(layers: Sequence[Layer], keep: float, form: str, multiple: int) -> list[Choice]:
+    """The same share of every matrix, rounded down to a multiple, or as many channels of every layer: the
+    published baselines. Raises UsageError where that would be none.
     """
+    if form == "narrow":
+        return [_narrow(layer, keep) for layer in layers]
+    curves = [curve for layer in layers for curve in layer[0].curves]
     ranks = [int(rank_for_share(keep, c.in_features, c.out_features, form) + 1e-9) for c in curves]
     if min(ranks) < multiple:
         raise UsageError(
             f"--rank-multiple {multiple}: expected at most the uniform rank, {min(ranks)}, found more; choose a smaller one."
         )
-    return [rank // multiple * multiple for rank in ranks]
+    rounded = iter(rank // multiple * multiple for rank in ranks)
+    return [Choice(layer[0].kept, tuple(next(rounded) for _ in layer[0].curves)) for layer in layers]
+
+
+def _narrow(layer: Layer, keep: float) -> Choice:
+    fitting = [level for level in layer if level.kept <= keep * layer[0].kept]
+    if not fitting:
+        raise UsageError(
+            f"size: expected at most {1 - layer[-1].kept / layer[0].kept:.2f} of the channels taken away, found {1 - keep:.2f} asked for; "
+            "ask for less."
+        )
+    return Choice(max(level.kept for level in fitting), (None,) * len(layer[0].curves))
 
 
 def check_removable(
@@ -99,62 +142,129 @@ def check_removable(
         )
 
 
-def most_removable(curves: Sequence[Curve], form: str, multiple: int) -> float:
+def most_removable(layers: Sequence[Layer], form: str, multiple: int) -> float:
     """The share of the dense cost that `allocate` can take away at most."""
-    least = sum(float(_options(curve, form, multiple).costs[0]) for curve in curves)
-    return 1 - least / sum(curve.dense_cost for curve in curves)
+    least = sum(float(_options(layer, form, multiple).costs[0]) for layer in layers)
+    return 1 - least / sum(layer[0].dense_cost for layer in layers)
 
 
-def allocate(curves: Sequence[Curve], keep: float, form: str, multiple: int) -> list[int | None]:
-    """A rank for each matrix (None: dense) with the least summed loss whose cost is at most `keep` of the
-    dense cost.
+def loss(layers: Sequence[Layer], choices: Sequence[Choice]) -> float:
+    """The summed loss that is predicted for the choices."""
+    return sum(sum(parts(layer, choice)) for layer, choice in zip(layers, choices, strict=True))
+
+
+def parts(layer: Layer, choice: Choice) -> list[float]:
+    """The losses predicted for one layer: of its channels removed, then of each matrix's rank."""
+    level = next(level for level in layer if level.kept == choice.kept)
+    return [level.removal, *(c.loss(rank) for c, rank in zip(level.curves, choice.ranks, strict=True))]
+
+
+def allocate(layers: Sequence[Layer], keep: float, form: str, multiple: int) -> list[Choice]:
+    """A choice for each layer with the least summed loss whose cost is at most `keep` of the dense cost.
 
     Raises UsageError where no choice is cheap enough, or where the multiple is too coarse to come within 0.5
-    % of a budget of parameters; the steps of a price are not the multiple's fault, so there what is left
-    stays unspent.
+    % of a budget of parameters; the steps of a price, or of channels, are not the multiple's fault, so there what
+    is left stays unspent.
     """
-    options = [_options(curve, form, multiple) for curve in curves]
-    dense_cost, has_prices = (
-        sum(curve.dense_cost for curve in curves),
-        any(curve.prices is not None for curve in curves),
-    )
+    options = [_options(layer, form, multiple) for layer in layers]
+    dense_cost = sum(layer[0].dense_cost for layer in layers)
+    has_prices = any(curve.prices is not None for layer in layers for curve in layer[0].curves)
     what = "cost of the MLPs" if has_prices else "MLP parameters"
     budget = keep * dense_cost
     check_removable(sum(float(o.costs[0]) for o in options) / dense_cost, keep, form, multiple, what)
     picks = _fill(options, _pick(options, _bisect(options, budget)), budget)
-    spent, all_dense = (
-        _spent(options, picks),
-        all(p + 1 == len(o.ranks) for o, p in zip(options, picks, strict=True)),
-    )
-    if not has_prices and not all_dense and budget - spent > 0.005 * dense_cost:
+    spent = _spent(options, picks)
+    all_dense = all(p + 1 == len(o.costs) for o, p in zip(options, picks, strict=True))
+    exact = not has_prices and all(
+        len(layer) == 1 for layer in layers
+    )  # channels are coarse in a small model
+    if exact and not all_dense and budget - spent > 0.005 * dense_cost:
         raise UsageError(
             f"--rank-multiple {multiple}: expected to keep {keep:.4f} of the {what} within 0.5 %, found "
             f"{spent / dense_cost:.4f} at best; choose a smaller multiple."
         )
-    return [int(o.ranks[p]) or None for o, p in zip(options, picks, strict=True)]
+    return [o.choices[p] for o, p in zip(options, picks, strict=True)]
 
 
 CHOOSERS = {
     "global": allocate,
     "measured": allocate,
-    "uniform": uniform_ranks,
+    "uniform": uniform,
 }  # "measured" scales the curves first
 
 
-def _options(curve: Curve, form: str, multiple: int) -> _Options:
+def _options(layer: Layer, form: str, multiple: int) -> _Options:
+    offered = [option for level in layer for option in _of_level(level, form, multiple)]
+    costs, losses, choices = zip(*_worthwhile(offered), strict=True)
+    return _Options(list(choices), np.array(costs, dtype=float), np.array(losses))
+
+
+def _worthwhile(options: Iterable[tuple[float, float, T]]) -> list[tuple[float, float, T]]:
+    """`(cost, loss, what)` in order of rising cost and falling loss: what costs as much and loses more is no
+    choice, so that a staircase leaves its edges.
+    """
+    kept: list[tuple[float, float, T]] = []
+    for option in sorted(options, key=lambda option: option[:2]):
+        if not kept or option[1] < kept[-1][1]:
+            kept.append(option)
+    return kept
+
+
+def _of_level(level: Level, form: str, multiple: int) -> list[tuple[float, float, Choice]]:
+    """From the cheapest ranks of a level to its dense matrices: along each matrix's lower convex hull, where the
+    next step is the one of all matrices that saves the most loss per unit of cost, and on the way to it what
+    lies between: `(cost, loss, choice)` each.
+    """
+    options = [_of_matrix(curve, form, multiple) for curve in level.curves]
+    hulls = [_hull(matrix) for matrix in options]
+    at = [0] * len(options)  # of each matrix, the place in its options
+    found = [_together(level, options, at)]
+    while any(hulls):
+        slopes = [
+            _saved(matrix[i], matrix[hull[0]]) if hull else -1.0
+            for matrix, hull, i in zip(options, hulls, at, strict=True)
+        ]
+        best = int(np.argmax(slopes))
+        edge = hulls[best].pop(0)
+        while at[best] < edge:
+            at[best] += 1
+            found.append(_together(level, options, at))
+    return found
+
+
+def _together(
+    level: Level, options: list[list[tuple[float, float, int]]], at: list[int]
+) -> tuple[float, float, Choice]:
+    picked = [matrix[i] for matrix, i in zip(options, at, strict=True)]
+    ranks = tuple(rank or None for _, _, rank in picked)
+    return sum(p[0] for p in picked), level.removal + sum(p[1] for p in picked), Choice(level.kept, ranks)
+
+
+def _of_matrix(curve: Curve, form: str, multiple: int) -> list[tuple[float, float, int]]:
+    """`(cost, loss, rank)` of every rank worth offering; rank 0 stands for dense."""
     m, n = curve.out_features, curve.in_features
     least = max(1, math.ceil(MIN_RANK_SHARE * m * n / (m + n) / multiple)) * multiple
-    offered: list[tuple[float, float, int]] = [
-        (curve.cost(k, form), curve.loss(k), k) for k in range(least, min(m, n), multiple)
-    ]
-    kept: list[tuple[float, float, int]] = []
-    for option in sorted([*offered, (curve.dense_cost, 0.0, 0)]):
-        if (
-            not kept or option[1] < kept[-1][1]
-        ):  # what costs as much and loses more is no choice: a staircase leaves its edges
-            kept.append(option)
-    costs, losses, ranks = zip(*kept, strict=True)
-    return _Options(np.array(ranks), np.array(costs, dtype=float), np.array(losses))
+    ranks = range(least, min(m, n), multiple) if form != "narrow" else ()
+    offered = [(curve.cost(k, form), curve.loss(k), k) for k in ranks if np.isfinite(curve.loss(k))]
+    return _worthwhile([*offered, (curve.dense_cost, 0.0, 0)])
+
+
+def _hull(options: list[tuple[float, float, int]]) -> list[int]:
+    """Places of the lower convex hull after the first: along it every step saves less per unit of cost than the
+    one before.
+    """
+    hull: list[int] = []
+    for place, option in enumerate(options):
+        while len(hull) > 1 and _saved(options[hull[-1]], option) >= _saved(
+            options[hull[-2]], options[hull[-1]]
+        ):
+            hull.pop()
+        hull.append(place)
+    return hull[1:]
+
+
+def _saved(before: tuple[float, float, int], after: tuple[float, float, int]) -> float:
+    return (before[1] - after[1]) / (after[0] - before[0])
 
 
 def _pick(options: Sequence[_Options], mu: float) -> list[int]:

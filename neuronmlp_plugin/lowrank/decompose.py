@@ -6,7 +6,7 @@ With W `[out, in]` (y = W x), input moment C = E[x x^T] and output metric G, the
 
 whose minimum over rank-k matrices is the truncated SVD of G^1/2 W C^1/2 (Eckart-Young), mapped back. G = I
 gives the whitening of SVD-LLM (2403.07378), G = C = I plain SVD; the two-sided form is that of GFWSVD /
-KFAC-SVD (facts: shared svd.md, S1-S2).
+KFAC-SVD (docs/method.md).
 
 Nothing is inverted that can be singular: with in >= out only the small side G^1/2 W C W^T G^1/2 is formed,
 and C enters as a product; with in < out C gets a relative ridge, below which input directions carry no energy
@@ -88,7 +88,7 @@ def _from_outputs(
 def _from_inputs(w: torch.Tensor, moment: torch.Tensor | None, root: torch.Tensor) -> Decomposition:
     """in < out: with C = S S^T, eigenvectors of S^T W^T G W S `[in, in]`."""
     if moment is None:
-        mapped, back = w, torch.eye(w.shape[1], dtype=w.dtype)
+        mapped, back = w, torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
     else:
         values, vectors = torch.linalg.eigh(_ridged(moment.double()))
         spread = values.clamp_min(float(values[-1]) * 1e-14).sqrt()
@@ -101,11 +101,11 @@ def _from_inputs(w: torch.Tensor, moment: torch.Tensor | None, root: torch.Tenso
 def _metric_roots(metric: torch.Tensor | None, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """G^1/2 and G^-1/2, each `[out]` or `[out, out]`."""
     if metric is None:
-        one = torch.ones(w.shape[0], dtype=w.dtype)
+        one = torch.ones(w.shape[0], dtype=w.dtype, device=w.device)
         return one, one
     g = metric.double()
     if g.ndim == 1:
-        root = (g + RIDGE * g.mean()).sqrt()
+        root = (g + RIDGE * g.mean().clamp_min(1e-30)).sqrt()
         return root, 1.0 / root
     values, vectors = torch.linalg.eigh(_ridged(g))
     root = values.clamp_min(float(values[-1]) * 1e-14).sqrt()
@@ -114,7 +114,7 @@ def _metric_roots(metric: torch.Tensor | None, w: torch.Tensor) -> tuple[torch.T
 
 def _ridged(matrix: torch.Tensor) -> torch.Tensor:
     return matrix + RIDGE * matrix.diagonal().mean().clamp_min(1e-30) * torch.eye(
-        matrix.shape[0], dtype=matrix.dtype
+        matrix.shape[0], dtype=matrix.dtype, device=matrix.device
     )
 
 

@@ -3,7 +3,7 @@ MLP.
 
 Lossless and cheaper at every R (PIFA, 2501.19090): R (in + out - R) numbers instead of R (in + out). What can
 go wrong is conditioning: c = rest pivots^-1 must stay small, or bf16 rounding of c swamps the result (32 %
-without pivoting, 0.3-1 % with it: shared svd.md).
+without pivoting, 0.3-1 % with it: docs/method.md).
 """
 
 from __future__ import annotations

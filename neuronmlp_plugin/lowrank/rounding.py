@@ -1,63 +1,148 @@
-"""Round the two factors of a matrix so that the errors of one make up for those of the other.
+"""Round factors to integers so that later numbers make up for what earlier ones lost.
 
-A `compact` matrix multiplies its factors' rounding errors by the pivots' coefficients: rounded each for
-itself, int8 factors of the real model moved their matrices by 5 %, where a dense int8 matrix moves by 0.8 %.
-Rounded as here, by 2.8 %.
+The loss of a rounded weight W' `[n, m]` that meets inputs of moment C and whose outputs matter by a metric S is
+
+    tr(S (W - W') C (W - W')^T),
+
+of which plain rounding minimises only the diagonal. Error feedback (GPTQ, arXiv 2210.17323) treats C; here it
+treats both sides, because a factor has a Gram matrix on each: its input's moment, and what the other factor
+makes of its output.
 """
 
 from __future__ import annotations
 
 import torch
 
-# Of the Gram matrix's mean diagonal, added to its diagonal: keeps the factorisation finite where the Gram
-# matrix is singular.
+# Of a mean diagonal, added to the diagonal: keeps the factorisation finite where a Gram matrix is singular.
 DAMPING = 1e-6
-BLOCK = 64  # columns after which what they lost is carried to all the later ones, in one product
+BLOCK = 64  # rows and columns of a tile, behind which what it lost is carried on in one product
 
 
-def round_under(weight: torch.Tensor, step: torch.Tensor, gram: torch.Tensor, limit: int) -> torch.Tensor:
-    """Integers q `[n, R]`, |q| <= limit, with a small trace of D gram D^T, D = weight - q step; plain
-    rounding where gram is diagonal.
+def round_under(
+    weight: torch.Tensor,
+    step: torch.Tensor,
+    limit: int,
+    inputs: torch.Tensor | None = None,
+    outputs: torch.Tensor | None = None,
+    damping: float = DAMPING,
+) -> torch.Tensor:
+    """Integers q `[n, m]`, |q| <= limit, with a small tr(S D C D^T), D = weight - q step, for C = `inputs` `[m, m]`
+    and S = `outputs` `[n, n]`; None is the identity, and without both this is plain rounding.
 
-    `weight` `[n, R]`, `step` >= 0 that broadcasts to it, `gram` symmetric `[R, R]`. Columns are rounded from
-    the first to the last, and what one lost is put right in the later ones as far as gram allows (GPTQ, arXiv
-    2210.17323).
+    `step` >= 0 broadcasts to `weight`. Column by column, and inside a column row by row, each number is rounded
+    to the best value given all that came before it: what was lost moves the later columns of its row by C, and
+    the later rows of its column by S.
     """
-    spread = torch.linalg.cholesky(
-        torch.cholesky_inverse(torch.linalg.cholesky(_damped(gram))), upper=True
-    ).float()
-    left, q = weight.float().clone(), torch.empty(weight.shape)
-    step = step.where(step > 0, 1.0).expand_as(left)
+    left = weight.float().clone()
+    step = step.float().where(step > 0, 1.0).expand_as(left)
+    if inputs is None and outputs is None:
+        return _nearest(left / step, limit)
+    q = torch.empty_like(left)
+    along, down = (_carried(gram, damping) for gram in (inputs, outputs))
     for start in range(0, left.shape[1], BLOCK):
-        block = slice(start, min(start + BLOCK, left.shape[1]))
-        lost = torch.empty(len(left), block.stop - start)
-        for column in range(start, block.stop):
-            q[:, column] = (left[:, column] / step[:, column]).round().clamp(-limit, limit)
-            error = (left[:, column] - q[:, column] * step[:, column]) / spread[column, column]
-            left[:, column : block.stop] -= error[:, None] * spread[column, column : block.stop]
-            lost[:, column - start] = error
-        left[:, block.stop :] -= lost @ spread[block, block.stop :]
+        columns = slice(start, min(start + BLOCK, left.shape[1]))
+        lost = _round_columns(left, q, step, limit, columns, along, down)
+        if along is not None:
+            left[:, columns.stop :] -= lost @ along[columns, columns.stop :]
     return q
 
 
-def grams(first: torch.Tensor, rounded: torch.Tensor, pivoted: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """`F' F'^T` and `F F'^T`, fp64 `[R, R]`, of the factor F `[R, in]` as it was and F' as it is now.
+def _nearest(x: torch.Tensor, limit: int) -> torch.Tensor:
+    return x.round().clamp(-limit, limit)
 
-    `pivoted`: F is the rest of `[I, F]` (the inputs' pivots of a compact matrix), whose products are meant.
+
+def _round_columns(
+    left: torch.Tensor,
+    q: torch.Tensor,
+    step: torch.Tensor,
+    limit: int,
+    columns: slice,
+    along: torch.Tensor | None,
+    down: torch.Tensor | None,
+) -> torch.Tensor:
+    """Round a block of columns in place; returns what each number lost, for the columns behind the block."""
+    n = len(left)
+    lost = torch.empty(n, columns.stop - columns.start, dtype=left.dtype, device=left.device)
+    moved = torch.zeros_like(lost)  # by what was lost in earlier rows of the same column
+    unit = torch.eye(columns.stop - columns.start, dtype=left.dtype, device=left.device)
+    right = unit if along is None else along[columns, columns]
+    for start in range(0, n, BLOCK if down is not None else n):
+        rows = slice(start, min(start + BLOCK, n) if down is not None else n)
+        tile = left[rows, columns], q[rows, columns], step[rows, columns], lost[rows], moved[rows]
+        if down is None:
+            _round_tile_by_columns(*tile, limit, right)
+        else:
+            missed = _round_tile(*tile, limit, right, down[rows, rows])
+            moved[rows.stop :] -= down[rows, rows.stop :].T @ missed
+    return lost
+
+
+def _round_tile_by_columns(
+    left: torch.Tensor,
+    q: torch.Tensor,
+    step: torch.Tensor,
+    lost: torch.Tensor,
+    _: torch.Tensor,
+    limit: int,
+    right: torch.Tensor,
+) -> None:
+    """A tile whose rows have nothing to do with each other."""
+    for j in range(left.shape[1]):
+        q[:, j] = _nearest(left[:, j] / step[:, j], limit)
+        lost[:, j] = left[:, j] - q[:, j] * step[:, j]
+        left[:, j + 1 :] -= lost[:, j, None] * right[j, j + 1 :]
+
+
+def _round_tile(
+    left: torch.Tensor,
+    q: torch.Tensor,
+    step: torch.Tensor,
+    lost: torch.Tensor,
+    moved: torch.Tensor,
+    limit: int,
+    right: torch.Tensor,
+    below: torch.Tensor,
+) -> torch.Tensor:
+    """A tile `[a, b]` whose rows depend on each other as its columns do: an antidiagonal at a time, since a number
+    needs only those left of it and those above. Returns what each missed of what its column asked for.
     """
-    unit = torch.eye(len(first), dtype=torch.float64) * pivoted
-    return rounded.double() @ rounded.double().T + unit, first.double() @ rounded.double().T + unit
+    a, b = left.shape
+    missed = torch.empty_like(lost)
+    for d in range(a + b - 1):
+        i = torch.arange(max(0, d - b + 1), min(a - 1, d) + 1, device=left.device)
+        j = d - i
+        rows, columns = slice(int(i[0]), int(i[-1]) + 1), slice(int(j[-1]), int(j[0]) + 1)
+        wanted, size = left[i, j] + moved[i, j], step[i, j]
+        value = _nearest(wanted / size, limit)
+        q[i, j] = value
+        value = value * size
+        lost[i, j], missed[i, j] = left[i, j] - value, wanted - value
+        # Triangles: what lies at or before the number itself is not touched.
+        left[rows] -= lost[i, j][:, None] * right[j]
+        moved[:, columns] -= (missed[i, j][:, None] * below[i]).T.flip(1)
+    return missed
+
+
+def _carried(gram: torch.Tensor | None, damping: float) -> torch.Tensor | None:
+    """Strictly upper triangular `[m, m]`: by how much of a number's loss each later one is to move (row i: the
+    coefficients of the regression of later entries on entry i, given those before)."""
+    if gram is None:
+        return None
+    upper = torch.linalg.cholesky(
+        torch.cholesky_inverse(torch.linalg.cholesky(_damped(gram, damping))), upper=True
+    )
+    return (upper / upper.diagonal()[:, None]).triu(1).float()
 
 
 def refit(second: torch.Tensor, cross: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """The S' `[out, R]` that brings S' F' nearest to `second` F: second cross gram^-1, for the two of
-    `grams`.
+    """The S' `[out, R]` that brings S' z' nearest to S z, S = `second`, over inputs with E[z z'^T] = `cross` and
+    E[z' z'^T] = `gram`: S cross gram^-1.
     """
-    return torch.linalg.solve(_damped(gram), (second.double() @ cross).T).T.to(second.dtype)
+    solved = torch.linalg.solve(_damped(gram, DAMPING), (second.double() @ cross).T)
+    return solved.T.to(second.dtype)
 
 
-def _damped(gram: torch.Tensor) -> torch.Tensor:
+def _damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
     gram = gram.double()
-    return gram + DAMPING * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(
-        len(gram), dtype=torch.float64
-    )
+    scale = damping * gram.diagonal().mean().clamp_min(1e-30)
+    return gram + scale * torch.eye(len(gram), dtype=torch.float64, device=gram.device)

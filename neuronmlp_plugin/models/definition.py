@@ -180,6 +180,14 @@ class StoredLinear(nn.Module):
             )
             self.add_module(suffix.removesuffix(".weight"), child)
 
+    @property
+    def in_features(self) -> int:
+        return self.matrix.in_out[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.matrix.in_out[1]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # The children are called, not their weights read: an adapter may have taken the place of one.
         first, second = (getattr(self, suffix.removesuffix(".weight")) for suffix in self.matrix.suffixes)

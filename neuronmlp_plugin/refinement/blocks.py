@@ -1,4 +1,4 @@
-"""Block reconstruction (shared svd.md S5; AA-SVD 2604.02119): each layer's factors learn what the dense layer
+"""Block reconstruction (AA-SVD, arXiv 2604.02119): each layer's factors learn what the dense layer
 put out.
 
 The compressed layer is fed what it will be fed when served (the output of the compressed layers before it),
@@ -9,16 +9,18 @@ before it got wrong.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from neuronmlp_plugin.calibration.statistics import run_in_place
 from neuronmlp_plugin.calibration.stream import LayerStream
-from neuronmlp_plugin.refinement.arithmetic import products
-from neuronmlp_plugin.refinement.descent import descend
+from neuronmlp_plugin.models.definition import dequantize, quantize
+from neuronmlp_plugin.refinement.descent import descend, products
 from neuronmlp_plugin.refinement.settings import RefineSettings
-from neuronmlp_plugin.refinement.trainable import factor_linears, trainable
+from neuronmlp_plugin.refinement.trainable import trainable
 
 
 class BlockStreams:
@@ -34,29 +36,32 @@ class BlockStreams:
         self.given = [hidden.clone() for hidden in self.exact]
 
     def refine_layer(
-        self, index: int, rate: float, settings: RefineSettings
+        self,
+        index: int,
+        moving: Callable[[nn.Module], dict[str, Any]],
+        rate: float,
+        settings: RefineSettings,
     ) -> tuple[dict[str, torch.Tensor], float]:
-        """`(factors by name inside the layer, their held-out error)`; where training did not help, as they
-        were.
+        """`(trained tensors by name inside the layer, their held-out error)`; where training did not help, as
+        they were.
 
-        A layer without factors only passes the streams on.
+        `moving` tells what is trained of a layer; one with nothing to train only passes the streams on.
         """
         self._advance(self.dense, self.dense.load(index), index, self.exact)
         layer = self.compressed.load(index)
-        linears = factor_linears(layer)
-        before, error = (
-            {name: linear.weight.detach().clone() for name, linear in linears.items()},
-            self._held_out_error(layer),
-        )
-        reached = error
+        linears = moving(layer)
+        start = {name: linear.weight.detach().clone() for name, linear in linears.items()}
+        stored = {n: dequantize(*quantize(w)) if settings.is_int8 else w for n, w in start.items()}
+        _put(linears, stored)
+        reached = error = self._held_out_error(layer)
         if linears:
-            self._train(layer, rate, settings)
+            _put(linears, start)
+            self._train(layer, linears, rate, settings)
             reached = self._held_out_error(layer)
             if reached >= error:
                 reached = error
-                for name, linear in linears.items():
-                    linear.weight.data.copy_(before[name])
-        kept = {f"{name}.weight": linear.weight.detach().clone() for name, linear in linears.items()}
+                _put(linears, stored)
+        kept = {f"{name}.weight": linear.weight.detach().cpu().clone() for name, linear in linears.items()}
         self._advance(self.compressed, layer, index, self.given)
         return kept, reached
 
@@ -65,16 +70,18 @@ class BlockStreams:
             run_in_place(stream, layer, part)
         stream.release(index)
 
-    def _train(self, layer: nn.Module, rate: float, settings: RefineSettings) -> None:
+    def _train(
+        self, layer: nn.Module, linears: dict[str, Any], rate: float, settings: RefineSettings
+    ) -> None:
         given, exact = (hidden[0].split(settings.batch) for hidden in (self.given, self.exact))
 
         def step(x: torch.Tensor, y: torch.Tensor) -> float:
-            with products(settings.arithmetic):
+            with products(settings.arithmetic, self.compressed.device):
                 loss = relative_error(self.compressed.run(layer, x), y)
             loss.backward()
             return float(loss.detach())
 
-        with trainable(layer, settings.adapter_rank) as parameters:
+        with trainable(layer, linears.values(), settings.adapter_rank, settings.is_int8) as parameters:
             descend(
                 parameters, rate, [functools.partial(step, x, y) for x, y in zip(given, exact, strict=True)]
             )
@@ -86,7 +93,13 @@ class BlockStreams:
         return sum(errors) / len(errors)
 
 
+def _put(linears: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
+    for name, linear in linears.items():
+        linear.weight.data.copy_(weights[name])
+
+
 def relative_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean over tokens of |output - target|^2 / |target|^2, both `[n, S, H]`."""
+    target = target.to(output.device)
     difference = (output.float() - target).square().sum(-1)
     return (difference / target.square().sum(-1).clamp_min(1e-12)).mean()

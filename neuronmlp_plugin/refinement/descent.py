@@ -1,9 +1,12 @@
-"""The one optimiser loop of both stages: Adam without decay, a short warm-up, a cosine down to nothing."""
+"""The one optimiser loop of both stages: Adam without decay, a short warm-up, a cosine down to nothing; and in
+which arithmetic it takes its products.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +18,31 @@ from neuronmlp_plugin.errors import NonFiniteError
 WARM_UP = 5  # steps: Adam's first ones have no history, and the factors are good already
 KEPT_EVERY = 32  # steps, where a descent is kept to go on from
 _KEPT = "descent"
+
+
+# The names under which torch says that a processor multiplies bf16 itself: x86 tiles, x86 vectors, ARM.
+NATIVE_BF16 = ("amx_bf16", "avx512_bf16", "bf16")
+
+
+def chosen(asked: str, capabilities: Mapping[str, Any] | None = None) -> str:
+    """`bfloat16` or `float32` as asked; for `auto`, bf16 only where the GPU or else the processor has it:
+    emulated it is seven times slower than fp32.
+
+    `capabilities`: those of another processor than this one (None), as `torch.cpu.get_capabilities` gives
+    them.
+    """
+    if asked != "auto":
+        return asked
+    if capabilities is None and torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    # An older torch does not say it, and is taken to run where bf16 is emulated.
+    known = getattr(torch.cpu, "get_capabilities", dict)() if capabilities is None else capabilities
+    return "bfloat16" if any(known.get(name) for name in NATIVE_BF16) else "float32"
+
+
+def products(arithmetic: str, device: torch.device) -> Any:
+    """The context in which products on `device` are taken in `arithmetic`; norms, softmaxes and sums stay fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=arithmetic == "bfloat16")
 
 
 def descend(
@@ -71,5 +99,7 @@ def _resumed(files: Workspace, parameters: list[nn.Parameter], optimiser: AdamW)
             name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
         }
         parameter.data.copy_(mine.pop("value"))
-        optimiser.state[parameter] = mine
+        optimiser.state[parameter] = {
+            name: tensor if name == "step" else tensor.to(parameter.device) for name, tensor in mine.items()
+        }
     return tensors["losses"].tolist()

@@ -15,17 +15,19 @@ from typing import Any
 import torch
 
 from neuronmlp_plugin.calibration.quality import Judge
-from neuronmlp_plugin.calibration.stream import LayerStream
+from neuronmlp_plugin.calibration.stream import LayerStream, best_device
 from neuronmlp_plugin.calibration.text import (
     bos_prefix,
     hold_out,
     load_tokenizer,
     read_windows,
     rewindow,
+    spread,
     windows_digest,
 )
 from neuronmlp_plugin.checkpoint.loader import load_model
-from neuronmlp_plugin.checkpoint.reader import Checkpoint
+from neuronmlp_plugin.checkpoint.reader import Checkpoint, dense_block
+from neuronmlp_plugin.checkpoint.schema import FormatBlock
 from neuronmlp_plugin.checkpoint.writer import (
     alone_in,
     check_new,
@@ -37,13 +39,17 @@ from neuronmlp_plugin.checkpoint.writer import (
 )
 from neuronmlp_plugin.compressor.plan import base_digest, digest, weights_digest
 from neuronmlp_plugin.compressor.progress import ProgressBars
+from neuronmlp_plugin.compressor.quantize import MOMENT_TOKENS, int8_block, write_int8
 from neuronmlp_plugin.compressor.samples import sample_texts
 from neuronmlp_plugin.compressor.workspace import Workspace
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, UsageError
-from neuronmlp_plugin.refinement.arithmetic import chosen
+from neuronmlp_plugin.models.definition import quantize
+from neuronmlp_plugin.models.factors import SCALE
 from neuronmlp_plugin.refinement.blocks import BlockStreams
-from neuronmlp_plugin.refinement.distill import distill, teacher_states
+from neuronmlp_plugin.refinement.descent import chosen
+from neuronmlp_plugin.refinement.distill import distill, teacher_states, visits
 from neuronmlp_plugin.refinement.settings import RefineSettings
+from neuronmlp_plugin.refinement.trainable import mlp_linears
 from neuronmlp_plugin.reporting.folder import REPORT_FILE, read_report, write_report
 
 Quality = dict[str, float]
@@ -60,6 +66,26 @@ class RefinePlan:
     windows: torch.Tensor  # [n, S] to train on
     judge: torch.Tensor  # [n, JUDGE_WINDOW], after the end of what is trained on
 
+    @functools.cached_property
+    def block(self) -> FormatBlock:
+        """Of the result."""
+        stored = self.source.block or dense_block(self.source)
+        if self.settings.is_int8:
+            return int8_block(stored)
+        return stored if self.source.block else FormatBlock(stored.layers, dense_block(self.dense).shape)
+
+    def moving(self, model: torch.nn.Module, index: int | None = None) -> dict[str, Any]:
+        """What is trained of the whole model, or of layer `index`: all weights of each MLP that is not the dense
+        model's own; of all where they become int8.
+        """
+        layers = range(len(self.block.layers)) if index is None else (index,)
+        base = dense_block(self.dense).shape
+        moved = [i for i in layers if self.settings.is_int8 or not self.block.layers[i].is_base(base)]
+        if index is not None:
+            return mlp_linears(model) if moved else {}
+        prefixes = tuple(layer_prefix(i) for i in moved)
+        return {name: linear for name, linear in mlp_linears(model).items() if name.startswith(prefixes)}
+
     @property
     def work(self) -> pathlib.Path:
         """Where an unfinished run keeps what it has."""
@@ -75,13 +101,14 @@ class RefinePlan:
     def rows(self) -> list[tuple[str, str]]:
         """What is printed before the run."""
         s = self.settings
-        by = "KL" if s.loss == "kl" else "perplexity"
+        by = "perplexity" if s.loss == "next-token" else "KL"
         return [
             ("refine", f"{self.source.folder}, made from {self.dense.folder}"),
             ("how", s.describe()),
             (
                 "trains on",
-                f"{self.windows.numel():,} tokens, {s.batch * s.window:,} a step, {s.arithmetic} products",
+                f"{s.tokens:,} tokens, of a text of {self.windows.numel():,}; {s.batch * s.window:,} a step, "
+                f"{s.arithmetic} products",
             ),
             (
                 "learning rate",
@@ -98,15 +125,16 @@ class RefinePlan:
 def make_plan(settings: RefineSettings) -> RefinePlan:
     """Open and check everything that a run will touch. Raises the errors of the parts, each naming its file."""
     source, dense = Checkpoint(settings.model), Checkpoint(settings.dense)
-    if source.block is None or dense.block is not None:
+    if dense.block is not None or (source.block is None and source.shapes() == dense.shapes()):
         raise CheckpointError(
             f"{settings.model}: expected a compressed folder, and its dense one as --dense, found them otherwise."
         )
-    if source.block.has_int8:
+    if source.block is not None and source.block.has_int8:
         raise CheckpointError(
             f"{settings.model}: expected factors in floating point, found int8; refine first, then quantise."
         )
-    made_from = source.block.provenance.get("base_digest", base_digest(dense))
+    known = {} if source.block is None else source.block.provenance
+    made_from = known.get("base_digest", base_digest(dense))
     if made_from != base_digest(dense):
         raise CheckpointError(
             f"{settings.dense}: expected the dense model that {settings.model} was made from ({made_from}), "
@@ -126,7 +154,7 @@ def make_plan(settings: RefineSettings) -> RefinePlan:
 
 
 def _windows(settings: RefineSettings, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training windows in random order, and judging windows from the text's end."""
+    """Training windows, and judging windows from the text's end."""
     tokenizer = load_tokenizer(settings.dense)
     length = max(JUDGE_WINDOW, settings.window)
     if settings.judge_tokens < length:
@@ -143,7 +171,9 @@ def _windows(settings: RefineSettings, vocabulary: int) -> tuple[torch.Tensor, t
         )
     short = rewindow(pool, settings.window, len(bos_prefix(tokenizer)))
     order = torch.randperm(len(short), generator=torch.Generator().manual_seed(settings.seed))
-    return short[order[: max(1, settings.tokens // settings.window)]], judge
+    return short[
+        order[: max(1, settings.tokens // settings.window)]
+    ], judge  # all of them, if they are too few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,15 +214,14 @@ def refine(plan: RefinePlan, bars: ProgressBars) -> dict[str, Any]:
 def _finish(run: Run) -> dict[str, Any]:
     """All stages, then the better of before and after them where it belongs."""
     plan = run.plan
-    best, judge, badness = plan.source, _judge(run), functools.partial(_badness, plan.settings)
-    tried = [run.once("before", lambda: {"quality": judge(plan.source), "losses": []})]
+    judge, badness = _judge(run), functools.partial(_badness, plan.settings)
+    tried = [run.once("before", functools.partial(_before, run, judge))]
+    # What is rounded already has nothing left to train between two integers.
+    start, best = plan.source, Checkpoint(run.work.path / "before")
     for stage in plan.settings.stages:
-        rate = plan.settings.rate_for(min(map(_divergence, tried)))
-        tried.append(run.once(stage, functools.partial(_stage, run, stage, best, rate, judge)))
+        tried.append(run.once(stage, functools.partial(_stage, run, stage, start, tried, judge)))
         if badness(tried[-1]) == min(map(badness, tried)):
-            best = Checkpoint(run.work.path / stage)
-    if best is plan.source:
-        best = Checkpoint(shutil.copytree(plan.source.folder, run.folder("unchanged"), dirs_exist_ok=True))
+            start = best = Checkpoint(run.work.path / stage)
     report = _report(run, best, tried)
     if (plan.source.folder / REPORT_FILE).is_file():  # else there is nothing to say of the matrices
         write_report(best.folder, report)
@@ -201,14 +230,30 @@ def _finish(run: Run) -> dict[str, Any]:
     return report
 
 
+def _before(run: Run, judge: Callable[[Checkpoint], Quality]) -> dict[str, Any]:
+    """What is kept where training does not help: the source, in the storage that was asked for."""
+    plan, target = run.plan, run.folder("before")
+    if plan.settings.is_int8:
+        windows = spread(plan.windows, MOMENT_TOKENS // plan.settings.window)
+        write_int8(target, plan.source, plan.block, windows, run.bars)
+        _write_rest(plan, plan.source, target)
+    else:
+        shutil.copytree(plan.source.folder, target, dirs_exist_ok=True)
+    return {"quality": judge(Checkpoint(target)), "losses": []}
+
+
 def _stage(
-    run: Run, stage: str, source: Checkpoint, rate: float, judge: Callable[[Checkpoint], Quality]
+    run: Run,
+    stage: str,
+    source: Checkpoint,
+    tried: list[dict[str, Any]],
+    judge: Callable[[Checkpoint], Quality],
 ) -> dict[str, Any]:
-    torch.manual_seed(
-        run.plan.settings.seed
-    )  # here: a resumed run may not have been through the stages before
-    target = run.folder(stage)
-    losses = _STAGES[stage](run, source, target, rate)
+    settings, target = run.plan.settings, run.folder(stage)
+    torch.manual_seed(settings.seed)  # here: a resumed run may not have been through the stages before
+    divergence = min(map(_divergence, tried))
+    rate = settings.rate_for(divergence)
+    losses = _STAGES[stage](run, source, target, rate, settings.text_share_for(divergence))
     return {"learning_rate": rate, "quality": judge(Checkpoint(target)), "losses": losses}
 
 
@@ -217,58 +262,58 @@ def _divergence(entry: dict[str, Any]) -> float:
 
 
 def _badness(settings: RefineSettings, entry: dict[str, Any]) -> float:
-    """By which the better one is kept: what was trained for. The next-token loss leaves the dense model on
-    purpose.
-    """
-    return _divergence(entry) if settings.loss == "kl" else float(entry["quality"]["candidate_perplexity"])
+    """By which the better one is kept. The next-token loss alone leaves the dense model on purpose."""
+    if settings.loss == "next-token":
+        return float(entry["quality"]["candidate_perplexity"])
+    return _divergence(entry)
 
 
 def _judge(run: Run) -> Callable[[Checkpoint], Quality]:
     """A function that judges a checkpoint against the dense model, which runs once."""
-    dense = LayerStream(run.plan.dense)
+    dense = LayerStream(run.plan.dense, device=best_device())
     with run.bars.stage("dense model, judged text", dense.num_layers) as tick:
         judge = Judge(dense, run.plan.judge, tick)
 
     def quality(candidate: Checkpoint) -> Quality:
         with run.bars.stage("quality", dense.num_layers) as tick:
-            return judge.compare(LayerStream(candidate), tick).to_json()
+            return judge.compare(LayerStream(candidate, device=best_device()), tick).to_json()
 
     return quality
 
 
-def _refine_blocks(run: Run, source: Checkpoint, target: pathlib.Path, rate: float) -> list[float]:
+def _refine_blocks(
+    run: Run, source: Checkpoint, target: pathlib.Path, rate: float, share: float
+) -> list[float]:
     """Stage `blocks`; its losses are each layer's held-out error."""
     plan = run.plan
-    streams = BlockStreams(LayerStream(plan.dense), LayerStream(source), plan.windows, plan.judge)
+    dense, compressed = (LayerStream(folder, device=best_device()) for folder in (plan.dense, source))
+    streams = BlockStreams(dense, compressed, plan.windows, plan.judge)
     errors = []
     with run.bars.stage("blocks", streams.dense.num_layers) as tick:
         for index in range(streams.dense.num_layers):
-            factors, error = streams.refine_layer(index, rate, plan.settings)
-            _write_layer(
-                target,
-                source,
-                index,
-                {f"{layer_prefix(index)}{name}": tensor for name, tensor in factors.items()},
-            )
+            moving = functools.partial(plan.moving, index=index)
+            refined, error = streams.refine_layer(index, moving, rate, plan.settings)
+            named = {f"{layer_prefix(index)}{name}": tensor for name, tensor in refined.items()}
+            _write_layer(plan, target, source, index, named)
             errors.append(error)
             tick(1)
     _write_rest(plan, source, target)
     return errors
 
 
-def _distill(run: Run, source: Checkpoint, target: pathlib.Path, rate: float) -> list[float]:
+def _distill(run: Run, source: Checkpoint, target: pathlib.Path, rate: float, share: float) -> list[float]:
     """Stage `distill`; its losses are each step's, per token."""
     plan, settings = run.plan, run.plan.settings
-    teacher = _teacher(run) if settings.loss == "kl" else None
+    teacher = None if settings.loss == "next-token" else _teacher(run)
     student = load_model(source.folder)
-    with run.bars.stage("distill", -(-len(plan.windows) // settings.batch)) as tick:
-        losses = distill(student, teacher, plan.windows, rate, settings, run.work, tick)
+    linears = list(plan.moving(student).values())
+    with run.bars.stage("distill", len(visits(len(plan.windows), settings))) as tick:
+        losses = distill(student, linears, teacher, plan.windows, rate, share, settings, run.work, tick)
     state = student.state_dict()
     for index in range(len(student.model.layers)):
         prefix = f"{layer_prefix(index)}mlp."
-        _write_layer(
-            target, source, index, {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
-        )
+        refined = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+        _write_layer(plan, target, source, index, refined)
     _write_rest(plan, source, target)
     return losses
 
@@ -278,7 +323,7 @@ def _teacher(run: Run) -> torch.Tensor:
     on.
     """
     if not run.work.has("teacher"):
-        dense = LayerStream(run.plan.dense)
+        dense = LayerStream(run.plan.dense, device=best_device())
         with run.bars.stage("dense model's outputs", dense.num_layers) as tick:
             run.work.save(
                 "teacher", {"states": teacher_states(dense, run.plan.windows, run.plan.settings, tick)}
@@ -290,27 +335,27 @@ _STAGES = {"blocks": _refine_blocks, "distill": _distill}
 
 
 def _write_layer(
-    target: pathlib.Path, source: Checkpoint, index: int, refined: dict[str, torch.Tensor]
+    plan: RefinePlan, target: pathlib.Path, source: Checkpoint, index: int, refined: dict[str, torch.Tensor]
 ) -> None:
-    """One layer; refined tensors take the dtype in which the source stores them, and what was not refined is
-    copied.
+    """One layer. Refined tensors take the dtype in which the result is stored, which they have been trained in;
+    what was not refined is copied.
     """
-    stored = {
-        name: source.tensor(name) for name in source.names() if name.startswith(f"{layer_prefix(index)}mlp.")
-    }
-    write_layer(
-        target,
-        source,
-        index,
-        {name: refined.get(name, tensor).to(tensor.dtype) for name, tensor in stored.items()},
-    )
+    tensors = {}
+    for projection, matrix in plan.block.layers[index].matrices.items():
+        for suffix in matrix.tensor_shapes():
+            name = f"{layer_prefix(index)}mlp.{projection}.{suffix}"
+            stored = source.tensor(name)
+            weight = refined.get(name, stored)
+            if matrix.spec.is_int8:
+                tensors[name], tensors[name + SCALE] = quantize(weight)
+            else:
+                tensors[name] = weight.to(stored.dtype)
+    write_layer(target, source, index, tensors)
 
 
 def _write_rest(plan: RefinePlan, source: Checkpoint, target: pathlib.Path) -> None:
-    assert plan.source.block is not None
-    block = plan.source.block
-    provenance = {**block.provenance, "refinement": plan.settings.to_json()}
-    write_rest(target, source, dataclasses.replace(block, provenance=provenance))
+    provenance = {**plan.block.provenance, "refinement": plan.settings.to_json()}
+    write_rest(target, source, dataclasses.replace(plan.block, provenance=provenance))
 
 
 def _report(run: Run, best: Checkpoint, tried: list[dict[str, Any]]) -> dict[str, Any]:
@@ -319,20 +364,20 @@ def _report(run: Run, best: Checkpoint, tried: list[dict[str, Any]]) -> dict[str
     report = read_report(folder) if (folder / REPORT_FILE).is_file() else {"matrices": []}
     kept = min(tried, key=functools.partial(_badness, settings))
     losses: list[float] = next((entry["losses"] for entry in tried if entry["stage"] == "distill"), [])
-    history = [
-        {"step": i, "tokens": i * settings.batch * settings.window, "loss": loss}
-        for i, loss in enumerate(losses, start=1)
-    ]
+    size = settings.batch * settings.window
+    history = [{"step": i, "tokens": i * size, "loss": loss} for i, loss in enumerate(losses, start=1)]
     refinement = {
         "method": settings.describe(),
         "kept": kept["stage"],
         "before": tried[0]["quality"],
         "after": kept["quality"],
     }
-    assert best.block is not None
+    block = best.block or run.plan.block
     return {
         **report,
-        "block": best.block.to_json(),
+        "block": block.to_json(),
+        "weight_bytes": block.weight_bytes,
+        "bytes_ratio": block.bytes_ratio,
         "notes": [*report.get("notes", []), "The errors of single matrices are those before the refinement."],
         "quality": kept["quality"],
         "samples": _samples(run, best, report.get("samples")),
@@ -341,11 +386,10 @@ def _report(run: Run, best: Checkpoint, tried: list[dict[str, Any]]) -> dict[str
 
 
 def _samples(run: Run, best: Checkpoint, before: dict[str, Any] | None) -> dict[str, Any] | None:
-    """New sample texts, as long as those that the source came with."""
+    """New sample texts, as long as those of the source."""
     if before is None:
         return None
     tokenizer = load_tokenizer(run.plan.dense.folder)
+    dense, candidate = (LayerStream(folder, device=best_device()) for folder in (run.plan.dense, best))
     with run.bars.stage("sample texts", 2 * before["new_tokens"]) as tick:
-        return sample_texts(
-            LayerStream(run.plan.dense), LayerStream(best), tokenizer, before["new_tokens"], tick
-        )
+        return sample_texts(dense, candidate, tokenizer, before["new_tokens"], tick)

@@ -11,8 +11,10 @@ from neuronmlp_plugin.compressor.settings import check_seed
 from neuronmlp_plugin.errors import UsageError
 
 STAGES = ("blocks", "distill")
-LOSSES = ("kl", "next-token")
+LOSSES = ("mixed", "kl", "next-token")
+STORAGES = ("float", "int8")
 RATE = 6e-5  # what did best at a divergence of one nat a token; 2e-5 to 3e-5 did at a third, 1e-5 at a tenth
+TEXT_SHARE = 0.3  # of the text's own next token in `mixed`, at most
 ARITHMETIC = ("auto", "bfloat16", "float32")
 
 
@@ -27,18 +29,20 @@ class RefineSettings:
     stages: tuple[str, ...] = (
         "distill",
     )  # in order: blocks (S5, layer by layer) | distill (the whole model)
-    loss: str = "kl"  # of distill: KL(dense || compressed) | the next token of the text (the paper's)
+    # of distill: KL(dense || compressed) with a share of the text's next token | without | that token alone (the
+    # paper's)
+    loss: str = "mixed"
     # 0 moves the factors themselves; r trains a LoRA of rank r on each factor and merges it (less memory)
     adapter_rank: int = 0
     learning_rate: float | None = None  # of Adam, at its highest; None: `rate_for`
-    # trained on, once each: what brings a fifth removed below 1.20 of the dense perplexity (docs/quality.md)
-    tokens: int = 262144
+    tokens: int = 655360  # trained on in all; where the text has fewer it is gone through again
     window: int = 256  # tokens per training window: attention is dear on a CPU
     batch: int = 4  # windows per step: small steps, since few tokens are seen
     judge_tokens: int = 8192  # from the end of the text, in windows of 1024
     arithmetic: str = (
-        "auto"  # of the matrix products (refinement/arithmetic.py); the factors and their sums stay fp32
+        "auto"  # of the matrix products (refinement/descent.py); the factors and their sums stay fp32
     )
+    storage: str = "float"  # of the result: as the source | int8, which every step of distill sees
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -46,6 +50,7 @@ class RefineSettings:
             ("stages", self.stages, STAGES),
             ("loss", (self.loss,), LOSSES),
             ("arithmetic", (self.arithmetic,), ARITHMETIC),
+            ("storage", (self.storage,), STORAGES),
         ):
             wrong = [value for value in values if value not in allowed]
             if wrong or not values or len(set(values)) < len(values):
@@ -59,6 +64,18 @@ class RefineSettings:
         if self.adapter_rank < 0:
             raise UsageError(f"--adapter-rank: expected 0 or a positive number, found {self.adapter_rank}.")
 
+    @property
+    def is_int8(self) -> bool:
+        return self.storage == "int8"
+
+    def text_share_for(self, divergence: float) -> float:
+        """Which share of the loss the text's next token has, for a model `divergence` nats a token away.
+
+        A damaged model learns from the text what the dense model's opinion of it does not tell; one that is near
+        the dense model would only be pulled away from it.
+        """
+        return {"mixed": min(TEXT_SHARE, divergence), "kl": 0.0, "next-token": 1.0}[self.loss]
+
     def rate_for(self, divergence: float) -> float:
         """The learning rate for a model `divergence` nats a token away from the dense one: what was asked
         for, or one that follows it.
@@ -71,15 +88,16 @@ class RefineSettings:
     def describe(self) -> str:
         """In a few words."""
         moves = (
-            f"LoRA of rank {self.adapter_rank} on every factor"
+            f"LoRA of rank {self.adapter_rank} on every weight"
             if self.adapter_rank
-            else "the factors themselves"
+            else "the weights themselves"
         )
         words = {
             "blocks": "layer by layer against the dense layer",
             "distill": f"end to end, loss {self.loss}",
         }
-        return f"{'; then '.join(words[stage] for stage in self.stages)}; {moves}"
+        stored = ", through int8" if self.is_int8 else ""
+        return f"{'; then '.join(words[stage] for stage in self.stages)}; {moves}{stored}"
 
     def to_json(self) -> dict[str, Any]:
         """Everything that decides the result, as JSON."""

@@ -6,8 +6,8 @@ import pathlib
 import re
 from typing import Any
 
+from neuronmlp_plugin.checkpoint.files import read_config
 from neuronmlp_plugin.checkpoint.hub import hub_name, is_hub_id
-from neuronmlp_plugin.checkpoint.reader import read_config
 from neuronmlp_plugin.reporting.view import base_name, forms, headline, judged_on
 
 _LICENSE_KEYS = ("license", "license_name", "license_link")
@@ -66,7 +66,7 @@ def _body(report: dict[str, Any]) -> list[str]:
         "",
         f"# {_plain(base_name(report))}, {removed} of the MLP parameters removed",
         "",
-        f"A compressed {_plain(base_name(report))}: its MLP matrices are stored as low-rank factors ({_plain(forms(report))}); everything",
+        f"A compressed {_plain(base_name(report))}: {_changed(report)}; everything",
         f"else is unchanged. **[Open `neuronmlp_report.html`](neuronmlp_report.html)** for {shown}.",
         "",
         "| | |",
@@ -76,6 +76,15 @@ def _body(report: dict[str, Any]) -> list[str]:
         *_made(report),
         *_serving(report),
     ]
+
+
+def _changed(report: dict[str, Any]) -> str:
+    """What became of the MLPs."""
+    if report.get("ordinary"):
+        return f"its MLPs keep {report['matrices'][0]['channels']} of their channels each, all matrices dense"
+    kept = {row.get("channels") for row in report["matrices"]}
+    fewer = f", with {min(kept)} to {max(kept)} channels a layer" if len(kept) > 1 else ""
+    return f"its MLP matrices are stored as low-rank factors ({_plain(forms(report))}){fewer}"
 
 
 def _made(report: dict[str, Any]) -> list[str]:
@@ -103,6 +112,9 @@ def _serving(report: dict[str, Any]) -> list[str]:
         if beside
         else "vllm serve DIR"
     )
+    if report.get("ordinary"):
+        needs = "An ordinary Hugging Face folder with a smaller `intermediate_size`: any engine loads it, without neuronmlp."
+        return ["## How to serve it", "", needs]
     needs = "With vLLM and neuronmlp installed (extra `cpu`); a plain `from_pretrained` of the folder stops with an error, by design."
     return ["## How to serve it", "", needs, "", "```bash", command, "```"]
 

@@ -73,7 +73,8 @@ def headline(report: dict[str, Any]) -> list[Tile]:
 
 
 def has_int8(report: dict[str, Any]) -> bool:
-    return any(spec.get("dtype") for layer in report["block"].get("layers", []) for spec in layer.values())
+    specs = [spec for layer in report["block"].get("layers", []) for spec in layer.values()]
+    return any(isinstance(spec, dict) and "dtype" in spec for spec in specs)
 
 
 def asked(report: dict[str, Any]) -> str:

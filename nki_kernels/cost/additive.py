@@ -25,5 +25,5 @@ class Additive:
     def __sub__(self: Self, other: Self) -> Self:
         return self._combine(other, lambda a, b: a - b)
 
-    def __mul__(self: Self, count: int) -> Self:
+    def __mul__(self: Self, count: float) -> Self:
         return self._combine(self, lambda a, _: a * count)

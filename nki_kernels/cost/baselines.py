@@ -4,6 +4,10 @@ one launch, or of two.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 
@@ -22,7 +26,8 @@ TUTORIAL_ROWS = {
     "wide": (matmul_wide, 2 * PMAX),
 }
 N_COLS = 2 * MOVING_COLS  # a block of columns
-OPERAND_BYTES = 2 * 2 * 8 * BLOCK * 2  # two turns of both operands' blocks, per partition
+K_TILES = 8  # row tiles of a block of either operand
+STAGING_BYTES = 16 * 1024  # per partition: four row tiles of spilled sums on their way
 
 
 def _array(*shape: int) -> Placeholder:
@@ -39,30 +44,42 @@ def tutorial(
     )
 
 
-def sums_fit(m: int, target: Target) -> bool:
-    """Whether SBUF holds the running sums of a block of columns beside the operands."""
-    return m // PMAX * N_COLS * 2 + OPERAND_BYTES <= target.sbuf_usable_bytes
-
-
-def aws_matmul(m: int, k: int, n: int, target: Target = TRN1, constants: Constants = CALIBRATED) -> Estimate:
-    """AWS's fully optimised matmul with the authors' blocks of 1024; its sums spill to HBM where they do not
-    fit.
+def held_row_tiles(m: int, m_tiles: int, target: Target) -> int | None:
+    """Row tiles whose running sums stay on chip; None where all do, in the inputs' element type and beside two
+    turns of both operands. Sums that do not fit are kept in fp32, beside one turn, and spill in part.
     """
-    m_tiles = min(BLOCK, m) // PMAX
-    kernel = matmul_blocked if sums_fit(m, target) else matmul_spilling
+    operands = K_TILES * 2 * (m_tiles * PMAX + N_COLS)
+    if m // PMAX * N_COLS * 2 + 2 * operands <= target.sbuf_usable_bytes:
+        return None
+    return (target.sbuf_usable_bytes - operands - STAGING_BYTES) // (N_COLS * 4)
+
+
+@functools.lru_cache(maxsize=64)
+def aws_matmul(
+    m: int, k: int, n: int, target: Target = TRN1, constants: Constants = CALIBRATED, m_tiles: int = 8
+) -> Estimate:
+    """AWS's fully optimised matmul, [K, M] and [K, N] to [M, N], with the paper's authors' blocks of 1024 rows
+    (the tutorial's are of 2048: `m_tiles` 16).
+    """
+    m_tiles = min(m_tiles, m // PMAX)
+    held = held_row_tiles(m, m_tiles, target)
+    kernel: Callable[..., Any] = matmul_blocked if held is None else matmul_spilling
+    blocks = (m_tiles, max(1, min(2, n // MOVING_COLS))) if held is None else (held, m_tiles)
+    cols = min(N_COLS, n)
     return extrapolate(
-        lambda count: price(kernel, (_array(k, m), _array(k, count * N_COLS), m_tiles), target, constants),
-        n // N_COLS,
+        lambda count: price(kernel, (_array(k, m), _array(k, count * cols), *blocks), target, constants),
+        n // cols,
     )
 
 
 def aws_twice(
     t: int, k: int, r: int, n: int, target: Target = TRN1, constants: Constants = CALIBRATED
 ) -> Estimate:
-    """The same kernel on the factors, one after the other; z crosses HBM."""
-    return aws_matmul(t, k, r, target, constants) + aws_matmul(t, r, n, target, constants)
+    """The same kernel on the factors, one after the other: z^T from U and x^T, which is lhsT of the second."""
+    return aws_matmul(r, k, t, target, constants) + aws_matmul(t, r, n, target, constants)
 
 
+@functools.lru_cache(maxsize=64)
 def paper_fused(
     t: int, k: int, r: int, n: int, target: Target = TRN1, constants: Constants = CALIBRATED
 ) -> Estimate:

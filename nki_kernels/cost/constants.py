@@ -3,7 +3,7 @@ predictions are made with.
 
 Clocks and sizes are in `nki_kernels.targets`. Sources: [isa] "Estimated instruction cost" of the nki.isa
 pages, SDK 2.26.1; [perf] the NKI performance guide; [dma] the DMA bandwidth guide; [tutorial] the two
-published latencies of AWS's matmul tutorial; [runtime] neuron-runtime's collectives pages.
+published latencies of AWS's matmul tutorial.
 """
 
 from __future__ import annotations
@@ -23,13 +23,10 @@ OVERHEAD_BOUND_ROW_BYTES = (
     256  # shorter rows cost as much as one of this length: "severely overhead bound" below it [dma]
 )
 
-HOP_US = 1.5  # one step of a ring inside an instance, 1 to 2 us [runtime]
-LINK_GBPS = {"trn1": 384.0, "trn2": 1280.0, "trn3": 2560.0}  # per chip, NeuronLink [arch]
-
 
 @dataclasses.dataclass(frozen=True)
 class Constants:
-    """One set of DMA rates; a prediction names the set it was made with.
+    """One set of DMA rates, and of how long casts take; a prediction names the set it was made with.
 
     A DMA engine moves contiguous rows of up to `short_row_bytes` at `short_share` of the target's documented
     achieved rate, rows of `long_row_bytes` and more at that rate, and rows between at a rate that rises as a
@@ -42,6 +39,9 @@ class Constants:
     long_row_bytes: int
     source: str
     fitted: int  # how many of the three numbers were fitted to published latencies
+    cast_factor: float = (
+        1.0  # what reads int8 takes so many times what is documented, to see how much hangs on it
+    )
 
     def descriptor_ns(self, row_bytes: int, engine_gbps: float) -> float:
         """Time of one DMA engine for one contiguous row, in ns; `engine_gbps` is the documented achieved
@@ -76,3 +76,5 @@ CALIBRATED = Constants(
     fitted=2,
 )
 SETS = {constants.name: constants for constants in (CALIBRATED, DOCUMENTED, EFFECTIVE)}
+# Not among the sets that can be asked for: no source says that casts are slow.
+SLOW_CASTS = dataclasses.replace(CALIBRATED, name="calibrated, casts 1.5 times as long", cast_factor=1.5)

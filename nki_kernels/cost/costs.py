@@ -14,7 +14,7 @@ from nki_kernels.cost.constants import (
     Constants,
 )
 from nki_kernels.simulator.trace import GPSIMD, PSUM, SBUF, TENSOR, Access, Instruction
-from nki_kernels.targets import PMAX, Target
+from nki_kernels.targets import PMAX, TURNAROUND_CYCLES, Target
 from nki_kernels.tiling import tile_count
 
 ONE_PASS_ALU = ("add", "multiply", "subtract")
@@ -22,16 +22,13 @@ HALF_PASS_REDUCE = ("add", "maximum")
 
 
 def tensor_cycles(instruction: Instruction) -> int:
-    """nc_matmul: max(min(64, N_stationary), N_moving), four times that in fp32; nc_transpose: max(P, min(64,
-    F)). Back to back.
+    """nc_matmul: a turnaround and a cycle per moving column, four in fp32; nc_transpose, where the data move:
+    a turnaround and a cycle per partition. Back to back.
     """
-    reads = instruction.reads
+    moving = instruction.reads[-1]
     if instruction.op == "nc_transpose":
-        data = reads[0]
-        return max(data.shape[0], min(MIN_INTERVAL_CYCLES, data.free_elements))
-    stationary, moving = reads
-    cycles = max(min(MIN_INTERVAL_CYCLES, stationary.free_elements), moving.free_elements)
-    return cycles * (FP32_PASSES if moving.dtype == "float32" else 1)
+        return TURNAROUND_CYCLES + moving.shape[0]
+    return TURNAROUND_CYCLES + moving.free_elements * (FP32_PASSES if moving.dtype == "float32" else 1)
 
 
 def _all_bf16(instruction: Instruction) -> bool:

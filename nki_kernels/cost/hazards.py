@@ -18,16 +18,23 @@ HBM_CELLS = 2048  # per tensor
 class _Cells:
     """The last write and the last read of every cell of a buffer."""
 
-    __slots__ = ("grain", "read", "written")
+    __slots__ = ("base", "grain", "read", "written")
 
     def __init__(self, size_bytes: int, grain: int, since: Stamp) -> None:
-        self.grain = grain
+        self.grain, self.base = grain, 0
         count = -(-size_bytes // grain)
         self.written = [since] * count
         self.read = [since] * count
 
     def slice(self, access: Access) -> slice:
-        return slice(access.span[0] // self.grain, -(-access.span[1] // self.grain))
+        first, end = access.span
+        return slice((self.base + first) // self.grain, -(-(self.base + end) // self.grain))
+
+    def part(self, base: int) -> _Cells:
+        """The same cells for a tensor that begins at byte `base` of them."""
+        shared = object.__new__(_Cells)
+        shared.grain, shared.base, shared.written, shared.read = self.grain, base, self.written, self.read
+        return shared
 
 
 class Hazards:
@@ -43,11 +50,19 @@ class Hazards:
         self._free_sbuf: list[tuple[float, int, int]] = [(*START, target.sbuf_usable_bytes)]
         self._free_banks: list[Stamp] = [START] * target.psum_banks
         self._hbm_bytes: dict[int, int] = {}
+        # Where the kernel says what lies where, tensors on the same bytes wait for one another.
+        sizes = {SBUF: target.sbuf_usable_bytes, PSUM: target.psum_banks * target.psum_bank_bytes}
+        self._memory = {space: _Cells(size, CELL_BYTES[space], START) for space, size in sizes.items()}
 
     def allocation(self, event: Allocation) -> None:
         """A buffer appears or goes."""
         if event.space == HBM:
             self._hbm_bytes[event.buffer] = event.bytes_per_partition
+        elif event.address >= 0:
+            if event.live:
+                self._live[event.buffer] = self._memory[event.space].part(event.address)
+            else:
+                del self._live[event.buffer]
         elif event.live:
             since = (
                 self._take_sbuf(event.bytes_per_partition)

@@ -17,8 +17,10 @@ from nki_kernels.kernels.gated_up import gated_up
 from nki_kernels.kernels.sharded import first_factors, second_factors
 from nki_kernels.kernels.svd_mlp import svd_mlp
 from nki_kernels.kernels.xuv import xuv
-from nki_kernels.layout import Layout
+from nki_kernels.layout import Layout, layout_of
 from nki_kernels.plan import Plan
+from nki_kernels.planner import plan_launch
+from nki_kernels.request import Request
 from nki_kernels.simulator import Placeholder
 from nki_kernels.targets import PMAX, TRN1, Target
 from nki_kernels.tiling import tile_count
@@ -28,26 +30,34 @@ Launch = tuple[Callable[..., Any], tuple[Any, ...]]
 
 def launch_of(plan: Plan, dtype: np.dtype, tp: int = 1) -> Launch:
     """The kernel that runs `plan` on one of `tp` cores, and its arguments as placeholders."""
-    layout = plan.layout
+    layout = layout_of(plan.products, plan.external_z)
     features = layout.hidden or layout.intermediate
     shape = (features, plan.tokens) if plan.transposed_input else (plan.tokens, features)
-    x, weights = Placeholder(shape, dtype), Placeholder((PMAX, layout.packed_cols), dtype)
+    x = Placeholder(shape, dtype)
+    weights = Placeholder((PMAX, layout.packed_cols), np.dtype(np.int8) if plan.is_int8 else dtype)
+    scales = Placeholder((PMAX, plan.scale_cols), np.dtype(np.float32)) if plan.is_int8 else None
     norm = Placeholder((PMAX, tile_count(layout.hidden)), np.dtype(np.float32)) if plan.with_norm else None
     last = layout.down_second
     residual = (
         Placeholder((plan.tokens, last.cols), dtype) if plan.with_residual and last is not None else None
     )
     if layout.external_z:
-        slots = tuple(z_rows(layout, name) // tp for name in ("gate", "up"))
-        z = Placeholder((tp * sum(slots), plan.tokens), dtype)
-        return second_factors, (x if plan.x_tiles else None, z, slots, weights, plan, norm)
+        gate, up = (z_rows(layout, name) // tp for name in ("gate", "up"))
+        down = layout.down_first.cols // tp if layout.down_first is not None else 0
+        rows, cols = tp * (gate + up), plan.tokens
+        z = Placeholder((tp * cols, gate + up) if plan.natural_z else (rows, cols), dtype)
+        return second_factors, (x if plan.x_tiles else None, z, (gate, up, down), weights, plan, norm, scales)
     if layout.gate_second is not None:
         return (
-            (gated_up, (x, weights, plan, norm))
+            (gated_up, (x, weights, plan, norm, scales))
             if last is None
-            else (svd_mlp, (x, weights, plan, norm, residual))
+            else (svd_mlp, (x, weights, plan, norm, residual, scales))
         )
-    return (first_factors, (x, weights, plan, norm)) if last is None else (xuv, (x, weights, plan, residual))
+    return (
+        (first_factors, (x, weights, plan, norm, scales))
+        if last is None
+        else (xuv, (x, weights, plan, residual, scales))
+    )
 
 
 def z_rows(layout: Layout, projection: str) -> int:
@@ -98,3 +108,22 @@ def price_plan(
 ) -> Estimate:
     """The estimate of a whole launch on one of `tp` cores."""
     return PlanRuns(plan, dtype, target, constants, tp).estimate()
+
+
+@dataclasses.dataclass(frozen=True)
+class Priced:
+    """A launch under the planner's plan, as serving runs it."""
+
+    plan: Plan
+    estimate: Estimate
+
+
+@functools.lru_cache(maxsize=4096)
+def price_launch(
+    request: Request, target: Target = TRN1, constants: Constants = CALIBRATED, tp: int = 1
+) -> Priced:
+    """One launch on one of `tp` cores. Raises ValueError where there is no plan."""
+    plan = plan_launch(request, target)
+    if not isinstance(plan, Plan):
+        raise ValueError(plan.reason)
+    return Priced(plan, price_plan(plan, request.dtype, target, constants, tp))

@@ -110,6 +110,8 @@ class Scheduler:
         for name in held:
             ready = max(ready, self._free[name])
         busy = engine_cycles(event) / self._ghz[event.engine]
+        if event.reads and event.reads[0].dtype == "int8":
+            busy *= self.constants.cast_factor
         self.busy_ns[event.engine] += busy
         end = ready[0] + busy
         self._place(event, ready, ready[0], end, end + self._result_latency_ns)

@@ -1,8 +1,8 @@
 """A whole transformer around the MLP, so that a kernel's gain is shown end to end. Simulated: MLPs by their
 kernels, the rest by formulas.
 
-The rest, per core of `tp`, each part the larger of its FLOPs at TensorE's rate and its HBM bytes at the
-long-row DMA rate:
+The rest, per core of `tp`, each part the larger of its FLOPs at the rate of TensorE's widest matmuls and
+its HBM bytes at the long-row DMA rate:
 
     attention projections   2 T P FLOPs, P weights        P = H (2 heads + 2 kv_heads) head_dim, sharded
     attention               4 T C heads head_dim FLOPs (half of it in a causal prefill); K and V of C tokens
@@ -22,10 +22,12 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 
-from nki_kernels.cost.constants import CALIBRATED, Constants
+from nki_kernels.cost.constants import Constants
+from nki_kernels.cost.mlp_forms import Blend
 from nki_kernels.cost.models import ModelShape
-from nki_kernels.cost.tensor_parallel import all_reduce_us, mlp_time
-from nki_kernels.targets import PMAX, TRN1, Target
+from nki_kernels.cost.tensor_parallel import Setting, mlp_time
+from nki_kernels.targets import PMAX, TURNAROUND_CYCLES, Target
+from nki_kernels.tiling import MOVING_COLS
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 BYTES = 2  # of a bf16 element
@@ -83,7 +85,8 @@ class _Core:
         self.bytes_per_us = (
             1000 * target.dma_engines * LONG_ROW_BYTES / constants.descriptor_ns(LONG_ROW_BYTES, engine)
         )
-        self.flops_per_us = 2 * PMAX * PMAX * target.tensor_ghz * 1000
+        working = MOVING_COLS / (MOVING_COLS + TURNAROUND_CYCLES)  # of the cycles of the widest matmuls
+        self.flops_per_us = 2 * PMAX * PMAX * target.tensor_ghz * 1000 * working
 
     def us(self, flops: float, size_bytes: float) -> float:
         return max(flops / self.flops_per_us, size_bytes / self.bytes_per_us)
@@ -103,24 +106,15 @@ def attention_us(shape: ModelShape, step: Step, tp: int, core: _Core) -> float:
     return projections + core.us(flops, cache)
 
 
-def step_time(
-    shape: ModelShape,
-    forms: tuple[tuple[str, int], ...],
-    step: Step,
-    tp: int = 1,
-    target: Target = TRN1,
-    constants: Constants = CALIBRATED,
-) -> Parts:
-    """One step of the whole model with MLPs of `forms`, (form, rank) of gate, up and down. Raises ValueError
-    where an MLP has no plan.
-    """
-    core = _Core(target, constants)
-    mlp = mlp_time((shape.hidden, shape.intermediate), forms, step.tokens, BF16, tp, target, constants)
+def step_time(shape: ModelShape, mlp: Blend, step: Step, setting: Setting) -> Parts:
+    """One step of the whole model with MLPs as `mlp` says. Raises ValueError where one has no plan."""
+    core, tp = _Core(setting.target, setting.constants), setting.tp
+    time = mlp_time(mlp, shape.hidden, step.tokens, BF16, setting)
     head = shape.hidden * shape.vocabulary / tp
-    reduce = all_reduce_us(step.tokens * shape.hidden * BYTES, tp, target) if tp > 1 else 0.0
+    reduce = setting.collectives.all_reduce_us(step.tokens * shape.hidden * BYTES, tp, setting.target)
     return Parts(
-        mlp=shape.layers * mlp.kernels_us,
-        mlp_collectives=shape.layers * mlp.collectives_us,
+        mlp=shape.layers * time.kernels_us,
+        mlp_collectives=shape.layers * time.collectives_us,
         attention=shape.layers * attention_us(shape, step, tp, core),
         attention_collectives=shape.layers * reduce,
         norms=(2 * shape.layers + 1) * core.norm_us(step.tokens, shape.hidden),

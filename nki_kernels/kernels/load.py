@@ -1,5 +1,5 @@
-"""Activations from HBM into the layout that products take: `[128, row tiles, tokens]`, features on the
-partitions.
+"""Activations from HBM into the layout that products take, and back: `[128, row tiles, tokens]`, features on
+the partitions.
 """
 
 from __future__ import annotations
@@ -7,131 +7,191 @@ from __future__ import annotations
 from typing import Any
 
 from nki_kernels.backend import nisa, nl
+from nki_kernels.kernels.matmul import matmul
+from nki_kernels.kernels.workspace import Workspace
 from nki_kernels.targets import PMAX
 from nki_kernels.tiling import MOVING_COLS, pieces, tile_count
 
 Tensor = Any
 
 
-class Norm(nl.NKIObject):
-    """RMSNorm: its weight as packed by `pack_norm`, and the small tiles that it needs."""
-
-    def __init__(self, packed_weight: Tensor, eps: float) -> None:
-        self.weight = nl.ndarray(packed_weight.shape, dtype=nl.float32, buffer=nl.sbuf, name="norm_weight")
-        nisa.dma_copy(dst=self.weight, src=packed_weight)
-        self.eps = nl.ndarray((PMAX, 1), dtype=nl.float32, buffer=nl.sbuf, name="norm_eps")
-        nisa.memset(self.eps, eps)
-        self.sums = []
-        for i in range(2):
-            self.sums.append(nl.ndarray((PMAX, 1), dtype=nl.float32, buffer=nl.sbuf, name=f"norm_sum{i}"))
-
-    def normalise(self, row: Tensor, scratch: Tensor, turn: int) -> None:
-        """scratch = row / sqrt(mean(row^2) + eps), tokens on the partitions; the weight is applied after the
-        transpose.
-        """
-        tokens, hidden = row.shape
-        total = self.sums[turn % 2][0:tokens, :]
-        nisa.activation(
-            dst=scratch,
-            op=nl.square,
-            data=row,
-            reduce_op=nl.add,
-            reduce_res=total,
-            reduce_cmd=nisa.reduce_cmd.reset_reduce,
-        )
-        nisa.activation(dst=total, op=nl.rsqrt, data=total, bias=self.eps[0:tokens, :], scale=1.0 / hidden)
-        nisa.tensor_scalar(dst=scratch, data=row, op0=nl.multiply, operand0=total)
-
-
 def load_transposed(dst: Tensor, src: Tensor, first_token: int, tokens: int) -> None:
     """dst `[128, row tiles, tokens]` from src `[features, T]`."""
     features = src.shape[0]
-    for k in range(tile_count(features)):
+    for k in range(tile_count(features, PMAX)):
         rows = min(PMAX, features - k * PMAX)
         nisa.dma_copy(
             dst=dst[0:rows, k, 0:tokens],
             src=src[k * PMAX : k * PMAX + rows, first_token : first_token + tokens],
+            dge_mode=nisa.dge_mode.none,
         )
 
 
-def load_natural(dst: Tensor, src: Tensor, first_token: int, tokens: int, rows: Tensor, norms: list) -> None:
+def load_natural(work: Workspace, dst: Tensor, src: Tensor, first_token: int, tokens: int) -> None:
     """dst `[128, row tiles, tokens]` from src `[T, features]`, transposed on TensorE; normalised on the way
-    by the one of `norms`, if any.
-
-    `rows` `[128, 2 or 3, features]` is room for two raw tiles of 128 tokens and, with a norm, one normalised
-    tile.
+    if the plan says so.
     """
     tiles = pieces(tokens, PMAX)
+    rows = work.input_rows(src.shape[1])
     for i in range(len(tiles)):
         start, size = tiles[i]
-        row = rows[0:size, i % 2, :]
-        nisa.dma_copy(dst=row, src=src[first_token + start : first_token + start + size, :])
-        for norm in norms:
-            norm.normalise(row, rows[0:size, 2, :], i)
-            row = rows[0:size, 2, :]
-        transpose_row(dst[:, :, start : start + size], row, norms)
+        row = rows[i % 2]
+        nisa.dma_copy(
+            dst=row[0:size, :],
+            src=src[first_token + start : first_token + start + size, :],
+            dge_mode=nisa.dge_mode.none,
+        )
+        for norm in work.norms:
+            norm.normalise(row, rows[2], size, i)
+            row = rows[2]
+        transpose_row(work, dst, row, start, size, work.norms)
 
 
-def transpose_row(dst: Tensor, row: Tensor, norms: list) -> None:
-    """dst `[128, row tiles, size]` = row `[size, features]` transposed, several row tiles to a PSUM bank."""
-    size, features = row.shape
+def transpose_row(work: Workspace, dst: Tensor, row: Tensor, start: int, size: int, norms: list) -> None:
+    """dst[:, :, start : start + size] = the first `size` partitions of row `[128, features]` transposed,
+    several row tiles to a PSUM bank; times the weight of the one of `norms`, if any.
+
+    A product with our own identity: `nc_transpose` would do the same with one that the compiler adds.
+    """
+    features = row.shape[1]
     whole = features // PMAX
-    # gen2 gives transposes in fp32 only; later generations in the type of the data.
-    psum_dtype = nl.float32 if nisa.get_nc_version() == nisa.nc_version.gen2 else row.dtype
     groups = pieces(whole, max(1, MOVING_COLS // size))
-    for first, count in groups:
-        bank = nl.ndarray((PMAX, count, size), dtype=psum_dtype, buffer=nl.psum)
+    for g in range(len(groups)):
+        first, count = groups[g]
+        bank = work.banks.tile((PMAX, count, size))
         for j in range(count):
-            nisa.nc_transpose(dst=bank[:, j, :], data=row[:, (first + j) * PMAX : (first + j + 1) * PMAX])
-        evict_transposed(dst[:, first : first + count, :], bank, norms, first)
+            col = (first + j) * PMAX
+            matmul(bank[:, j, :], row[0:size, col : col + PMAX], work.identity[0:size, 0:size], True)
+        evict_transposed(work, dst, bank, first, start, norms)
     left = features - whole * PMAX
-    if left:
-        bank = nl.ndarray((left, 1, size), dtype=psum_dtype, buffer=nl.psum)
-        nisa.nc_transpose(dst=bank[:, 0, :], data=row[:, whole * PMAX : features])
-        evict_transposed(dst[0:left, whole : whole + 1, :], bank, norms, whole)
+    if left > 0:
+        bank = work.banks.tile((left, 1, size))
+        matmul(bank[:, 0, :], row[0:size, whole * PMAX : features], work.identity[0:size, 0:size], True)
+        evict_transposed(work, dst, bank, whole, start, norms)
 
 
-def evict_transposed(dst: Tensor, bank: Tensor, norms: list, first: int) -> None:
+def evict_transposed(work: Workspace, dst: Tensor, bank: Tensor, first: int, start: int, norms: list) -> None:
     """PSUM `[rows, count, size]` to SBUF, times the norm's weight of each feature; `first` is the row tile of
     bank[:, 0].
     """
+    rows, count, size = bank.shape
+    bias = work.zero[0:rows, :]
     if len(norms) == 0:
-        nisa.activation(dst=dst, op=nl.copy, data=bank)
+        there = dst[0:rows, first : first + count, start : start + size]
+        nisa.activation(dst=there, op=nl.copy, data=bank, bias=bias)
         return
-    rows, count, _size = bank.shape
+    weight = norms[0].weight
     for j in range(count):
         nisa.activation(
-            dst=dst[:, j, :],
+            dst=dst[0:rows, first + j, start : start + size],
             op=nl.copy,
             data=bank[:, j, :],
-            scale=norms[0].weight[0:rows, first + j : first + j + 1],
+            bias=bias,
+            scale=weight[0:rows, first + j : first + j + 1],
         )
 
 
-def load_gathered(dst: Tensor, src: Tensor, share: tuple, first_token: int, tokens: int) -> None:
-    """One projection's whole z out of an all-gather of several.
+def load_gathered(dst: Tensor, src: Tensor, share: tuple, where: tuple) -> None:
+    """One projection's whole z out of an all-gather of several; where = (first token, tokens).
 
-    dst `[128, row tiles, tokens]`; src `[tp * stride, T]`, rank-major. With share = (base, slots, stride),
-    row r * slots + i of z is row r * stride + base + i of src.
+    dst `[128, row tiles, tokens]`; src `[tp * stride, T]`, core after core. With share = (base, slots,
+    stride), row r * slots + i of z is row r * stride + base + i of src.
     """
     base, slots, stride = share
+    first_token, tokens = where
     for r in range(src.shape[0] // stride):
         row, end = r * slots, (r + 1) * slots
         while row < end:
             k, partition = row // PMAX, row % PMAX
             size = min(end - row, PMAX - partition)
             at = r * stride + base + row - r * slots
-            rows = src[at : at + size, first_token : first_token + tokens]
-            nisa.dma_copy(dst=dst[partition : partition + size, k, 0:tokens], src=rows)
+            nisa.dma_copy(
+                dst=dst[partition : partition + size, k, 0:tokens],
+                src=src[at : at + size, first_token : first_token + tokens],
+                dge_mode=nisa.dge_mode.none,
+            )
             row += size
 
 
-def store_transposed(dst: Tensor, src: Tensor, first_token: int, tokens: int) -> None:
-    """dst `[features, T]` from src `[128, row tiles, tokens]`."""
-    features = dst.shape[0]
-    for k in range(tile_count(features)):
-        rows = min(PMAX, features - k * PMAX)
+def load_gathered_natural(work: Workspace, dst: Tensor, src: Tensor, share: tuple, where: tuple) -> None:
+    """As `load_gathered`, from src `[tp * T, stride]`: rows of all cores side by side, then transposed."""
+    base, slots, _stride = share
+    first_token, tokens = where
+    cores = src.shape[0] // work.plan.tokens
+    rows = work.z_rows(cores * slots)
+    tiles = pieces(tokens, PMAX)
+    for i in range(len(tiles)):
+        start, size = tiles[i]
+        row = rows[i % 2]
+        for r in range(cores):
+            first = r * work.plan.tokens + first_token + start
+            nisa.dma_copy(
+                dst=row[0:size, r * slots : (r + 1) * slots],
+                src=src[first : first + size, base : base + slots],
+                dge_mode=nisa.dge_mode.none,
+            )
+        transpose_row(work, dst, row, start, size, [])
+
+
+def store_natural(
+    work: Workspace, dst: Tensor, src: Tensor, channels: tuple, first_col: int, where: tuple
+) -> None:
+    """dst[rows, first_col : first_col + count] from channels (first, count) of src `[128, row tiles, tokens]`,
+    transposed on TensorE; where = (first row of dst, tokens).
+    """
+    first, count = channels
+    first_row, tokens = where
+    rows = work.z_rows(count)
+    tiles = pieces(tokens, PMAX)
+    banks = pieces(count, MOVING_COLS)
+    for i in range(len(tiles)):
+        start, size = tiles[i]
+        row = rows[i % 2]
+        for b in range(len(banks)):
+            col, cols = banks[b]
+            bank = natural_bank(work, src, (first + col, cols), tiles[i])
+            nisa.activation(
+                dst=row[0:size, col : col + cols], op=nl.copy, data=bank, bias=work.zero[0:size, :]
+            )
         nisa.dma_copy(
-            dst=dst[k * PMAX : k * PMAX + rows, first_token : first_token + tokens],
+            dst=dst[first_row + start : first_row + start + size, first_col : first_col + count],
+            src=row[0:size, :],
+            dge_mode=nisa.dge_mode.none,
+        )
+
+
+def natural_bank(work: Workspace, src: Tensor, channels: tuple, tokens: tuple) -> Tensor:
+    """PSUM `[size, count]`: channels (first, count <= 512) of src `[128, row tiles, tokens]` for tokens
+    (start, size), piece by piece of the row tiles that they lie in.
+    """
+    first, count = channels
+    start, size = tokens
+    bank = work.banks.tile((size, count))
+    done = 0
+    while done < count:
+        k, partition = (first + done) // PMAX, (first + done) % PMAX
+        cols = min(count - done, PMAX - partition)
+        end = partition + cols
+        matmul(
+            bank[:, done : done + cols],
+            src[0:end, k, start : start + size],
+            work.identity[0:end, partition:end],
+            True,
+        )
+        done += cols
+    return bank
+
+
+def store_transposed(dst: Tensor, first_row: int, src: Tensor, features: int, where: tuple) -> None:
+    """dst[first_row : first_row + features, tokens] from src `[128, row tiles, tokens]`; where = (first token,
+    tokens).
+    """
+    first_token, tokens = where
+    for k in range(tile_count(features, PMAX)):
+        rows = min(PMAX, features - k * PMAX)
+        row = first_row + k * PMAX
+        nisa.dma_copy(
+            dst=dst[row : row + rows, first_token : first_token + tokens],
             src=src[0:rows, k, 0:tokens],
+            dge_mode=nisa.dge_mode.none,
         )

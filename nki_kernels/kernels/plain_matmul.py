@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nki_kernels.backend import jit, nisa, nl
-from nki_kernels.kernels.products import matmul
+from nki_kernels.backend import nisa, nki, nl
+from nki_kernels.kernels.matmul import matmul
 from nki_kernels.targets import PMAX
 from nki_kernels.tiling import MOVING_COLS
 
@@ -25,7 +25,7 @@ def check_multiple(what: str, size: int, step: int) -> None:
     )
 
 
-def load_tile(src: Tensor, row: int, col: int, cols: int, rows: int = PMAX) -> Tensor:
+def load_tile(src: Tensor, row: int, col: int, cols: int, rows: int) -> Tensor:
     """A fresh SBUF tile `[rows, cols]` of src at (row, col)."""
     tile = nl.ndarray((rows, cols), dtype=src.dtype, buffer=nl.sbuf)
     nisa.dma_copy(dst=tile, src=src[row : row + rows, col : col + cols])
@@ -46,7 +46,7 @@ def check_tiles(lhs_t: Tensor, rhs: Tensor) -> None:
     check_multiple("N", rhs.shape[1], MOVING_COLS)
 
 
-@jit
+@nki.jit
 def matmul_tiled(lhs_t: Tensor, rhs: Tensor) -> Tensor:
     """Both operand tiles are loaded for every single nc_matmul."""
     check_tiles(lhs_t, rhs)
@@ -56,12 +56,14 @@ def matmul_tiled(lhs_t: Tensor, rhs: Tensor) -> Tensor:
         for n in range(0, rhs.shape[1], MOVING_COLS):
             total = nl.ndarray((PMAX, MOVING_COLS), dtype=nl.float32, buffer=nl.psum)
             for k in range(0, k_size, PMAX):
-                matmul(total, load_tile(lhs_t, k, m, PMAX), load_tile(rhs, k, n, MOVING_COLS), k == 0)
+                matmul(
+                    total, load_tile(lhs_t, k, m, PMAX, PMAX), load_tile(rhs, k, n, MOVING_COLS, PMAX), k == 0
+                )
             store_sum(out, m, n, total)
     return out
 
 
-@jit
+@nki.jit
 def matmul_hoisted(lhs_t: Tensor, rhs: Tensor) -> Tensor:
     """The stationary tiles of a row of output are loaded once."""
     check_tiles(lhs_t, rhs)
@@ -70,21 +72,21 @@ def matmul_hoisted(lhs_t: Tensor, rhs: Tensor) -> Tensor:
     for m in range(0, m_size, PMAX):
         stationary = []
         for k in range(0, k_size, PMAX):
-            stationary.append(load_tile(lhs_t, k, m, PMAX))
+            stationary.append(load_tile(lhs_t, k, m, PMAX, PMAX))
         for n in range(0, rhs.shape[1], MOVING_COLS):
             total = nl.ndarray((PMAX, MOVING_COLS), dtype=nl.float32, buffer=nl.psum)
             for k in range(0, k_size, PMAX):
-                matmul(total, stationary[k // PMAX], load_tile(rhs, k, n, MOVING_COLS), k == 0)
+                matmul(total, stationary[k // PMAX], load_tile(rhs, k, n, MOVING_COLS, PMAX), k == 0)
             store_sum(out, m, n, total)
     return out
 
 
-@jit
+@nki.jit
 def matmul_blocked(
     lhs_t: Tensor, rhs: Tensor, m_tiles: int = 16, n_tiles: int = 2, k_tiles: int = 8
 ) -> Tensor:
     """Blocked in all three dimensions; the sums over blocks of K are kept in SBUF, in the inputs' element
-    type, as the tutorial does.
+    type, as the tutorial does. Fewer columns than a moving tile are one narrower tile, as in the paper's copy.
 
     The tutorial keeps all M rows of a block of columns on chip and relies on spilling where they do not fit.
     Here M is cut into as many passes as SBUF needs instead, which is kinder to it.
@@ -92,13 +94,14 @@ def matmul_blocked(
     k_size, m_size = lhs_t.shape
     check_multiple("K", k_size, k_tiles * PMAX)
     check_multiple("M", m_size, m_tiles * PMAX)
-    check_multiple("N", rhs.shape[1], n_tiles * MOVING_COLS)
+    cols = n_tiles * min(MOVING_COLS, rhs.shape[1])
+    check_multiple("N", rhs.shape[1], cols)
     out = nl.ndarray((m_size, rhs.shape[1]), dtype=lhs_t.dtype, buffer=nl.shared_hbm)
     rows = pass_rows(m_size, m_tiles * PMAX, n_tiles)
     for first_row in range(0, m_size, rows):
-        for col in range(0, rhs.shape[1], n_tiles * MOVING_COLS):
+        for col in range(0, rhs.shape[1], cols):
             blocked_columns(
-                lhs_t, rhs, out, (first_row, min(rows, m_size - first_row), col), (m_tiles, n_tiles, k_tiles)
+                lhs_t, rhs, out, (first_row, min(rows, m_size - first_row), col), (m_tiles, cols, k_tiles)
             )
     return out
 
@@ -117,20 +120,17 @@ def pass_rows(m_size: int, block_rows: int, n_tiles: int) -> int:
 
 def blocked_columns(lhs_t: Tensor, rhs: Tensor, out: Tensor, where: tuple, block: tuple) -> None:
     """Rows [first_row, + rows) of one block of columns: where = (first_row, rows, col), block = (m_tiles,
-    n_tiles, k_tiles).
+    cols, k_tiles).
     """
     first_row, rows, col = where
-    m_tiles, n_tiles, k_tiles = block
-    cols = n_tiles * MOVING_COLS
+    m_tiles, cols, k_tiles = block
     results = nl.ndarray((PMAX, rows // PMAX, cols), dtype=lhs_t.dtype, buffer=nl.sbuf)
     for k in range(0, lhs_t.shape[0], k_tiles * PMAX):
         moving = load_block(rhs, k, k_tiles, col, cols)
         for m in range(0, rows, m_tiles * PMAX):
             stationary = load_block(lhs_t, k, k_tiles, first_row + m, m_tiles * PMAX)
             for i in range(m_tiles):
-                add_block_products(
-                    results[:, m // PMAX + i, :], stationary[:, :, i * PMAX : (i + 1) * PMAX], moving, k == 0
-                )
+                add_block_products(results, m // PMAX + i, stationary, (0, i), moving, k == 0)
     for i in range(rows // PMAX):
         row = first_row + i * PMAX
         nisa.dma_copy(dst=out[row : row + PMAX, col : col + cols], src=results[:, i, :])
@@ -144,13 +144,20 @@ def load_block(src: Tensor, row: int, row_tiles: int, col: int, cols: int) -> Te
     return block
 
 
-def add_block_products(result: Tensor, stationary: Tensor, moving: Tensor, first: bool) -> None:
-    """result `[128, cols]` (+)= the product over this block of K."""
-    for n in range(0, result.shape[1], MOVING_COLS):
-        total = nl.ndarray((PMAX, MOVING_COLS), dtype=nl.float32, buffer=nl.psum)
-        for i in range(stationary.shape[1]):
-            matmul(total, stationary[:, i, :], moving[:, i, n : n + MOVING_COLS], i == 0)
-        there = result[:, n : n + MOVING_COLS]
+def add_block_products(
+    results: Tensor, tile: int, stationary: Tensor, where: tuple, moving: Tensor, first: bool
+) -> None:
+    """results[:, tile, :] (+)= a product over the row tiles of moving `[128, row tiles, cols]`; where = (row
+    tile of stationary that they begin at, its column tile).
+    """
+    row, col = where[0], where[1] * PMAX
+    width = min(MOVING_COLS, moving.shape[2])
+    for n in range(0, moving.shape[2], width):
+        total = nl.ndarray((PMAX, width), dtype=nl.float32, buffer=nl.psum)
+        for i in range(moving.shape[1]):
+            left = stationary[:, row + i, col : col + PMAX]
+            matmul(total, left, moving[:, i, n : n + width], i == 0)
+        there = results[:, tile, n : n + width]
         if first:
             nisa.tensor_copy(dst=there, src=total)
         else:

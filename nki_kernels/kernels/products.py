@@ -11,43 +11,58 @@ from __future__ import annotations
 
 from typing import Any
 
-from nki_kernels import backend
 from nki_kernels.backend import nisa, nl
-from nki_kernels.kernels.stream import WeightStream
-from nki_kernels.tiling import Matrix
+from nki_kernels.kernels.matmul import matmul
+from nki_kernels.kernels.workspace import Workspace
+from nki_kernels.tiling import HALF, IDENTITY, SHARED, Matrix
 
 Tensor = Any
 
 
-def matmul(dst: Tensor, stationary: Tensor, moving: Tensor, first: bool) -> None:
-    """One nc_matmul under either call convention; before 0.3 the first one into a fresh tile starts the sum
-    by itself.
+def evict(work: Workspace, matrix: Matrix, n: int, dst: Tensor, data: Tensor, op: Any) -> None:
+    """dst = op(column tile `n` of a transposed product), times the scales of int8 weights: both free on the way
+    out of PSUM.
     """
-    if backend.TAKES_ACCUMULATE:
-        nisa.nc_matmul(dst, stationary, moving, accumulate=not first)
+    cols = matrix.tile_width(n)
+    bias = work.zero[0:cols, :]
+    if matrix.scale_at >= 0:
+        nisa.activation(dst=dst, op=op, data=data, bias=bias, scale=work.scales.of(matrix, n, cols))
     else:
-        nisa.nc_matmul(dst, stationary, moving)
+        nisa.activation(dst=dst, op=op, data=data, bias=bias)
+
+
+def block_of(work: Workspace, kind: int, owner: int, k: int, cols: int) -> tuple:
+    """(tensor, first column) of a weight block of row tile `k`; owner as in `WeightStream.take_stored`."""
+    if kind == IDENTITY:
+        return work.identity, 0
+    if kind == SHARED:
+        return work.stream.take_shared(owner, k)
+    return work.stream.take_stored(cols, owner, k) if owner >= 0 else work.stream.take(cols)
 
 
 def transposed_tile(
-    stream: WeightStream, matrix: Matrix, n: int, source: Tensor, widths: list, identity: Tensor
+    work: Workspace, matrix: Matrix, n: int, source: Tensor, widths: list, owner: int
 ) -> list:
     """Column tile `n` of (source W), transposed: PSUM tiles [cols, width], one for each (start, width) of
     `widths` over the tokens.
 
-    `source` is an activation^T `[128, row tiles, tokens]` in SBUF.
+    `source` is an activation^T `[128, row tiles, tokens]` in SBUF. `owner`: 0 gate, 1 up, 2 down for a matrix
+    that shares blocks, -1 for others.
     """
     cols = matrix.tile_width(n)
     blocks = matrix.blocks(n)
     sums = []
-    for _start, width in widths:
-        sums.append(nl.ndarray((cols, width), dtype=nl.float32, buffer=nl.psum))
+    for j in range(len(widths)):
+        sums.append(work.banks.tile((cols, widths[j][1])))
     for i in range(len(blocks)):
-        k, rows, stored = blocks[i]
-        block = stream.take(cols)[0:rows, :] if stored else identity[0:rows, 0:cols]
+        k, first, rows, kind = blocks[i]
+        block, at = block_of(work, kind, owner, k, cols)
+        end = first + rows
         for j in range(len(widths)):
             start, width = widths[j]
-            matmul(sums[j], block, source[0:rows, k, start : start + width], i == 0)
+            matmul(
+                sums[j], block[first:end, at : at + cols], source[first:end, k, start : start + width], i == 0
+            )
     return sums
 
 
@@ -56,47 +71,61 @@ def is_source_itself(matrix: Matrix, n: int) -> bool:
     projection.
     """
     blocks = matrix.blocks(n)
-    return len(blocks) == 1 and not blocks[0][2]
+    return len(blocks) == 1 and blocks[0][3] == IDENTITY
 
 
-def column_tile(
-    stream: WeightStream, matrix: Matrix, n: int, source: Tensor, widths: list, identity: Tensor
-) -> list:
+def column_tile(work: Workspace, matrix: Matrix, n: int, source: Tensor, widths: list, owner: int) -> list:
     """As `transposed_tile`, but without arithmetic where the result is there already."""
     if not is_source_itself(matrix, n):
-        return transposed_tile(stream, matrix, n, source, widths, identity)
-    k, rows, _stored = matrix.blocks(n)[0]
+        return transposed_tile(work, matrix, n, source, widths, owner)
+    k, _first, rows, _kind = matrix.blocks(n)[0]
     tiles = []
-    for start, width in widths:
+    for j in range(len(widths)):
+        start, width = widths[j]
         tiles.append(source[0:rows, k, start : start + width])
     return tiles
 
 
-def transposed_product(
-    stream: WeightStream, matrix: Matrix, source: Tensor, dst: Tensor, widths: list, identity: Tensor
-) -> None:
+def transposed_product(work: Workspace, matrix: Matrix, source: Tensor, dst: Tensor, widths: list) -> None:
     """dst `[128, column tiles, tokens]` = (source W)^T, rounded once to its element type."""
     for n in range(matrix.col_tiles()):
-        sums = transposed_tile(stream, matrix, n, source, widths, identity)
+        cols = matrix.tile_width(n)
+        sums = transposed_tile(work, matrix, n, source, widths, -1)
         for j in range(len(widths)):
             start, width = widths[j]
-            nisa.activation(
-                dst=dst[0 : matrix.tile_width(n), n, start : start + width], op=nl.copy, data=sums[j]
-            )
+            there = dst[0:cols, n, start : start + width]
+            added = matrix.added_rows(n)
+            if added < cols:
+                evict(work, matrix, n, there, sums[j], nl.copy)
+            if added > 0:
+                nisa.scalar_tensor_tensor(
+                    dst=dst[0:added, n, start : start + width],
+                    data=sums[j][0:added, :],
+                    op0=nl.multiply,
+                    operand0=work.scales.of(matrix, n, added),
+                    op1=nl.add,
+                    operand1=source[0:added, matrix.added_tile(n), start : start + width],
+                )
+            if matrix.is_kept_twice(n):
+                nisa.tensor_copy(dst=dst[HALF : HALF + cols, n, start : start + width], src=there)
 
 
-def natural_tile(stream: WeightStream, matrix: Matrix, n: int, source: Tensor, tiles: list) -> list:
+def natural_tile(work: Workspace, matrix: Matrix, n: int, source: Tensor, tiles: list) -> list:
     """Column tile `n` of (source W): PSUM tiles [size, cols], one for each (start, size) of `tiles`, each of
     at most 128 tokens.
     """
     cols = matrix.tile_width(n)
+    blocks = matrix.blocks(n)
     sums = []
-    for _start, size in tiles:
-        sums.append(nl.ndarray((size, cols), dtype=nl.float32, buffer=nl.psum))
-    for k in range(matrix.row_tiles()):
-        rows = matrix.tile_rows(k)
-        block = stream.take(cols)[0:rows, :]
+    for j in range(len(tiles)):
+        sums.append(work.banks.tile((tiles[j][1], cols)))
+    for i in range(len(blocks)):
+        k, first, rows, kind = blocks[i]
+        block, at = block_of(work, kind, 2, k, cols)
+        end = first + rows
         for j in range(len(tiles)):
             start, size = tiles[j]
-            matmul(sums[j], source[0:rows, k, start : start + size], block, k == 0)
+            matmul(
+                sums[j], source[first:end, k, start : start + size], block[first:end, at : at + cols], i == 0
+            )
     return sums

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from nki_kernels.backend import jit, nisa, nl
+from nki_kernels.backend import nisa, nki, nl
+from nki_kernels.kernels.matmul import matmul
 from nki_kernels.kernels.plain_matmul import load_tile, store_sum
-from nki_kernels.kernels.products import matmul
 from nki_kernels.targets import PMAX
 from nki_kernels.tiling import MOVING_COLS, pieces
 
@@ -35,7 +35,7 @@ def product(lhs_t: Tensor, rhs: Tensor, out: Tensor) -> None:
             store_sum(out, row[0], col[0], product_tile(lhs_t, rhs, row, col))
 
 
-@jit
+@nki.jit
 def unfused_xuv(x_t: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """z^T = U^T x^T goes to HBM and comes back for z V."""
     z_t = nl.ndarray((u.shape[1], x_t.shape[1]), dtype=x_t.dtype, buffer=nl.private_hbm)
@@ -45,7 +45,7 @@ def unfused_xuv(x_t: Tensor, u: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-@jit
+@nki.jit
 def naive_fused_xuv(x_t: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """z^T stays on chip, but nobody keeps it: it is computed anew for every 512 columns of output."""
     out = nl.ndarray((x_t.shape[1], v.shape[1]), dtype=x_t.dtype, buffer=nl.shared_hbm)

@@ -5,87 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from nki_kernels.backend import nisa, nl
-from nki_kernels.kernels.load import Norm, load_natural, load_transposed
-from nki_kernels.kernels.products import column_tile, natural_tile, transposed_product, transposed_tile
-from nki_kernels.kernels.stream import WeightStream
-from nki_kernels.plan import Plan
+from nki_kernels.kernels.load import load_natural, load_transposed
+from nki_kernels.kernels.products import (
+    column_tile,
+    evict,
+    is_source_itself,
+    natural_tile,
+    transposed_product,
+    transposed_tile,
+)
+from nki_kernels.kernels.workspace import Workspace
 from nki_kernels.targets import PMAX
 from nki_kernels.tiling import pieces, tile_count
 
 Tensor = Any
-
-
-class Workspace(nl.NKIObject):
-    """Everything that a launch holds in SBUF, allocated once and exactly as the plan says, and the views of
-    it by what they hold.
-
-    x, h and z are `[128, row tiles, block_tokens]`. Views that the launch does not use are None.
-    """
-
-    def __init__(self, plan: Plan, weights: Tensor, norm_weight: Tensor) -> None:
-        check_given("norm_weight", norm_weight, plan.with_norm)
-        self.plan = plan
-        self.wide = nl.ndarray((PMAX, plan.wide_cols), dtype=weights.dtype, buffer=nl.sbuf, name="wide")
-        self.narrow = nl.ndarray((PMAX, plan.narrow_cols), dtype=weights.dtype, buffer=nl.sbuf, name="narrow")
-        self.stream = WeightStream(weights, plan.chunk_bounds, plan.ring_slots, plan.ring_cols)
-        self.identity = None
-        if plan.identity_at >= 0:
-            self.identity = nl.ndarray((PMAX, PMAX), dtype=weights.dtype, buffer=nl.sbuf, name="identity")
-            nisa.dma_copy(dst=self.identity, src=weights[:, plan.identity_at : plan.identity_at + PMAX])
-        self.activated = []
-        if plan.runs_gated:
-            for i in range(2):
-                self.activated.append(
-                    nl.ndarray(
-                        (PMAX, plan.moving_tokens), dtype=nl.float32, buffer=nl.sbuf, name=f"activated{i}"
-                    )
-                )
-        self.norms = []
-        if plan.with_norm:
-            self.norms.append(Norm(norm_weight, plan.norm_eps))
-        self.place_views()
-
-    def place_views(self) -> None:
-        """Name the regions of the arenas."""
-        plan = self.plan
-        self.x = self.tiles(self.wide, 0, plan.x_tiles)
-        self.h = self.tiles(self.wide, plan.h_offset, plan.h_tiles)
-        self.gate_z = self.tiles(self.narrow, 0, plan.gate_z_tiles)
-        self.up_z = self.tiles(self.narrow, plan.gate_z_tiles * plan.block_tokens, plan.up_z_tiles)
-        self.down_z = self.tiles(self.narrow, 0, plan.down_z_tiles)
-
-    def tiles(self, arena: Tensor, offset: int, count: int) -> Tensor:
-        """`[128, count, block_tokens]` out of an arena, or None for a count of 0."""
-        tokens = self.plan.block_tokens
-        if count == 0:
-            return None
-        return arena[:, offset : offset + count * tokens].reshape((PMAX, count, tokens))
-
-    def input_rows(self, features: int) -> Tensor:
-        """`[128, 2 or 3, features]`: room for natural input on its way through the transpose."""
-        count = 3 if self.plan.with_norm else 2
-        at = self.plan.input_offset
-        return self.wide[:, at : at + count * features].reshape((PMAX, count, features))
-
-    def output_rows(self, token_tiles: int) -> Tensor:
-        """`[128, token tiles, out_cols]`: natural results on their way out."""
-        at, cols = self.plan.output_offset, self.plan.out_cols
-        return self.wide[:, at : at + token_tiles * cols].reshape((PMAX, token_tiles, cols))
-
-    def output_turn(self, n: int) -> Tensor:
-        """`[128, block_tokens]`: one of two turns of a transposed column tile on its way out."""
-        tokens = self.plan.block_tokens
-        at = self.plan.output_offset + n % 2 * tokens
-        return self.wide[:, at : at + tokens]
-
-
-def check_given(name: str, operand: Tensor, wanted: bool) -> None:
-    """Refuse an operand that the plan does not use, and a plan whose operand is missing."""
-    # Compilers before NKI 0.7 know no `is`.
-    given = operand != None  # noqa: E711
-    assert given == wanted, (
-        f"{name}: expected {wanted} by the plan, found {given}; plan and operands must agree"
-    )
 
 
 def load_input(work: Workspace, dst: Tensor, src: Tensor, first_token: int, tokens: int) -> None:
@@ -95,43 +28,56 @@ def load_input(work: Workspace, dst: Tensor, src: Tensor, first_token: int, toke
     if work.plan.transposed_input:
         load_transposed(dst, src, first_token, tokens)
     else:
-        load_natural(dst, src, first_token, tokens, work.input_rows(src.shape[1]), work.norms)
+        load_natural(work, dst, src, first_token, tokens)
+    work.scales.load(work)
 
 
 def first_products(work: Workspace, tokens: int) -> None:
     """z of gate and of up, from x."""
-    products: Any = work.plan.products
+    products = work.plan.products
     widths = pieces(tokens, work.plan.moving_tokens)
     if work.plan.runs_gate_first:
-        transposed_product(work.stream, products.gate_first, work.x, work.gate_z, widths, work.identity)
+        transposed_product(work, products.gate_first, work.x, work.gate_z, widths)
     if work.plan.runs_up_first:
-        transposed_product(work.stream, products.up_first, work.x, work.up_z, widths, work.identity)
+        transposed_product(work, products.up_first, work.x, work.up_z, widths)
 
 
 def gated_product(work: Workspace, tokens: int) -> None:
     """h = silu(gate) * up, tile by tile of the intermediate channels; gate and up leave PSUM only as h."""
-    products: Any = work.plan.products
+    products = work.plan.products
     widths = pieces(tokens, work.plan.moving_tokens)
     gate_source = work.gate_z if work.plan.gate_z_tiles > 0 else work.x
     up_source = work.up_z if work.plan.up_z_tiles > 0 else work.x
     for n in range(products.gate_second.col_tiles()):
         cols = products.gate_second.tile_width(n)
-        gate = column_tile(work.stream, products.gate_second, n, gate_source, widths, work.identity)
-        up = column_tile(work.stream, products.up_second, n, up_source, widths, work.identity)
+        gate = column_tile(work, products.gate_second, n, gate_source, widths, 0)
+        up = column_tile(work, products.up_second, n, up_source, widths, 1)
         for j in range(len(widths)):
             start, width = widths[j]
             activated = work.activated[(n * len(widths) + j) % 2][0:cols, 0:width]
-            nisa.activation(dst=activated, op=nl.silu, data=gate[j])
-            nisa.tensor_tensor(
-                dst=work.h[0:cols, n, start : start + width], data1=activated, data2=up[j], op=nl.multiply
-            )
+            gate_matrix, up_matrix = products.gate_second, products.up_second
+            if is_source_itself(gate_matrix, n):
+                nisa.activation(dst=activated, op=nl.silu, data=gate[j], bias=work.zero[0:cols, :])
+            else:
+                evict(work, gate_matrix, n, activated, gate[j], nl.silu)
+            there = work.h[0:cols, n, start : start + width]
+            if up_matrix.scale_at < 0 or is_source_itself(up_matrix, n):
+                nisa.tensor_tensor(dst=there, data1=activated, data2=up[j], op=nl.multiply)
+            else:
+                nisa.scalar_tensor_tensor(
+                    dst=there,
+                    data=up[j],
+                    op0=nl.multiply,
+                    operand0=work.scales.of(up_matrix, n, cols),
+                    op1=nl.multiply,
+                    operand1=activated,
+                )
 
 
 def down_first_product(work: Workspace, tokens: int) -> None:
     """z of down, from h; the pivots of a compact projection are added to the sum in PSUM, as identity blocks."""
     widths = pieces(tokens, work.plan.moving_tokens)
-    products: Any = work.plan.products
-    transposed_product(work.stream, products.down_first, work.h, work.down_z, widths, work.identity)
+    transposed_product(work, work.plan.products.down_first, work.h, work.down_z, widths)
 
 
 def natural_output(
@@ -140,63 +86,89 @@ def natural_output(
     """out `[T, columns]` = source W (+ residual), staged in rows of `out_cols` columns so that stores are
     long.
     """
-    matrix: Any = work.plan.products.down_second
+    matrix = work.plan.products.down_second
     tiles = pieces(tokens, PMAX)
     stage = work.output_rows(len(tiles))
-    for first_col, cols in pieces(matrix.cols, work.plan.out_cols):
+    columns = pieces(matrix.cols, work.plan.out_cols)
+    for c in range(len(columns)):
+        first_col, cols = columns[c]
         if work.plan.with_residual:
-            copy_rows(stage, residual, first_token, tiles, first_col, cols, False)
+            copy_rows(stage, residual, first_token, tiles, columns[c], False)
         for n in range(first_col // matrix.tile_cols, tile_count(first_col + cols, matrix.tile_cols)):
             natural_column(work, source, stage, n, n * matrix.tile_cols - first_col, tiles)
-        copy_rows(stage, out, first_token, tiles, first_col, cols, True)
+        copy_rows(stage, out, first_token, tiles, columns[c], True)
 
 
 def natural_column(work: Workspace, source: Tensor, stage: Tensor, n: int, at: int, tiles: list) -> None:
     """Column tile `n` of the output into stage[:, :, at:], a group of token tiles at a time."""
-    matrix: Any = work.plan.products.down_second
+    matrix = work.plan.products.down_second
     cols = matrix.tile_width(n)
     mark = work.stream.position
-    group = work.plan.token_group
-    for first, count in pieces(len(tiles), group):
+    groups = pieces(len(tiles), work.plan.token_group)
+    for g in range(len(groups)):
+        first, count = groups[g]
         work.stream.seek(mark)
-        sums = natural_tile(work.stream, matrix, n, source, tiles[first : first + count])
+        sums = natural_tile(work, matrix, n, source, tiles[first : first + count])
         for j in range(count):
-            row = stage[0 : tiles[first + j][1], first + j, at : at + cols]
-            if work.plan.with_residual:
+            size = tiles[first + j][1]
+            row = stage[0:size, first + j, at : at + cols]
+            if matrix.scale_at >= 0:
+                evict_scaled(work, row, sums[j], n * matrix.tile_cols, j)
+            elif work.plan.with_residual:
                 nisa.tensor_tensor(dst=row, data1=sums[j], data2=row, op=nl.add)
             else:
-                nisa.activation(dst=row, op=nl.silu if work.plan.silu else nl.copy, data=sums[j])
+                op = nl.silu if work.plan.silu else nl.copy
+                nisa.activation(dst=row, op=op, data=sums[j], bias=work.zero[0:size, :])
+
+
+def evict_scaled(work: Workspace, row: Tensor, total: Tensor, col: int, turn: int) -> None:
+    """row (residual, if any) (+)= a PSUM tile `[tokens, cols]` times the scales of output columns [col, +
+    cols), SiLU behind if the plan says so.
+    """
+    size, cols = total.shape
+    scale = work.scales.spread[0:size, col : col + cols]
+    if work.plan.with_residual:
+        scaled = work.scales.scaled[turn % 2][0:size, 0:cols]
+        nisa.tensor_tensor(dst=scaled, data1=total, data2=scale, op=nl.multiply)
+        nisa.tensor_tensor(dst=row, data1=scaled, data2=row, op=nl.add)
+    else:
+        nisa.tensor_tensor(dst=row, data1=total, data2=scale, op=nl.multiply)
+        if work.plan.silu:
+            nisa.activation(dst=row, op=nl.silu, data=row, bias=work.zero[0:size, :])
 
 
 def copy_rows(
-    stage: Tensor, hbm: Tensor, first_token: int, tiles: list, first_col: int, cols: int, to_hbm: bool
+    stage: Tensor, hbm: Tensor, first_token: int, tiles: list, columns: tuple, to_hbm: bool
 ) -> None:
-    """Staged rows to HBM `[T, columns]`, or from there."""
+    """Staged rows to HBM `[T, columns]`, or from there; columns = (first, count)."""
+    first_col, cols = columns
     for i in range(len(tiles)):
         start, size = tiles[i]
         rows = hbm[first_token + start : first_token + start + size, first_col : first_col + cols]
         staged = stage[0:size, i, 0:cols]
         if to_hbm:
-            nisa.dma_copy(dst=rows, src=staged)
+            nisa.dma_copy(dst=rows, src=staged, dge_mode=nisa.dge_mode.none)
         else:
-            nisa.dma_copy(dst=staged, src=rows)
+            nisa.dma_copy(dst=staged, src=rows, dge_mode=nisa.dge_mode.none)
 
 
 def transposed_output(work: Workspace, source: Tensor, out: Tensor, first_token: int, tokens: int) -> None:
     """out `[columns, T]` = (source W)^T, staged one column tile at a time in the rows area of the plan."""
-    matrix: Any = work.plan.products.down_second
+    matrix = work.plan.products.down_second
     widths = pieces(tokens, work.plan.moving_tokens)
+    turns = work.output_turns()
     for n in range(matrix.col_tiles()):
         cols = matrix.tile_width(n)
-        stage = work.output_turn(n)[0:cols, :]
-        sums = transposed_tile(work.stream, matrix, n, source, widths, work.identity)
+        stage = turns[n % 2]
+        sums = transposed_tile(work, matrix, n, source, widths, 2)
         for j in range(len(widths)):
             start, width = widths[j]
-            nisa.activation(
-                dst=stage[:, start : start + width], op=nl.silu if work.plan.silu else nl.copy, data=sums[j]
-            )
+            op = nl.silu if work.plan.silu else nl.copy
+            evict(work, matrix, n, stage[0:cols, start : start + width], sums[j], op)
         nisa.dma_copy(
-            dst=out[n * PMAX : n * PMAX + cols, first_token : first_token + tokens], src=stage[:, 0:tokens]
+            dst=out[n * PMAX : n * PMAX + cols, first_token : first_token + tokens],
+            src=stage[0:cols, 0:tokens],
+            dge_mode=nisa.dge_mode.none,
         )
 
 

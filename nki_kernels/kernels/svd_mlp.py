@@ -10,24 +10,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from nki_kernels.backend import jit, nl
-from nki_kernels.kernels.stages import (
-    Workspace,
-    check_given,
-    finish,
-    first_products,
-    gated_product,
-    load_input,
-)
+from nki_kernels.backend import nki, nl
+from nki_kernels.kernels.stages import finish, first_products, gated_product, load_input
+from nki_kernels.kernels.workspace import Workspace, check_given
 from nki_kernels.plan import Plan
 from nki_kernels.tiling import pieces
 
 Tensor = Any
 
 
-@jit
+@nki.jit
 def svd_mlp(
-    x: Tensor, weights: Tensor, plan: Plan, norm_weight: Tensor = None, residual: Tensor = None
+    x: Tensor,
+    weights: Tensor,
+    plan: Plan,
+    norm_weight: Tensor = None,
+    residual: Tensor = None,
+    scales: Tensor = None,
 ) -> Tensor:
     """x `[T, H]` (`[H, T]` if `plan.transposed_input`) -> y `[T, H]`, in the element type of the weights.
 
@@ -36,11 +35,13 @@ def svd_mlp(
     in fp32 before y is rounded; for a Llama layer it is x.
     """
     check_given("residual", residual, plan.with_residual)
-    products: Any = plan.products
+    products = plan.products
     y = nl.ndarray((plan.tokens, products.down_second.cols), dtype=x.dtype, buffer=nl.shared_hbm)
-    work = Workspace(plan, weights, norm_weight)
-    for first_token, tokens in pieces(plan.tokens, plan.block_tokens):
-        work.stream.seek(0)
+    work = Workspace(plan, weights, norm_weight, scales, x.dtype)
+    blocks = pieces(plan.tokens, plan.block_tokens)
+    for b in range(len(blocks)):
+        first_token, tokens = blocks[b]
+        work.open_block()
         load_input(work, work.x, x, first_token, tokens)
         first_products(work, tokens)
         gated_product(work, tokens)

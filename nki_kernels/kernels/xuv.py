@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from nki_kernels.backend import jit, nl
-from nki_kernels.kernels.stages import Workspace, check_given, finish, load_input
+from nki_kernels.backend import nki, nl
+from nki_kernels.kernels.stages import finish, load_input
+from nki_kernels.kernels.workspace import Workspace, check_given
 from nki_kernels.plan import Plan
 from nki_kernels.tiling import pieces
 
 Tensor = Any
 
 
-@jit
-def xuv(x: Tensor, weights: Tensor, plan: Plan, residual: Tensor = None) -> Tensor:
+@nki.jit
+def xuv(x: Tensor, weights: Tensor, plan: Plan, residual: Tensor = None, scales: Tensor = None) -> Tensor:
     """x `[T, K]` (`[K, T]` if `plan.transposed_input`) -> `[T, N]`, or `[N, T]` for a layout with transposed
     output.
 
@@ -26,13 +27,15 @@ def xuv(x: Tensor, weights: Tensor, plan: Plan, residual: Tensor = None) -> Tens
     `plan.silu`; `residual` `[T, N]`, if `plan.with_residual`, is added to natural output in fp32.
     """
     check_given("residual", residual, plan.with_residual)
-    products: Any = plan.products
+    products = plan.products
     cols = products.down_second.cols
     shape = (plan.tokens, cols) if plan.natural_output else (cols, plan.tokens)
     out = nl.ndarray(shape, dtype=x.dtype, buffer=nl.shared_hbm)
-    work = Workspace(plan, weights, None)
-    for first_token, tokens in pieces(plan.tokens, plan.block_tokens):
-        work.stream.seek(0)
+    work = Workspace(plan, weights, None, scales, x.dtype)
+    blocks = pieces(plan.tokens, plan.block_tokens)
+    for b in range(len(blocks)):
+        first_token, tokens = blocks[b]
+        work.open_block()
         load_input(work, work.h, x, first_token, tokens)
         finish(work, out, residual, first_token, tokens)
     return out

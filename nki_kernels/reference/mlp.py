@@ -14,31 +14,55 @@ import numpy as np
 Weights = Mapping[str, np.ndarray]
 
 
+SCALE = "_scale"  # behind a suffix: the scales `[out]` of int8 weights (FORMAT.md)
+
+
 def matmul(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """x weight^T in fp32; x `[T, in]`, weight `[out, in]`."""
     return x.astype(np.float32) @ weight.astype(np.float32).T
 
 
-def output_projection(x: np.ndarray, weights: Weights) -> np.ndarray:
-    """gate or up in fp32; a compact one's pivots are z as stored."""
-    if "weight" in weights:
-        return matmul(x, weights["weight"])
-    z = matmul(x, weights["u.weight"]).astype(x.dtype)
-    if "v.weight" in weights:
-        return matmul(z, weights["v.weight"])
-    return np.concatenate([z.astype(np.float32), matmul(z, weights["c.weight"])], axis=1)
+def product(x: np.ndarray, weights: Weights, suffix: str, part: slice = slice(None)) -> np.ndarray:
+    """x W^T in fp32 for rows `part` of a weight; an int8 one is scaled behind the sum."""
+    y = matmul(x, weights[suffix][part])
+    return y * weights[suffix + SCALE][part].astype(np.float32) if suffix + SCALE in weights else y
 
 
-def input_projection(h: np.ndarray, weights: Weights) -> np.ndarray:
-    """down in fp32; h `[T, I]`."""
+def groups_of(size: int, groups: int) -> list[slice]:
+    """Equal, contiguous parts of `size` rows."""
+    step = size // groups
+    return [slice(start, start + step) for start in range(0, size, step)]
+
+
+def output_projection(x: np.ndarray, weights: Weights, groups: int = 1) -> np.ndarray:
+    """gate or up in fp32; a compact one's pivots are z as stored. Second factors are block-diagonal over
+    `groups`, their blocks stacked.
+    """
     if "weight" in weights:
-        return matmul(h, weights["weight"])
-    if "u.weight" in weights:
-        z = matmul(h, weights["u.weight"])
-    else:
-        rank = weights["c.weight"].shape[0]
-        z = h[:, :rank].astype(np.float32) + matmul(h[:, rank:], weights["c.weight"])
-    return matmul(z.astype(h.dtype), weights["v.weight"])
+        return product(x, weights, "weight")
+    z = product(x, weights, "u.weight").astype(x.dtype)
+    second = "v.weight" if "v.weight" in weights else "c.weight"
+    parts = []
+    rows = groups_of(weights[second].shape[0], groups)
+    for z_part, part in zip(np.split(z, groups, axis=1), rows, strict=True):
+        if second == "c.weight":
+            parts.append(z_part.astype(np.float32))
+        parts.append(product(z_part, weights, second, part))
+    return np.concatenate(parts, axis=1)
+
+
+def input_projection(h: np.ndarray, weights: Weights, groups: int = 1) -> np.ndarray:
+    """down in fp32; h `[T, I]`. First factors are block-diagonal over `groups`, their blocks stacked."""
+    if "weight" in weights:
+        return product(h, weights, "weight")
+    first = "u.weight" if "u.weight" in weights else "c.weight"
+    parts = []
+    rows = groups_of(weights[first].shape[0], groups)
+    for h_part, part in zip(np.split(h, groups, axis=1), rows, strict=True):
+        pivots = 0 if first == "u.weight" else part.stop - part.start
+        z = product(h_part[:, pivots:], weights, first, part)
+        parts.append(z + h_part[:, :pivots].astype(np.float32) if pivots else z)
+    return product(np.concatenate(parts, axis=1).astype(h.dtype), weights, "v.weight")
 
 
 def silu(x: np.ndarray) -> np.ndarray:
@@ -59,14 +83,14 @@ def xuv(x: np.ndarray, weights: Weights, activate: bool = False) -> np.ndarray:
     return (silu(y) if activate else y).astype(x.dtype)
 
 
-def gated_up(x: np.ndarray, gate: Weights, up: Weights) -> np.ndarray:
+def gated_up(x: np.ndarray, gate: Weights, up: Weights, groups: int = 1) -> np.ndarray:
     """x `[T, H]` -> h `[T, I]` (the kernel returns its transpose)."""
-    return (silu(output_projection(x, gate)) * output_projection(x, up)).astype(x.dtype)
+    return (silu(output_projection(x, gate, groups)) * output_projection(x, up, groups)).astype(x.dtype)
 
 
-def down(h: np.ndarray, weights: Weights, residual: np.ndarray | None = None) -> np.ndarray:
+def down(h: np.ndarray, weights: Weights, residual: np.ndarray | None = None, groups: int = 1) -> np.ndarray:
     """h `[T, I]` -> y `[T, H]`."""
-    y = input_projection(h, weights)
+    y = input_projection(h, weights, groups)
     return (y if residual is None else y + residual.astype(np.float32)).astype(h.dtype)
 
 
@@ -75,10 +99,10 @@ def svd_mlp(
     projections: Mapping[str, Weights],
     norm: tuple[np.ndarray, float] | None = None,
     residual: np.ndarray | None = None,
+    groups: int = 1,
 ) -> np.ndarray:
     """x `[T, H]` -> y `[T, H]`; `norm` is (weight `[H]`, eps)."""
     if norm is not None:
         x = rms_norm(x, *norm)
-    return down(
-        gated_up(x, projections["gate_proj"], projections["up_proj"]), projections["down_proj"], residual
-    )
+    h = gated_up(x, projections["gate_proj"], projections["up_proj"], groups)
+    return down(h, projections["down_proj"], residual, groups)

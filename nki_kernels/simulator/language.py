@@ -25,6 +25,7 @@ from nki_kernels.simulator.dtypes import (
 from nki_kernels.simulator.functions import BINARY, UNARY, Function
 from nki_kernels.simulator.memory import current
 from nki_kernels.simulator.tensor import Tensor
+from nki_kernels.simulator.views import check_sizes
 from nki_kernels.targets import PMAX
 
 __all__ = [
@@ -85,9 +86,22 @@ def __getattr__(name: str) -> Any:
     )
 
 
-def ndarray(shape: Sequence[int], dtype: np.dtype, buffer: str = sbuf, name: str = "") -> Tensor:
-    """A fresh tensor with unwritten contents."""
-    return Tensor.whole(current().allocate(shape, np.dtype(dtype), buffer, name))
+def ndarray(
+    shape: Sequence[int],
+    dtype: np.dtype,
+    buffer: str = sbuf,
+    name: str = "",
+    address: tuple[int, int] | None = None,
+) -> Tensor:
+    """A fresh tensor with unwritten contents; on chip, from `address` = (partition, byte of each partition)
+    on, or wherever there is room.
+    """
+    names = current().names
+    if names is not None:
+        check_sizes(tuple(shape))
+        if name:
+            names.take(name)
+    return Tensor.whole(current().allocate(shape, np.dtype(dtype), buffer, name, address))
 
 
 def zeros(shape: Sequence[int], dtype: np.dtype, buffer: str = sbuf, name: str = "") -> Tensor:

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from nki_kernels.frontend.verdict import accept, parameters
+from nki_kernels.frontend.versions import version_of
 from nki_kernels.simulator.memory import HBM, UNWRITTEN, Machine, running
 from nki_kernels.simulator.rules import require
-from nki_kernels.simulator.signatures import SIGNATURES
 from nki_kernels.simulator.tensor import Tensor
 from nki_kernels.simulator.trace import Listener
+from nki_kernels.simulator.views import Names
 from nki_kernels.targets import TRN1, Target
 
 
@@ -30,19 +32,25 @@ def simulate(
     listeners: Sequence[Listener] = (),
     dry: bool = False,
     api: str = "0.6",
+    language: bool = True,
 ) -> Callable[..., Any]:
     """A callable that runs `kernel` on numpy arrays and returns numpy arrays.
 
     `dry` walks the same instructions and checks without contents: shapes, types, limits and capacity are
     held, unwritten reads and sums are not, and the result is None. There, arrays may be `Placeholder`s. `api`
-    is "0.2" or "0.6": the call signatures that are enforced. Raises NkiValidationError (rules), CapacityError
-    (on-chip memory), UninitializedError, or TypeError (a call that `api` does not have).
+    is a version of nki, "0.2" to "0.7": the call signatures that are enforced and the language that the
+    kernel must keep to (`frontend`); with `language=False`, which is for tests of the simulator alone, any
+    Python runs. Raises RefusedError (language), NkiValidationError (rules), CapacityError (on-chip memory),
+    UninitializedError, or TypeError (a call that `api` does not have).
     """
-    if api not in SIGNATURES:
-        raise ValueError(f"api: expected one of {sorted(SIGNATURES)}, found {api!r}.")
+    version = version_of(api)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with running(Machine(target, listeners, dry, api)) as machine:
+        names = None
+        if language:
+            accept(kernel, args, kwargs, version.name)
+            names = Names(parameters(kernel))
+        with running(Machine(target, listeners, dry, version.signatures, names)) as machine:
             inputs = [_to_device(machine, arg, f"arg{i}") for i, arg in enumerate(args)]
             named = {name: _to_device(machine, arg, name) for name, arg in kwargs.items()}
             return _to_host(machine, kernel(*inputs, **named))

@@ -11,6 +11,7 @@ import numpy as np
 from nki_kernels.simulator.memory import BY_MATMUL, MATMUL_READ, UNWRITTEN, Storage
 from nki_kernels.simulator.rules import UninitializedError, refuse, require
 from nki_kernels.simulator.trace import HBM, PSUM, SBUF, Access
+from nki_kernels.simulator.views import INDEXED, PATTERN, SLICED, WHOLE, refuse_view_of, refuse_word
 
 Key = Any  # int, slice, Ellipsis, or a tuple of them
 
@@ -20,12 +21,18 @@ class Tensor:
     never copies.
     """
 
-    __slots__ = ("_access", "offset", "shape", "storage", "strides")
+    __slots__ = ("_access", "offset", "shape", "storage", "strides", "view")
 
     def __init__(
-        self, storage: Storage, shape: tuple[int, ...], strides: tuple[int, ...], offset: int = 0
+        self,
+        storage: Storage,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        offset: int = 0,
+        view: int = WHOLE,
     ) -> None:
         self.storage, self.shape, self.strides, self.offset = storage, shape, strides, offset
+        self.view = view
         self._access: Access | None = None
 
     @classmethod
@@ -58,6 +65,8 @@ class Tensor:
         return self.storage.space in (SBUF, PSUM)
 
     def __getitem__(self, key: Key) -> Tensor:
+        if self.view != WHOLE and self.storage.machine.language:
+            refuse_view_of(self.view)
         keys = _expand(key, self.ndim)
         shape, strides, offset = [], [], self.offset
         for dim, (index, size, stride) in enumerate(zip(keys, self.shape, self.strides, strict=True)):
@@ -66,7 +75,8 @@ class Tensor:
             if count is not None:
                 shape.append(count)
                 strides.append(stride * step)
-        return Tensor(self.storage, tuple(shape), tuple(strides), offset)
+        view = SLICED if len(shape) == len(keys) else INDEXED
+        return Tensor(self.storage, tuple(shape), tuple(strides), offset, view)
 
     def _range(self, index: int | slice, dim: int, size: int) -> tuple[int, int | None, int]:
         """First index, count (None for an integer, which drops the dimension) and step; out of bounds is
@@ -88,6 +98,8 @@ class Tensor:
 
     def _strided_range(self, index: slice, dim: int, size: int) -> tuple[int, int, int]:
         """As `_range`, for a step other than 1."""
+        if self.storage.machine.language:
+            refuse_word("strided slice")
         on_partitions = self.on_chip and dim == 0
         require(
             not on_partitions,
@@ -112,6 +124,8 @@ class Tensor:
     def reshape(self, shape: Sequence[int]) -> Tensor:
         """The same elements in the same order; refused where that would need a copy."""
         shape = tuple(shape)
+        if self.view != WHOLE and self.storage.machine.language:
+            refuse_word("reshape of a slice")
         require(
             math.prod(shape) == self.size,
             f"reshape must keep the number of elements, got {self.shape} -> {shape}",
@@ -132,12 +146,39 @@ class Tensor:
         assert strides is not None
         return Tensor(self.storage, shape, strides, self.offset)
 
+    def ap(self, pattern: Sequence[Sequence[int]], offset: int = 0, dtype: Any = None) -> Tensor:
+        """A view by an access pattern over the whole tensor: [step, count] of each dimension, in elements,
+        the first one from row to row of partitions. Another element type is not modelled.
+        """
+        if self.view != WHOLE and self.storage.machine.language:
+            refuse_word("pattern of a slice")
+        require(dtype in (None, self.dtype), f"ap of '{self.name}' as {dtype} is not modelled")
+        steps = tuple(int(step) for step, _ in pattern)
+        counts = tuple(int(count) for _, count in pattern)
+        row = math.prod(self.shape[1:]) if self.on_chip else self.size
+        free = list(zip(steps, counts, strict=True))[1 if self.on_chip else 0 :]
+        if self.on_chip:
+            require(
+                steps[0] == row,
+                f"no stride is possible on the partition dimension of '{self.name}': expected a first step "
+                f"of {row}, a row of the tensor, got {steps[0]}",
+            )
+            self._check_bounds(offset // row, offset // row + counts[0] - 1, 0, self.shape[0])
+        start = offset % row if self.on_chip else offset
+        low = start + sum((count - 1) * step for step, count in free if step < 0)
+        high = start + sum((count - 1) * step for step, count in free if step > 0)
+        self._check_bounds(low, high, len(self.shape) - 1, row)
+        return Tensor(self.storage, counts, steps, self.offset + offset, PATTERN)
+
     def _refuse_arithmetic(self, _other: object) -> Tensor:
+        if self.storage.machine.language:
+            refuse_word("arithmetic", self.name)
         raise TypeError(f"tensors have no Python arithmetic: use nki.isa instructions on '{self.name}'")
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __matmul__ = (
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = (
         _refuse_arithmetic
     )
+    __matmul__ = __floordiv__ = __mod__ = __pow__ = _refuse_arithmetic
 
     def _numpy(self, flat: np.ndarray) -> np.ndarray:
         item = flat.itemsize

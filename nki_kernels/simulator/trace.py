@@ -96,6 +96,7 @@ class Allocation(NamedTuple):
     space: str
     bytes_per_partition: int  # HBM: bytes of the whole tensor
     banks: tuple[int, int]  # as in Access
+    address: int = -1  # first byte in each partition, where the kernel chose it
 
 
 Event = Instruction | Allocation

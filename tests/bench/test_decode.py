@@ -10,6 +10,7 @@ import math
 import pytest
 
 from neuronmlp_plugin.bench.decode import Decode, bytes_per_step, measure_decode
+from neuronmlp_plugin.bench.engines import Answer
 from neuronmlp_plugin.bench.rows import Row, append_rows
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.models.factors import SCALE
@@ -74,8 +75,11 @@ def test_models_are_timed_side_by_side(tmp_path, monkeypatch):
 
 def test_speed_ups_are_over_the_first_model_within_a_round(tmp_path, monkeypatch):
     seconds = {"dense": 2.0, "mixed": 1.0}
-    engines = {name: lambda job, taken=taken: taken for name, taken in seconds.items()}
-    monkeypatch.setattr("neuronmlp_plugin.bench.decode._engines", lambda *_: contextlib.nullcontext(engines))
+    engines = {
+        name: lambda job, taken=taken: Answer(taken if job.new > 1 else 0.0, 1)
+        for name, taken in seconds.items()
+    }
+    monkeypatch.setattr("neuronmlp_plugin.bench.decode.engines", lambda *_: contextlib.nullcontext(engines))
     base = write_dense(tmp_path / "dense", "llama")
     folders = {"dense": base, "mixed": write_mixed(tmp_path / "mixed", base)}
     found = measure_decode(folders, [2], new_tokens=5, rounds=3, dtype="float32", tick=lambda _: None)

@@ -15,15 +15,17 @@ from neuronmlp_plugin.bench import device
 from neuronmlp_plugin.bench.device import LAUNCHES, ROUNDS, WARMUP, XlaCore, measure_us
 from neuronmlp_plugin.cli import main
 from neuronmlp_plugin.errors import UsageError
-from neuronmlp_plugin.serving.trainium import decisions
+from neuronmlp_plugin.serving.trainium import dispatch
 from nki_kernels.backend import HAS_NKI
 from nki_kernels.cost.launches import launch_of
-from nki_kernels.cost.tensor_parallel import shard, stage_request, stages
+from nki_kernels.layout import Projection, mlp_layout
 from nki_kernels.planner import plan_launch
+from nki_kernels.request import stage_request
+from nki_kernels.staging import gathered_projection, gathered_stages
 from tests.nki_kernels.cost.programs import BF16
 from tests.serving.trainium.sharded import simulated
 
-COMMAND = ["bench", "tune", "Llama-3.2-1B", "--form", "uv", "--tp", "1", "--tokens", "1"]
+COMMAND = ["bench", "tune", "Llama-3.2-1B", "--form", "dense", "--tp", "1", "--tokens", "1"]
 
 
 class FakeCore:
@@ -75,7 +77,10 @@ def fake_xla():
 
 def launches(tp):
     """Every stage of a small MLP."""
-    for layout in stages(192, 384, (shard("uv", 96, 384, tp),) * 3, tp):
+    whole = mlp_layout(192, 384, *(Projection.whole("uv", 96),) * 3)
+    share = gathered_projection("uv", 96, tp)
+    stages = {"whole": whole} if tp == 1 else gathered_stages(192, 384 // tp, (share, share, share))
+    for layout in stages.values():
         plan = plan_launch(stage_request(layout, 3, BF16))
         yield launch_of(plan, np.dtype(BF16), tp)
 
@@ -122,7 +127,7 @@ def timed(monkeypatch):
     """A device that takes 40 us for the first plan and a microsecond less for each one after."""
     plans = []
     monkeypatch.setattr(device, "neuron_runtime", lambda: "xla")
-    monkeypatch.setattr(decisions, "installed_nki", lambda: "0.2.0")
+    monkeypatch.setattr(dispatch, "installed_nki", lambda: "0.2.0")
     monkeypatch.setattr(
         device, "plan_us", lambda xla, dtype, tp, plan: plans.append(plan) or 41.0 - len(plans)
     )

@@ -64,13 +64,6 @@ def test_factored_loading_equals_the_dense_matrices_that_the_factors_stand_for(t
         torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_plain_transformers_stops_instead_of_inventing_weights(mixed):
-    from transformers import AutoModelForCausalLM
-
-    with pytest.raises((OSError, ValueError)):
-        AutoModelForCausalLM.from_pretrained(mixed)
-
-
 def test_tokenizer_files_are_copied_and_portable(mixed):
     settings = json.loads((mixed / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
@@ -178,7 +171,7 @@ def test_json_that_is_something_else_is_refused(mixed, file, text):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"removed_ratio": float("nan")}, "expected removed_ratio"),
+        ({"removed_ratio": float("nan")}, "no number of JSON"),
         ({"format_version": True}, "expected neuronmlp format_version"),
         ({"format_version": 1.0}, "expected neuronmlp format_version"),
         ({"provenance": [1, 2]}, "expected `provenance` to be an object"),

@@ -131,5 +131,5 @@ def test_another_version_is_refused_and_named(version):
 
 @pytest.mark.parametrize("key", list(CONFIG))
 def test_a_config_without_sizes_is_refused(key):
-    with pytest.raises(CheckpointError, match=f"positive integer `{key}`"):
+    with pytest.raises(CheckpointError, match=f"whole number `{key}`"):
         parse_block(BLOCK, {**CONFIG, key: None}, "config.json")

@@ -21,6 +21,7 @@ from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint
 from neuronmlp_plugin.compressor import analyse as analyse_module
 from neuronmlp_plugin.compressor import backward as backward_module
 from neuronmlp_plugin.compressor import marginal as marginal_module
+from neuronmlp_plugin.compressor import offers as offers_module
 from neuronmlp_plugin.compressor import run as run_module
 from neuronmlp_plugin.compressor.plan import make_plan
 from neuronmlp_plugin.compressor.progress import ProgressBars
@@ -72,7 +73,7 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
 def test_every_family_compresses_to_its_budget(tmp_path, family, form):
     write_tokenizer(write_dense(tmp_path / "dense", family))
     write_text(tmp_path / "text.jsonl", 3000)
-    report = compress(make_plan(settings_for(tmp_path, form=form)), QUIET)
+    report = compress(make_plan(settings_for(tmp_path, form=form, channels="keep")), QUIET)
     checkpoint = Checkpoint(tmp_path / "out")
     assert checkpoint.block.removed_ratio == pytest.approx(0.2, abs=0.005)
     stored = sum(row["parameters"] for row in report["matrices"])
@@ -104,7 +105,7 @@ def test_predicted_errors_hold_on_the_calibrated_rows(home):
 
 
 def test_two_sided_global_beats_the_published_method_at_equal_bytes(home):
-    ours = compress(make_plan(settings_for(home, form="uv")), QUIET)
+    ours = compress(make_plan(settings_for(home, form="uv", channels="keep")), QUIET)
     theirs = compress(
         make_plan(settings_for(home, form="uv", method="whitened", allocation="uniform", out=home / "w")),
         QUIET,
@@ -136,7 +137,10 @@ def test_bf16_factors_are_written_as_bf16(home):
 
 def test_dense_matrices_stay_as_they_were(home):
     """In a layer of its own or beside factors: another dtype is for the factors."""
-    compress(make_plan(settings_for(home, dtype="bfloat16", form="uv", remove=0.05)), QUIET)
+    compress(
+        make_plan(settings_for(home, dtype="bfloat16", form="uv", remove=0.05, groups=1, channels="keep")),
+        QUIET,
+    )
     stored, base = Checkpoint(home / "out"), Checkpoint(home / "dense")
     dense = [
         f"model.layers.{i}.mlp.{n}.weight"
@@ -162,6 +166,8 @@ def test_a_rerun_gives_the_same_bytes(home):
     (backward_module, "loss_gradient", 1),
     (backward_module, "layer_metrics", 1),
     (backward_module, "layer_metrics", 3),
+    (offers_module, "deal", 2),
+    (run_module, "factor_layer", 3),
     (run_module, "build_layer", 3),
     (run_module, "write_rest", 1),
     (run_module, "compare", 1),
@@ -215,15 +221,16 @@ def test_an_analysis_is_of_its_statistics_alone(home, changes):
 
 def test_finished_layers_are_not_done_again(home, monkeypatch):
     done = []
-    real = analyse_module.decompose
-    monkeypatch.setattr(analyse_module, "decompose", lambda *args: (done.append(1), real(*args))[1])
+    real = run_module.factor_layer
+    monkeypatch.setattr(run_module, "factor_layer", lambda *args: (done.append(1), real(*args))[1])
     monkeypatch.setattr(run_module, "build_layer", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         compress(make_plan(settings_for(home)), QUIET)
     monkeypatch.undo()
-    monkeypatch.setattr(analyse_module, "decompose", lambda *args: (done.append(1), real(*args))[1])
+    monkeypatch.setattr(run_module, "factor_layer", lambda *args: (done.append(1), real(*args))[1])
+    monkeypatch.setattr(offers_module, "deal", lambda *args: pytest.fail("dealt again"))
     compress(make_plan(settings_for(home)), QUIET)
-    assert len(done) == 9  # three layers of three, once
+    assert len(done) == 3  # layers, once each
 
 
 def test_the_backward_pass_goes_on_where_it_stopped(home, monkeypatch):
@@ -268,7 +275,7 @@ def test_hidden_states_that_are_gone_are_made_again(home, monkeypatch):
 
 def test_an_analysis_serves_other_sizes(home, monkeypatch):
     compress(make_plan(settings_for(home, analysis=home / "an", out=home / "a")), QUIET)
-    monkeypatch.setattr(analyse_module, "decompose", lambda *_: pytest.fail("analysed again"))
+    monkeypatch.setattr(analyse_module, "layer_moments", lambda *_: pytest.fail("analysed again"))
     report = compress(make_plan(settings_for(home, analysis=home / "an", remove=0.4, form="uv")), QUIET)
     assert report["block"]["removed_ratio"] == pytest.approx(0.4, abs=0.005)
 
@@ -322,6 +329,64 @@ def test_an_analysis_among_other_files_is_refused(home):
     assert files(home / "dense") == before and not list(home.glob("out*"))
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("allocation", ["global", "measured"])
+def test_groups_and_fewer_channels_are_stored_as_they_are_said(home, groups, allocation):
+    report = compress(make_plan(settings_for(home, groups=groups, allocation=allocation, remove=0.4)), QUIET)
+    block = Checkpoint(home / "out").block
+    assert block.groups == groups and 0.4 <= block.removed_ratio < 0.43
+    assert any(layer.channels < 192 for layer in block.layers)
+    assert all(layer.channels % (16 * groups) == 0 for layer in block.layers)
+    assert groups in report["full_speed_tensor_parallel"]
+    assert report["quality"]["kl_divergence"] < 1.0
+
+
+def test_auto_takes_the_groups_whose_slices_are_nearest_to_square(home):
+    plans = [
+        make_plan(settings_for(home, **changes)) for changes in ({}, {"tp": 4}, {"tp": 3}, {"groups": 1})
+    ]
+    assert [plan.groups for plan in plans] == [2, 4, 3, 1]  # 192 x 128: 96 is nearer to 128 than 192
+    assert ("groups", "4: full speed at tensor parallel size 1, 2, 4; channels may be removed") in plans[
+        1
+    ].rows()
+    assert make_plan(settings_for(home, method="whitened", allocation="uniform")).groups == 1
+
+
+def test_uniformly_narrow_is_an_ordinary_folder(home):
+    from transformers import AutoModelForCausalLM
+
+    report = compress(make_plan(settings_for(home, form="narrow", allocation="uniform", remove=0.25)), QUIET)
+    config = json.loads((home / "out" / "config.json").read_text())
+    assert config["intermediate_size"] == 144 and "quantization_config" not in config and report["ordinary"]
+    model, ids = AutoModelForCausalLM.from_pretrained(home / "out"), torch.randint(3, 128, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, load_model(home / "out")(ids).logits)
+
+
+def test_choosing_channels_by_their_loss_beats_leverage_and_choosing_by_layer_beats_uniform(home):
+    known = {"form": "narrow", "remove": 0.25}
+    leverage = {**known, "method": "modegpt", "allocation": "uniform"}
+    ways = [known, {**known, "allocation": "uniform"}, leverage]
+    kls = [
+        compress(make_plan(settings_for(home, out=home / str(i), **way)), QUIET)["quality"]["kl_divergence"]
+        for i, way in enumerate(ways)
+    ]
+    assert kls == sorted(kls) and kls[0] < 0.7 * kls[1]
+
+
+def test_numbers_that_the_dtype_does_not_hold_are_refused(home):
+    weights = home / "dense" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e12
+    save_file(tensors, weights)
+    with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\..*expected finite values in float16"):
+        compress(
+            make_plan(settings_for(home, text=None, method="plain", allocation="uniform", dtype="float16")),
+            QUIET,
+        )
+    assert not (home / "out").exists()
+
+
 @pytest.mark.parametrize("place", ["out", "out/analysis", "out.partial/analysis"])
 def test_an_analysis_inside_the_output_is_refused(home, place):
     with pytest.raises(UsageError, match=r"--analysis .*expected a folder outside --out"):
@@ -369,6 +434,19 @@ def test_damaged_weights_are_refused_by_name(home):
         ({"form": "tucker"}, "--form: expected one of"),
         ({"text": None}, "--text: expected calibration text"),
         ({"method": "whitened"}, "expected --allocation uniform"),
+        ({"groups": 5}, "--groups 5: expected a divisor of the 192 intermediate channels"),
+        ({"groups": 0}, "--groups: expected a positive number"),
+        ({"groups": 3, "tp": 2}, "--groups 3: .* a multiple of --tp 2"),
+        ({"tp": 5}, "--tp 5: expected a divisor of the 192"),
+        ({"tp": 384}, "--tp 384: expected a divisor of the 192"),
+        ({"form": "narrow", "channels": "keep"}, "narrow: expected --channels remove"),
+        ({"form": "narrow", "remove": 0.8}, "expected at most 0.67"),
+        ({"form": "narrow", "remove": 0.8, "allocation": "uniform"}, "expected at most 0.67 of the channels"),
+        ({"method": "modegpt", "allocation": "uniform"}, "modegpt: expected --form narrow"),
+        (
+            {"method": "whitened", "allocation": "uniform", "form": "narrow"},
+            "whitened: expected --form compact",
+        ),
         ({"method": "whitened", "allocation": "measured"}, "expected --allocation uniform, found measured"),
         (
             {"remove": None, "target": "kl<0.1", "allocation": "measured"},
@@ -406,7 +484,7 @@ def test_a_factored_model_is_not_compressed_again(home):
 
 
 def test_the_report_is_json_with_every_matrix(home):
-    compress(make_plan(settings_for(home)), QUIET)
+    compress(make_plan(settings_for(home, groups=1, channels="keep")), QUIET)
     report = json.loads((home / "out" / "neuronmlp_report.json").read_text())
     assert [(row["layer"], row["projection"]) for row in report["matrices"]][:4] == [
         (0, "gate_proj"),
@@ -424,7 +502,11 @@ def test_the_report_is_json_with_every_matrix(home):
 
 @pytest.mark.parametrize(
     "options",
-    [{"allocation": "measured"}, {"form": "uv"}, {"method": "whitened", "allocation": "uniform"}],
+    [
+        {"allocation": "measured", "groups": 1},
+        {"form": "uv", "groups": 1},
+        {"method": "whitened", "allocation": "uniform"},
+    ],
     ids=str,
 )
 def test_a_matrix_of_zeros_is_no_obstacle(home, options):

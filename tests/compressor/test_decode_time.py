@@ -5,17 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from neuronmlp_plugin.compressor.build import priced
-from neuronmlp_plugin.compressor.decode_time import model_us, priced_ranks, rank_prices
+from neuronmlp_plugin.compressor.decode_time import level_prices, model_us, priced_ranks, rank_prices
+from neuronmlp_plugin.compressor.offers import priced
 from neuronmlp_plugin.compressor.plan import make_plan
 from neuronmlp_plugin.compressor.run import compress
 from neuronmlp_plugin.errors import UsageError
-from neuronmlp_plugin.lowrank.allocate import allocate
-from neuronmlp_plugin.models.factors import DENSE, PROJECTIONS, MLPShape, ProjectionSpec
+from neuronmlp_plugin.lowrank.allocate import Curve, Level, allocate, loss
+from neuronmlp_plugin.models.factors import DENSE, PROJECTIONS, MLPLayer, MLPShape, ProjectionSpec
 from tests import tiny_models
 from tests.compressor.test_compress import QUIET, home, settings_for  # noqa: F401 (home is a fixture)
 from tests.letters import write_text, write_tokenizer
-from tests.lowrank.test_allocate import curve, loss
+from tests.lowrank.test_allocate import curve, layer_cost
 
 SHAPE = MLPShape(512, 1024, 4)
 LLAMA_1B = MLPShape(2048, 8192, 16)
@@ -23,17 +23,32 @@ LLAMA_1B = MLPShape(2048, 8192, 16)
 
 @pytest.fixture(scope="module")
 def prices() -> dict[str, np.ndarray]:
-    return rank_prices(SHAPE, "uv")
+    return rank_prices(SHAPE.hidden_size, SHAPE.intermediate_size, "uv")
 
 
-def layers(ranks, form):
-    specs = [DENSE if rank is None else ProjectionSpec(form, rank) for rank in ranks]
-    return [dict(zip(PROJECTIONS, specs[i : i + 3], strict=True)) for i in range(0, len(specs), 3)]
+def us(shape: MLPShape, specs: dict[str, ProjectionSpec]) -> float:
+    """Simulated us of one layer."""
+    return model_us([MLPLayer.of(shape, specs)])
 
 
-def curves_of(shape: MLPShape) -> list:
-    sizes = [shape.in_out(name)[::-1] for _ in range(shape.num_layers) for name in PROJECTIONS]
-    return [curve(*size, 0.002 * (1 + i % 5), 1.0 + 2 * (i % 3)) for i, size in enumerate(sizes)]
+def layers_of(shape: MLPShape) -> list[list[Level]]:
+    """Layers of all their channels."""
+    found, kind = [], 0
+    for _ in range(shape.num_layers):
+        curves: list[Curve] = []
+        for name in PROJECTIONS:
+            curves.append(curve(*shape.in_out(name)[::-1], 0.002 * (1 + kind % 5), 1.0 + 2 * (kind % 3)))
+            kind += 1
+        found.append([Level(shape.intermediate_size, 0.0, tuple(curves))])
+    return found
+
+
+def cost(layers, choices) -> float:
+    return sum(layer_cost(layer, choice, "uv") for layer, choice in zip(layers, choices, strict=True))
+
+
+def ranks_of(choices) -> list[int]:
+    return [rank for choice in choices for rank in choice.ranks if rank is not None]
 
 
 def test_prices_rise_by_row_tiles(prices):
@@ -45,23 +60,21 @@ def test_prices_rise_by_row_tiles(prices):
 
 def test_the_sum_of_prices_is_near_the_time_of_the_launch(prices):
     """Within a tenth where a launch takes 13 us, much of it latency; real sizes below."""
-    made = [
-        {
-            "gate_proj": ProjectionSpec("uv", 256),
-            "up_proj": ProjectionSpec("uv", 128),
-            "down_proj": ProjectionSpec("uv", 256),
-        }
-    ]
-    summed = sum(float(prices[name][spec.rank]) for name, spec in made[0].items())
-    assert summed == pytest.approx(model_us(SHAPE, made), rel=0.1)
+    made = {
+        "gate_proj": ProjectionSpec("uv", 256),
+        "up_proj": ProjectionSpec("uv", 128),
+        "down_proj": ProjectionSpec("uv", 256),
+    }
+    summed = sum(float(prices[name][spec.rank]) for name, spec in made.items())
+    assert summed == pytest.approx(us(SHAPE, made), rel=0.1)
     assert sum(float(prices[name][-1]) for name in PROJECTIONS) == pytest.approx(
-        model_us(SHAPE, [dict.fromkeys(PROJECTIONS, DENSE)])
+        us(SHAPE, dict.fromkeys(PROJECTIONS, DENSE))
     )
 
 
 def one_low(name: str, form: str, rank: int) -> float:
     """Simulated us of a Llama-3.2-1B MLP with one low-rank projection."""
-    return model_us(LLAMA_1B, [{**dict.fromkeys(PROJECTIONS, DENSE), name: ProjectionSpec(form, rank)}])
+    return us(LLAMA_1B, {**dict.fromkeys(PROJECTIONS, DENSE), name: ProjectionSpec(form, rank)})
 
 
 @pytest.mark.parametrize("name", ["gate_proj", "down_proj"])
@@ -72,10 +85,10 @@ def test_between_the_ends_of_a_tile_time_is_a_straight_line(name):
 
 
 def test_on_real_sizes_the_sum_of_prices_is_the_launch_within_half_a_percent():
-    dense = model_us(LLAMA_1B, [dict.fromkeys(PROJECTIONS, DENSE)])
+    dense = us(LLAMA_1B, dict.fromkeys(PROJECTIONS, DENSE))
     summed = 2 * one_low("gate_proj", "uv", 1280) + one_low("down_proj", "uv", 1280) - 2 * dense
     assert summed == pytest.approx(
-        model_us(LLAMA_1B, [dict.fromkeys(PROJECTIONS, ProjectionSpec("uv", 1280))]), rel=0.005
+        us(LLAMA_1B, dict.fromkeys(PROJECTIONS, ProjectionSpec("uv", 1280))), rel=0.005
     )
 
 
@@ -84,16 +97,16 @@ def test_time_aware_ranks_are_no_slower_and_no_better_than_plain_ones(prices, re
     """Each wins at its own measure: at equal time the priced ranks lose no more, at equal parameters the
     plain ones lose no more.
     """
-    plain = curves_of(SHAPE)
-    timed = priced(plain, prices)
+    plain = layers_of(SHAPE)
+    timed = priced(plain, {SHAPE.intermediate_size: prices})
     by_size = allocate(plain, 1 - removed, "uv", 16)
-    dense_us, dense_size = sum(c.dense_cost for c in timed), sum(c.dense_cost for c in plain)
-    its_us = sum(c.cost(r, "uv") for c, r in zip(timed, by_size, strict=True))
+    dense_us, dense_size = (sum(layer[0].dense_cost for layer in layers) for layers in (timed, plain))
+    its_us = cost(timed, by_size)
     by_time = allocate(timed, its_us / dense_us, "uv", 16)
-    assert sum(c.cost(r, "uv") for c, r in zip(timed, by_time, strict=True)) <= its_us * (1 + 1e-9)
-    assert loss(plain, by_time) <= loss(plain, by_size)
-    its_size = sum(c.cost(r, "uv") for c, r in zip(plain, by_time, strict=True))
-    assert loss(plain, allocate(plain, its_size / dense_size, "uv", 16)) <= loss(plain, by_time)
+    assert cost(timed, by_time) <= its_us * (1 + 1e-9)
+    assert loss(plain, by_time) <= loss(plain, by_size) * 1.001
+    its_size = cost(plain, by_time)
+    assert loss(plain, allocate(plain, its_size / dense_size, "uv", 16)) <= loss(plain, by_time) * 1.001
 
 
 def test_llama_1b_ranks_land_on_row_tiles():
@@ -101,20 +114,31 @@ def test_llama_1b_ranks_land_on_row_tiles():
     elsewhere.
     """
     edges = [1152, 1153, 1280, 1281, 1408]
-    assert set(edges) <= set(priced_ranks(LLAMA_1B))
-    dense = model_us(LLAMA_1B, [dict.fromkeys(PROJECTIONS, DENSE)])
+    assert set(edges) <= set(priced_ranks(LLAMA_1B.hidden_size, LLAMA_1B.intermediate_size))
+    dense = us(LLAMA_1B, dict.fromkeys(PROJECTIONS, DENSE))
     tables = {}
     for name in ("gate_proj", "down_proj"):  # three tiles of the table: all of it takes a minute
         low = [one_low(name, "uv", rank) - dense * 2 / 3 for rank in edges]
         tables[name] = np.append(np.interp(np.arange(2048), edges, low, right=dense / 3), dense / 3)
     tables["up_proj"] = tables["gate_proj"]
-    ranks = [
-        rank for rank in allocate(priced(curves_of(LLAMA_1B), tables), 0.9, "uv", 16) if rank is not None
-    ]
+    plain = layers_of(LLAMA_1B)
+    ranks = ranks_of(allocate(priced(plain, {LLAMA_1B.intermediate_size: tables}), 0.9, "uv", 16))
     assert len(ranks) > 10
     assert sum(rank % 128 == 0 for rank in ranks) >= len(ranks) - 2
-    plain = [rank for rank in allocate(curves_of(LLAMA_1B), 0.9, "uv", 16) if rank is not None]
-    assert sum(rank % 128 == 0 for rank in plain) < len(plain) / 2
+    unpriced = ranks_of(allocate(plain, 0.9, "uv", 16))
+    assert sum(rank % 128 == 0 for rank in unpriced) < len(unpriced) / 2
+
+
+def test_a_level_is_priced_by_one_groups_share_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_models, "SHAPE", MLPShape(256, 1024, 2))
+    write_tokenizer(tiny_models.write_dense(tmp_path / "dense", "llama"))
+    write_text(tmp_path / "text.jsonl", 6000)
+    plan = make_plan(settings_for(tmp_path, tokens=4096, remove=None, faster=1.05, groups=4))
+    prices, part = level_prices(plan), MLPShape(256, 768 // 4, 1)
+    assert set(prices) == set(plan.levels) and 768 in plan.factored_levels
+    dense = us(part, dict.fromkeys(PROJECTIONS, DENSE))
+    assert sum(float(prices[768][name][-1]) for name in PROJECTIONS) == pytest.approx(dense)
+    assert len(prices[768]["gate_proj"]) == 192 + 1
 
 
 @pytest.mark.parametrize("allocation", ["global", "measured"])
@@ -123,7 +147,10 @@ def test_a_run_reports_the_simulated_time_it_was_asked_for(tmp_path, monkeypatch
     write_tokenizer(tiny_models.write_dense(tmp_path / "dense", "llama"))
     write_text(tmp_path / "text.jsonl", 3000)
     report = compress(
-        make_plan(settings_for(tmp_path, remove=None, faster=1.05, form="uv", allocation=allocation)), QUIET
+        make_plan(
+            settings_for(tmp_path, remove=None, faster=1.05, form="uv", groups=1, allocation=allocation)
+        ),
+        QUIET,
     )
     decode = report["decode"]
     assert decode["asked"] == 1.05
@@ -135,5 +162,8 @@ def test_a_run_reports_the_simulated_time_it_was_asked_for(tmp_path, monkeypatch
 
 def test_an_mlp_of_one_row_tile_gets_no_faster_and_that_is_said(home):  # noqa: F811
     with pytest.raises(UsageError, match=r"expected at most 0\.00 of the cost"):
-        compress(make_plan(settings_for(home, remove=None, faster=1.05, form="uv")), QUIET)
+        compress(
+            make_plan(settings_for(home, remove=None, faster=1.05, form="uv", groups=1, channels="keep")),
+            QUIET,
+        )
     assert not (home / "out").exists()

@@ -13,18 +13,21 @@ from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.checkpoint.loader import load_model, open_folder
 from neuronmlp_plugin.compressor.report import spectra
 from neuronmlp_plugin.compressor.samples import sample_texts
-from neuronmlp_plugin.lowrank.allocate import Curve
+from neuronmlp_plugin.lowrank.allocate import Curve, Level
 from tests.letters import write_tokenizer
 from tests.tiny_models import write_dense, write_mixed
 
 
-def curves(full: int) -> list[Curve]:
+def layers(full: int) -> list[list[Level]]:
     tail = np.linspace(2.0, 0.0, full + 1) ** 2
-    return [Curve(full, 2 * full, scale * tail) for scale in (1.0, 2.0, 3.0, 1.0, 5.0, 7.0)]
+    return [
+        [Level(full, 0.0, tuple(Curve(full, 2 * full, scale * tail) for scale in scales))]
+        for scales in ((1.0, 2.0, 3.0), (1.0, 5.0, 7.0))
+    ]
 
 
 def test_spectra_are_the_share_that_each_rank_loses():
-    found = spectra(curves(10))
+    found = spectra(layers(10))
     assert found["ranks"] == list(range(11))
     assert [len(layer) for layer in found["layers"]] == [3, 3]
     for layer in found["layers"]:
@@ -33,14 +36,14 @@ def test_spectra_are_the_share_that_each_rank_loses():
 
 
 def test_spectra_of_wide_matrices_stay_small():
-    found = spectra(curves(4096))
+    found = spectra(layers(4096))
     assert len(found["ranks"]) == 64 and found["ranks"][0] == 0 and found["ranks"][-1] == 4096
     assert found["layers"][0]["up_proj"][32] == pytest.approx((1 - found["ranks"][32] / 4096) ** 2, rel=1e-3)
 
 
 def test_a_matrix_of_zeros_loses_nothing_at_any_rank():
-    zero = [Curve(4, 8, np.zeros(5))] * 3
-    assert spectra(zero)["layers"][0]["gate_proj"] == [0.0] * 5
+    zero = Level(4, 0.0, (Curve(4, 8, np.zeros(5)),) * 3)
+    assert spectra([[zero]])["layers"][0]["gate_proj"] == [0.0] * 5
 
 
 @pytest.fixture(scope="module")

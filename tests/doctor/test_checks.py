@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.machinery
 import json
+import sys
+import types
 
 import pytest
 
 from neuronmlp_plugin import doctor
 from neuronmlp_plugin.doctor.checks import NOTE, PROBLEM, examine
 from neuronmlp_plugin.doctor.environment import Environment, numbers, observe
-from neuronmlp_plugin.doctor.stacks import STACKS, stack_of
+from neuronmlp_plugin.doctor.stacks import STACKS, nki_of, stack_of
 
 TRN1 = Environment(
     versions={
@@ -19,7 +22,10 @@ TRN1 = Environment(
         "vllm": "0.13.0",
         "vllm-neuron": "0.4.1",
         "neuronx-distributed-inference": "0.8.16251",
-        "nki": "0.2.0",
+        "neuronx-distributed": "0.17.26814",
+        "neuronx-cc": "2.23.6484.0+3b612583",
+        "torch-neuronx": "2.9.0.2.12.22436+0f1dac25",
+        "nki": "0.2.0+g82fdb402",
     },
     modules=("neuronmlp_plugin", "neuronx_distributed_inference", "nki", "vllm", "vllm_neuron"),
     plugins={"vllm.general_plugins": ("neuronmlp",), "vllm.platform_plugins": ("neuron",)},
@@ -67,7 +73,15 @@ def test_a_sound_machine_has_no_problem(environment):
             "one platform plugin",
         ),
         (change(TRN1, devices=()), "no /dev/neuron*"),
-        (change(TRN1, versions={"vllm": "0.16.0"}), "does not belong to SDK 2.28"),
+        (change(TRN1, versions={"vllm": "0.16.0"}), "does not belong to SDK 2.28.1"),
+        (
+            change(TRN1, versions={"neuronx-cc": "2.24.5133.0"}),
+            "neuronx-cc 2.24.5133.0 does not belong to SDK 2.28.1",
+        ),
+        (
+            change(TRN1, versions={"neuronx-distributed-inference": "0.8.99999"}),
+            "does not belong to SDK 2.28.1",
+        ),
         (
             change(
                 TRN1,
@@ -76,11 +90,21 @@ def test_a_sound_machine_has_no_problem(environment):
                     "nki": "0.3.0",
                     "vllm": "0.16.0",
                     "vllm-neuron": "0.5.0",
+                    "neuronx-distributed": "0.18.27753",
+                    "neuronx-cc": "2.24.8799.0",
+                    "torch-neuronx": "2.9.0.2.13.26312",
                 },
             ),
             "trn2 and later",
         ),
-        (change(TRN1, versions={"neuronx-distributed-inference": "0.5.1"}), "none that we know"),
+        (
+            dataclasses.replace(TRN1, versions={"vllm": "0.9.0", "neuronx-distributed-inference": "0.5.1"}),
+            "of no SDK that we know",
+        ),
+        (
+            dataclasses.replace(TRN1, kernels_refused="the vendor's compiler refused a kernel: no"),
+            "nki 0.2.0+g82fdb402, asked with a small layer: the vendor's compiler refused a kernel: no",
+        ),
         (change(TRN1, versions={"vllm-neuron": "0.24.0.1.1.0"}), "its own models"),
         (change(TRN1, modules=("vllm", "vllm_neuron")), "NxD Inference is not"),
         (
@@ -100,14 +124,30 @@ def test_notes_about_artifacts(tmp_path):
     assert any("deletes its compiled artifacts" in finding.what for finding in examine(without))
     (tmp_path / "neuron_config.json").write_text("{}")
     used = change(TRN1, variables={"NEURON_COMPILED_ARTIFACTS": str(tmp_path)})
-    assert any(finding.severity == NOTE and "is ignored" in finding.what for finding in examine(used))
+    assert any(finding.severity == NOTE and "are refused" in finding.what for finding in examine(used))
 
 
-def test_nki_decides_between_sdks_of_one_nxdi():
-    assert stack_of((0, 10, 18399), (0, 5, 0)).sdk == "2.31"
-    assert stack_of((0, 10, 17970), (0, 4, 0)).sdk == "2.30"
-    assert stack_of((0, 6, 10598), None).sdk == "2.26"
-    assert [stack.sdk for stack in STACKS if stack.kernels] == ["2.28"]
+@pytest.mark.parametrize(
+    ("versions", "sdk", "nki"),
+    [
+        ({"neuronx-distributed-inference": "0.10.18399", "nki": "0.5.0"}, "2.31.1", "0.5"),
+        ({"neuronx-distributed-inference": "0.10.17970", "nki": "0.4.0"}, "2.30.0", "0.4"),
+        ({"neuronx-distributed-inference": "0.10.99999", "nki": "0.5.0"}, "2.31.1", "0.5"),
+        ({"neuronx-distributed-inference": "0.6.10598"}, "2.26.1", "0.2"),
+        ({"neuronx-distributed-inference": "0.8.16251"}, "2.28.1", "0.2"),
+        ({"nki": "0.7.0", "torch-neuronx": "2.9.0.2.15.32035"}, "2.33.0", "0.7"),
+        ({"neuronx-cc": "2.27.5334.0"}, "2.32.0", "0.6"),
+        ({"torch": "2.13.0"}, None, "0.2"),
+    ],
+)
+def test_the_stack_that_is_found_names_the_nki_that_reads_the_kernels(versions, sdk, nki):
+    stack = stack_of(versions)
+    assert (stack.sdk if stack else None) == sdk and nki_of(versions) == nki
+
+
+def test_one_sdk_alone_has_kernels_on_trn1():
+    assert [stack.sdk for stack in STACKS if stack.kernels] == ["2.28.1"]
+    assert [stack.sdk for stack in STACKS if not stack.serves] == ["2.32.0", "2.33.0"]
 
 
 def test_versions_are_read_by_their_leading_numbers():
@@ -121,6 +161,25 @@ def test_what_is_here_is_seen(monkeypatch):
     found = observe()
     assert "neuronmlp" in found.plugins["vllm.general_plugins"] and found.variables["VLLM_PLUGINS"] == "x"
     assert found.devices == ("/dev/neuron0",) and {"torch", "neuronmlp_plugin"} <= set(found.modules)
+
+
+def test_the_installed_compiler_is_asked_and_answers_in_one_line(monkeypatch):
+    asked = []
+    nki = types.ModuleType("nki")
+    nki.__spec__ = importlib.machinery.ModuleSpec("nki", None)
+
+    def trace(kernel, platform_target):
+        asked.append((kernel.__name__, platform_target))
+        return types.SimpleNamespace(specialize=lambda *arguments: arguments[0].tobytes())
+
+    nki.trace = trace
+    monkeypatch.setitem(sys.modules, "nki", nki)
+    monkeypatch.setenv(
+        "NKI_KERNELS_BACKEND", "simulator"
+    )  # the kernels are written against ours all the same
+    assert observe().kernels_refused == "" and asked == [("svd_mlp", "trn1")] * 2
+    del nki.trace
+    assert "has no attribute 'trace'" in observe().kernels_refused
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -9,18 +9,34 @@ from hypothesis import HealthCheck, given, reject, settings
 
 from neuronmlp_plugin.errors import UsageError
 from neuronmlp_plugin.lowrank.allocate import (
+    Choice,
     Curve,
-    allocate,
+    Level,
     cost,
     most_removable,
+    parts,
     rank_for_share,
-    uniform_ranks,
+    uniform,
 )
+from neuronmlp_plugin.lowrank.allocate import allocate as allocate_layers
 
 
 def curve(out: int, n_in: int, decay: float, weight: float = 1.0) -> Curve:
     energy = weight * np.exp(-decay * np.arange(min(out, n_in)))
     return Curve(out, n_in, np.append(np.cumsum(energy[::-1])[::-1], 0.0))
+
+
+def single(curves) -> list[list[Level]]:
+    """Each matrix as a layer of its own, which keeps all channels."""
+    return [[Level(c.out_features, 0.0, (c,))] for c in curves]
+
+
+def allocate(curves, keep, form, multiple) -> list[int | None]:
+    return [choice.ranks[0] for choice in allocate_layers(single(curves), keep, form, multiple)]
+
+
+def uniform_ranks(curves, keep, form, multiple) -> list[int | None]:
+    return [choice.ranks[0] for choice in uniform(single(curves), keep, form, multiple)]
 
 
 def spent(curves, ranks, form) -> int:
@@ -110,7 +126,7 @@ def staircase(c: Curve, tile: int, form: str) -> Curve:
     ranks = np.minimum(-(-np.arange(len(c.tail)) // tile) * tile, len(c.tail) - 1)
     prices = np.array([cost(int(r), c.in_features, c.out_features, form) for r in ranks], dtype=float)
     prices[-1] = c.out_features * c.in_features
-    return Curve(c.out_features, c.in_features, c.tail, prices)
+    return Curve(c.out_features, c.in_features, c.tail, prices=prices)
 
 
 SHAPES = st.lists(st.tuples(st.floats(0.005, 0.2), st.floats(0.1, 10)), min_size=8, max_size=14)
@@ -151,7 +167,76 @@ def test_ranks_stop_at_the_edges_of_a_staircase(form):
 
 @pytest.mark.parametrize("form", ["uv", "compact"])
 def test_the_most_removable_share_is_where_refusals_begin(form):
-    most = most_removable(CURVES, form, 1)
+    most = most_removable(single(CURVES), form, 1)
     allocate(CURVES, 1 - most + 1e-9, form, 1)
     with pytest.raises(UsageError, match="at most"):
         allocate(CURVES, 1 - most - 1e-3, form, 1)
+
+
+def levels(seed: int = 0, groups: int = 1) -> list[Level]:
+    """A layer of 64 channels and H 32 that may lose some: fewer channels, lower tails."""
+    found = []
+    for kept in (64, 48, 32):
+        part = kept // groups
+        curves = tuple(
+            Curve(*size, curve(*size, 0.05 + 0.01 * seed, kept / 64).tail, groups)
+            for size in ((part, 32), (part, 32), (32, part))
+        )
+        found.append(Level(kept, (64 - kept) ** 2 / 20 * (1 + seed), curves))
+    return found
+
+
+def layer_cost(layer: list[Level], choice: Choice, form: str) -> float:
+    level = next(level for level in layer if level.kept == choice.kept)
+    return sum(c.cost(rank, form) for c, rank in zip(level.curves, choice.ranks, strict=True))
+
+
+def every_choice(layer: list[Level], multiple: int) -> list[Choice]:
+    offered = []
+    for level in layer:
+        ranks = [[None, *range(8, min(c.out_features, c.in_features), multiple)] for c in level.curves]
+        offered += [Choice(level.kept, pick) for pick in itertools.product(*ranks)]
+    return offered
+
+
+@pytest.mark.parametrize("removed", [0.1, 0.25, 0.4])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_channels_and_ranks_together_are_nearly_the_best_of_all_combinations(removed, groups):
+    layer = levels(groups=groups)
+    choice = allocate_layers([layer] * 4, 1 - removed, "compact", 2)
+    total = sum(layer_cost(layer, c, "compact") for c in choice)
+    assert total <= (1 - removed) * 4 * 3 * 64 * 32
+    affordable = [c for c in every_choice(layer, 2) if layer_cost(layer, c, "compact") <= total / 4]
+    best = min(sum(parts(layer, c)) for c in affordable)
+    assert sum(sum(parts(layer, c)) for c in choice) / 4 <= best * 1.05
+
+
+def test_only_layers_that_lose_little_lose_channels():
+    cheap, dear = levels(0), levels(0)
+    dear = [Level(level.kept, level.removal * 1e6, level.curves) for level in dear]
+    kept = [c.kept for c in allocate_layers([cheap, dear] * 3, 0.8, "narrow", 1)]
+    assert kept[1::2] == [64] * 3 and all(k < 64 for k in kept[::2])
+
+
+def test_narrow_matrices_stay_dense_and_uniform_ones_keep_alike():
+    layers = [levels(seed) for seed in range(3)]
+    assert all(c.ranks == (None,) * 3 for c in allocate_layers(layers, 0.7, "narrow", 1))
+    assert uniform(layers, 0.8, "narrow", 1) == [Choice(48, (None,) * 3)] * 3
+    with pytest.raises(UsageError, match="of the channels taken away"):
+        uniform(layers, 0.3, "narrow", 1)
+
+
+def test_a_level_without_curves_offers_its_dense_matrices_alone():
+    whole, slim = levels()[:2]
+    bare = Level(
+        48,
+        0.01,
+        tuple(Curve(c.out_features, c.in_features, np.append(np.full(32, np.inf), 0.0)) for c in slim.curves),
+    )
+    choices = allocate_layers([[whole, bare]] * 4, 0.75, "compact", 2)
+    assert all(c.kept == 64 or c.ranks == (None,) * 3 for c in choices) and any(c.kept == 48 for c in choices)
+
+
+def test_slices_cost_what_all_groups_of_them_cost():
+    c = Curve(24, 16, np.zeros(17), groups=3)
+    assert c.dense_cost == 3 * 24 * 16 and c.cost(5, "compact") == 3 * 5 * (24 + 16 - 5)

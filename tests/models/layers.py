@@ -33,7 +33,11 @@ def mix_layer(
 
 def random_modules(layer: MLPLayer, seed: int = 0) -> dict[str, torch.nn.Module]:
     torch.manual_seed(seed)
-    return {p: build_linear(matrix) for p, matrix in layer.matrices.items()}
+    modules = {p: build_linear(matrix) for p, matrix in layer.matrices.items()}
+    for module in modules.values():
+        for weight in module.parameters():  # a block-diagonal factor is made without contents
+            torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+    return modules
 
 
 def plain_mlp(modules: dict[str, torch.nn.Module], x: torch.Tensor) -> torch.Tensor:

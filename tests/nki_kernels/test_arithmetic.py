@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nki_kernels.simulator import NkiValidationError
 from nki_kernels.simulator import isa as nisa
 from nki_kernels.simulator import language as nl
-from nki_kernels.simulator import simulate
 from nki_kernels.simulator.tensor import _restride, contiguous_run, merged_dims, row_major
+from tests.nki_kernels.any_python import simulate
 
 BF16, FP32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 RNG = np.random.default_rng(0)
@@ -202,3 +203,34 @@ def test_what_users_kernels_take_from_the_language_is_there():
 
     given = np.arange(1024, dtype=np.float32).reshape(256, 4)
     assert np.array_equal(simulate(kernel)(given), given) and sizes == [(128, 128, 512)]
+
+
+def test_an_access_pattern_is_a_view_of_steps_and_counts():
+    """Every second column, the last rows first, in HBM and on chip; the bounds are the tensor's."""
+    x = np.arange(128, dtype=np.float32).reshape(8, 16)
+
+    def kernel(src):
+        tile = nl.ndarray((8, 16), dtype=src.dtype, buffer=nl.sbuf)
+        nisa.dma_copy(dst=tile, src=src.ap([[-16, 8], [1, 16]], offset=112))
+        out = nl.ndarray((4, 3), dtype=src.dtype, buffer=nl.shared_hbm)
+        nisa.dma_copy(dst=out, src=tile.ap([[16, 4], [2, 3]], offset=1))
+        return out
+
+    assert np.array_equal(simulate(kernel)(x), x[::-1][0:4, 1:7:2])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "offset", "words"),
+    [
+        ([[16, 9], [1, 4]], 0, "index range"),
+        ([[16, 8], [1, 17]], 0, "index range"),
+        ([[16, 4], [1, 16]], 1, "index range"),
+        ([[32, 4], [1, 16]], 0, "no stride is possible on the partition dimension"),
+    ],
+)
+def test_access_patterns_stay_inside_the_tensor(pattern, offset, words):
+    def kernel():
+        nl.ndarray((8, 16), dtype=FP32, buffer=nl.sbuf).ap(pattern, offset=offset)
+
+    with pytest.raises(NkiValidationError, match=words):
+        simulate(kernel)()

@@ -91,7 +91,7 @@ def test_each_convention_refuses_the_words_of_the_other():
         bind("0.6", "memset", (1,), {"dst": 2})
     with pytest.raises(TypeError, match="takes 4 arguments, got 5"):
         bind("0.2", "tensor_copy", (1, 2, 3, 4, 5), {})
-    with pytest.raises(ValueError, match="api: expected one of"):
+    with pytest.raises(ValueError, match="target: expected a version of nki"):
         simulate(told, api="0.1")
 
 

@@ -10,13 +10,14 @@ import pytest
 
 from nki_kernels import reference
 from nki_kernels.backend import simulate
-from nki_kernels.cases import DTYPES, MAX_ERROR, MLPCase, error, random_array, random_weights
+from nki_kernels.cases import DTYPES, MAX_ERROR, MLPCase, error, quantised, random_array, random_weights
 from nki_kernels.kernels.sharded import first_factors, last_factor, second_factors
 from nki_kernels.kernels.xuv import xuv
-from nki_kernels.layout import chain_layout, first_stage, last_stage, mlp_layout, second_stage
+from nki_kernels.layout import chain_layout, first_stage, int8_layout, last_stage, mlp_layout, second_stage
 from nki_kernels.packing import factors_by_name, pack
 from nki_kernels.planner import Choice, Request, build_plan
 from nki_kernels.reference.mlp import silu
+from nki_kernels.request import stage_request, z_is_natural
 from nki_kernels.simulator.trace import Event, Instruction
 from tests.nki_kernels.harness import EPS, run_svd_mlp
 from tests.nki_kernels.mutants import EQUIVALENT, MODULES, Mutant, by_hand, by_rule, in_place, source_of
@@ -33,15 +34,21 @@ SMALL = (
     (MLPCase(5, 300, 420, ("dense", "compact", "uv"), (0, 290, 150), "bf16"), Choice(5, 9, 1024)),
     (MLPCase(3, 130, 140, ("uv", "dense", "compact"), (40, 0, 50), "fp32"), Choice(3, 1, 512)),
     (MLPCase(530, 600, 140, ("uv", "uv", "dense"), (70, 20, 0), "fp32", True), Choice(520, 2, 512, 0, 3)),
+    (
+        MLPCase(140, 1100, 800, ("compact", "compact", "uv"), (150, 140, 170), "fp32", groups=2),
+        Choice(140, 2, 512, 0, 1),
+    ),
 )
 
 
 TOKENS = 530
-# Form of gate and of up, H, rank of down, cores, and the slots of gate and up on each core.
+# Tokens (few: z crosses as [T, channels]), form of gate and of up, H, rank of down, cores, and the slots of gate
+# and up on each core.
 SHARDS = (
-    ("uv", "uv", 160, 140, 2, 70, 90),
-    ("dense", "uv", 100, 90, 1, 0, 1),
-    ("uv", "dense", 100, 90, 1, 1, 0),
+    (TOKENS, "uv", "uv", 160, 140, 2, 70, 90),
+    (TOKENS, "dense", "uv", 100, 90, 1, 0, 1),
+    (TOKENS, "uv", "dense", 100, 90, 1, 1, 0),
+    (200, "uv", "uv", 160, 640, 2, 70, 90),
 )
 
 
@@ -61,6 +68,15 @@ class Work:
         return self.flops, self.moved_bytes, self.peak.sbuf_bytes
 
 
+def run_int8(work: Work) -> float:
+    """Error of svd_mlp with int8 weights, over what the format allows."""
+    case = MLPCase(140, 600, 400, ("uv", "compact", "compact"), (70, 140, 290), "fp32", True, True)
+    layout = int8_layout(mlp_layout(case.hidden, case.intermediate, *case.projections))
+    plan = build_plan(Request(layout, case.tokens, DTYPES["fp32"], EPS, True), Choice(140, 3, 512, 512, 1))
+    found, expected = run_svd_mlp(case, plan, quantised(random_weights(case)), listeners=[work])
+    return error(found, expected) / MAX_ERROR["fp32"]
+
+
 def run_whole(case: MLPCase, choice: Choice, work: Work) -> float:
     """Error of svd_mlp, over what the format allows."""
     layout = mlp_layout(case.hidden, case.intermediate, *case.projections)
@@ -72,32 +88,37 @@ def run_whole(case: MLPCase, choice: Choice, work: Work) -> float:
 
 
 @functools.lru_cache
-def sharded_case(gate_form: str, up_form: str, hidden: int, rank: int, cores: int, *slots: int) -> tuple:
+def sharded_case(
+    tokens: int, gate_form: str, up_form: str, hidden: int, rank: int, cores: int, *slots: int
+) -> tuple:
     """(case, launches of the three stages as (plan, packed weights), x, gathered z^T of all cores, expected
     y).
     """
-    case = MLPCase(
-        TOKENS, hidden, 300, (gate_form, up_form, "uv"), (cores * slots[0], cores * slots[1], rank), "fp32"
-    )
+    ranks = (cores * slots[0], cores * slots[1], rank)
+    # In bf16 up to 255 tokens cross naturally, which is more than one tile of them.
+    case = MLPCase(tokens, hidden, 300, (gate_form, up_form, "uv"), ranks, "bf16" if tokens < 256 else "fp32")
+    dtype = DTYPES[case.dtype]
     whole, factors = (
         mlp_layout(case.hidden, case.intermediate, *case.projections),
         factors_by_name(random_weights(case)),
     )
     launches = []
     for stage in (first_stage(whole), second_stage(whole), last_stage(whole)):
-        request = Request(stage, TOKENS, DTYPES["fp32"], transposed_input=stage.down_second is not None)
+        request = stage_request(stage, tokens, dtype)
         packed = pack(
             stage, {name: tensor for name, tensor in factors.items() if stage.matrix(name) is not None}
         )
-        launches.append((build_plan(request, Choice(520, 2, 512)), packed))
+        launches.append((build_plan(request, Choice(140 if tokens < 256 else 520, 2, 512)), packed))
     rng = np.random.default_rng(8)
-    x = random_array(rng, (TOKENS, case.hidden), DTYPES["fp32"])
-    shares = [random_array(rng, (cores, size, TOKENS), DTYPES["fp32"]) for size in slots]
-    z = np.concatenate([share[core] for core in range(cores) for share in shares])
-    gate, up = (x if share.size == 0 else share.reshape(-1, TOKENS).T for share in shares)
+    x = random_array(rng, (tokens, case.hidden), dtype)
+    shares = [random_array(rng, (cores, size, tokens), dtype) for size in slots]
+    gathered = [np.concatenate([share[core] for share in shares]) for core in range(cores)]
+    z = np.concatenate([part.T if z_is_natural(tokens, dtype) else part for part in gathered])
+    gate, up = (x if share.size == 0 else share.reshape(-1, tokens).T for share in shares)
     h = silu(reference.mlp.matmul(gate, factors["gate_second"])) * reference.mlp.matmul(
         up, factors["up_second"]
     )
+    h = h.astype(dtype)
     return case, launches, x, z, reference.down(h, random_weights(case)["down_proj"])
 
 
@@ -107,13 +128,15 @@ def run_pieces(shards: tuple, work: Work) -> float:
     own = simulate(first_factors, listeners=[work])(x, packed_1, first)
     weights = random_weights(case)
     firsts = [weights[name]["u.weight"] for name in ("gate_proj", "up_proj") if "u.weight" in weights[name]]
-    off = error(own.T, np.concatenate([reference.mlp.matmul(x, first) for first in firsts], axis=1))
+    own = own if first.natural_z else own.T
+    off = error(own, np.concatenate([reference.mlp.matmul(x, first) for first in firsts], axis=1))
     zd = simulate(second_factors, listeners=[work])(
-        x if second.hidden else None, z, shards[5:], packed_2, second
+        x if second.hidden else None, z, (*shards[6:], shards[4] // shards[5]), packed_2, second
     )
-    return (off + error(simulate(last_factor, listeners=[work])(zd, packed_3, last), expected)) / MAX_ERROR[
-        "fp32"
-    ]
+    if second.natural_z:  # the shares of all cores, one after another
+        zd = np.concatenate(np.split(zd, shards[5]), axis=1)
+    y = simulate(last_factor, listeners=[work])(zd, packed_3, last)
+    return (off + error(y, expected)) / MAX_ERROR[case.dtype]
 
 
 @functools.lru_cache
@@ -140,6 +163,7 @@ JUDGES = (
     *(functools.partial(run_whole, case, choice) for case, choice in SMALL),
     *(functools.partial(run_pieces, shards) for shards in SHARDS),
     run_transposed,
+    run_int8,
 )
 
 

@@ -17,7 +17,8 @@ def arrays():
 
 
 @pytest.mark.parametrize(
-    ("kernel", "options"), [(matmul_wide, {}), (matmul_spilling, {"m_tiles": 2, "n_tiles": 1, "k_tiles": 2})]
+    ("kernel", "options"),
+    [(matmul_wide, {}), (matmul_spilling, {"held_tiles": 1, "m_tiles": 2, "n_tiles": 1, "k_tiles": 2})],
 )
 def test_matmuls_are_matmuls(arrays, kernel, options):
     a, b = arrays(512, 512), arrays(512, 1024)

@@ -4,10 +4,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from nki_kernels.simulator import CapacityError, NkiValidationError, UninitializedError, simulate
+from nki_kernels.simulator import CapacityError, NkiValidationError, UninitializedError
 from nki_kernels.simulator import isa as nisa
 from nki_kernels.simulator import language as nl
 from nki_kernels.targets import TRN1, TRN2, TRN3
+from tests.nki_kernels.any_python import simulate
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -13,7 +13,8 @@ from nki_kernels.cases import DTYPES, MAX_ERROR, PROJECTIONS, MLPCase, error, ra
 from nki_kernels.kernels.sharded import first_factors, last_factor, second_factors
 from nki_kernels.layout import FORMS, Projection, first_stage, last_stage, mlp_layout, second_stage
 from nki_kernels.packing import pack, pack_norm
-from nki_kernels.planner import Request, plan_launch
+from nki_kernels.planner import plan_launch
+from nki_kernels.request import stage_request
 
 torch = pytest.importorskip("torch")
 from neuronmlp_plugin.models.factors import Matrix, ProjectionSpec  # noqa: E402
@@ -52,10 +53,10 @@ class Core:
             else:
                 self.tensors |= {f"{short}_first": shard.first, f"{short}_second": shard.second}
 
-    def launch(self, kernel, stage, *arrays, transposed_input=False, norm=None):
+    def launch(self, kernel, stage, *arrays, norm=None):
         """Run `kernel` over a stage of this core's layout."""
         eps = None if norm is None or not stage.hidden else EPS
-        plan = plan_launch(Request(stage, self.case.tokens, FP32, eps, transposed_input=transposed_input))
+        plan = plan_launch(stage_request(stage, self.case.tokens, FP32, eps))
         assert plan, plan
         packed = pack(
             stage, {name: t.numpy() for name, t in self.tensors.items() if stage.matrix(name) is not None}
@@ -75,13 +76,13 @@ def sharded_mlp(cores: list, x: np.ndarray, norm: np.ndarray) -> np.ndarray:
     for core in cores:
         stage = second_stage(core.layout)
         parts.append(
-            core.launch(second_factors, stage, x if stage.hidden else None, z, core.slots[:2], norm=norm)
+            core.launch(second_factors, stage, x if stage.hidden else None, z, core.slots, norm=norm)
         )
     if cores[0].layout.down_first is None:
         return sum(parts)
     shares = np.split(sum(parts), len(cores))
     return sum(
-        core.launch(last_factor, last_stage(core.layout), np.ascontiguousarray(share), transposed_input=True)
+        core.launch(last_factor, last_stage(core.layout), np.ascontiguousarray(share))
         for core, share in zip(cores, shares, strict=True)
     )
 

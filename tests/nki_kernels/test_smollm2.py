@@ -11,7 +11,7 @@ import pytest
 from nki_kernels.backend import simulate
 from nki_kernels.cases import MAX_ERROR, error
 from nki_kernels.kernels.svd_mlp import svd_mlp
-from nki_kernels.layout import Projection
+from nki_kernels.layout import Projection, layout_of
 from nki_kernels.packing import factors_by_name, pack, pack_norm
 from nki_kernels.planner import plan_mlp
 
@@ -74,7 +74,10 @@ def test_real_layers_run_through_the_kernel_and_match_torch(captured, index):
     norm = layer.post_attention_layernorm
     plan = plan_mlp(576, 1536, forms, TOKENS, x.dtype, norm.variance_epsilon)
     assert plan, plan
-    packed = pack(plan.layout, factors_by_name(dict(zip(PROJECTIONS, tensors, strict=True))))
+    packed = pack(
+        layout_of(plan.products, plan.external_z),
+        factors_by_name(dict(zip(PROJECTIONS, tensors, strict=True))),
+    )
     found = simulate(svd_mlp)(np.ascontiguousarray(x), packed, plan, pack_norm(to_numpy(norm.weight.float())))
     off = error(found, expected)
     print(f"layer {index} {dtype} {[f.form for f in forms]}: {off:.1e}")

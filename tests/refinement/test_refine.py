@@ -25,13 +25,16 @@ from neuronmlp_plugin.errors import (
     OutputError,
     UsageError,
 )
+from neuronmlp_plugin.models.factors import DENSE, MLPLayer
 from neuronmlp_plugin.refinement import descent
-from neuronmlp_plugin.refinement.arithmetic import chosen
+from neuronmlp_plugin.refinement.descent import chosen
+from neuronmlp_plugin.refinement.distill import visits
 from neuronmlp_plugin.refinement.run import make_plan, refine
 from neuronmlp_plugin.refinement.settings import RefineSettings
+from neuronmlp_plugin.reporting.folder import read_report
 from tests.compressor.test_compress import QUIET, files
 from tests.letters import write_text, write_tokenizer
-from tests.tiny_models import write_dense
+from tests.tiny_models import grouped_layers, write_dense, write_mixed
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +66,7 @@ def settings_for(home: pathlib.Path, out: pathlib.Path, model: str = "pivoted", 
         "window": 64,
         "batch": 4,
         "judge_tokens": 2048,
+        "loss": "kl",
         "learning_rate": 1e-3,
         "arithmetic": "float32",
     }
@@ -81,21 +85,100 @@ def test_both_stages_bring_the_model_closer(home, tmp_path, model):
     source, refined = Checkpoint(home / model), Checkpoint(tmp_path / "out")
     assert refined.shapes() == source.shapes() and refined.block.layers == source.block.layers
     changed = {name for name in source.names() if not torch.equal(source.tensor(name), refined.tensor(name))}
-    assert changed == {name for name in source.names() if name.endswith(("u.weight", "v.weight", "c.weight"))}
+    layers = [i for i, layer in enumerate(source.block.layers) if not layer.is_base(source.block.shape)]
+    assert changed == {
+        name for name in source.names() if name.startswith(tuple(f"model.layers.{i}.mlp." for i in layers))
+    }
     assert not list(tmp_path.glob("*.partial*"))
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"loss": "next-token"}, {"adapter_rank": 4}, {"adapter_rank": 4, "loss": "next-token"}],
+    [
+        {"loss": "mixed"},
+        {"loss": "next-token"},
+        {"adapter_rank": 4},
+        {"adapter_rank": 4, "loss": "next-token"},
+    ],
     ids=str,
 )
 def test_other_losses_and_adapters_reach_what_they_train_for(home, tmp_path, changes):
     report = refine(make_plan(settings_for(home, tmp_path / "out", **changes)), QUIET)
     before, after = (entry["quality"] for entry in report["refinement"]["tried"])
-    what = "candidate_perplexity" if "loss" in changes else "kl_divergence"
+    what = "candidate_perplexity" if changes.get("loss") == "next-token" else "kl_divergence"
     assert after[what] < before[what]
     assert report["refinement"]["kept"] == "distill"
+
+
+@pytest.mark.parametrize("stages", [("distill",), ("blocks", "distill")], ids=str)
+def test_through_int8_it_gets_closer_than_rounding_does(home, tmp_path, stages):
+    report = refine(make_plan(settings_for(home, tmp_path / "out", storage="int8", stages=stages)), QUIET)
+    before, *after = (entry["quality"]["kl_divergence"] for entry in report["refinement"]["tried"])
+    assert max(after) < before and report["refinement"]["kept"] in stages
+    refined = Checkpoint(tmp_path / "out")
+    assert all(spec.is_int8 for layer in refined.block.layers for spec in layer.values())
+    assert (
+        report["bytes_ratio"]
+        == refined.block.bytes_ratio
+        < 0.6 * read_report(home / "pivoted")["bytes_ratio"]
+    )
+    ids = torch.randint(3, 60, (1, 40))
+    assert bool(torch.isfinite(load_model(tmp_path / "out")(ids).logits).all())
+
+
+def test_where_int8_training_does_harm_the_source_is_rounded(home, tmp_path):
+    refine(make_plan(settings_for(home, tmp_path / "out", storage="int8", learning_rate=3.0)), QUIET)
+    windows = make_plan(settings_for(home, tmp_path / "other")).windows
+    quantize_folder(home / "pivoted", tmp_path / "rounded", QUIET, windows)
+    refined, rounded = (Checkpoint(tmp_path / name) for name in ("out", "rounded"))
+    assert refined.block.provenance["refinement"]["storage"] == "int8"
+    assert all(torch.equal(refined.tensor(name), rounded.tensor(name)) for name in rounded.names())
+
+
+def test_groups_and_narrow_layers_are_refined(home, tmp_path):
+    layers = grouped_layers(4)
+    write_mixed(tmp_path / "grouped", home / "dense", layers=layers)
+    report = refine(
+        make_plan(settings_for(home, tmp_path / "out", str(tmp_path / "grouped"), tokens=4096)), QUIET
+    )
+    before, after = (entry["quality"]["kl_divergence"] for entry in report["refinement"]["tried"])
+    assert after < before
+    source, refined = Checkpoint(tmp_path / "grouped"), Checkpoint(tmp_path / "out")
+    assert refined.shapes() == source.shapes() and refined.block.layers == layers
+    moved = {name for name in source.names() if not torch.equal(source.tensor(name), refined.tensor(name))}
+    assert moved == {name for name in source.names() if ".mlp." in name}  # slim dense matrices among them
+
+
+@pytest.mark.parametrize("storage", ["float", "int8"])
+def test_an_ordinary_narrow_folder_is_refined(home, tmp_path, storage):
+    narrow = MLPLayer(128, 96, DENSE, DENSE, DENSE)
+    write_mixed(tmp_path / "narrow", home / "dense", layers=(narrow,) * 3)
+    assert Checkpoint(tmp_path / "narrow").block is None
+    plan = make_plan(
+        settings_for(home, tmp_path / "out", str(tmp_path / "narrow"), tokens=4096, storage=storage)
+    )
+    refinement = refine(plan, QUIET)["refinement"]
+    assert refinement["kept"] == "distill"
+    refined = Checkpoint(tmp_path / "out")
+    assert refined.config["intermediate_size"] == 96 and (refined.block is None) == (storage == "float")
+
+
+def test_a_short_text_is_gone_through_again_in_another_order():
+    settings = RefineSettings(*map(pathlib.Path, "abcd"), tokens=100 * 64, window=64, batch=4)
+    steps = visits(40, settings)
+    assert [len(step) for step in steps] == [4] * 25
+    seen = torch.cat(steps)
+    rounds = seen[:40], seen[40:80], seen[80:]
+    assert all(sorted(part.tolist()) == list(range(40)) for part in rounds[:2])
+    assert not torch.equal(rounds[0], rounds[1]) and len(rounds[2].unique()) == 20
+
+
+def test_the_share_of_the_text_follows_the_damage():
+    shares = {
+        loss: [RefineSettings(*map(pathlib.Path, "abcd"), loss=loss).text_share_for(d) for d in (0.03, 0.9)]
+        for loss in ("mixed", "kl", "next-token")
+    }
+    assert shares == {"mixed": [0.03, 0.3], "kl": [0.0, 0.0], "next-token": [1.0, 1.0]}
 
 
 def test_of_a_source_without_a_report_none_is_invented(home, tmp_path):
@@ -211,6 +294,7 @@ def test_the_text_that_judges_is_not_trained_on(home, tmp_path):
     [
         ({"stages": ("blocks", "guess")}, UsageError, "--stages"),
         ({"loss": "mse"}, UsageError, "--loss"),
+        ({"storage": "int4"}, UsageError, "--storage"),
         ({"adapter_rank": -1}, UsageError, "--adapter-rank"),
         ({"tokens": 0}, UsageError, "--tokens"),
         ({"learning_rate": float("nan")}, UsageError, "--learning-rate"),

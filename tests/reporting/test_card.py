@@ -71,3 +71,12 @@ def test_the_license_is_the_one_that_the_base_states(tmp_path, readme, expected)
 def test_a_folder_of_the_hub_cache_is_called_by_its_repository(tmp_path):
     folder = tmp_path / "models--owner--some-model" / "snapshots" / "0123abcd"
     assert base_facts(folder)["name"] == "owner/some-model"
+
+
+def test_an_ordinary_folder_is_told_to_need_nothing_of_ours():
+    report = full_report() | {"ordinary": True}
+    for row in report["matrices"]:
+        row |= {"form": "dense", "rank": None, "channels": 1152}
+    card = render_card(report)
+    assert "any engine loads it" in card and "keep 1152 of their channels" in card
+    assert "vllm serve" not in card and "low-rank factors" not in card

@@ -4,12 +4,17 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from neuronmlp_plugin.checkpoint.reader import FactorFile, check_int8, checked_tensor
@@ -25,8 +30,10 @@ from neuronmlp_plugin.models.definition import (
 )
 from neuronmlp_plugin.models.factors import SCALE, Matrix, MLPLayer
 from neuronmlp_plugin.models.gather import GatherDown, GatherGateUp, Shard, gather_shard
+from neuronmlp_plugin.serving.cpu.chain import usable
 from neuronmlp_plugin.serving.cpu.collectives import tensor_parallel
-from neuronmlp_plugin.serving.cpu.fused import fused_down, fused_gate_up, usable
+from neuronmlp_plugin.serving.cpu.crossover import limit_of
+from neuronmlp_plugin.serving.cpu.fused import Large, fused_down, fused_gate_up, fused_mlp
 from neuronmlp_plugin.serving.cpu.gemm import prepacked_linear
 from neuronmlp_plugin.serving.options import Options
 
@@ -54,6 +61,7 @@ class LowRankMethod(LinearMethodBase):
         self.owned: dict[str, Factors] = {}
         self.shards: dict[str, Shard] = {}
         self.run: Linear | None = None
+        self.parent_module: Callable[[], nn.Module | None] = lambda: None  # set by `watch_parents`
 
     def create_weights(
         self,
@@ -81,7 +89,7 @@ class LowRankMethod(LinearMethodBase):
             parameter.weight_loader = self._loader(suffix)  # type: ignore[attr-defined]
             module.register_parameter(leaf, parameter)
         self.device = parameter.device
-        self.fuses = self.options.fast_path and not self.gathers and usable(self.device, self.dtype)
+        self.fuses = fuses(self.options, self.gathers, self.device, self.dtype)
 
     def _sizes(self, projection: str) -> dict[str, tuple[int, ...]]:
         return self.stored.matrix(projection).stored_shapes()
@@ -153,8 +161,9 @@ class LowRankMethod(LinearMethodBase):
             )
         make_linear = prepacked_linear if self.options.fast_path else plain_linear
         if self.fuses:
-            self.run = self._fused()
-        elif self.gathers:
+            self._fuse()
+            return
+        if self.gathers:
             self.run = self._gathered(make_linear)
         else:
             self.run = self._one_by_one(make_linear)
@@ -164,8 +173,15 @@ class LowRankMethod(LinearMethodBase):
         """What this rank owns of a layer that fits the ranks: a smaller matrix and its numbers."""
         return self.stored.share(self.collectives.size).matrix(projection), self.owned[projection]
 
-    def _fused(self) -> Linear:
-        """One call for all products."""
+    def _large(self) -> Large:
+        """vLLM's products for the numbers of tokens at which this machine runs them faster, a second copy of the
+        weights; None where the chain is as fast.
+        """
+        limit = limit_of(self.dtype)
+        return None if limit == float("inf") else (limit, self._one_by_one(prepacked_linear))
+
+    def _fuse(self) -> None:
+        """One call for all products, of the whole MLP where that can be."""
         raise NotImplementedError
 
     def _one_by_one(self, make_linear: MakeLinear) -> Linear:
@@ -184,11 +200,17 @@ class LowRankMethod(LinearMethodBase):
 class LowRankGateUpMethod(LowRankMethod):
     projections = ("gate_proj", "up_proj")
 
-    def _fused(self) -> Linear:
-        return fused_gate_up(*map(self._mine, self.projections))
+    def _fuse(self) -> None:
+        if silu_mlp(self.parent_module()) is None:  # else the down layer, which comes next, fuses all
+            self.run = fused_gate_up(*self.pair(), self.dtype, self._large())
+            self.owned = {}
+
+    def pair(self) -> tuple[tuple[Matrix, Factors], tuple[Matrix, Factors]]:
+        """What this rank owns of gate and up."""
+        return self._mine("gate_proj"), self._mine("up_proj")
 
     def _one_by_one(self, make_linear: MakeLinear) -> Linear:
-        gate, up = (bind(*self._mine(p), make_linear) for p in self.projections)
+        gate, up = (bind(*owned, make_linear) for owned in self.pair())
         return lambda x: torch.cat((gate(x), up(x)), dim=-1)
 
     def _gathered(self, make_linear: MakeLinear) -> Linear:
@@ -198,11 +220,67 @@ class LowRankGateUpMethod(LowRankMethod):
 class LowRankDownMethod(LowRankMethod):
     projections = ("down_proj",)
 
-    def _fused(self) -> Linear:
-        return fused_down(self._mine("down_proj"))
+    def _fuse(self) -> None:
+        mlp = silu_mlp(self.parent_module())
+        if mlp is None:
+            self.run = fused_down(self._mine("down_proj"), self.dtype, self._large())
+        else:
+            gate_up: LowRankGateUpMethod = mlp.gate_up_proj.quant_method
+            self.run = self._whole(gate_up)
+            gate_up.run, gate_up.owned = _unchanged, {}
+            mlp.act_fn = nn.Identity()
+        self.owned = {}
+
+    def _whole(self, gate_up: LowRankGateUpMethod) -> Linear:
+        """The MLP in one call; vLLM's layers before it hand its input on as it is."""
+        before, after = gate_up._large(), self._large()
+        large = None
+        if before and after:
+            large = before[0], lambda x: after[1](silu_and_mul(before[1](x)))
+        return fused_mlp(*gate_up.pair(), self._mine("down_proj"), self.dtype, large)
 
     def _one_by_one(self, make_linear: MakeLinear) -> Linear:
         return bind(*self._mine("down_proj"), make_linear)
 
     def _gathered(self, make_linear: MakeLinear) -> Linear:
         return GatherDown(self.shards["down_proj"], self.collectives, make_linear)
+
+
+def fuses(options: Options, gathers: bool, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a layer's products run as a chain: possible, wanted, and no slower than vLLM's."""
+    return options.fast_path and not gathers and usable(device, dtype) and limit_of(dtype) > 1
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """Gate and up side by side `[..., 2 k]` -> `[..., k]`."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _unchanged(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def silu_mlp(mlp: nn.Module | None) -> Any:
+    """The module if it is a gated MLP of vLLM's with both its layers ours and fused, and nothing else in it that
+    a chain would leave out; else None.
+    """
+    children = dict(mlp.named_children()) if mlp is not None else {}
+    if set(children) != {"gate_up_proj", "act_fn", "down_proj"}:
+        return None
+    methods = [getattr(children[name], "quant_method", None) for name in ("gate_up_proj", "down_proj")]
+    ours = all(isinstance(method, LowRankMethod) and method.fuses for method in methods)
+    # The down layer exchanges act_fn when all else is done: whoever asks later finds that it is not vLLM's.
+    return mlp if ours and isinstance(children["act_fn"], SiluAndMul) else None
+
+
+@functools.cache
+def watch_parents() -> None:
+    """Have torch tell each of our layers, from now on, which module it became a part of: vLLM does not."""
+
+    def registered(parent: nn.Module, _name: str, layer: nn.Module) -> None:
+        method = getattr(layer, "quant_method", None)
+        if isinstance(method, LowRankMethod):
+            method.parent_module = weakref.ref(parent)
+
+    register_module_module_registration_hook(registered)

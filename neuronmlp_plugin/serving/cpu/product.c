@@ -1,122 +1,335 @@
-/* Chains of small matrix products y = x W (+ addend), several of them in one call, for the MLPs of a decoding batch.
+/* Chains of small matrix products y = x W (+ addend), several of them in one call: all of a low-rank projection or of a whole MLP.
  *
- * A library call per product costs about as much as reading the product's weights when a model is small: one call here runs all
- * products of a low-rank projection, in stages (a later stage reads what an earlier one wrote), with inputs and outputs strided, so that
- * nothing is concatenated or sliced in between. Weights are packed in panels of 16 output columns, [N / 16][K][16], in fp32, bf16 or int8;
- * sums are fp32, and an int8 column's scale is applied to its sum. A group of panels stays in cache while 4 tokens at a time go by, which makes it a decent product for prefill as well.
- */
-#include <stdint.h>
-#include <string.h>
+ * A library call per product costs about as much as reading the product's weights when a model is small. Here the products run in
+ * stages (a later stage reads what an earlier one wrote), with inputs and outputs strided, so that nothing is concatenated or sliced in
+ * between. Activations are fp32 or bf16, one dtype a call; weights have that dtype or are int8; sums are fp32, and an int8 column's
+ * scale is applied to its sum. Weights lie in panels of 16 output columns:
+ *   fp32, int8: [N / 16][K][16];   bf16: [N / 16][K' / 2][16][2], K' = K rounded up to 32 with zeros.
+ * One copy serves every number of tokens: few of them are bound by reading it, and many reuse a group of panels from cache. */
+#include <omp.h>
+#include <stdlib.h>
+#include "vectors.h"
+#include "tiles.h"
 
-#define LANES 16
-typedef float vec __attribute__((vector_size(64)));
-typedef uint32_t uvec __attribute__((vector_size(64)));
-typedef int32_t ivec __attribute__((vector_size(64)));
-typedef uint16_t half __attribute__((vector_size(32)));
-typedef int16_t ihalf __attribute__((vector_size(32)));
-typedef int8_t quarter __attribute__((vector_size(16)));
+enum { FP32, BF16, INT8, SILU, PAIRS }; /* dtypes of weights; SILU: no product; PAIRS: bf16 times bf16 without widening */
 
 typedef struct {
-    int64_t stage, k, n;          /* x [tokens, k], y [tokens, n] */
-    int64_t x_at, x_width;        /* column of the first input, and the row length, in buffer `x_of` */
-    int64_t y_at, y_width;
-    int64_t add_at, add_width;    /* addend [tokens, n]; add_of < 0: none */
-    int64_t x_of, y_of, add_of;   /* 0: the call's input, 1: its output, 2: scratch */
-    int64_t dtype;                /* of the weight. 0: fp32, 1: bf16, 2: int8 */
-    const void *weight;           /* packed */
-    const float *scale;           /* [n] of an int8 weight, else null */
+    int64_t stage, dtype, k, n;                      /* x [tokens, k], y [tokens, n] */
+    int64_t x_of, x_at, y_of, y_at, add_of, add_at;  /* buffer and first column; add_of < 0: no addend */
+    const void *weight;                              /* packed; null for SILU: y = silu(x) * addend */
+    const float *scale;                              /* [n] of an int8 weight, else null */
 } Product;
 
-static const int64_t WEIGHT_BYTES[] = {4, 2, 1};
+typedef struct {
+    char *data;
+    int64_t width; /* numbers of a row */
+} Buffer;
 
-static inline vec load_fp32(const void *panel, int64_t k) {
-    vec v;
-    memcpy(&v, (const float *)panel + k * LANES, sizeof v);
-    return v;
+typedef struct {
+    const Product *products; /* ordered by stage */
+    int64_t count, half;     /* half: activations are bf16 */
+    int64_t widths[3];       /* of the input, the output and scratch */
+} Chain;
+
+typedef struct {
+    Buffer buffers[3];
+    int64_t tokens, half;
+} Call;
+
+static int use_tiles = -1; /* decided at the first call */
+#define TILE_TOKENS 4 /* from here on bf16 goes through tiles, or through pairs where there are none */
+/* From here on an int8 panel is widened once, into memory, and not for every block of tokens. */
+static int64_t widen_tokens(const Call *c) { return c->half && use_tiles ? TILE_TOKENS : 24; }
+
+static int64_t row_bytes(int64_t dtype) { return dtype == FP32 ? 4 * LANES : dtype == INT8 ? LANES : 2 * LANES; }
+static int64_t panel_bytes(const Product *p) { return row_bytes(p->dtype) * (p->dtype == BF16 ? (p->k + 31) / 32 * 32 : p->k); }
+static int64_t wide_bytes(int64_t k, int half) { return half ? (k + 31) / 32 * 32 * 2 * LANES : k * 4 * LANES; } /* of a panel once widened */
+static const char *place(const Call *c, int64_t of, int64_t at, int64_t token) {
+    return c->buffers[of].data + (token * c->buffers[of].width + at) * (c->half ? 2 : 4);
 }
 
-static inline vec load_bf16(const void *panel, int64_t k) {
-    half h;
-    memcpy(&h, (const uint16_t *)panel + k * LANES, sizeof h);
-    uvec wide = __builtin_convertvector(h, uvec) << 16;
-    vec v;
-    memcpy(&v, &wide, sizeof v);
-    return v;
-}
+#define AHEAD 4096 /* bytes: the hardware's own prefetch stops at pages, and reading a panel for 8 tokens took 2.5 times as long */
 
-static inline vec load_int8(const void *panel, int64_t k) {
-    quarter q;
-    memcpy(&q, (const int8_t *)panel + k * LANES, sizeof q);
-    /* Step by step: gcc 12 widens from one size to the next in registers, and takes a leap from 8 to 32 bits one number at a time. */
-    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(q, ihalf), ivec), vec);
-}
-
-/* PANELS x TOKENS accumulators, which the compiler keeps in registers since both are constants. */
-#define BLOCK(PANELS, TOKENS, DTYPE)                                                                                       \
-    static void block_##PANELS##_##TOKENS##_##DTYPE(const Product *p, const char *w, int64_t panel_bytes, const float *x, vec *out) { \
-        vec sum[PANELS][TOKENS];                                                                                           \
-        memset(sum, 0, sizeof sum);                                                                                        \
-        for (int64_t k = 0; k < p->k; k++) {                                                                               \
-            vec row[PANELS];                                                                                               \
-            _Pragma("GCC unroll 8") for (int i = 0; i < PANELS; i++) row[i] = load_##DTYPE(w + i * panel_bytes, k);        \
-            _Pragma("GCC unroll 8") for (int t = 0; t < TOKENS; t++) {                                                     \
-                float value = x[t * p->x_width + k];                                                                       \
-                _Pragma("GCC unroll 8") for (int i = 0; i < PANELS; i++) sum[i][t] += value * row[i];                      \
-            }                                                                                                              \
-        }                                                                                                                  \
-        memcpy(out, sum, sizeof sum);                                                                                      \
-    }
-#define BLOCKS(DTYPE) BLOCK(1, 1, DTYPE) BLOCK(1, 2, DTYPE) BLOCK(1, 4, DTYPE) BLOCK(4, 1, DTYPE) BLOCK(4, 2, DTYPE) BLOCK(4, 4, DTYPE)
-BLOCKS(fp32) BLOCKS(bf16) BLOCKS(int8)
-
-typedef void (*Block)(const Product *, const char *, int64_t, const float *, vec *);
-#define TABLE(DTYPE) \
-    {{block_1_1_##DTYPE, block_1_2_##DTYPE, block_1_4_##DTYPE}, {block_4_1_##DTYPE, block_4_2_##DTYPE, block_4_4_##DTYPE}}
-static const Block BLOCK_OF[3][2][3] = {TABLE(fp32), TABLE(bf16), TABLE(int8)}; /* dtype; 1 or 4 panels; 1, 2 or 4 tokens */
-
-/* One group of panels for all tokens, 4, 2 or 1 at a time (2 panels x 8 tokens ran at two thirds of the speed of 4 x 4). */
-static void run_group(const Product *p, int64_t first, int64_t count, float *const *buffers, int64_t tokens) {
-    int64_t panel_bytes = p->k * LANES * WEIGHT_BYTES[p->dtype];
-    for (int64_t t = 0; t < tokens;) {
-        int64_t left = tokens - t, step = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        for (int64_t i = 0; i < count;) {
-            int64_t panels = count - i >= 4 ? 4 : 1;
-            Block block = BLOCK_OF[p->dtype][panels / 4][step / 2];
-            vec out[16];
-            const char *w = (const char *)p->weight + (first + i) * panel_bytes;
-            block(p, w, panel_bytes, buffers[p->x_of] + t * p->x_width + p->x_at, out);
-            for (int64_t panel = 0; panel < panels; panel++) {
-                int64_t column = (first + i + panel) * LANES, rest = p->n - column, live = rest < LANES ? rest : LANES;
-                for (int64_t s = 0; s < step; s++) {
-                    float sum[LANES];
-                    memcpy(sum, &out[panel * step + s], sizeof sum);
-                    float *y = buffers[p->y_of] + (t + s) * p->y_width + p->y_at + column;
-                    const float *add = p->add_of < 0 ? 0 : buffers[p->add_of] + (t + s) * p->add_width + p->add_at + column;
-                    for (int64_t j = 0; j < live; j++) y[j] = sum[j] * (p->scale ? p->scale[column + j] : 1.0f) + (add ? add[j] : 0.0f);
-                }
+/* sums [tokens][panels x 16]; all of kind, panels and tokens are constants where this is inlined, so that the sums stay in registers. */
+INLINE void block(const int kind, const int panels, const int tokens, int64_t k, const char *w, int64_t panel, const void *x, int64_t stride, float *out) {
+    vec sum[SUMS] = {0};
+    const int step = kind == BF16 || kind == PAIRS ? 2 : 1, vectors = panels * VECTORS;
+    for (int64_t at = 0; at < k; at += step) {
+        for (int half = 0; half < (kind == BF16 ? 2 : 1); half++) {
+            vec row[4 * VECTORS];
+            if (kind != INT8 && half == 0)
+                for (int i = 0; i < panels; i++) __builtin_prefetch(w + i * panel + at / step * LANES * 4 + AHEAD);
+#pragma GCC unroll 16
+            for (int i = 0; i < vectors; i++) {
+                const char *from = w + (i / VECTORS) * panel;
+                const int64_t column = (i % VECTORS) * WIDTH;
+                if (kind == FP32) row[i] = load_fp32((const float *)from + at * LANES + column);
+                if (kind == INT8) row[i] = load_int8((const int8_t *)from + at * LANES + column);
+                if (kind == BF16) row[i] = load_bf16((const uint32_t *)from + at / 2 * LANES + column, half);
+                if (kind == PAIRS) row[i] = load_fp32((const uint32_t *)from + at / 2 * LANES + column);
             }
-            i += panels;
+#pragma GCC unroll 16
+            for (int t = 0; t < tokens; t++) {
+#if defined(__AVX512BF16__)
+                if (kind == PAIRS) {
+                    uint32_t pair = ((const uint16_t *)x)[t * stride + at];
+                    if (at + 1 < k) memcpy(&pair, (const uint16_t *)x + t * stride + at, sizeof pair);
+#pragma GCC unroll 16
+                    for (int i = 0; i < vectors; i++)
+                        sum[t * vectors + i] = (vec)_mm512_dpbf16_ps((__m512)sum[t * vectors + i], (__m512bh)row[i], (__m512bh)_mm512_set1_epi32((int)pair));
+                    continue;
+                }
+#endif
+                const float value = ((const float *)x)[t * stride + at + half];
+#pragma GCC unroll 16
+                for (int i = 0; i < vectors; i++) sum[t * vectors + i] += value * row[i];
+            }
         }
-        t += step;
+    }
+    memcpy(out, sum, sizeof(vec) * vectors * tokens);
+}
+
+/* The widest block of panels whose sums fit the registers, at this number of tokens. */
+#define PANELS(TOKENS) (4 * VECTORS * (TOKENS) <= SUMS ? 4 : 2 * VECTORS * (TOKENS) <= SUMS ? 2 : 1)
+#define STEP(TOKENS)                                                                                         \
+    case TOKENS:                                                                                             \
+        if (panels == PANELS(TOKENS)) block(kind, PANELS(TOKENS), TOKENS, k, w, panel, x, stride, out);      \
+        else block(kind, 1, TOKENS, k, w, panel, x, stride, out);                                            \
+        break;
+
+INLINE void any_block(const int kind, int panels, int tokens, int64_t k, const char *w, int64_t panel, const void *x, int64_t stride, float *out) {
+    switch (tokens) {
+        STEP(1) STEP(2) STEP(3) STEP(4)
+#if SUMS >= 6 * VECTORS
+        STEP(6)
+#endif
+#if SUMS >= 12 * VECTORS
+        STEP(8) STEP(12)
+#endif
     }
 }
 
-#define GROUP 4 /* panels that one thread takes at a time */
+static int step_of(int64_t left) {
+    static const int sizes[] = {12, 8, 6, 4, 3, 2, 1};
+    for (int i = 0;; i++)
+        if (sizes[i] <= left && sizes[i] * VECTORS <= SUMS && (sizes[i] != 6 || SUMS >= 6 * VECTORS)) return sizes[i];
+}
 
-void neuronmlp_products(const Product *products, int64_t count, float *input, float *output, float *scratch, int64_t tokens) {
-    float *buffers[3] = {input, output, scratch};
-#pragma omp parallel
-    for (int64_t begin = 0; begin < count;) {
-        int64_t end = begin, groups = 0;
-        for (; end < count && products[end].stage == products[begin].stage; end++) groups += (products[end].n + LANES * GROUP - 1) / (LANES * GROUP);
-#pragma omp for schedule(static)
-        for (int64_t g = 0; g < groups; g++) {
-            const Product *p = products + begin;
-            int64_t local = g, own;
-            while (local >= (own = (p->n + LANES * GROUP - 1) / (LANES * GROUP))) local -= own, p++;
-            int64_t panels = (p->n + LANES - 1) / LANES, first = local * GROUP;
-            run_group(p, first, panels - first < GROUP ? panels - first : GROUP, buffers, tokens);
+/* What a panel's sums become: scaled, added to, and stored in the dtype of the activations. `live` is a constant for whole panels. */
+INLINE void store_columns(const Call *c, const Product *p, int64_t token, int64_t column, const int live, const float *sums) {
+    const char *add = p->add_of < 0 ? 0 : place(c, p->add_of, p->add_at + column, token);
+    char *y = (char *)place(c, p->y_of, p->y_at + column, token);
+    float value[LANES];
+    memcpy(value, sums, sizeof value);
+    if (p->scale) for (int j = 0; j < live; j++) value[j] *= p->scale[column + j];
+    if (c->half) {
+        if (add) for (int j = 0; j < live; j++) value[j] += to_float(((const uint16_t *)add)[j]);
+#if defined(__AVX512BF16__)
+        __m256bh halves = _mm512_cvtneps_pbh(_mm512_loadu_ps(value));
+        memcpy(y, &halves, 2 * live);
+#else
+        for (int j = 0; j < live; j++) ((uint16_t *)y)[j] = to_bf16(value[j]);
+#endif
+    } else {
+        if (add) for (int j = 0; j < live; j++) value[j] += ((const float *)add)[j];
+        memcpy(y, value, 4 * live);
+    }
+}
+
+INLINE void store(const Call *c, const Product *p, int64_t token, int64_t column, const float *sums) {
+    if (p->n - column >= LANES) store_columns(c, p, token, column, LANES, sums);
+    else store_columns(c, p, token, column, (int)(p->n - column), sums);
+}
+
+/* int8 panels [count][K][16] as panels of the activations' dtype, one after the other. */
+static void widen(const Product *p, const char *w, int64_t count, int half, char *out) {
+    for (int64_t i = 0; i < count; i++, w += p->k * LANES, out += wide_bytes(p->k, half))
+        for (int64_t k = 0; k < (half ? (p->k + 31) / 32 * 32 : p->k); k += half ? 2 : 1)
+            for (int64_t at = 0; at < LANES; at += WIDTH) {
+                const vec none = {0};
+                vec row = k < p->k ? load_int8(w + k * LANES + at) : none, next = k + 1 < p->k ? load_int8(w + (k + 1) * LANES + at) : none;
+                words low, high;
+                memcpy(&low, &row, sizeof low);
+                memcpy(&high, &next, sizeof high);
+                if (half) low = low >> 16 | high; /* 8 bits fit the 16 of a bf16: the lower half of `high` is zero */
+                memcpy(out + (half ? k / 2 : k) * LANES * 4 + at * 4, &low, sizeof low);
+            }
+}
+
+#if HAS_TILES
+static void run_tiles(const Call *c, const Product *p, const char *w, int64_t panel, int64_t first, int64_t count, int64_t begin, int64_t end) {
+    uint16_t tail[32 * 32];
+    float sums[32 * 32];
+    const int64_t stride = c->buffers[p->x_of].width, left = p->k % 32;
+    int64_t configured = 0;
+    for (int64_t t = begin; t < end; t += 32) {
+        const int64_t rows = end - t < 32 ? end - t : 32, a = rows < 16 ? rows : 16;
+        if (rows != configured) configure_tiles((int)a, (int)(rows - a)), configured = rows;
+        const uint16_t *x = (const uint16_t *)place(c, p->x_of, p->x_at, t);
+        if (left) {
+            memset(tail, 0, sizeof tail);
+            for (int64_t r = 0; r < rows; r++) memcpy(tail + r * 32, x + r * stride + p->k - left, 2 * left);
         }
-        begin = end; /* the loop above ends with a barrier: the next stage may read what this one wrote */
+        for (int64_t i = 0; i < count; i += 2) {
+            const char *w0 = w + i * panel;
+            tile_block(x, stride, tail, p->k, w0, i + 1 < count ? w0 + panel : w0, (int)(rows - a), sums);
+            if (p->add_of < 0 && !p->scale && i + 1 < count && (first + i + 2) * LANES <= p->n) {
+                tile_store(sums, (char *)place(c, p->y_of, p->y_at + (first + i) * LANES, t), 2 * c->buffers[p->y_of].width, rows);
+                continue;
+            }
+            for (int64_t j = i; j < count && j < i + 2; j++)
+                for (int64_t r = 0; r < rows; r++) store(c, p, t + r, (first + j) * LANES, sums + r * 32 + (j - i) * LANES);
+        }
+    }
+    _tile_release();
+}
+#endif
+
+/* x [tokens, k] in fp32, where it is not that already. */
+static const float *as_float(const Call *c, const Product *p, int64_t token, int64_t tokens, float *memory) {
+    for (int64_t t = 0; t < tokens; t++) {
+        const uint16_t *x = (const uint16_t *)place(c, p->x_of, p->x_at, token + t);
+        for (int64_t k = 0; k < p->k; k++) memory[t * (p->k + 1) + k] = to_float(x[k]);
+        memory[t * (p->k + 1) + p->k] = 0.0f;
+    }
+    return memory;
+}
+
+static void run_vectors(const Call *c, const Product *p, int kind, const char *w, int64_t panel, int64_t first, int64_t count, int64_t begin, int64_t end, float *memory) {
+    const int direct = !c->half || kind == PAIRS;
+    const int64_t stride = direct ? c->buffers[p->x_of].width : p->k + 1;
+    float sums[SUMS * WIDTH];
+    for (int64_t t = begin, step; t < end; t += step) {
+        step = step_of(end - t);
+        const void *x = direct ? (const void *)place(c, p->x_of, p->x_at, t) : as_float(c, p, t, step, memory);
+        for (int64_t i = 0, panels; i < count; i += panels) {
+            panels = PANELS(step) <= count - i ? PANELS(step) : 1;
+            const char *from = w + i * panel;
+            if (kind == FP32) any_block(FP32, panels, step, p->k, from, panel, x, stride, sums);
+            if (kind == BF16) any_block(BF16, panels, step, p->k, from, panel, x, stride, sums);
+            if (kind == INT8) any_block(INT8, panels, step, p->k, from, panel, x, stride, sums);
+#if defined(__AVX512BF16__)
+            if (kind == PAIRS) any_block(PAIRS, panels, step, p->k, from, panel, x, stride, sums);
+#endif
+            for (int64_t s = 0; s < step; s++)
+                for (int64_t j = 0; j < panels; j++)
+                    store(c, p, t + s, (first + i + j) * LANES, sums + (s * panels + j) * LANES);
+        }
+    }
+}
+
+/* `live` is a constant for whole panels, and half for a chain, so that all of it runs in vectors. */
+INLINE void silu_columns(const char *x, const char *factor, char *y, const int live, const int half) {
+    float value[LANES] = {0}, times[LANES] = {0};
+    for (int j = 0; j < live; j++) {
+        value[j] = half ? to_float(((const uint16_t *)x)[j]) : ((const float *)x)[j];
+        times[j] = half ? to_float(((const uint16_t *)factor)[j]) : ((const float *)factor)[j];
+    }
+    for (int j = 0; j < LANES; j++) value[j] *= sigmoid(value[j]) * times[j];
+    uint16_t halves[LANES];
+    for (int j = 0; half && j < LANES; j++) halves[j] = to_bf16(value[j]);
+    if (half) memcpy(y, halves, 2 * live);
+    else memcpy(y, value, 4 * live);
+}
+
+static void run_silu(const Call *c, const Product *p, int64_t first, int64_t count, int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++)
+        for (int64_t at = first * LANES; at < (first + count) * LANES && at < p->n; at += LANES) {
+            const char *x = place(c, p->x_of, p->x_at + at, t), *factor = place(c, p->add_of, p->add_at + at, t);
+            char *y = (char *)place(c, p->y_of, p->y_at + at, t);
+            if (p->n - at < LANES) silu_columns(x, factor, y, (int)(p->n - at), (int)c->half);
+            else if (c->half) silu_columns(x, factor, y, LANES, 1);
+            else silu_columns(x, factor, y, LANES, 0);
+        }
+}
+
+/* `count` panels at `w`, the first of them panel `first` of the product, for tokens begin .. end. */
+static void run_panels(const Call *c, const Product *p, int kind, const char *w, int64_t panel, int64_t first, int64_t count, int64_t begin, int64_t end, float *memory) {
+#if HAS_TILES
+    if (kind == BF16 && use_tiles && c->tokens >= TILE_TOKENS) return run_tiles(c, p, w, panel, first, count, begin, end);
+#endif
+#if defined(__AVX512BF16__)
+    if (kind == BF16 && c->tokens >= TILE_TOKENS) kind = PAIRS;
+#endif
+    run_vectors(c, p, kind, w, panel, first, count, begin, end, memory);
+}
+
+#define WIDENED 4 /* panels at a time, which a core's cache holds */
+
+/* Panels first .. first + count of one product for tokens begin .. end. */
+static void run_task(const Call *c, const Product *p, int64_t first, int64_t count, int64_t begin, int64_t end, char *memory) {
+    if (p->dtype == SILU) return run_silu(c, p, first, count, begin, end);
+    const int64_t panel = panel_bytes(p);
+    const char *w = (const char *)p->weight + first * panel;
+    if (p->dtype != INT8 || c->tokens < widen_tokens(c)) return run_panels(c, p, (int)p->dtype, w, panel, first, count, begin, end, (float *)memory);
+    char *wide = memory + 12 * (p->k + 1) * sizeof(float);
+    for (int64_t i = 0; i < count; i += WIDENED) {
+        const int64_t some = count - i < WIDENED ? count - i : WIDENED;
+        widen(p, w + i * panel, some, (int)c->half, wide);
+        run_panels(c, p, c->half ? BF16 : FP32, wide, wide_bytes(p->k, (int)c->half), first + i, some, begin, end, (float *)memory);
+    }
+}
+
+/* How a product is cut: about equal bytes for few tokens, blocks of panels and tokens that fit a core's cache for many. */
+typedef struct { int64_t panels, tokens, across, down; } Cut;
+static int64_t count_of(Cut cut) { return cut.across * cut.down; }
+#define SILU_WORK 64 /* a panel's silu costs about as much as so many of its products */
+static Cut cut_of(const Product *p, int64_t tokens, int64_t stage_work, int threads) {
+    int64_t all = (p->n + LANES - 1) / LANES, k = p->dtype == SILU ? SILU_WORK : p->k;
+    int64_t share = stage_work / (4 * threads) + 1, panels = share / k;
+    int64_t least = tokens < 16 ? 1 : 4, most = tokens < 16 ? all : 16;
+    panels = panels < least ? least : panels > most ? most : panels;
+    panels = (panels + 3) / 4 * 4;
+    int64_t block = p->dtype == INT8 ? 1024 : 192;
+    if (block > tokens) block = tokens;
+    return (Cut){panels, block, (all + panels - 1) / panels, (tokens + block - 1) / block};
+}
+
+static char *thread_memory(int64_t bytes) {
+    static __thread char *memory = 0;
+    static __thread int64_t size = 0;
+    if (size < bytes) {
+        free(memory);
+        memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
+        size = bytes;
+    }
+    return memory;
+}
+
+static int64_t panels_of(const Product *p) { return (p->n + LANES - 1) / LANES; }
+static int64_t work_of(const Product *p) { return panels_of(p) * (p->dtype == SILU ? SILU_WORK : p->k); }
+
+/* All tasks of the products begin .. end, which are of one stage; every thread of the team comes here. */
+static void run_stage(const Call *call, const Product *begin, const Product *end, int threads, char *memory) {
+    int64_t work = 0, tasks = 0;
+    for (const Product *p = begin; p < end; p++) work += work_of(p);
+    for (const Product *p = begin; p < end; p++) tasks += count_of(cut_of(p, call->tokens, work, threads));
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < tasks; task++) {
+        const Product *p = begin;
+        int64_t local = task;
+        Cut cut = cut_of(p, call->tokens, work, threads);
+        for (; local >= count_of(cut); cut = cut_of(++p, call->tokens, work, threads)) local -= count_of(cut);
+        const int64_t first = local / cut.down * cut.panels, left = panels_of(p) - first, t = local % cut.down * cut.tokens;
+        const int64_t last = t + cut.tokens < call->tokens ? t + cut.tokens : call->tokens;
+        run_task(call, p, first, left < cut.panels ? left : cut.panels, t, last, memory);
+    }
+}
+
+void neuronmlp_products(const Chain *chain, void *input, void *output, void *scratch, int64_t tokens) {
+    const Call call = {{{input, chain->widths[0]}, {output, chain->widths[1]}, {scratch, chain->widths[2]}}, tokens, chain->half};
+    const Product *const end = chain->products + chain->count;
+    int64_t longest = 0;
+    for (const Product *p = chain->products; p < end; p++)
+        if (p->k > longest) longest = p->k;
+    if (use_tiles < 0) use_tiles = HAS_TILES && tiles_granted();
+#pragma omp parallel
+    {
+        char *memory = thread_memory(12 * (longest + 1) * 4 + WIDENED * wide_bytes(longest + 32, 0));
+        for (const Product *stage = chain->products, *next; stage < end; stage = next) {
+            for (next = stage; next < end && next->stage == stage->stage; next++) {}
+            run_stage(&call, stage, next, omp_get_num_threads(), memory);
+            /* its loop ended with a barrier: the next stage may read what this one wrote */
+        }
     }
 }

@@ -16,11 +16,16 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.platforms import current_platform
 
-from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, FactorFile, read_config
+from neuronmlp_plugin.checkpoint.files import read_config
+from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, FactorFile
 from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, parse_block
 from neuronmlp_plugin.errors import CheckpointError, UsageError
-from neuronmlp_plugin.serving.cpu.fused import usable
-from neuronmlp_plugin.serving.cpu.linear_method import LowRankDownMethod, LowRankGateUpMethod
+from neuronmlp_plugin.serving.cpu.linear_method import (
+    LowRankDownMethod,
+    LowRankGateUpMethod,
+    fuses,
+    watch_parents,
+)
 from neuronmlp_plugin.serving.options import Options, parse_options
 
 logger = init_logger("vllm.neuronmlp")
@@ -71,9 +76,20 @@ class NeuronMLPConfig(QuantizationConfig):
         block, overlay, options = self._open()
         parent, _, name = prefix.rpartition(".")
         stored, method = block.mlp(parent), _METHODS.get(name)
-        if stored is None or method is None or stored.is_base(block.shape):
+        if stored is None or method is None:
             return UnquantizedLinearMethod()
+        # A layer as the base model has it is vLLM's own, unless a chain runs it, which saves a call or two.
+        if stored.is_base(block.shape) and (overlay is not None or not self._chains(options)):
+            return UnquantizedLinearMethod()
+        watch_parents()
         return method(parent, stored, options, overlay)
+
+    @staticmethod
+    def _chains(options: Options) -> bool:
+        """Whether dense layers run as chains here."""
+        device = torch.device(current_platform.device_type)
+        dtype: Any = get_current_vllm_config().model_config.dtype
+        return fuses(options, False, device, dtype)
 
     def _open(self) -> tuple[FormatBlock, FactorFile | None, Options]:
         if self.opened is None:
@@ -124,7 +140,7 @@ def _path(options: Options, block: FormatBlock) -> str:
     ranks = (
         "" if tp == 1 else f", {tp} ranks " + ("share one group's factors" if shared else "own whole groups")
     )
-    if options.fast_path and not shared and usable(torch.device(current_platform.device_type), dtype):
+    if fuses(options, shared, torch.device(current_platform.device_type), dtype):
         return f"fused products{', int8 weights read as they are' if block.has_int8 else ''}{ranks}"
     expanded = (
         f", int8 weights expanded to {dtype} at load, at its memory and speed" if block.has_int8 else ""

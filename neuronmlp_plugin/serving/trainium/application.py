@@ -5,7 +5,6 @@ without our block.
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from typing import Any
 
@@ -16,8 +15,15 @@ from neuronmlp_plugin.serving.trainium.config import (
     options_of,
     source_of,
 )
-from neuronmlp_plugin.serving.trainium.decisions import layer_decisions
-from neuronmlp_plugin.serving.trainium.dispatch import DECODE, FILE, PREFILL, RECORD
+from neuronmlp_plugin.serving.trainium.dispatch import (
+    DECODE,
+    FILE,
+    PREFILL,
+    RECORD,
+    layer_decisions,
+    logger,
+    settle,
+)
 from neuronmlp_plugin.serving.trainium.metrics import publish
 from neuronmlp_plugin.serving.trainium.mlp import LowRankMLP
 from neuronmlp_plugin.serving.trainium.state_dict import (
@@ -28,7 +34,6 @@ from neuronmlp_plugin.serving.trainium.state_dict import (
     read_factored,
 )
 
-logger = logging.getLogger("vllm.neuronmlp")  # a child of the logger that vLLM sets up
 _Base: Any = object  # the mixins below stand before an NxDI class, whose methods `super()` finds
 
 
@@ -67,6 +72,12 @@ class LowRankApplication(_Base):
     """Before a NeuronBaseForCausalLM: reads, checks and shards factors, and counts what ran."""
 
     serves_low_rank = True
+
+    def __init__(self, model_path: str, config: Any = None, *args: Any, **kwargs: Any) -> None:
+        """As the base. Without a config NxDI reads the one of a compiled artifact, where all is settled."""
+        if config is not None and is_low_rank(config):
+            settle(config)
+        super().__init__(model_path, config, *args, **kwargs)
 
     @classmethod
     def get_config_cls(cls) -> Any:

@@ -1,17 +1,49 @@
-"""Which path each layer takes in each phase, why, and how often it ran: so that a fallback cannot pass for a
-kernel run.
+"""Kernels or torch, for each layer and phase: the decision, the trial launch before it, and the record of what
+was compiled and how often it ran, so that a fallback cannot pass for a kernel run.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
+import importlib.metadata
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from neuronmlp_plugin.errors import UsageError
-from neuronmlp_plugin.serving.trainium.options import Options
+from neuronmlp_plugin.models.factors import MLPLayer
+from neuronmlp_plugin.serving.trainium.config import ArtifactError, block_of, options_of, source_of
+from neuronmlp_plugin.serving.trainium.kernel_path import declined
+from neuronmlp_plugin.serving.trainium.options import KEY, Options
+from neuronmlp_plugin.serving.trainium.trial import refusal
+from nki_kernels.backend import HAS_NKI
+
+logger = logging.getLogger("vllm.neuronmlp")  # a child of the logger that vLLM sets up
+OLDEST_NKI = (0, 2)
+# NxDI's own kernels are of the older NKI language (`neuronxcc.nki`, Beta 1) as long as it goes with an nki
+# before this one: 0.8 (SDK 2.28) imports neuronxcc.nki throughout, 0.9 (SDK 2.29, nki 0.3) nki and nkilib.
+FIRST_NKI_OF_NXDI = (0, 3)
+# NeuronConfig switches of those kernels, beside `attn_kernel_enabled`; NxDI 0.8, models/config.py.
+_BETA_1_SWITCHES = (
+    "attn_kernel_enabled",
+    "qkv_kernel_enabled",
+    "qkv_nki_kernel_enabled",
+    "out_proj_kernel_enabled",
+    "attn_tkg_nki_kernel_enabled",
+    "attn_tkg_builtin_kernel_enabled",
+    "attn_block_tkg_nki_kernel_enabled",
+    "attn_block_cte_nki_kernel_enabled",
+    "strided_context_parallel_kernel_enabled",
+    "kv_cache_update_with_kernel",
+)
+TRIAL_TOKENS = 512  # of the trial's prefill: a larger one is more of the same blocks
+FLASH_FROM = 4096  # context length from which NxDI takes its flash kernel where nobody said no
+
 
 PREFILL, DECODE = "prefill", "decode"
 PHASES = (PREFILL, DECODE)
@@ -47,6 +79,112 @@ def decide(
         else:
             decisions[phase] = Decision("kernel", "planned")
     return decisions
+
+
+def settle(config: Any) -> None:
+    """What must be known before NxDI copies the config of a model that it is about to compile: whether the
+    vendor takes the kernels, and that no kernel of the older language shares a graph with them.
+
+    Writes into the config's record, which travels with the artifact. Raises UsageError where kernels are
+    required and refused, and where a switch of NxDI's asks for the older language beside them.
+    """
+    record = getattr(config, KEY)
+    record["refused"] = None
+    if all(decision.path == "torch" for layer in layer_decisions(config) for decision in layer.values()):
+        return
+    why = _refused(config)
+    if why:
+        record["refused"] = why
+        layer_decisions(config)  # raises where kernels are required
+        logger.warning("neuronmlp: MLPs run by torch operations: %s", why)
+    else:
+        _one_language(config)
+
+
+def _refused(config: Any) -> str | None:
+    """What the vendor says of one launch of each kernel, for each combination of forms and planned phase."""
+    block, neuron, norm_eps = block_of(config), config.neuron_config, None
+    assert block is not None
+    if getattr(neuron, "mlp_kernel_enabled", False):  # NxDI leaves the norm to the MLP
+        norm_eps = config.rms_norm_eps
+    tokens = {DECODE: neuron.batch_size, PREFILL: min(neuron.max_context_length, TRIAL_TOKENS)}
+    tried = set()
+    for stored, decisions in zip(block.layers, layer_decisions(config), strict=True):
+        forms = tuple(spec.form for spec in stored.values())
+        for phase, decision in decisions.items():
+            if decision.path == "kernel" and (forms, phase) not in tried:
+                tried.add((forms, phase))
+                why = refusal(stored, neuron.tp_degree, neuron.torch_dtype, tokens[phase], norm_eps)
+                if why:
+                    return why
+    return None
+
+
+def _one_language(config: Any) -> None:
+    """Two NKI languages in one graph are no supported scenario: NxDI's own kernels stay off beside ours."""
+    nki, neuron = installed_nki(), config.neuron_config
+    if nki is None or _release(nki) >= FIRST_NKI_OF_NXDI:
+        return
+    for name in _BETA_1_SWITCHES:
+        if getattr(neuron, name, None):
+            raise UsageError(
+                f"{source_of(config)}: expected {name} off beside the kernels of nki {nki}, found it on: NxD Inference's "
+                f'own kernel is of the older NKI language and a graph takes one; set it to false, or "{KEY}": {{"kernels": "off"}}.'
+            )
+    if getattr(neuron, "attn_kernel_enabled", None) is None:
+        neuron.attn_kernel_enabled = False
+        if neuron.max_context_length >= FLASH_FROM:
+            logger.warning(
+                "neuronmlp: attn_kernel_enabled is set to false: NxD Inference would take its flash kernel, of the older "
+                'NKI language, from %d tokens on; to keep it, set "%s": {"kernels": "off"}',
+                FLASH_FROM,
+                KEY,
+            )
+
+
+def layer_decisions(config: Any) -> list[dict[str, Decision]]:
+    """Phase -> decision of every layer of a model with our block. Raises UsageError where kernels are
+    required and cannot run.
+    """
+    block, neuron, options = block_of(config), config.neuron_config, options_of(config)
+    assert block is not None
+    unavailable = kernels_unavailable(neuron.on_cpu, installed_nki())
+    unavailable = unavailable or getattr(config, KEY).get("refused")
+    decisions = []
+    for index, stored in enumerate(block.layers):
+        why = (
+            None
+            if unavailable or options.kernels == "off"
+            else _declined(stored, neuron.tp_degree, neuron.torch_dtype)
+        )
+        decisions.append(decide(options, unavailable, why, index))
+    return decisions
+
+
+def installed_nki() -> str | None:
+    """Version of the vendor's `nki`, or None."""
+    try:
+        return importlib.metadata.version("nki") if HAS_NKI else None
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")[:2]))
+
+
+def kernels_unavailable(on_cpu: bool, nki: str | None) -> str | None:
+    """Why no kernel can run at all, or None."""
+    if on_cpu:
+        return "NxDI runs on the CPU (on_cpu)"
+    if nki is None or _release(nki) < OLDEST_NKI:
+        return f"the kernels need nki 0.2 (Neuron SDK 2.28) or later, found {nki or 'none'}"
+    return None
+
+
+@functools.cache
+def _declined(stored: MLPLayer, tp: int, dtype: torch.dtype) -> str | None:
+    return declined(stored, tp, dtype)
 
 
 class DispatchRecord:
@@ -116,18 +254,19 @@ class DispatchRecord:
         """Read it back where nothing is traced, because the artifact is loaded.
 
         An artifact without the file was not compiled by us and says nothing of its kernels: raises
-        UsageError.
+        ArtifactError.
         """
         try:
             with open(path, encoding="utf-8") as handle:
                 entries = json.load(handle)
-        except FileNotFoundError as error:
-            raise UsageError(
-                f"{path}: expected the record of which kernels the artifact holds, found none; "
+            for layer, phase, tokens, decided, reason in entries:
+                self.add(layer, phase, tokens, Decision(decided, reason))
+        except (FileNotFoundError, ValueError, TypeError) as error:
+            found = "none" if isinstance(error, FileNotFoundError) else "another file"
+            raise ArtifactError(
+                f"{path}: expected the record of which kernels the artifact holds, found {found}; "
                 "compile the model again into an empty folder."
             ) from error
-        for layer, phase, tokens, decided, reason in entries:
-            self.add(layer, phase, tokens, Decision(decided, reason))
 
 
 RECORD = DispatchRecord()

@@ -20,15 +20,16 @@ from torch import nn
 from neuronmlp_plugin.errors import UsageError
 from neuronmlp_plugin.models.definition import Tensors
 from neuronmlp_plugin.models.factors import IN, OUT, PROJECTIONS, Matrix, MLPLayer
-from neuronmlp_plugin.models.gather import slots_per_rank
-from neuronmlp_plugin.serving.trainium.layout import even_pivots, lay_out, partition_dim
+from neuronmlp_plugin.serving.trainium.layout import lay_out, partition_dim
 from neuronmlp_plugin.serving.trainium.parallel import Parallel
 from nki_kernels.kernels.sharded import first_factors, last_factor, second_factors
 from nki_kernels.kernels.svd_mlp import svd_mlp
-from nki_kernels.layout import DENSE, Layout, Projection, first_stage, last_stage, mlp_layout, second_stage
+from nki_kernels.layout import Layout, Projection, mlp_layout
 from nki_kernels.packing import pack
 from nki_kernels.plan import Plan
-from nki_kernels.planner import Declined, Request, plan_launch
+from nki_kernels.planner import Declined, plan_launch
+from nki_kernels.request import Request, stage_request
+from nki_kernels.staging import gathered_projection, gathered_stages
 from nki_kernels.targets import PMAX
 
 _NUMPY_DTYPES = {torch.bfloat16: ml_dtypes.bfloat16, torch.float16: np.float16, torch.float32: np.float32}
@@ -40,24 +41,15 @@ def stage_layouts(stored: MLPLayer, tp: int) -> dict[str, Layout]:
     """
     if not stored.gathers(tp):
         mine = stored.share(tp)
-        projections = [Projection.whole(spec.form, spec.rank) for spec in mine.values()]
+        projections = [Projection.whole(spec.form, spec.rank, mine.groups) for spec in mine.values()]
         return {"whole": mlp_layout(mine.hidden_size, mine.channels, *projections)}
-    projections = [_projection(matrix, tp) for matrix in stored.matrices.values()]
-    whole = mlp_layout(stored.hidden_size, stored.channels // tp, *projections)
-    stages = {"second": second_stage(whole)}
-    if whole.gate_first or whole.up_first:
-        stages["first"] = first_stage(whole)
-    if whole.down_first:
-        stages["last"] = last_stage(whole)
-    return stages
+    gate, up, down = (_projection(matrix, tp) for matrix in stored.matrices.values())
+    return gathered_stages(stored.hidden_size, stored.channels // tp, (gate, up, down))
 
 
 def _projection(matrix: Matrix, tp: int) -> Projection:
     """A matrix under `gather`."""
-    if not matrix.spec.is_low_rank:
-        return DENSE
-    slots = slots_per_rank(matrix.rank, tp)
-    return Projection(matrix.spec.form, tp * slots, slots, even_pivots(matrix, tp))
+    return gathered_projection(matrix.spec.form, matrix.spec.rank or 0, tp)
 
 
 def turned(stored: MLPLayer) -> tuple[bool, bool]:
@@ -69,25 +61,13 @@ def turned(stored: MLPLayer) -> tuple[bool, bool]:
 
 
 def _request(layout: Layout, tokens: int, dtype: torch.dtype, norm_eps: float | None) -> Request:
-    """Between collectives activations travel as [channels, T], so a launch that starts from down's z finds
-    its input transposed.
-    """
-    transposed = layout.down_first is None and layout.gate_second is None and layout.down_second is not None
-    return Request(
-        layout,
-        tokens,
-        np.dtype(_NUMPY_DTYPES[dtype]),
-        norm_eps if layout.hidden else None,
-        transposed_input=transposed,
-    )
+    return stage_request(layout, tokens, np.dtype(_NUMPY_DTYPES[dtype]), norm_eps)
 
 
 def declined(stored: MLPLayer, tp: int, dtype: torch.dtype) -> str | None:
     """Why the kernels do not take the layer, in a sentence, or None. What fits 128 tokens fits any number,
     block by block.
     """
-    if stored.is_low_rank and not stored.gathers(tp) and stored.share(tp).groups > 1:
-        return f"the kernels take one group a rank, found {stored.share(tp).groups}"
     for layout in stage_layouts(stored, tp).values():
         plan = plan_launch(_request(layout, PMAX, dtype, norm_eps=1e-5))
         if isinstance(plan, Declined):
@@ -135,8 +115,8 @@ def _rank_matrices(
 
 
 def own_first(z: torch.Tensor, rank: torch.Tensor, tp: int) -> torch.Tensor:
-    """Rank-major z `[tp n, T]` -> the same with the share of `rank` `[1]` first, then those of rank + 1, ...
-    around the ring.
+    """Rank-major z, `[tp n, T]` or `[tp T, n]` -> the same with the share of `rank` `[1]` first, then those of
+    rank + 1, ... around the ring.
     """
     order = (torch.arange(tp, device=z.device) + rank) % tp
     return z.reshape(tp, -1, z.shape[-1]).index_select(0, order).reshape(z.shape)
@@ -177,7 +157,7 @@ class KernelPath(nn.Module):
     def __init__(self, stored: MLPLayer, parallel: Parallel) -> None:
         super().__init__()
         self.layouts = stage_layouts(stored, parallel.size)
-        self.slots = tuple(_projection(stored.matrix(p), parallel.size).slots for p in PROJECTIONS[:2])
+        self.slots = tuple(_projection(stored.matrix(p), parallel.size).slots for p in PROJECTIONS)
         self.turn_z, self.turn_down = turned(stored)
         self.parallel = parallel
         for stage, layout in self.layouts.items():

@@ -14,7 +14,8 @@ import torch
 
 from neuronmlp_plugin.models.definition import Tensors, factors_of
 from neuronmlp_plugin.models.factors import IN, OUT, Matrix
-from neuronmlp_plugin.models.gather import Shard, gather_shard, slots_per_rank
+from neuronmlp_plugin.models.gather import Shard, gather_shard
+from nki_kernels import staging
 
 PARTS = ("first", "second")
 
@@ -26,7 +27,7 @@ def partition_dim(matrix: Matrix, part: str, gathers: bool) -> int:
 
 def even_pivots(matrix: Matrix, tp: int) -> int:
     """How many of a rank's leading channels are themselves its z under `gather`, the same for every rank."""
-    return matrix.pivots // tp
+    return staging.even_pivots(matrix.pivots, tp)
 
 
 def laid_out_shapes(matrix: Matrix, tp: int, gathers: bool) -> dict[str, tuple[int, int]]:
@@ -37,7 +38,7 @@ def laid_out_shapes(matrix: Matrix, tp: int, gathers: bool) -> dict[str, tuple[i
         named = zip(PARTS, matrix.factor_shapes, strict=True)
         return {part: shape for part, shape in named if shape is not None}
     n_in, n_out = matrix.in_out
-    padded, pivots = tp * slots_per_rank(matrix.rank, tp), tp * even_pivots(matrix, tp)
+    padded, pivots = tp * staging.slots_per_core(matrix.rank, tp), tp * even_pivots(matrix, tp)
     if matrix.is_down:
         return {"first": (padded, n_in - pivots), "second": (n_out, padded)}
     return {"first": (padded, n_in), "second": (n_out - pivots, padded)}

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from neuronmlp_plugin.serving.trainium.after_import import run_after_import
+from neuronmlp_plugin.serving.trainium import run_after_import
 
 logger = logging.getLogger("vllm.neuronmlp")
 FOLDER_VARIABLE = "NEURONMLP_METRICS_DIR"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import numpy as np
 
 from nki_kernels.simulator.dtypes import round_to
@@ -92,12 +94,25 @@ def store(dst: Tensor, values: np.ndarray, state: int = WRITTEN) -> None:
     dst.write(round_to(values, dst.dtype), state)
 
 
+def _refuse_destroyed(op: str, operand: Tensor) -> NoReturn:
+    """Two tensors on the same bytes are in use together."""
+    storage = operand.storage
+    refuse(
+        f"{op} uses '{storage.name}' in {storage.space} from byte {storage.address} on, but '{storage.destroyed_by}' "
+        "lies on the same bytes and was written since; put one of them elsewhere, or use the first up before"
+    )
+
+
 def record(
     engine: str, op: str, dst: Tensor, *sources: Tensor | None, function: str = "", **figures: int | bool
 ) -> None:
     """Leave the instruction in the trace; absent operands are left out."""
     machine = current()
+    for operand in (dst, *sources):
+        if operand is not None and operand.storage.destroyed_by:
+            _refuse_destroyed(op, operand)
+    if dst.storage.neighbours or not dst.storage.written:
+        dst.storage.note_write(*dst.access.span)
     reads = tuple(source.access for source in sources if source is not None)
-    machine.emit(
-        Instruction(machine.instructions, engine, op, reads, (dst.access,), function=function, **figures)
-    )  # type: ignore[arg-type]
+    where = machine.instructions
+    machine.emit(Instruction(where, engine, op, reads, (dst.access,), function=function, **figures))  # type: ignore[arg-type]

@@ -41,7 +41,9 @@ def matmuls(a, b, count=4):
 def copies(src, buffers, rounds=8):
     """Streams `rounds` tiles through `buffers` rotating ones, doubling each in place of work."""
     out = nl.ndarray((rounds * 128, 512), dtype=src.dtype, buffer=nl.shared_hbm)
-    ring = [tile() for _ in range(buffers)]
+    ring = []
+    for _ in range(buffers):
+        ring.append(tile())
     for i in range(rounds):
         held = ring[i % buffers]
         nisa.dma_copy(dst=held, src=src[i * 128 : i * 128 + 128, :])

@@ -7,9 +7,9 @@ from nki_kernels.backend import nisa, nl
 from nki_kernels.cost.calibration import FITTED, published_rows
 from nki_kernels.cost.constants import CALIBRATED, DOCUMENTED, EFFECTIVE, EVERY_ROW, SETS
 from nki_kernels.cost.costs import dma_engines_used, engine_cycles
-from nki_kernels.simulator import simulate
 from nki_kernels.simulator.trace import Instruction
 from nki_kernels.targets import TRN1
+from tests.nki_kernels.any_python import simulate
 
 BF16, FP32 = nl.bfloat16, nl.float32
 
@@ -34,15 +34,15 @@ def t(space, cols, dtype=BF16, rows=128):
 @pytest.mark.parametrize(
     ("m", "n", "dtype", "cycles"),
     [
-        (128, 512, BF16, 512),
-        (128, 1, BF16, 64),
-        (16, 1, BF16, 16),
-        (128, 100, BF16, 100),
-        (128, 512, FP32, 2048),
-        (8, 2, FP32, 32),
+        (128, 512, BF16, 576),
+        (128, 1, BF16, 65),
+        (16, 1, BF16, 65),
+        (128, 100, BF16, 164),
+        (128, 512, FP32, 2112),
+        (8, 2, FP32, 72),
     ],
 )
-def test_a_matmul_takes_its_moving_columns_or_64_and_four_times_that_in_fp32(m, n, dtype, cycles):
+def test_a_matmul_takes_a_turnaround_and_its_moving_columns_four_times_over_in_fp32(m, n, dtype, cycles):
     event = only(
         lambda: nisa.nc_matmul(
             t(nl.psum, n, FP32, m), t(nl.sbuf, m, dtype), t(nl.sbuf, n, dtype), accumulate=False
@@ -51,9 +51,17 @@ def test_a_matmul_takes_its_moving_columns_or_64_and_four_times_that_in_fp32(m, 
     assert engine_cycles(event) == cycles
 
 
-def test_a_transpose_takes_the_partitions_of_its_data():
+def test_a_transpose_takes_a_turnaround_and_the_partitions_of_its_data():
     event = only(lambda: nisa.nc_transpose(t(nl.psum, 128, FP32, 100), t(nl.sbuf, 100)))
-    assert engine_cycles(event) == 128
+    assert engine_cycles(event) == 64 + 128
+
+
+@pytest.mark.parametrize("dtype", [nl.int8, BF16, FP32], ids=str)
+def test_a_cast_takes_an_element_a_cycle_whatever_the_type(dtype):
+    """On ScalarE by activation, on VectorE and, after its start, on GpSimdE by tensor_copy."""
+    by_scalar = only(lambda: nisa.activation(dst=t(nl.sbuf, 512), op=nl.copy, data=t(nl.sbuf, 512, dtype)))
+    by_vector = only(lambda: nisa.tensor_copy(dst=t(nl.sbuf, 512), src=t(nl.sbuf, 512, dtype)))
+    assert engine_cycles(by_scalar) == engine_cycles(by_vector) == 512
 
 
 @pytest.mark.parametrize(

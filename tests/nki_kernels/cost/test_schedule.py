@@ -64,14 +64,14 @@ def test_exposed_times_sum_to_the_latency_and_no_resource_works_longer():
         found.simulated_us
     )
     assert found.busiest_us <= found.simulated_us and found.bound == "tensor"
-    assert found.exposed.tensor == pytest.approx(found.busy.tensor) == pytest.approx(400 * 512 / 2.8 / 1000)
+    assert found.exposed.tensor == pytest.approx(found.busy.tensor) == pytest.approx(400 * 576 / 2.8 / 1000)
 
 
 def test_a_small_launch_is_as_long_as_its_chain():
     """Start, load, matmuls, result, eviction, result, start, store: worked out by hand."""
     slots = slots_of(matmuls, array(128, 128), array(128, 512))
     loads = DMA_START_NS + (128 + 512) * 256 / 272
-    expected = loads + 4 * 512 / 2.8 + 200 / 1.4 + 512 / 1.4 + 200 / 1.4 + DMA_START_NS + 512 * 256 / 272
+    expected = loads + 4 * 576 / 2.8 + 200 / 1.4 + 512 / 1.4 + 200 / 1.4 + DMA_START_NS + 512 * 256 / 272
     assert slots[-1].end_ns == pytest.approx(expected)
 
 

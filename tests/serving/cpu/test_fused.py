@@ -60,31 +60,38 @@ def wide(factors):
     st.integers(2, 70),
     st.integers(2, 150),
     st.integers(1, 5),
-    st.integers(1, 40),
+    st.integers(1, 70),
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.tuples(*[st.booleans()] * 3),
     st.data(),
 )
 @settings(deadline=None, max_examples=200)
 def test_chains_equal_the_definition(forms, hidden, width, groups, tokens, dtype, int8, data):
-    from neuronmlp_plugin.serving.cpu.fused import fused_down, fused_gate_up
+    from neuronmlp_plugin.serving.cpu.fused import fused_down, fused_gate_up, fused_mlp
 
     rank = data.draw(st.integers(1, min(hidden, width) - 1))
     shape = MLPShape(hidden, groups * width, 1)
     layer = mix_layer(forms, shape, ranks=dict.fromkeys(PROJECTIONS, rank), groups=groups)
     gate, up, down = owned(layer, dtype, int8)
     x, h = torch.randn(tokens, hidden, dtype=dtype), torch.randn(tokens, groups * width, dtype=dtype)
-    tolerance = 1e-5 if dtype is torch.float32 else 8e-3
     expected = torch.cat([bind(matrix, wide(factors))(x.double()) for matrix, factors in (gate, up)], dim=-1)
-    got = fused_gate_up(gate, up)(x)
-    assert got.dtype is dtype
-    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+    close(fused_gate_up(gate, up, dtype)(x), expected, dtype)
     expected = bind(down[0], wide(down[1]))(h.double())
-    torch.testing.assert_close(fused_down(down)(h).double(), expected, rtol=tolerance, atol=tolerance)
+    close(fused_down(down, dtype)(h), expected, dtype)
+    on_gate, on_up = (bind(matrix, wide(factors))(x.double()) for matrix, factors in (gate, up))
+    expected = bind(down[0], wide(down[1]))(torch.nn.functional.silu(on_gate) * on_up)
+    close(fused_mlp(gate, up, down, dtype)(x), expected, dtype)
+
+
+def close(got, expected, dtype):
+    """Within the rounding of some stages, beside the largest output: bf16 rounds what it leaves in between."""
+    assert got.dtype is dtype
+    bound = (2e-5 if dtype is torch.float32 else 0.03) * float(expected.abs().max() + 1)
+    assert float((got.double() - expected).abs().max()) <= bound
 
 
 def test_weights_that_are_elsewhere_or_of_another_dtype_take_no_chain():
-    from neuronmlp_plugin.serving.cpu.fused import usable
+    from neuronmlp_plugin.serving.cpu.chain import usable
 
     assert usable(torch.device("cpu"), torch.float32)
     assert not usable(torch.device("cpu"), torch.float16)
@@ -92,7 +99,7 @@ def test_weights_that_are_elsewhere_or_of_another_dtype_take_no_chain():
 
 
 def test_packing_pads_the_last_panel_with_zeros():
-    from neuronmlp_plugin.serving.cpu.fused import pack
+    from neuronmlp_plugin.serving.cpu.chain import pack
 
     weight = torch.randn(21, 5)
     panels = pack(weight)

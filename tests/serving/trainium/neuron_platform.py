@@ -13,9 +13,9 @@ neuronmlp = neuronmlp_plugin:register
 
 def register() -> str:
     """vllm-neuron's platform without its look at /dev/neuron*, on the stand-ins for the closed wheels."""
-    import neuron_stubs
+    from tests.serving.trainium import neuron_wheels
 
-    neuron_stubs.install()
+    neuron_wheels.install()
     return "vllm_neuron.platform.NeuronPlatform"
 
 

@@ -41,3 +41,11 @@ def family_cases(folders: dict[str, str], tp: int) -> list[Case]:
         neuron = {"sequence_parallel_enabled": sequence_parallel}
         cases.append(Case(name, family, folders[family], tp, batch, {}, neuron))
     return cases
+
+
+def grouped_cases(folders: dict[str, str], tp: int) -> list[Case]:
+    """Folders by name, which ends with their number of groups: those that tp ranks can serve."""
+    served = {
+        name: folder for name, folder in folders.items() if int(name.split("-")[-1]) in (1, *range(tp, 9, tp))
+    }
+    return [Case(f"{name}-tp{tp}", "llama", folder, tp, 2, {}) for name, folder in served.items()]

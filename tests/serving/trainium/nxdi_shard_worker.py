@@ -11,13 +11,12 @@ from tests.serving.trainium.nxdi_cases import Case
 
 
 def main(folder: str, tp: str, out: str) -> None:
-    import neuron_stubs
-
     import neuronmlp_plugin
+    from tests.serving.trainium import neuron_wheels
 
     # The trace-time path of NxDI, as on a device: it fakes the process group that its CPU mode would open.
     os.environ["NXD_CPU_MODE"] = "0"
-    neuron_stubs.install()
+    neuron_wheels.install()
     neuronmlp_plugin.register()
     from tests.serving.trainium.nxdi_worker import build
 

@@ -5,7 +5,7 @@
 `ours`: with our classes in NxDI's table. `stock`: without. `simulated`: with ours, and the kernels run by the
 simulator.
 
-The public sources of NxDI and NxD, and the stand-ins for the closed Neuron wheels, are on PYTHONPATH. Under
+The public sources of NxDI and NxD are on PYTHONPATH; neuron_wheels stands in for the closed wheels. Under
 more than one rank the environment is torchrun's (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 """
 
@@ -104,22 +104,22 @@ def run(case: Case) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def run_kernels_in_the_simulator() -> None:
     """As if a device were there: layers decide for kernels, and a launch goes to the simulator."""
-    from neuronmlp_plugin.serving.trainium import decisions
+    from neuronmlp_plugin.serving.trainium import dispatch
     from neuronmlp_plugin.serving.trainium.kernel_path import KernelPath
     from tests.serving.trainium.sharded import simulated
 
-    decisions.kernels_unavailable = lambda *_: None
+    dispatch.kernels_unavailable = lambda *_: None
+    dispatch.refusal = lambda *_: None  # there is no compiler to ask
     KernelPath.launch = staticmethod(simulated)
 
 
 def main(cases_path: str, results_path: str, classes: str = "ours") -> None:
-    import neuron_stubs
-
     import neuronmlp_plugin
+    from tests.serving.trainium import neuron_wheels
 
     if classes == "simulated":
         import nki_kernels.backend  # noqa: F401  (before the stand-ins make it believe in a vendor's `nki`)
-    neuron_stubs.install()
+    neuron_wheels.install()
     if classes != "stock":
         neuronmlp_plugin.register()
     if classes == "simulated":

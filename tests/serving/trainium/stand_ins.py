@@ -5,7 +5,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
+
+import torch
 
 
 class NeuronConfig:
@@ -17,9 +20,15 @@ class NeuronConfig:
             "mlp_cp_degree": 1,
             "fused_rmsnorm_skip_gamma": False,
             "seq_len": 128,
+            "max_context_length": 128,
+            "batch_size": 1,
+            "on_cpu": False,
+            "torch_dtype": "bfloat16",
+            "attn_kernel_enabled": None,
         }
         for name, value in defaults.items():
             setattr(self, name, kwargs.pop(name, value))
+        self.torch_dtype = getattr(torch, str(self.torch_dtype).removeprefix("torch."))
         self.unknown = sorted(kwargs)
 
 
@@ -28,9 +37,15 @@ class InferenceConfig:
     validation.
     """
 
-    def __init__(self, neuron_config: NeuronConfig, hf: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        neuron_config: NeuronConfig,
+        load_config: Callable[[InferenceConfig], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.neuron_config = neuron_config
-        self.__dict__.update(hf or {})
+        if load_config is not None:
+            load_config(self)
         self.__dict__.update(kwargs)
         self.add_derived_config()
         self.validate_config()
@@ -50,9 +65,14 @@ class InferenceConfig:
             **self.__dict__,
             "neuron_config": {k: v for k, v in vars(self.neuron_config).items() if k != "unknown"},
         }
-        return json.dumps(values, sort_keys=True)
+        return json.dumps(values, sort_keys=True, default=str)
 
     @classmethod
     def from_json_string(cls, text: str) -> InferenceConfig:
         values = json.loads(text)
-        return cls(cls.get_neuron_config_cls()(**values.pop("neuron_config")), **values)
+        return cls(neuron_config=cls.get_neuron_config_cls()(**values.pop("neuron_config")), **values)
+
+
+def load_values(values: dict[str, Any]) -> Callable[[InferenceConfig], None]:
+    """What NxDI's `load_pretrained_config` returns: a function that puts a checkpoint's values in place."""
+    return lambda config: config.__dict__.update(values)

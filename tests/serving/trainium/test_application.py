@@ -21,9 +21,8 @@ class Base:
     not.
     """
 
-    def __init__(self, on_cpu, low_rank=True):
-        self.neuron_config = types.SimpleNamespace(on_cpu=on_cpu)
-        self.config = types.SimpleNamespace(**({KEY: {}} if low_rank else {}))
+    def __init__(self, model_path, config=None):
+        self.config, self.neuron_config = config, config.neuron_config
 
     def to_cpu(self):
         pass
@@ -39,7 +38,10 @@ class Base:
 
 
 class Application(LowRankApplication, Base):
-    pass
+    def __init__(self, on_cpu, low_rank=True):
+        neuron_config = types.SimpleNamespace(on_cpu=on_cpu)
+        config = types.SimpleNamespace(neuron_config=neuron_config, **({KEY: {}} if low_rank else {}))
+        Base.__init__(self, "folder", config)  # as NxDI does for a compiled artifact: nothing to settle
 
 
 PROMPT, TOKEN = torch.zeros(1, 7, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)

@@ -6,15 +6,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import types
 
 import pytest
 
-from neuronmlp_plugin.checkpoint.reader import Checkpoint, read_config
+from neuronmlp_plugin.checkpoint.files import read_config
+from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.checkpoint.writer import write_factor_file
 from neuronmlp_plugin.errors import UnsupportedModelError, UsageError
 from neuronmlp_plugin.serving.trainium import config as config_module
-from neuronmlp_plugin.serving.trainium.config import StaleArtifactError, block_of, low_rank_config
-from tests.serving.trainium.stand_ins import InferenceConfig
+from neuronmlp_plugin.serving.trainium.config import (
+    ArtifactError,
+    StaleArtifactError,
+    block_of,
+    checked_request,
+    low_rank_config,
+    one_request,
+)
+from tests.serving.trainium.stand_ins import InferenceConfig, load_values
 from tests.tiny_models import MIXED_LAYERS, write_dense, write_mixed
 
 LowRank = low_rank_config(InferenceConfig)
@@ -29,7 +39,7 @@ def folders(tmp_path_factory):
 
 def make(folder, base=LowRank, hf=None, **neuron):
     values = {**read_config(folder), "_name_or_path": str(folder), **(hf or {})}
-    return base(base.get_neuron_config_cls()(**neuron), hf=values)
+    return base(base.get_neuron_config_cls()(**neuron), load_config=load_values(values))
 
 
 def test_a_dense_model_keeps_the_key_of_the_stock_class(folders):
@@ -94,6 +104,112 @@ def test_artifacts_of_other_kernels_are_not_loaded(folders, monkeypatch):
     assert issubclass(StaleArtifactError, ValueError)  # on which vllm-neuron compiles anew
 
 
+@pytest.fixture(scope="module")
+def other(folders, tmp_path_factory):
+    """Another model of the same shapes and ranks: as a fine-tuned sibling, compressed alike."""
+    return write_mixed(tmp_path_factory.mktemp("other") / "mixed", folders["dense"], seed=5)
+
+
+def read_back(asked, artifact_of, **neuron):
+    """What happens when vllm-neuron is asked for one folder and finds the artifact of another."""
+    saved = make(artifact_of, **neuron).to_json_string()
+    with one_request():
+        make(asked)
+        return LowRank.from_json_string(saved)
+
+
+def test_an_artifact_of_another_model_is_refused_in_words(folders, other, monkeypatch):
+    monkeypatch.setenv("NEURON_COMPILED_ARTIFACTS", "/artifacts/a")
+    read_back(folders["mixed"], folders["mixed"])
+    with pytest.raises(
+        ArtifactError, match=r"/artifacts/a: expected .* of .*, found that of .* weights are others"
+    ):
+        read_back(other, folders["mixed"])
+    with pytest.raises(ArtifactError, match="found that of a low-rank model"):
+        read_back(folders["dense"], folders["mixed"])
+    with pytest.raises(ArtifactError, match="found that of a dense model"):
+        read_back(folders["mixed"], folders["dense"])
+    read_back(folders["dense"], folders["dense"])
+    assert not issubclass(ArtifactError, ValueError)  # or vllm-neuron would compile over the other's artifact
+
+
+def test_an_artifact_with_other_values_of_the_architecture_is_refused(folders, tmp_path):
+    shutil.copytree(folders["mixed"], tmp_path / "scaled")
+    config = {**read_config(folders["mixed"]), "rms_norm_eps": 0.5}
+    (tmp_path / "scaled" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match="another rms_norm_eps"):
+        read_back(tmp_path / "scaled", folders["mixed"])
+
+
+def test_a_model_that_was_moved_keeps_its_artifact(folders, tmp_path):
+    shutil.copytree(folders["mixed"], tmp_path / "moved")
+    config = read_back(tmp_path / "moved", folders["mixed"])
+    assert config._name_or_path == str(tmp_path / "moved")  # the weights are read from there, too
+
+
+@pytest.mark.parametrize(
+    ("compiled", "option"),
+    [
+        ({"batch_size": 4}, "--max-num-seqs 1, found 4"),
+        ({"seq_len": 64}, "--max-model-len 128, found 64"),
+        ({"tp_degree": 2}, "--tensor-parallel-size 1, found 2"),
+        ({"torch_dtype": "float32"}, "--dtype torch.bfloat16, found torch.float32"),
+    ],
+)
+def test_an_artifact_of_other_sizes_is_refused(folders, compiled, option):
+    with pytest.raises(ArtifactError, match=f"compiled for {option}"):
+        read_back(folders["mixed"], folders["mixed"], **compiled)
+
+
+def test_options_that_an_artifact_was_not_compiled_with_are_refused_and_none_are_taken(folders):
+    saved = make(folders["mixed"], neuronmlp={"kernels": "off"}).to_json_string()
+    with one_request():
+        make(folders["mixed"])  # nothing said: what was compiled stays in force
+        assert LowRank.from_json_string(saved).neuronmlp["kernels"] == "off"
+    with one_request(), pytest.raises(ArtifactError, match="compiled with neuronmlp"):
+        make(folders["mixed"], neuronmlp={"kernels": "auto"})
+        LowRank.from_json_string(saved)
+
+
+def test_outside_a_request_an_artifact_is_held_against_its_own_folder_alone(folders, other):
+    saved = make(folders["mixed"]).to_json_string()
+    make(other)
+    assert LowRank.from_json_string(saved).neuronmlp == make(folders["mixed"]).neuronmlp
+
+
+def loader(model_config, additional_config=None):
+    return additional_config
+
+
+@pytest.mark.parametrize(
+    ("additional", "message"),
+    [
+        (
+            {"neuronmlp": {"kernels": "off"}},
+            "expected 'neuronmlp' inside 'override_neuron_config', found it beside",
+        ),
+        ({"override-neuron-config": {"neuronmlp": {}}}, "found 'override-neuron-config'.*write underscores"),
+    ],
+)
+def test_options_where_vllm_neuron_does_not_read_them_are_refused(additional, message):
+    model = types.SimpleNamespace(hf_config=types.SimpleNamespace())
+    with pytest.raises(UsageError, match=message):
+        checked_request(loader)(model, additional_config=additional)
+    stock = {"override-neuron-config": {"enable_bucketing": True}}
+    assert (
+        checked_request(loader)(model, additional_config=stock) == stock
+    )  # of a dense model: not our business
+    ours = types.SimpleNamespace(quantization_config={"quant_method": "neuronmlp"})
+    with pytest.raises(UsageError, match="write underscores"):
+        checked_request(loader)(types.SimpleNamespace(hf_config=ours), stock)
+
+
+def test_a_checked_loader_is_checked_once():
+    assert checked_request(checked_request(loader)) is not loader
+    once = checked_request(loader)
+    assert checked_request(once) is once
+
+
 def test_a_factor_file_makes_a_dense_model_low_rank(folders, tmp_path):
     mixed = Checkpoint(folders["mixed"])
     names = mixed.block.expected_tensors(only_changed=True)
@@ -104,6 +220,19 @@ def test_a_factor_file_makes_a_dense_model_low_rank(folders, tmp_path):
     assert block_of(make(folders["dense"], neuronmlp=options)).layers == MIXED_LAYERS
     with pytest.raises(UsageError, match="drop the file"):
         make(folders["mixed"], neuronmlp=options)
+
+
+def test_a_dense_folder_of_transformers_5_keeps_its_rope_under_transformers_4(folders, tmp_path):
+    """Transformers 4 fills in a theta of 10000 and keeps `rope_parameters` as a value that nobody reads."""
+    mixed = Checkpoint(folders["mixed"])
+    names = mixed.block.expected_tensors(only_changed=True)
+    factors = tmp_path / "factors.safetensors"
+    write_factor_file(factors, mixed.block, {name: mixed.tensor(name) for name in names})
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    read_by_4 = {"rope_theta": 1e4, "rope_scaling": None, "rope_parameters": rope}
+    config = make(folders["dense"], hf=read_by_4, neuronmlp={"factors": str(factors)})
+    assert config.rope_theta == 5e5 and config.rope_scaling == {"rope_type": "linear", "factor": 2.0}
+    assert make(folders["dense"], hf=read_by_4).rope_theta == 1e4  # a model of others is theirs
 
 
 @pytest.mark.parametrize(
@@ -128,9 +257,9 @@ def test_what_nxdi_would_get_wrong_is_refused(folders, name, value):
 
     values = {**read_config(folders["mixed"]), "_name_or_path": str(folders["mixed"])}
     with pytest.raises(UsageError, match=f"expected {name}="):
-        LowRank(Neuron(), hf=values)
+        LowRank(Neuron(), load_config=load_values(values))
     del values["quantization_config"]
-    LowRank(Neuron(), hf=values)  # a dense model is none of our business
+    LowRank(Neuron(), load_config=load_values(values))  # a dense model is none of our business
 
 
 @pytest.mark.parametrize(

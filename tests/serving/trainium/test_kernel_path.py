@@ -66,11 +66,11 @@ def test_the_kernels_give_the_plain_answer_at_every_rank(mix, tp):
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("tp", [2, 3])
+@pytest.mark.parametrize(("tp", "groups"), [(2, 2), (3, 3), (2, 4), (2, 6), (3, 6)])
 @pytest.mark.parametrize("mix", MIXES, ids="-".join)
-def test_a_rank_with_a_group_of_its_own_is_one_launch_and_the_sum_of_y(mix, tp):
+def test_a_rank_with_groups_of_its_own_is_one_launch_and_the_sum_of_y(mix, tp, groups):
     x = torch.randn(2, 3, SHAPE.hidden_size)
-    outputs, launches, collectives, expected = run(mix, tp, x, groups=tp)
+    outputs, launches, collectives, expected = run(mix, tp, x, groups=groups)
     for y in outputs:
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     assert launches == ["svd_mlp"] and collectives == [("all_reduce", x.numel() * 4)]

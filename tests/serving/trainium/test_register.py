@@ -37,7 +37,7 @@ def test_the_action_runs_once_the_module_is_imported_by_someone(tmp_path):
     (tmp_path / "table.py").write_text("TYPES = {}\n")
     code = """
         import sys
-        from neuronmlp_plugin.serving.trainium.after_import import run_after_import
+        from neuronmlp_plugin.serving.trainium import run_after_import
         seen = []
         for _ in range(2):
             run_after_import("table", lambda module: seen.append(sorted(vars(module).keys() & {"TYPES"})))

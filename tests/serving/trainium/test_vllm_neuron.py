@@ -24,7 +24,7 @@ from neuronmlp_plugin.checkpoint.writer import write_factor_file
 from tests.serving.trainium.neuron_platform import write_distribution
 from tests.tiny_models import FAMILIES, write_dense, write_mixed
 
-NEEDED = ("vllm", "vllm_neuron", "neuron_stubs", "neuronx_distributed_inference", "neuronx_distributed")
+NEEDED = ("vllm", "vllm_neuron", "neuronx_distributed_inference", "neuronx_distributed")
 pytestmark = [
     pytest.mark.nxdi,
     pytest.mark.vllm,
@@ -57,15 +57,19 @@ def environment(tmp_path) -> dict[str, str]:
     return {**keep, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def generate(
-    folder: str, additional_config: dict, environment: dict[str, str], work: pathlib.Path
-) -> list[list[int]]:
-    """New tokens of each prompt from `LLM.generate` in a process of its own."""
+def run(
+    folder: str,
+    additional_config: dict,
+    environment: dict[str, str],
+    work: pathlib.Path,
+    max_num_seqs: int = len(PROMPTS),
+) -> subprocess.CompletedProcess:
+    """`LLM.generate` of all prompts in a process of its own; the new tokens go to `work`/results.json."""
     llm = {
         "model": folder,
         "skip_tokenizer_init": True,
         "max_model_len": 32,
-        "max_num_seqs": len(PROMPTS),
+        "max_num_seqs": max_num_seqs,
         "enable_prefix_caching": False,
         "dtype": "float32",
         "additional_config": additional_config,
@@ -81,11 +85,18 @@ def generate(
         str(arguments),
         str(results),
     ]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
+
+
+def generate(
+    folder: str, additional_config: dict, environment: dict[str, str], work: pathlib.Path
+) -> list[list[int]]:
+    """New tokens of each prompt."""
+    done = run(folder, additional_config, environment, work)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(results.read_text())
+    return json.loads((work / "results.json").read_text())
 
 
 @torch.no_grad()
@@ -116,6 +127,32 @@ def test_a_factor_file_over_a_dense_model_by_flags_alone(environment, tmp_path):
     expected = [greedy(load_model(factored.folder), prompt, NEW_TOKENS) for prompt in PROMPTS]
     options = neuron_config(factors=str(tmp_path / "factors.safetensors"), kernels="off")
     assert generate(str(dense), options, environment, tmp_path) == expected
+
+
+def test_an_artifact_serves_the_model_and_the_sizes_it_was_compiled_for(environment, tmp_path):
+    """What vllm-neuron itself does with NEURON_COMPILED_ARTIFACTS: it loads whatever lies there."""
+    dense = write_dense(tmp_path / "dense", "llama")
+    folder = write_mixed(tmp_path / "mixed", dense)
+    sibling = write_mixed(tmp_path / "sibling", dense, seed=5)
+    environment |= {
+        "NEURON_COMPILED_ARTIFACTS": str(tmp_path / "artifact"),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    expected = [greedy(load_model(folder), prompt, NEW_TOKENS) for prompt in PROMPTS]
+    for _ in range(2):  # compiled, then loaded
+        assert generate(str(folder), neuron_config(), environment, tmp_path) == expected
+    other = run(str(sibling), neuron_config(), environment, tmp_path)
+    assert other.returncode and f"found that of {folder}, whose weights are others" in other.stderr
+    fewer = run(str(folder), neuron_config(), environment, tmp_path, max_num_seqs=2)
+    assert fewer.returncode and "compiled for --max-num-seqs 2, found 3" in fewer.stderr
+
+
+def test_options_beside_the_ones_that_are_read_are_refused(environment, tmp_path):
+    folder = write_mixed(tmp_path / "mixed", write_dense(tmp_path / "dense", "llama"))
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    beside = {**neuron_config(), "neuronmlp": {"kernels": "off"}}
+    done = run(str(folder), beside, environment, tmp_path)
+    assert done.returncode and "expected 'neuronmlp' inside 'override_neuron_config'" in done.stderr
 
 
 @pytest.fixture

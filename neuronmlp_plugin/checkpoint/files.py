@@ -1,0 +1,146 @@
+"""The files of a model folder, before anything is known of what is in them: JSON, and safetensors by header."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from neuronmlp_plugin.checkpoint.schema import shard_name
+from neuronmlp_plugin.errors import CheckpointError, reason_of
+
+# Of a safetensors file: a model of 400 layers in one file has a header of 1 MiB.
+LONGEST_HEADER = 16 << 20
+_OUR_SHARD = re.compile(r"neuronmlp-\d{5}-of-(\d{5})\.safetensors")
+
+
+class Header(NamedTuple):
+    """What a safetensors file says about one tensor; `dtype` in its own spelling ("BF16", "I8")."""
+
+    path: pathlib.Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+Headers = dict[str, Header]
+
+
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+    """`config.json` of a local folder, as a dict."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: expected a Hugging Face config, found no such file; name a local model folder."
+        )
+    return read_object(path)
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """A file that holds one JSON object."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: expected a readable file in UTF-8, found: {error}.") from error
+    return parse_object(text, path)
+
+
+def parse_object(text: str, path: pathlib.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected JSON, found: {reason_of(error)}.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}.")
+    return value
+
+
+def _no_number(name: str) -> None:
+    """NaN and its like, which Python reads and JSON does not have."""
+    raise ValueError(f"{name}, which is no number of JSON")
+
+
+def open_safetensors(path: pathlib.Path) -> Any:
+    """`safe_open`, with a truncated or foreign file refused in words."""
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        if size > LONGEST_HEADER:
+            raise CheckpointError(
+                f"{path}: expected a header of at most {LONGEST_HEADER >> 20} MiB, found {size:,} bytes; "
+                "the file is damaged, or not safetensors."
+            )
+        return safe_open(path, framework="pt")
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{path}: expected a file that this user may read, found it closed; change its mode or owner."
+        ) from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: expected a whole safetensors file, found: {error}; copy or download it again."
+        ) from error
+
+
+def read_headers(path: pathlib.Path) -> Headers:
+    """Every tensor of one file, by name."""
+    with open_safetensors(path) as handle:
+        slices = {name: handle.get_slice(name) for name in handle.keys()}
+        return {
+            name: Header(path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
+        }
+
+
+def index_tensors(files: list[pathlib.Path]) -> Headers:
+    index: Headers = {}
+    for path in files:
+        for name, header in read_headers(path).items():
+            if name in index:
+                raise CheckpointError(
+                    f"{path}: expected {name} once, found it in {index[name].path.name} too; remove the stale file."
+                )
+            index[name] = header
+    return index
+
+
+def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The folder's weight files, as transformers finds them: `model.safetensors`, else those that its index
+    names; else all safetensors and every shard that they count.
+
+    An index beside `model.safetensors` is what an older save in shards left behind.
+    """
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if whole.is_file():
+        files = [whole]
+    elif index.is_file():
+        files = [folder / name for name in _indexed(index)]
+    else:
+        found = {path.name for path in folder.glob("*.safetensors")}
+        counts = {int(match[1]) for match in map(_OUR_SHARD.fullmatch, found) if match}
+        files = [
+            folder / name
+            for name in sorted(found | {shard_name(i + 1, count) for count in counts for i in range(count)})
+        ]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing or not files:
+        what = ", ".join(missing) or "*.safetensors"
+        raise CheckpointError(
+            f"{folder}: expected {what}, found no such file (pickled *.bin weights are never read)."
+        )
+    return files
+
+
+def _indexed(index: pathlib.Path) -> list[str]:
+    """The files that an index names, all of which lie beside it."""
+    table = read_object(index).get("weight_map")
+    names = (
+        set(table.values())
+        if isinstance(table, dict) and all(isinstance(name, str) for name in table.values())
+        else set()
+    )
+    if not names or any(pathlib.PurePath(name).name != name for name in names):
+        raise CheckpointError(
+            f"{index}: expected `weight_map`, from tensors to files of this folder, found another; download it again."
+        )
+    return sorted(names)

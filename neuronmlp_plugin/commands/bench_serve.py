@@ -1,0 +1,113 @@
+"""`neuronmlp bench serve` and `rivals`: what a user of a CPU waits for, and what they would serve instead."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+from typing import Any
+
+from neuronmlp_plugin.arguments import positive
+from neuronmlp_plugin.bench.folders import named_folders
+from neuronmlp_plugin.errors import UsageError
+
+
+def add_kinds(kinds: Any) -> None:
+    _add_serve(
+        kinds.add_parser(
+            "serve", help="time to first token and decoding on this machine, models in turns (measured)"
+        )
+    )
+    rivals = kinds.add_parser("rivals", help="the dense model as int8 for vLLM and as Q8_0 for llama.cpp")
+    rivals.add_argument("dense", type=pathlib.Path)
+    rivals.add_argument(
+        "--w8a8", type=pathlib.Path, metavar="FOLDER", help="write compressed-tensors int8 here"
+    )
+    rivals.add_argument(
+        "--gguf", type=pathlib.Path, metavar="FILE", help="write Q8_0 here (needs pip install gguf)"
+    )
+    rivals.set_defaults(run_kind=_rivals)
+
+
+def _add_serve(serve: argparse.ArgumentParser) -> None:
+    what = "checkpoints, or .gguf files for llama-cpp-python; the first is what the others are compared with"
+    serve.add_argument("models", nargs="+", metavar="NAME=FOLDER", help=what)
+    serve.add_argument(
+        "--first", type=positive, nargs="*", default=[128, 1024], help="tokens of prompt (128 1024)"
+    )
+    serve.add_argument(
+        "--batch", type=positive, nargs="*", default=[1, 8, 32], help="sequences (default 1 8 32)"
+    )
+    serve.add_argument("--new-tokens", type=positive, default=33)
+    serve.add_argument("--rounds", type=positive, default=5, help="(default %(default)s)")
+    serve.add_argument("--dtype", default="bfloat16", help="as for `vllm serve` (default %(default)s)")
+    serve.add_argument(
+        "--compile", action="store_true", help="with torch.compile, vLLM's default (else eager)"
+    )
+    serve.add_argument("--avx2", action="store_true", help="hold vLLM, torch and our products to AVX2")
+    serve.add_argument(
+        "--processor-time", action="store_true", help="one thread and its processor time, for a busy machine"
+    )
+    serve.add_argument("--log", type=pathlib.Path, help="keep rounds here, and go on from those in it")
+    serve.add_argument("--csv", type=pathlib.Path, help="append the rows to this file")
+    serve.set_defaults(run_kind=_serve)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from neuronmlp_plugin.bench.engines import EngineSettings
+    from neuronmlp_plugin.bench.rows import Row, append_rows
+    from neuronmlp_plugin.bench.serve import DECODE_PROMPT, Cell, measure_serving
+    from neuronmlp_plugin.compressor.progress import ProgressBars
+
+    if args.new_tokens < 2:
+        raise UsageError(f"--new-tokens: expected at least 2, found {args.new_tokens}.")
+    cells = [*(Cell("first", n) for n in args.first), *(Cell("decode", n) for n in args.batch)]
+    length = max([DECODE_PROMPT + args.new_tokens, *(n + 1 for n in args.first)])
+    settings = EngineSettings(
+        args.dtype, max([1, *args.batch]), length, args.compile, args.avx2, args.processor_time
+    )
+    models = named_folders("serve", args.models)
+    with ProgressBars(Console(stderr=True)).stage("timing", args.rounds * len(cells) * len(models)) as tick:
+        results = measure_serving(
+            models,
+            settings,
+            cells=cells,
+            new_tokens=args.new_tokens,
+            rounds=args.rounds,
+            log=args.log,
+            tick=tick,
+        )
+    how = f"{args.dtype}, {'compiled' if args.compile else 'eager'}{', AVX2' if args.avx2 else ''}"
+    how += ", one thread's processor time" if args.processor_time else ""
+    print(
+        f"{'cell':<20}{'model':<12}{'ms':>10}{'speed-up':>10}{'ideal':>8}{'share':>8}{'peak GiB':>10}   (measured, {how})"
+    )
+    for r in results:
+        ideal, share = (f"{r.ideal:.3f}", f"{r.share_of_ideal:.0%}") if r.ideal > 1 else ("-", "-")
+        print(
+            f"{r.cell!s:<20}{r.model:<12}{1e3 * r.seconds:>10.1f}{r.speedup:>10.3f}{ideal:>8}{share:>8}{r.peak_bytes / 2**30:>10.2f}"
+        )
+    if args.csv:
+        metrics = (("seconds", "s"), ("speedup", "ratio"), ("ideal", "ratio"), ("peak_bytes", "bytes"))
+        cases = [(f"serve {how} {r.model} {r.cell}", r) for r in results]
+        append_rows(
+            args.csv,
+            [Row(case, m, unit, getattr(r, m), "measured") for case, r in cases for m, unit in metrics],
+        )
+    return 0
+
+
+def _rivals(args: argparse.Namespace) -> int:
+    from neuronmlp_plugin.bench.rivals import write_q8_0, write_w8a8
+
+    if args.w8a8 is None and args.gguf is None:
+        raise UsageError("bench rivals: expected --w8a8 or --gguf, found neither.")
+    for out in (args.w8a8, args.gguf):
+        if out is not None and out.exists():
+            raise UsageError(f"{out}: expected a path that is free, found something there.")
+    if args.w8a8 is not None:
+        print(f"written  {write_w8a8(args.dense, args.w8a8)}")
+    if args.gguf is not None:
+        print(f"written  {write_q8_0(args.dense, args.gguf)}")
+    return 0

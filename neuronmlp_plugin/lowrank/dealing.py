@@ -1,0 +1,132 @@
+"""Deal the channels of an MLP into groups of equal size whose slices of gate, up and down have low rank.
+
+What a deal is worth is the sum of the tails that its slices are cut to. A smooth stand-in for it, with the
+price mu of a rank, sums l mu / (l + mu) over the squared singular values l of every slice. With X the rows of
+a slice and B = (X^T X / mu + 1)^-1 that is mu (H - tr B), and what one row x adds to it, or takes from it,
+follows from x^T B x and x^T B^2 x: one factorisation a slice prices every single move. Channels then swap in
+pairs, the best movers first.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+SWEEPS = 12
+FIRST_SHARE, SHRINK = 0.25, 0.85  # of a group that swaps in the first sweep; times this in each later one
+GAIN = 4e-4  # a sweep that gains less than this share ends the search
+
+
+def deal(
+    rows: torch.Tensor,
+    groups: int,
+    ranks: list[int],
+    start: torch.Tensor | None = None,
+    sweeps: int = SWEEPS,
+) -> torch.Tensor:
+    """`[I]` the group (0 ... groups - 1) of each channel; all groups have I / groups of them.
+
+    `rows [M, I, H]`: a row a channel of M whitened matrices, whose losses add up; `ranks [M]`: the rank of a
+    slice of each, roughly (it sets the price mu). `start` is a deal to begin from; cyclic without. At most `sweeps`
+    rounds of swaps.
+    """
+    channels = rows.shape[1]
+    assigned = torch.arange(channels, device=rows.device) % groups if start is None else start.clone()
+    if groups == 1:
+        return assigned
+    prices = _prices(rows, assigned, groups, ranks)
+    best, least, share = assigned, float("inf"), FIRST_SHARE
+    for _ in range(sweeps):
+        value, moves = _moves(rows, assigned, groups, prices)
+        if value < least:
+            done, best, least = least - value < GAIN * value, assigned, value
+        else:
+            done = share < FIRST_SHARE / 4
+            share *= SHRINK
+        if done:
+            break
+        assigned = _swapped(assigned, moves, groups, max(1, int(share * channels / groups)))
+        share *= SHRINK
+    return best
+
+
+def balanced(rows: torch.Tensor, assigned: torch.Tensor, groups: int, ranks: list[int]) -> torch.Tensor:
+    """A deal of unequal groups made equal: the cheapest movers go from the groups that are too large to those
+    that are too small.
+    """
+    channels = rows.shape[1]
+    counts = torch.bincount(assigned, minlength=groups).tolist()
+    if len(set(counts)) == 1:
+        return assigned
+    cyclic = torch.arange(channels, device=rows.device) % groups
+    _, moves = _moves(rows, assigned, groups, _prices(rows, cyclic, groups, ranks))
+    dealt = assigned.tolist()
+    for move in moves.flatten().argsort().tolist():
+        group, channel = divmod(move, channels)
+        if counts[dealt[channel]] > channels // groups > counts[group]:
+            counts[dealt[channel]] -= 1
+            counts[group] += 1
+            dealt[channel] = group
+    return torch.tensor(dealt, device=rows.device)
+
+
+def _prices(rows: torch.Tensor, assigned: torch.Tensor, groups: int, ranks: list[int]) -> torch.Tensor:
+    """mu `[M]`: the squared singular value at each matrix's rank, mean over the slices."""
+    slices = torch.stack(
+        [rows[:, assigned == group][:, : rows.shape[1] // groups] for group in range(groups)], 1
+    )
+    wide = slices.shape[2] <= slices.shape[3]
+    spectra = torch.linalg.eigvalsh(slices @ slices.mT if wide else slices.mT @ slices).flip(
+        -1
+    )  # [M, groups, n]
+    at = [
+        matrix[:, min(rank, spectra.shape[-1] - 1)].mean()
+        for matrix, rank in zip(spectra, ranks, strict=True)
+    ]
+    return torch.stack(at).clamp_min(torch.finfo(rows.dtype).tiny)
+
+
+def _moves(
+    rows: torch.Tensor, assigned: torch.Tensor, groups: int, prices: torch.Tensor
+) -> tuple[float, torch.Tensor]:
+    """The value of a deal, and `[groups, I]` what moving one channel to a group changes it by (inf for its
+    own).
+    """
+    channels, width = rows.shape[1:]
+    mu, eye = prices[:, None], torch.eye(width, dtype=rows.dtype, device=rows.device)
+    table, value = rows.new_empty(groups, channels), 0.0
+    for group in range(groups):
+        inside = assigned == group
+        part = rows[:, inside]
+        inverse = torch.cholesky_inverse(
+            torch.linalg.cholesky(part.transpose(1, 2) @ part / mu[..., None] + eye)
+        )
+        value += float((prices * (width - inverse.diagonal(dim1=1, dim2=2).sum(1))).sum())
+        product = rows @ inverse
+        one, two = (product * rows).sum(2) / mu, product.square().sum(2)
+        change = torch.where(inside, -two / (1 - one).clamp_min(1e-4), two / (1 + one))
+        table[group] = change.sum(0)
+    own = table.gather(0, assigned[None])
+    moves = (table + own).scatter(0, assigned[None], torch.inf)
+    return value, moves
+
+
+def _swapped(assigned: torch.Tensor, moves: torch.Tensor, groups: int, most: int) -> torch.Tensor:
+    """After swapping the best movers of every pair of groups, at most `most` of a group in all."""
+    assigned, members = assigned.clone(), [(assigned == group).nonzero()[:, 0] for group in range(groups)]
+    free = torch.ones(len(assigned), dtype=torch.bool, device=assigned.device)
+    quota = max(1, most // (groups - 1))
+    for a, b in itertools.combinations(range(groups), 2):
+        there, back = (_best(moves[to], members[of][free[members[of]]]) for of, to in ((a, b), (b, a)))
+        count = min(len(there), len(back), quota)
+        gains = moves[b, there[:count]] + moves[a, back[:count]]
+        count = int((gains < 0).sum())
+        there, back = there[:count], back[:count]
+        assigned[there], assigned[back] = b, a
+        free[there] = free[back] = False
+    return assigned
+
+
+def _best(moves: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+    return members[moves[members].argsort()]

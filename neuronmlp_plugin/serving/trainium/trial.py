@@ -1,0 +1,120 @@
+"""One launch of each kernel through the vendor's own compiler front end, before any layer depends on it.
+
+No chip is needed: `nki.trace(kernel, platform_target="trn1").specialize(arguments)` reads the kernel with its
+arguments and refuses what the compiler would refuse.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import nn
+
+from neuronmlp_plugin.models.factors import MLPLayer, ProjectionSpec
+from neuronmlp_plugin.serving.trainium.kernel_path import KernelPath
+from neuronmlp_plugin.serving.trainium.parallel import Parallel, RankModule
+from nki_kernels.layout import Layout
+
+PLATFORM = "trn1"
+
+
+def refusal(
+    stored: MLPLayer, tp: int, dtype: torch.dtype, tokens: int, norm_eps: float | None = None
+) -> str | None:
+    """Why the vendor's compiler does not take the layer's kernels for so many tokens, in one line, or None.
+    `norm_eps`: of the RMSNorm that the kernels are to apply, None where they are to apply none.
+    """
+    path = KernelPath(stored, _OneOfMany(tp, dtype))
+    stages = iter([stage for stage in ("whole", "first", "second", "last") if stage in path.layouts])
+
+    def launch(kernel: Callable[..., Any], *arguments: Any) -> torch.Tensor:
+        trace(kernel, *arguments)
+        return torch.zeros(_result_shape(path.layouts[next(stages)], tokens), dtype=dtype)
+
+    path.launch = launch  # type: ignore[method-assign]
+    norm = types.SimpleNamespace(weight=torch.ones(stored.hidden_size), variance_epsilon=norm_eps)
+    try:
+        path(torch.zeros(tokens, stored.hidden_size, dtype=dtype), None if norm_eps is None else norm)
+    except Exception as error:  # whatever the vendor raises: its text is the reason
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"the vendor's compiler refused a kernel for {tokens} tokens: {first_line[:300]}"
+    return None
+
+
+def sample_refusal() -> str | None:
+    """`refusal` of a small layer with every low-rank form, in prefill and decode: what `neuronmlp doctor` asks."""
+    compact, uv = ProjectionSpec("compact", 64), ProjectionSpec("uv", 64)
+    layer = MLPLayer(256, 512, compact, uv, compact)
+    found = (refusal(layer, 1, torch.bfloat16, tokens) for tokens in (128, 1))
+    return next((why for why in found if why), None)
+
+
+def trace(kernel: Callable[..., Any], *arguments: Any) -> None:
+    """Have the vendor read a kernel with these arguments; raises what the vendor raises."""
+    import nki
+
+    as_arrays = [_as_array(value) if isinstance(value, torch.Tensor) else value for value in arguments]
+    nki.trace(getattr(kernel, "func", kernel), platform_target=PLATFORM).specialize(*as_arrays)
+
+
+def _as_array(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _result_shape(layout: Layout, tokens: int) -> tuple[int, int]:
+    """Of one launch: z `[channels, T]` between collectives, y `[T, H]` at the end."""
+    if layout.down_second is not None:
+        return tokens, layout.down_second.cols
+    ends = (layout.down_first,) if layout.down_first is not None else (layout.gate_first, layout.up_first)
+    return sum(matrix.cols for matrix in ends if matrix is not None), tokens
+
+
+class _Slice(nn.Module):
+    """A layer of which only the shape of its weight counts."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+
+class _Rank(nn.Module):
+    def get_rank(self) -> torch.Tensor:
+        return torch.zeros(1, dtype=torch.int32)
+
+
+class _OneOfMany(Parallel):
+    """The first of `size` ranks, alone: every other rank's share is a copy of its own."""
+
+    def __init__(self, size: int, dtype: torch.dtype) -> None:
+        self.size, self.dtype = size, dtype
+
+    def column(self, n_in: int, n_out: int) -> nn.Module:
+        return _Slice(torch.zeros(n_out // self.size, n_in, dtype=self.dtype))
+
+    def row(self, n_in: int, n_out: int) -> nn.Module:
+        return _Slice(torch.zeros(n_out, n_in // self.size, dtype=self.dtype))
+
+    def rank_module(self) -> RankModule:
+        return _Rank()
+
+    def gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        return torch.cat([x] * self.size, dim)
+
+    def scatter_sum(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        return x.chunk(self.size, dim)[0]
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gather(x, x.dim() - 1)
+
+    def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scatter_sum(x, x.dim() - 1)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x

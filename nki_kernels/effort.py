@@ -1,0 +1,61 @@
+"""How long a plan keeps its engines and the DMA queues at work: what the planner compares plans by.
+
+A matmul of n moving columns takes n cycles and a turnaround of 64 [perf], so narrow token blocks are dear; every
+block of tokens reads the weights that the ring does not hold, so they are cheap in SBUF only.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from nki_kernels.layout import Layout, layout_of
+from nki_kernels.plan import Plan
+from nki_kernels.targets import PMAX, TURNAROUND_CYCLES, Target
+from nki_kernels.tiling import MOVING_COLS, pieces
+
+# Of two plans with one bound, prefer the one with less of the other resource.
+OVERLAP_LOSS = 0.1
+
+
+@functools.lru_cache(maxsize=64)
+def matmul_counts(layout: Layout) -> tuple[int, int]:
+    """Matmuls for one moving tile of tokens in transposed products, and moving columns for one tile of 128
+    tokens in the natural last one, identities included.
+    """
+    transposed = natural = 0
+    for _, matrix, n, _ in layout.tiles():
+        blocks = len(matrix.blocks(n))
+        if matrix.tile_cols == MOVING_COLS:
+            natural += blocks * (matrix.tile_width(n) + TURNAROUND_CYCLES)
+        else:
+            transposed += blocks
+    return transposed, natural
+
+
+def tensor_us(plan: Plan, target: Target) -> float:
+    """TensorE's time for all matmuls, back to back."""
+    transposed, natural = matmul_counts(layout_of(plan.products, plan.external_z))
+    passes = 4 if plan.itemsize == 4 else 1
+    cycles = 0
+    for _, tokens in pieces(plan.tokens, plan.block_tokens):
+        for _, width in pieces(tokens, plan.moving_tokens):
+            cycles += transposed * (passes * width + TURNAROUND_CYCLES)
+        cycles += natural * passes * len(pieces(tokens, PMAX))
+    return cycles / target.tensor_ghz / 1000
+
+
+def weights_us(plan: Plan, target: Target) -> float:
+    """The weights that cross HBM, at the documented rate of long rows; where they are int8, no less than ScalarE
+    and VectorE take to cast them, a column a cycle.
+    """
+    columns = plan.weight_cols_read()
+    if not plan.is_int8:
+        return columns * PMAX * plan.itemsize / target.dma_achieved_gbps / 1000
+    arriving = columns * PMAX / target.dma_achieved_gbps / 1000
+    return max(arriving, columns / (target.scalar_ghz + target.vector_ghz) / 1000)
+
+
+def effort_us(plan: Plan, target: Target) -> float:
+    """The larger of the two and a little of the smaller."""
+    low, high = sorted((tensor_us(plan, target), weights_us(plan, target)))
+    return high + OVERLAP_LOSS * low

@@ -1,0 +1,228 @@
+"""What a launch holds on chip: every tensor at the address that the plan gives it, and PSUM bank by bank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nki_kernels.backend import nisa, nl
+from nki_kernels.kernels.matmul import matmul
+from nki_kernels.kernels.stream import WeightStream
+from nki_kernels.plan import Plan
+from nki_kernels.targets import PMAX, PSUM_BANK_BYTES, PSUM_BANKS
+from nki_kernels.tiling import MOVING_COLS, Matrix, pieces, tile_count
+
+Tensor = Any
+
+
+def tensor_at(address: int, shape: tuple, dtype: Any) -> Tensor:
+    """A fresh SBUF tensor from byte `address` of every partition on."""
+    return nl.ndarray(shape, dtype=dtype, buffer=nl.sbuf, address=(0, address))
+
+
+class Banks(nl.NKIObject):
+    """PSUM, bank after bank in turn: while one product fills its banks, the engines empty those of the last."""
+
+    def __init__(self) -> None:
+        self.turn = 0
+
+    def tile(self, shape: tuple) -> Tensor:
+        """A fresh fp32 tile in the next bank; what was there must have been used."""
+        bank = self.turn
+        self.turn = (bank + 1) % PSUM_BANKS
+        return nl.ndarray(shape, dtype=nl.float32, buffer=nl.psum, address=(0, bank * PSUM_BANK_BYTES))
+
+
+class Norm(nl.NKIObject):
+    """RMSNorm: its weight as packed by `pack_norm`, and the small tiles that it needs."""
+
+    def __init__(self, plan: Plan, packed_weight: Tensor, zero: Tensor) -> None:
+        self.zero = zero
+        self.weight = tensor_at(plan.at.norm_weight, packed_weight.shape, nl.float32)
+        nisa.dma_copy(dst=self.weight, src=packed_weight, dge_mode=nisa.dge_mode.none)
+        self.eps = tensor_at(plan.at.norm_eps, (PMAX, 1), nl.float32)
+        nisa.memset(self.eps, plan.norm_eps)
+        self.sums = []
+        for i in range(2):
+            self.sums.append(tensor_at(plan.at.norm_sums + i * plan.align_bytes, (PMAX, 1), nl.float32))
+
+    def normalise(self, row: Tensor, scratch: Tensor, tokens: int, turn: int) -> None:
+        """scratch = row / sqrt(mean(row^2) + eps) of the first `tokens` partitions; the weight is applied
+        after the transpose.
+        """
+        hidden = row.shape[1]
+        total = self.sums[turn % 2]
+        nisa.activation(
+            dst=scratch[0:tokens, :],
+            op=nl.square,
+            data=row[0:tokens, :],
+            bias=self.zero[0:tokens, :],
+            reduce_op=nl.add,
+            reduce_res=total[0:tokens, :],
+            reduce_cmd=nisa.reduce_cmd.reset_reduce,
+        )
+        nisa.activation(
+            dst=total[0:tokens, :],
+            op=nl.rsqrt,
+            data=total[0:tokens, :],
+            bias=self.eps[0:tokens, :],
+            scale=1.0 / hidden,
+        )
+        nisa.tensor_scalar(
+            dst=scratch[0:tokens, :], data=row[0:tokens, :], op0=nl.multiply, operand0=total[0:tokens, :]
+        )
+
+
+class Scales(nl.NKIObject):
+    """Scales of int8 weights: by partition for transposed products, spread over all for natural ones."""
+
+    def __init__(self, plan: Plan, packed: Tensor) -> None:
+        self.packed = packed  # None where the weights are not int8, and so are the others then
+        self.columns = packed
+        self.spread = packed
+        self.is_loaded = False
+        self.scaled = []
+        if not plan.is_int8:
+            return
+        self.columns = tensor_at(plan.at.scales, packed.shape, nl.float32)
+        if plan.with_residual:
+            for i in range(2):
+                address = plan.at.scaled + i * MOVING_COLS * 4
+                self.scaled.append(tensor_at(address, (PMAX, MOVING_COLS), nl.float32))
+
+    def load(self, work: Workspace) -> None:
+        """Once, behind the first activations and before the first weights: what is needed first comes first, and
+        the engines have nothing to cast yet.
+        """
+        if not work.plan.is_int8 or self.is_loaded:
+            return
+        self.is_loaded = True
+        nisa.dma_copy(dst=self.columns, src=self.packed, dge_mode=nisa.dge_mode.none)
+        if work.plan.natural_output:
+            self.spread_rows(work, work.plan.products.down_second)
+
+    def spread_rows(self, work: Workspace, matrix: Matrix) -> None:
+        """The scales of natural output on every partition: ones^T diag(scales), whose sums have one term each."""
+        at = work.plan.at
+        ones = tensor_at(at.small, (PMAX, PMAX), nl.float32)
+        nisa.memset(ones, 1.0)
+        self.spread = tensor_at(at.spread, (PMAX, matrix.cols), nl.float32)
+        banks = pieces(matrix.cols, MOVING_COLS)
+        for b in range(len(banks)):
+            first, count = banks[b]
+            bank = work.banks.tile((PMAX, count))
+            for i in range(tile_count(count, PMAX)):
+                col, cols = i * PMAX, min(PMAX, count - i * PMAX)
+                diagonal = tensor_at(at.small + (1 + i) * PMAX * 4, (PMAX, PMAX), nl.float32)
+                nisa.activation(
+                    dst=diagonal[0:cols, 0:cols],
+                    op=nl.copy,
+                    data=work.identity[0:cols, 0:cols],
+                    bias=work.zero[0:cols, :],
+                    scale=self.of(matrix, first // PMAX + i, cols),
+                )
+                matmul(bank[:, col : col + cols], ones[0:cols, :], diagonal[0:cols, 0:cols], True)
+            nisa.tensor_copy(dst=self.spread[:, first : first + count], src=bank)
+
+    def of(self, matrix: Matrix, n: int, cols: int) -> Tensor:
+        """`[cols, 1]`: the scales of the matrix's n-th 128 columns."""
+        return self.columns[0:cols, matrix.scale_at + n : matrix.scale_at + n + 1]
+
+
+class Workspace(nl.NKIObject):
+    """What lives as long as the launch (ring, identity, small tiles), and the tensors of one block of tokens.
+
+    x, h and the z are `[128, row tiles, block_tokens]`. Those that the launch does not use are None.
+    """
+
+    def __init__(self, plan: Plan, weights: Tensor, norm_weight: Tensor, scales: Tensor, dtype: Any) -> None:
+        check_given("norm_weight", norm_weight, plan.with_norm)
+        check_given("scales", scales, plan.is_int8)
+        self.plan = plan
+        self.dtype = dtype
+        self.banks = Banks()
+        # The vendor's library passes activation a bias always: without one there was trouble at run time.
+        self.zero = tensor_at(plan.at.zero, (PMAX, 1), nl.float32)
+        nisa.memset(self.zero, 0.0)
+        self.load_identity(weights)
+        self.stream = WeightStream(weights, plan, dtype, self.zero)
+        self.scales = Scales(plan, scales)
+        self.activated = []
+        if plan.runs_gated:
+            for i in range(2):
+                address = plan.at.activated + i * plan.activated_bytes
+                self.activated.append(tensor_at(address, (PMAX, plan.moving_tokens), nl.float32))
+        self.norms = []
+        if plan.with_norm:
+            self.norms.append(Norm(plan, norm_weight, self.zero))
+
+    def load_identity(self, weights: Tensor) -> None:
+        """As much of it as the launch reads; it lies behind the weights, in their type."""
+        size, col = self.plan.identity_size, self.plan.identity_col
+        self.identity = tensor_at(self.plan.at.identity, (PMAX, PMAX), self.dtype)
+        there = self.identity
+        if self.plan.is_int8:
+            last = self.plan.at.raw + (self.plan.raw_slots - 1) * self.plan.raw_bytes
+            there = tensor_at(last, (PMAX, PMAX), weights.dtype)
+        nisa.dma_copy(
+            dst=there[0:size, 0:size],
+            src=weights[0:size, col : col + size],
+            dge_mode=nisa.dge_mode.none,
+        )
+        if self.plan.is_int8:
+            nisa.tensor_copy(dst=self.identity[0:size, 0:size], src=there[0:size, 0:size])
+
+    def open_block(self) -> None:
+        """Fresh tensors for a block of tokens. Several share bytes; each is used up before another is
+        written.
+        """
+        at = self.plan.at
+        self.x = self.tiles(at.x, self.plan.x_tiles)
+        self.h = self.tiles(at.h, self.plan.h_tiles)
+        self.gate_z = self.tiles(at.gate_z, self.plan.gate_z_tiles)
+        self.up_z = self.tiles(at.up_z, self.plan.up_z_tiles)
+        self.down_z = self.tiles(at.down_z, self.plan.down_z_tiles)
+        self.stream.seek(0)
+
+    def tiles(self, address: int, count: int) -> Tensor:
+        """`[128, count, block_tokens]`, or None for a count of 0."""
+        if count == 0:
+            return None
+        return tensor_at(address, (PMAX, count, self.plan.block_tokens), self.dtype)
+
+    def input_rows(self, features: int) -> list:
+        """Two or, with a norm, three tensors `[128, features]`: natural input on its way to the transpose."""
+        rows = []
+        for i in range(3 if self.plan.with_norm else 2):
+            address = self.plan.at.rows + i * self.plan.row_bytes
+            rows.append(tensor_at(address, (PMAX, features), self.dtype))
+        return rows
+
+    def z_rows(self, channels: int) -> list:
+        """Two tensors `[128, channels]`: natural z on its way between a collective and the transpose."""
+        rows = []
+        for i in range(2):
+            rows.append(
+                tensor_at(self.plan.at.z_rows + i * self.plan.z_row_bytes, (PMAX, channels), self.dtype)
+            )
+        return rows
+
+    def output_rows(self, token_tiles: int) -> Tensor:
+        """`[128, token tiles, out_cols]`: natural results on their way out."""
+        return tensor_at(self.plan.at.output, (PMAX, token_tiles, self.plan.out_cols), self.dtype)
+
+    def output_turns(self) -> list:
+        """Two tensors `[128, block_tokens]`: the turns of a transposed column tile on its way out."""
+        turns = []
+        for i in range(2):
+            address = self.plan.at.output + i * self.plan.turn_bytes
+            turns.append(tensor_at(address, (PMAX, self.plan.block_tokens), self.dtype))
+        return turns
+
+
+def check_given(name: str, operand: Tensor, wanted: bool) -> None:
+    """Refuse an operand that the plan does not use, and a plan whose operand is missing."""
+    # Compilers before NKI 0.7 know no `is`.
+    given = operand != None  # noqa: E711
+    assert given == wanted, (
+        f"{name}: expected {wanted} by the plan, found {given}; plan and operands must agree"
+    )

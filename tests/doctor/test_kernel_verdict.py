@@ -1,0 +1,53 @@
+"""Doctor asks the vendor's compiler where there is one, and says who answered."""
+
+import types
+
+import pytest
+
+from neuronmlp_plugin.doctor.checks import NOTE, PROBLEM
+from neuronmlp_plugin.doctor.environment import Environment
+from neuronmlp_plugin.doctor.kernel_verdict import TOKENS, check_kernels
+from nki_kernels.frontend import vendor
+from nki_kernels.kernels.svd_mlp import svd_mlp
+
+
+def environment(*modules, instance="", variables=None):
+    return Environment(
+        versions={}, modules=modules, plugins={}, variables=variables or {}, devices=(), instance=instance
+    )
+
+
+def test_a_machine_without_neuron_is_not_asked():
+    assert list(check_kernels(environment("vllm"))) == []
+
+
+def test_without_nki_our_front_end_accepts_the_kernels():
+    (finding,) = check_kernels(environment("neuronx_distributed_inference"))
+    assert finding.severity == NOTE
+    assert finding.what == "the NKI kernels are accepted by our front end of nki 0.2 (no nki here)"
+
+
+@pytest.mark.parametrize(
+    ("env", "platform"),
+    [
+        (environment("nki", instance="trn1.2xlarge"), "trn1"),
+        (environment("nki", instance="trn2.48xlarge"), "trn2"),
+        (environment("nki", variables={"NEURON_PLATFORM_TARGET_OVERRIDE": "inf2"}), "inf2"),
+    ],
+)
+def test_the_compiler_is_asked_for_this_platform_and_its_refusal_is_a_problem(env, platform, monkeypatch):
+    asked = []
+
+    def verdict(kernel, arguments, platform, target):
+        asked.append((kernel, platform, arguments[0].shape[0]))
+        return types.SimpleNamespace(
+            who="nki 0.2.0 (trn1)", refusals=("load.py:3: expecting simple variable",)
+        )
+
+    monkeypatch.setattr(vendor, "verdict", verdict)
+    (finding,) = check_kernels(env)
+    assert asked == [(svd_mlp, platform, tokens) for tokens in TOKENS]
+    assert finding.severity == PROBLEM
+    assert finding.what == (
+        "the NKI kernels are refused by nki 0.2.0 (trn1): load.py:3: expecting simple variable"
+    )

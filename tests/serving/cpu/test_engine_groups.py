@@ -70,4 +70,4 @@ def test_any_engine_serves_an_ordinary_folder_without_the_plugin(tmp_path, monke
     monkeypatch.setenv("VLLM_PLUGINS", "")
     process = run_engine(folder)
     check(logits_of(process), load_model(folder))
-    assert "neuronmlp" not in process.stdout + process.stderr
+    assert "neuronmlp:" not in process.stdout + process.stderr  # how each line of our log begins

@@ -66,11 +66,12 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"--dense: expected a folder with a report to put the quality into, found none in {args.model}; use `evaluate`."
         )
+    dense = None if args.dense is None else open_dense(args.dense)
     windows, judge = None, None
     if args.text is not None:
         windows, judged = _windows(args)
-        if args.dense is not None:
-            judge = functools.partial(_judge, judged, open_dense(args.dense), bars)
+        if dense is not None:
+            judge = functools.partial(_judge, judged, dense, bars)
     block = quantize_folder(args.model, args.out, bars, windows, judge, args.text)
     print(
         f"{args.out}: MLPs in int8, {block.weight_bytes / 1e6:.1f} MB, {block.bytes_ratio:.1%} of the dense ones in bf16"

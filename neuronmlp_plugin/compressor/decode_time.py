@@ -1,7 +1,7 @@
 """What a rank costs in decode time: one token, a core of trn1 for every group, in bf16, by nki_kernels' cost model.
 Simulated throughout.
 
-A launch reads its weights in row tiles of 128, so time is a staircase in the rank where parameters are a
+A launch reads its weights in row tiles of 128 and halves of them, so time is a staircase in the rank where parameters are a
 slope. One MLP is one launch, whose time is close to the dense one less what each projection saves by itself
 (a test holds them to each other), so that a knapsack may price every matrix alone.
 """
@@ -63,12 +63,12 @@ def dense_us(plan: Plan) -> float:
 
 
 def priced_ranks(hidden: int, channels: int) -> list[int]:
-    """The ranks whose launches are scheduled: first and last of every row tile; between them time is a
-    straight line.
+    """The ranks whose launches are scheduled: first and last of every half of a row tile; between them time is
+    a straight line. Up to a half, two column tiles share a block for a ragged row tile.
     """
-    small = min(hidden, channels)
+    small, half = min(hidden, channels), PMAX // 2
     least = max(1, int(MIN_RANK_SHARE * hidden * channels / (hidden + channels)))
-    edges = {edge for tile in range(0, small, PMAX) for edge in (tile + 1, tile + PMAX)}
+    edges = {edge for tile in range(0, small, half) for edge in (tile + 1, tile + half)}
     return sorted({least, small - 1} | {edge for edge in edges if least < edge < small})
 
 

@@ -59,14 +59,14 @@ def test_prices_rise_by_row_tiles(prices):
 
 
 def test_the_sum_of_prices_is_near_the_time_of_the_launch(prices):
-    """Within a tenth where a launch takes 13 us, much of it latency; real sizes below."""
+    """Within 15 % where a launch takes 12 us, much of it latency; real sizes below."""
     made = {
         "gate_proj": ProjectionSpec("uv", 256),
         "up_proj": ProjectionSpec("uv", 128),
         "down_proj": ProjectionSpec("uv", 256),
     }
     summed = sum(float(prices[name][spec.rank]) for name, spec in made.items())
-    assert summed == pytest.approx(us(SHAPE, made), rel=0.1)
+    assert summed == pytest.approx(us(SHAPE, made), rel=0.15)
     assert sum(float(prices[name][-1]) for name in PROJECTIONS) == pytest.approx(
         us(SHAPE, dict.fromkeys(PROJECTIONS, DENSE))
     )
@@ -77,10 +77,12 @@ def one_low(name: str, form: str, rank: int) -> float:
     return us(LLAMA_1B, {**dict.fromkeys(PROJECTIONS, DENSE), name: ProjectionSpec(form, rank)})
 
 
+@pytest.mark.parametrize(("first", "last"), [(1153, 1216), (1217, 1280)])
 @pytest.mark.parametrize("name", ["gate_proj", "down_proj"])
-def test_between_the_ends_of_a_tile_time_is_a_straight_line(name):
-    assert one_low(name, "uv", 1216) == pytest.approx(
-        (one_low(name, "uv", 1153) + one_low(name, "uv", 1280)) / 2, rel=0.002
+def test_between_the_ends_of_half_a_tile_time_is_a_straight_line(name, first, last):
+    middle = (first + last) // 2
+    assert one_low(name, "uv", middle) == pytest.approx(
+        (one_low(name, "uv", first) + one_low(name, "uv", last)) / 2, rel=0.002
     )
 
 
@@ -124,7 +126,7 @@ def test_llama_1b_ranks_land_on_row_tiles():
     plain = layers_of(LLAMA_1B)
     ranks = ranks_of(allocate(priced(plain, {LLAMA_1B.intermediate_size: tables}), 0.9, "uv", 16))
     assert len(ranks) > 10
-    assert sum(rank % 128 == 0 for rank in ranks) >= len(ranks) - 2
+    assert sum(rank % 64 == 0 for rank in ranks) >= 0.8 * len(ranks), ranks  # the others spend what is left
     unpriced = ranks_of(allocate(plain, 0.9, "uv", 16))
     assert sum(rank % 128 == 0 for rank in unpriced) < len(unpriced) / 2
 

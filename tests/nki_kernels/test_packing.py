@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from nki_kernels.cases import PROJECTIONS, MLPCase, random_weights
 from nki_kernels.layout import FORMS, Layout, Projection, chain_layout, mlp_layout
 from nki_kernels.packing import factors_by_name, pack, pack_norm, unpack
-from nki_kernels.tiling import Matrix, pieces
+from nki_kernels.tiling import IDENTITY, Matrix, pieces
 
 sizes = st.integers(2, 300)
 
@@ -63,15 +63,19 @@ def test_blocks_cover_every_number_of_the_logical_matrix_once(case):
         for name in weights
         if (m := layout.matrix(name)) is not None
     }
-    for name, matrix, n, first in layout.tiles():
-        offset = first
-        for k, rows, stored in matrix.blocks(n):
-            width = matrix.tile_width(n)
-            block = packed[:rows, offset : offset + width] if stored else np.eye(rows, width)
-            totals[name][128 * k : 128 * k + rows, n * matrix.tile_cols : n * matrix.tile_cols + width] += (
-                block
-            )
-            offset += width * stored
+    found = [
+        (name, n, block, packed[block[1] : block[1] + block[2], offset : offset + matrix.tile_width(n)])
+        for name, matrix, n, block, offset in layout.blocks()
+    ]
+    for name, matrix, n, _ in layout.tiles():  # what is not stored
+        found += [
+            (name, n, block, np.eye(block[2], matrix.tile_width(n)))
+            for block in matrix.blocks(n)
+            if block[3] == IDENTITY
+        ]
+    for name, n, (k, _first, rows, _kind), numbers in found:
+        col = n * layout.matrix(name).tile_cols
+        totals[name][128 * k : 128 * k + rows, col : col + numbers.shape[1]] += numbers
     for name, weight in weights.items():
         np.testing.assert_array_equal(totals[name], logical(layout.matrix(name), weight), err_msg=name)
 
@@ -136,6 +140,6 @@ def test_impossible_projections_are_refused(form, rank):
 
 
 def test_a_chain_is_a_down_projection_and_pieces_cover():
-    assert chain_layout(30, 20, Projection.whole("uv", 5)).down_first == Matrix(30, 5)
+    assert chain_layout(30, 20, Projection.whole("uv", 5)).down_first == Matrix(30, 5, twice=True)
     assert chain_layout(30, 20, Projection.whole("dense"), True).down_second == Matrix(30, 20, 128)
     assert pieces(300, 128) == [(0, 128), (128, 128), (256, 44)]

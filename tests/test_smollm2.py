@@ -58,7 +58,15 @@ def test_no_article_both_calibrates_and_judges(smollm2):
     assert first and all(other and not first & other for other in others)
 
 
-@pytest.mark.parametrize(("form", "removed"), BOUNDS, ids=str)
+# The other sizes take five minutes each and run only where `-m large` names them.
+EVERY_PUSH = {("compact", 0.1), ("compact", 0.2), ("uv", 0.2)}
+
+
+@pytest.mark.parametrize(
+    ("form", "removed"),
+    [pytest.param(*size, marks=() if size in EVERY_PUSH else pytest.mark.large) for size in BOUNDS],
+    ids=str,
+)
 def test_quality_in_the_served_form(smollm2, compress_smollm2, form, removed):
     folder = compress_smollm2(form, removed, "measured" if (form, removed) == ("compact", 0.2) else "global")
     block = Checkpoint(folder).block
@@ -128,7 +136,7 @@ def test_client_example_runs_against_vllm_serve(compress_smollm2, tmp_path):
         "-m",
         "vllm.entrypoints.cli.main",
         "serve",
-        str(compress_smollm2("compact", 0.05, "global")),
+        str(compress_smollm2("compact", 0.1, "global")),
     ]
     options = [
         "--host",

@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("large") and "large" not in config.option.markexpr:
             item.add_marker(
-                pytest.mark.skip(reason="runs only where `-m large` names it; last run: docs/scale.md")
+                pytest.mark.skip(reason="runs only where `-m large` names it; the docs say when it last did")
             )
         if item.get_closest_marker("smollm2"):
             item.add_marker(pytest.mark.timeout(3000))

@@ -26,7 +26,7 @@ def gains(model, tp, between=RING, steps=ALL):
     return [item.gain(form) for item in compared]
 
 
-@pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize("between", COLLECTIVES.values(), ids=lambda c: c.name)
 def test_no_model_loses_on_any_number_of_cores(between):
     for model in ("Llama-3.2-1B", "Qwen3-4B", "Llama-3.1-8B", "Llama-3.1-70B"):
@@ -58,7 +58,7 @@ def test_int8_decode_of_an_mlp_over_dense_bf16(model, tokens):
     assert 1.6 <= base / slow.simulated_us <= 1.9 and slow.bound in ("scalar", "vector")
 
 
-@pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize("model", MLP_MODELS)
 def test_an_int8_prefill_is_no_slower_than_the_bf16_kernel_of_its_form(model):
     shape = MODELS[model]
@@ -67,7 +67,7 @@ def test_an_int8_prefill_is_no_slower_than_the_bf16_kernel_of_its_form(model):
         assert int8 <= 1.02 * bf16
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_the_chain_against_the_published_kernels():
     """Slower than the paper's kernel by 2.6 % at 1K tokens and than AWS's run twice by 0.5 % at 2K, where x^T in
     rows of 1 KiB has to be there before the first product; ahead everywhere else.

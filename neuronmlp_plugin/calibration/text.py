@@ -41,7 +41,7 @@ def read_documents(path: str | pathlib.Path, tokenizer: Any) -> list[str]:
 
 # A text is read up to this many times the tokens that a run uses: enough to choose from, and a gigabyte of it
 # costs no more than a megabyte.
-READ_AHEAD = 16
+READ_AHEAD = 64
 
 
 def token_windows(

@@ -156,12 +156,20 @@ def _judged(folder: pathlib.Path, text: str) -> pathlib.Path:
     return folder.with_name(f"{folder.name}.{text}.json")
 
 
+def sizes_of(folder: pathlib.Path) -> dict[str, float]:
+    """`removed_ratio` and `bytes_ratio` of a folder; from its report where it is an ordinary one, without a block."""
+    if "quantization_config" in json.loads((folder / "config.json").read_text()):
+        return json.loads(neuronmlp("inspect", folder, "--json"))
+    report = json.loads((folder / "neuronmlp_report.json").read_text())
+    return {"removed_ratio": report["block"]["removed_ratio"], "bytes_ratio": report["bytes_ratio"]}
+
+
 def rows(cells: list[Cell], texts: list[str], out: pathlib.Path) -> list[Row]:
     """One row a cell and text."""
     found: list[Row] = []
     for cell in cells:
         folder, method = cell.folder(out), METHODS[cell.method]
-        held = json.loads(neuronmlp("inspect", folder, "--json"))
+        held = sizes_of(folder)
         for text in texts:
             quality = json.loads(_judged(folder, text).read_text())
             key = {

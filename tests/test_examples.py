@@ -59,7 +59,7 @@ def test_compare_methods_prints_a_row_a_method_and_text(tmp_path):
     assert done.returncode == 0, done.stderr
     with (tmp_path / "out" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(done.stdout.splitlines()) == 1 + len(rows) == 1 + 6 * 2
+    assert len(done.stdout.splitlines()) == 1 + len(rows) == 1 + 8 * 2
     divergence = {row["method"]: float(row["kl_divergence"]) for row in rows if row["text"] == "same"}
     order = ["plain SVD", "SVD-LLM (whitened, uniform)", "training-free", "refined", "int8 dense"]
     assert sorted(order, key=divergence.__getitem__, reverse=True) == order

@@ -55,13 +55,18 @@ def to_numpy(tensor):
 
 
 def projection_of(module) -> tuple[Projection, dict]:
-    """Form and rank as the checkpoint's module has them, and its tensors."""
+    """Form, rank and groups as the checkpoint's module has them, and its tensors."""
     tensors = {name: to_numpy(tensor) for name, tensor in module.state_dict().items()}
     if "weight" in tensors:
         return Projection.whole("dense"), tensors
-    form = "compact" if "c.weight" in tensors else "uv"
-    rank = (tensors["u.weight"] if "u.weight" in tensors else tensors["c.weight"]).shape[0]
-    return Projection.whole(form, rank), tensors
+    matrix = module.matrix
+    return Projection.whole(matrix.spec.form, matrix.rank, matrix.groups), tensors
+
+
+def channels_of(mlp) -> int:
+    """How many intermediate channels a layer has kept."""
+    down = mlp.down_proj
+    return down.in_features if isinstance(down, torch.nn.Linear) else down.matrix.channels
 
 
 @pytest.mark.parametrize("index", LAYERS)
@@ -72,7 +77,7 @@ def test_real_layers_run_through_the_kernel_and_match_torch(captured, index):
     assert x.shape == (TOKENS, 576)
     forms, tensors = zip(*(projection_of(getattr(layer.mlp, name)) for name in PROJECTIONS), strict=True)
     norm = layer.post_attention_layernorm
-    plan = plan_mlp(576, 1536, forms, TOKENS, x.dtype, norm.variance_epsilon)
+    plan = plan_mlp(576, channels_of(layer.mlp), forms, TOKENS, x.dtype, norm.variance_epsilon)
     assert plan, plan
     packed = pack(
         layout_of(plan.products, plan.external_z),

@@ -20,11 +20,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from neuronmlp_plugin.checkpoint.loader import swap_projections
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
-from neuronmlp_plugin.checkpoint.schema import INDEX_FILE, QUANT_METHOD, FormatBlock, parse_block
+from neuronmlp_plugin.checkpoint.schema import INDEX_FILE, QUANT_METHOD, parse_block
 from neuronmlp_plugin.errors import CheckpointError
 from neuronmlp_plugin.models.definition import StoredLinear, block_product, build_linear
-from neuronmlp_plugin.models.factors import PROJECTIONS
+from neuronmlp_plugin.models.factors import PROJECTIONS, Matrix
 
 
 class Int8Linear(nn.Module):
@@ -68,10 +69,7 @@ class NeuronMLPQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         source = f"{self.folder}: config.json"
         block = parse_block(self.quantization_config.to_dict(), model.config.to_dict(), source)
-        for index, layer in enumerate(model.model.layers):
-            for name in PROJECTIONS:
-                with torch.device("meta"):
-                    setattr(layer.mlp, name, _module(block, index, name))
+        swap_projections(model, block, _stored_module)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         del model.config.transformers_weights  # it is for loading alone
@@ -99,8 +97,8 @@ class NeuronMLPQuantizer(HfQuantizer):
         return True
 
 
-def _module(block: FormatBlock, index: int, name: str) -> nn.Module:
-    matrix = block.layers[index].matrix(name)
+def _stored_module(matrix: Matrix) -> nn.Module:
+    """As `build_linear`, but what is int8 stays int8."""
     if not matrix.spec.is_int8:
         return build_linear(matrix)
     if not matrix.spec.is_low_rank:

@@ -5,14 +5,17 @@ judged.
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from neuronmlp_plugin.checkpoint.reader import Checkpoint, FactorFile, older_rope
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
 from neuronmlp_plugin.errors import CheckpointError, NeuronMLPError, reason_of
 from neuronmlp_plugin.models.definition import build_linear
+from neuronmlp_plugin.models.factors import Matrix
 
 
 def load_model(
@@ -91,12 +94,14 @@ def _skeleton(checkpoint: Checkpoint) -> Any:
     return model
 
 
-def swap_projections(model: Any, block: FormatBlock) -> None:
-    """Replace each projection by the (meta) module of its form."""
+def swap_projections(
+    model: Any, block: FormatBlock, build: Callable[[Matrix], nn.Module] = build_linear
+) -> None:
+    """Replace each projection by the (meta) module that `build` makes for its matrix."""
     for layer, stored in zip(model.model.layers, block.layers, strict=True):
         for name, matrix in stored.matrices.items():
             with torch.device("meta"):
-                setattr(layer.mlp, name, build_linear(matrix))
+                setattr(layer.mlp, name, build(matrix))
 
 
 def load_exactly(model: Any, state: dict[str, torch.Tensor], source: str) -> None:

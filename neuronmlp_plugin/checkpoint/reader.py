@@ -53,11 +53,10 @@ class Checkpoint:
         _check_complete(self.config, self._files, str(self.folder))
         if self.block is not None:
             _check_all_read(self.folder, self._files)
-        elif self._has_its_own_head():
-            self.config["tie_word_embeddings"] = False
-        if self.block is not None:
             _check_headers(self.block, self._files, str(self.folder))
             self._check_known()
+        elif self._has_its_own_head():
+            self.config["tie_word_embeddings"] = False
 
     def _check_known(self) -> None:
         """Every tensor has a place in the model: an engine may know one that we do not, and serve it unchecked."""

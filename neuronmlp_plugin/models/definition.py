@@ -160,6 +160,8 @@ class BlockLinear(nn.Module):
     def __init__(self, columns: int, rows: int, blocks: int) -> None:
         super().__init__()
         self.weight, self.blocks = nn.Parameter(torch.empty(rows, columns)), blocks
+        bound = columns**-0.5  # nn.Linear's; whatever stood in memory may be NaN
+        nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return block_product(x, self.weight, self.blocks)
@@ -195,6 +197,6 @@ class StoredLinear(nn.Module):
 
 
 def build_linear(matrix: Matrix) -> nn.Module:
-    """An uninitialised module whose `state_dict` keys are the tensor suffixes of FORMAT.md."""
+    """A module of random numbers whose `state_dict` keys are the tensor suffixes of FORMAT.md."""
     n_in, n_out = matrix.in_out
     return StoredLinear(matrix) if matrix.spec.is_low_rank else nn.Linear(n_in, n_out, bias=False)

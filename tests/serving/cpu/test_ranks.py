@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 
 import pytest
 import torch
@@ -54,6 +55,25 @@ def loaded(method_class, collectives, layer, tensors, options, monkeypatch):
     return lambda x: method.apply(module, x)
 
 
+@pytest.fixture(autouse=True)
+def one_product_at_a_time(monkeypatch):
+    """vLLM's ranks are processes, ours here are threads: its oneDNN products share one scratch memory."""
+    from neuronmlp_plugin.serving.cpu import linear_method
+
+    lock, prepacked_linear = threading.Lock(), linear_method.prepacked_linear
+
+    def locked(weight, blocks=1):
+        product = prepacked_linear(weight, blocks)
+
+        def call(x):
+            with lock:
+                return product(x)
+
+        return call
+
+    monkeypatch.setattr(linear_method, "prepacked_linear", locked)
+
+
 @torch.no_grad()
 def run(layer, tp, tensors, x, options, monkeypatch):
     """`(y of each rank, log of collectives)`; the sum of y is vLLM's own, as behind its dense layers."""
@@ -103,7 +123,7 @@ def test_ranks_read_their_share_of_int8_as_it_is(mix, monkeypatch):
     from neuronmlp_plugin.serving.cpu.fused import fused_down
 
     seen = []
-    monkeypatch.setattr(linear_method, "fused_down", lambda owned: seen.append(owned) or fused_down(owned))
+    monkeypatch.setattr(linear_method, "fused_down", lambda owned, *rest: seen.append(owned) or fused_down(owned, *rest))
     layer = mix_layer(mix, SHAPE, ranks=RANKS, groups=4)
     layer = layer.with_specs({p: ProjectionSpec(s.form, s.rank, INT8) for p, s in layer.items()})
     tensors, x = random_tensors(layer), torch.randn(T, SHAPE.hidden_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import re
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
 
 def parse_object(text: str, path: pathlib.Path) -> dict[str, Any]:
     try:
-        value = json.loads(text, parse_constant=_no_number)
+        value = json.loads(text, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected JSON, found: {reason_of(error)}.") from error
     if not isinstance(value, dict):
@@ -57,9 +58,15 @@ def parse_object(text: str, path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
-def _no_number(name: str) -> None:
+def _no_number(name: str) -> float:
     """NaN and its like, which Python reads and JSON does not have."""
-    raise ValueError(f"{name}, which is no number of JSON")
+    raise ValueError(f"{name}, which is no number that can be computed with")
+
+
+def _finite(text: str) -> float:
+    """1e999 is a number of JSON; Python makes it infinite."""
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text[:40])
 
 
 def open_safetensors(path: pathlib.Path) -> Any:

@@ -38,7 +38,10 @@ def edit(folder, text):
             "`hidden_size` from 1 to 262,144, found a whole number of more than 18",
         ),
         ('"intermediate_size": ' + "9" * 5000, "expected JSON, found"),
-        ('"rms_norm_eps": NaN', "NaN, which is no number of JSON"),
+        ('"rms_norm_eps": NaN', "NaN, which is no number that can be computed with"),
+        ('"rope_theta": 1e999', "1e999, which is no number that can be computed with"),
+        ('"rms_norm_eps": -1e-6', "`rms_norm_eps` from 0 to 1, found -1e-06"),
+        ('"rms_norm_eps": "small"', "`rms_norm_eps` from 0 to 1, found 'small'"),
         ('"rope_scaling": ' + "[" * 100_000 + "]" * 100_000, "expected JSON, found"),
     ],
 )

@@ -20,8 +20,8 @@ import json, sys, torch
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     options, prompts, new_tokens, vocabulary = json.loads(sys.argv[1])
-    llm = LLM(skip_tokenizer_init=True, dtype="float32", max_model_len=64, max_num_seqs=4, max_logprobs=vocabulary,
-              logprobs_mode="raw_logits", enable_prefix_caching=False, **options)
+    llm = LLM(skip_tokenizer_init=True, **{"dtype": "float32", **options}, max_model_len=64, max_num_seqs=4, max_logprobs=vocabulary,
+              logprobs_mode="raw_logits", enable_prefix_caching=False)
     params = SamplingParams(max_tokens=new_tokens, temperature=0, logprobs=vocabulary, prompt_logprobs=vocabulary, detokenize=False,
                             ignore_eos=True)
     results = []

@@ -209,7 +209,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
             f"{where}: expected each message to be an object with role and content, found {str(message)[:80]!r}."
         )
     if "from" in message and "value" in message and "role" not in message:
-        message = {"role": ROLES.get(message["from"], message["from"]), "content": message["value"]}
+        speaker = message["from"]
+        message = {"role": ROLES.get(str(speaker), speaker), "content": message["value"]}
     role, content = message.get("role"), message.get("content")
     if isinstance(content, list):
         content = _joined(content, where)

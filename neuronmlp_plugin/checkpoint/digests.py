@@ -76,6 +76,15 @@ def check_record(folder: pathlib.Path) -> int | None:
     return len(recorded)
 
 
+def is_whole(folder: pathlib.Path) -> bool:
+    """Whether a folder is there, and as it was recorded if it was."""
+    try:
+        check_record(folder)
+    except CheckpointError:
+        return False
+    return folder.is_dir()
+
+
 def _read(folder: pathlib.Path) -> dict[str, Any]:
     record = read_object(folder / RECORD)
     files, version = record.get("files"), record.get("record_version")

@@ -146,8 +146,12 @@ def _indexed(index: pathlib.Path) -> list[str]:
         if isinstance(table, dict) and all(isinstance(name, str) for name in table.values())
         else set()
     )
-    if not names or any(pathlib.PurePath(name).name != name for name in names):
+    if not names or any(pathlib.PurePath(name).name != name or not _can_be_a_name(name) for name in names):
         raise CheckpointError(
             f"{index}: expected `weight_map`, from tensors to files of this folder, found another; download it again."
         )
     return sorted(names)
+
+
+def _can_be_a_name(name: str) -> bool:
+    return "\0" not in name and len(name.encode(errors="replace")) <= 255

@@ -21,7 +21,8 @@ def refuse_anothers(path: pathlib.Path, fingerprint: str) -> None:
     folder, say.
     """
     known = path / PLAN_FILE
-    if not known.is_file() and path.is_dir() and any(path.iterdir()):
+    begun = known.with_suffix(".tmp").name  # what a run left that was killed while it wrote its first file
+    if not known.is_file() and path.is_dir() and any(found.name != begun for found in path.iterdir()):
         raise OutputError(
             f"{path}: expected an empty folder, or what a run of these same settings left, found other files; name another."
         )

@@ -24,7 +24,7 @@ from neuronmlp_plugin.calibration.text import (
     spread,
     windows_digest,
 )
-from neuronmlp_plugin.checkpoint.digests import check_record
+from neuronmlp_plugin.checkpoint.digests import is_whole
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint, dense_block
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
@@ -194,21 +194,11 @@ class Run:
 
     def once(self, stage: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What became of a stage: made now, or by a run that was interrupted after it."""
-        name = f"{stage}.json"
-        done = self.work.read_json(name)
-        if done is None or not _is_whole(self.work.path / stage):
+        done = self.work.read_json(f"{stage}.json")
+        if done is None or not is_whole(self.work.path / stage):
             done = {"stage": stage, **make()}
-            save_json(self.work.path / name, done)
+            save_json(self.work.path / f"{stage}.json", done)
         return done
-
-
-def _is_whole(folder: pathlib.Path) -> bool:
-    """Whether a stage's folder is still what was written there."""
-    try:
-        check_record(folder)
-        return folder.is_dir()
-    except CheckpointError:
-        return False
 
 
 def refine(plan: RefinePlan, bars: ProgressBars) -> dict[str, Any]:

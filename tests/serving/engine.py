@@ -10,6 +10,8 @@ import sys
 
 import torch
 
+from tests.loopback import HOOK
+
 ROOT = pathlib.Path(__file__).parent.parent.parent
 PROMPTS = [[5, 17, 99, 4, 63, 12, 7, 3, 88], [101, 3, 42], [9] * 20]
 NEW_TOKENS = 4
@@ -37,6 +39,7 @@ def environment(tensor_parallel: int = 1) -> dict[str, str]:
     """What vLLM on a small CPU needs (shared facts: vllm_cpu.md)."""
     settings = {
         "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "OMP_NUM_THREADS": "1",
         "VLLM_LOGGING_LEVEL": "INFO",
@@ -54,7 +57,7 @@ def run_engine(folder: pathlib.Path, *, vocabulary: int = 128, **options) -> sub
     arguments = json.dumps([options, PROMPTS, NEW_TOKENS, vocabulary])
     env = environment(options.get("tensor_parallel_size", 1))
     return subprocess.run(
-        [sys.executable, "-c", _PROGRAM, arguments],
+        [sys.executable, "-c", HOOK + _PROGRAM, arguments],
         capture_output=True,
         text=True,
         env=env,

@@ -15,7 +15,7 @@ from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
 from neuronmlp_plugin.checkpoint.writer import write_layer, write_rest
 from neuronmlp_plugin.models.factors import DENSE, MLPLayer
-from tests.serving.engine import PROMPTS, environment, run_engine
+from tests.serving.engine import PROMPTS, environment, run_engine, served_logits
 from tests.tiny_models import SHAPE, write_dense, write_mixed
 
 pytestmark = [
@@ -117,3 +117,12 @@ def test_what_overflows_in_the_served_dtype_is_refused_at_the_start(tmp_path, na
     process = run_engine(folder, dtype="float16")
     assert process.returncode != 0 and "RESULT" not in process.stdout
     assert "expected finite values in torch.float16, as it is served" in process.stdout + process.stderr
+
+
+@pytest.mark.slow
+def test_a_matrix_that_stays_dense_is_served_bit_for_bit(tmp_path):
+    dense = write_dense(tmp_path / "dense", "llama")
+    folder = passed_through(tmp_path / "folder", dense)
+    plain = served_logits(folder, additional_config={"neuronmlp": {"fast_path": False}})
+    for (tokens, logits), (expected_tokens, expected) in zip(plain, served_logits(dense), strict=True):
+        assert tokens == expected_tokens and torch.equal(logits, expected)

@@ -64,7 +64,12 @@ def test_a_card_may_be_edited_and_a_folder_may_go_without_a_record(mixed, capsys
 
 @pytest.mark.parametrize(
     "record",
-    ["[]", "{", '{"record_version": 2, "files": {}}', '{"record_version": 1, "files": {"../../etc/passwd": {}}}'],
+    [
+        "[]",
+        "{",
+        '{"record_version": 2, "files": {}}',
+        '{"record_version": 1, "files": {"../../etc/passwd": {}}}',
+    ],
 )
 def test_a_record_that_is_none_is_refused(mixed, record):
     (mixed / RECORD).write_text(record)

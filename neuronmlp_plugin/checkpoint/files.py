@@ -58,15 +58,17 @@ def parse_object(text: str, path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
-def _no_number(name: str) -> float:
+def _no_number(name: str) -> None:
     """NaN and its like, which Python reads and JSON does not have."""
-    raise ValueError(f"{name}, which is no number that can be computed with")
+    raise ValueError(f"{name}, which is no number of JSON")
 
 
 def _finite(text: str) -> float:
     """1e999 is a number of JSON; Python makes it infinite."""
     value = float(text)
-    return value if math.isfinite(value) else _no_number(text[:40])
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]}, which is too large a number to compute with")
+    return value
 
 
 def open_safetensors(path: pathlib.Path) -> Any:

@@ -61,14 +61,18 @@ def marked(logits: torch.Tensor) -> torch.Tensor:
 
 
 def watch_logits(vllm_config: Any) -> None:
-    """Have vLLM count NaN logits, and end their requests: by our scheduler where it runs in this process, else by
-    stopping the engine, which ends all of them. Called before vLLM chooses its scheduler and reads its environment.
+    """Have vLLM count NaN logits, and end their requests: by our scheduler where it was asked for, or where it runs in
+    this process and can be put in; else by stopping the engine, which ends all of them. Called before vLLM chooses its
+    scheduler and reads its environment.
     """
     if os.environ.setdefault(COUNT, "1") == "0":
         return
-    scheduling = vllm_config.scheduler_config
-    alone = vllm_config.parallel_config.world_size == 1 and not scheduling.async_scheduling
-    if alone and scheduling.scheduler_cls is None and hasattr(RequestStatus, "FINISHED_ERROR"):
+    scheduling, backend = (
+        vllm_config.scheduler_config,
+        vllm_config.parallel_config.distributed_executor_backend,
+    )
+    here = backend == "uni" and not scheduling.async_scheduling and hasattr(RequestStatus, "FINISHED_ERROR")
+    if here and scheduling.scheduler_cls is None:
         scheduling.scheduler_cls = SCHEDULER
     elif scheduling.scheduler_cls != SCHEDULER:
         os.environ.setdefault(RAISE, "1")

@@ -51,6 +51,11 @@ class Weight(NamedTuple):
         """The floating-point weight that it stands for."""
         return self.values if self.scale is None else dequantize(self.values, self.scale)
 
+    def rearranged(self, change: Callable[[torch.Tensor], torch.Tensor], dim: int) -> Weight:
+        """Rows (OUT) or columns (IN) chosen, moved or padded by `change`; scales go with the rows."""
+        follows = self.scale is not None and dim == OUT
+        return Weight(change(self.values), change(self.scale) if follows else self.scale)
+
 
 class Factors(NamedTuple):
     """The numbers of a matrix, or of a rank's share of it, without the letters; None for what it has not."""

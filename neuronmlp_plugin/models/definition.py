@@ -53,8 +53,9 @@ class Weight(NamedTuple):
 
     def rearranged(self, change: Callable[[torch.Tensor], torch.Tensor], dim: int) -> Weight:
         """Rows (OUT) or columns (IN) chosen, moved or padded by `change`; scales go with the rows."""
-        follows = self.scale is not None and dim == OUT
-        return Weight(change(self.values), change(self.scale) if follows else self.scale)
+        if self.scale is None or dim != OUT:
+            return Weight(change(self.values), self.scale)
+        return Weight(change(self.values), change(self.scale))
 
 
 class Factors(NamedTuple):

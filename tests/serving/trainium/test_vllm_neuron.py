@@ -229,7 +229,7 @@ def test_http_serves_the_real_model_and_says_which_path_it_took(server, smollm2_
     with urllib.request.urlopen(f"{server}/metrics", timeout=60) as reply:
         lines = [line for line in reply.read().decode().splitlines() if line.startswith("neuronmlp_")]
     layers = model.config.num_hidden_layers
-    labels = '{path="torch",phase="%s",reason="NxDI runs on the CPU (on_cpu)"}'
+    labels = '{path="torch",phase="%s",reason="NxDI runs on the CPU (on_cpu)",weights="floating point"}'
     assert f"neuronmlp_mlp_layers{labels % 'decode'} {layers}.0" in lines
     assert f"neuronmlp_mlp_runs_total{labels % 'prefill'} {layers}.0" in lines
     assert f"neuronmlp_mlp_runs_total{labels % 'decode'} {11 * layers}.0" in lines

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from neuronmlp_plugin.errors import UsageError
-from neuronmlp_plugin.models.definition import Tensors, Weight
+from neuronmlp_plugin.models.definition import Tensors, Weight, joined
 from neuronmlp_plugin.models.factors import IN, OUT, PROJECTIONS, Matrix, MLPLayer
 from neuronmlp_plugin.serving.trainium.layout import lay_out, partition_dim
 from neuronmlp_plugin.serving.trainium.parallel import Parallel
@@ -97,7 +97,7 @@ def pack_layer(
         for stage, layout in layouts.items():
             mine = {name: weight for name, weight in matrices.items() if layout.matrix(name) is not None}
             packed[stage].append(_pack(layout, mine))
-    return {stage: _stacked(slices) for stage, slices in packed.items()}
+    return {stage: joined(slices, OUT) for stage, slices in packed.items()}
 
 
 def _pack(layout: Layout, matrices: Mapping[str, Weight]) -> Weight:
@@ -109,12 +109,6 @@ def _pack(layout: Layout, matrices: Mapping[str, Weight]) -> Weight:
         return Weight(packed)
     scales = {name: weight.scale for name, weight in matrices.items()}
     return Weight(packed, pack_scales(layout, scales, torch.ones(PMAX, layout.scale_cols)))
-
-
-def _stacked(slices: list[Weight]) -> Weight:
-    """The ranks' slices one below another."""
-    scales = [weight.scale for weight in slices if weight.scale is not None]
-    return Weight(torch.cat([weight.values for weight in slices]), torch.cat(scales) if scales else None)
 
 
 def _rank_matrices(

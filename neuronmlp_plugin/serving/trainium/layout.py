@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from neuronmlp_plugin.models.definition import Tensors, Weight, factors_of
+from neuronmlp_plugin.models.definition import Tensors, Weight, factors_of, joined
 from neuronmlp_plugin.models.factors import IN, OUT, Matrix
 from neuronmlp_plugin.models.gather import Shard, gather_shard
 from nki_kernels import staging
@@ -58,19 +58,8 @@ def lay_out(matrix: Matrix, tensors: Tensors, tp: int, gathers: bool) -> dict[st
         "second": [s.second for s in shards if s.second is not None],
     }
     return {
-        part: _joined(slices, partition_dim(matrix, part, True)) for part, slices in whole.items() if slices
+        part: joined(slices, partition_dim(matrix, part, True)) for part, slices in whole.items() if slices
     }
-
-
-def _joined(slices: list[Weight], dim: int) -> Weight:
-    """The ranks' slices side by side along `dim`; along IN all have the same scales."""
-    values, scales = (
-        torch.cat([s.values for s in slices], dim),
-        [s.scale for s in slices if s.scale is not None],
-    )
-    if not scales:
-        return Weight(values)
-    return Weight(values, torch.cat(scales) if dim == OUT else scales[0])
 
 
 def _uniform(shard: Shard, matrix: Matrix, tp: int, rank: int) -> Shard:

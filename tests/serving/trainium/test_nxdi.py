@@ -269,26 +269,40 @@ def test_the_wrong_factors_would_be_noticed(folders, tmp_path):
         assert_like_torch(results, load_model(other))
 
 
-def test_nxd_cuts_eight_ranks_as_the_layout_says(tmp_path):
-    """`ModelBuilder.shard_checkpoint` at tp 8 in one process: equal shapes, the layout's values, zeros where
-    a rank has a slot too many.
-    """
-    folder = write_mixed(tmp_path / "mixed", write_dense(tmp_path / "dense", "llama"))
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "tests.serving.trainium.nxdi_shard_worker",
-        str(folder),
-        "8",
-        str(tmp_path / "out"),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+def shards_of(folder: pathlib.Path, tp: int, dtype: str, out: pathlib.Path) -> list[dict]:
+    """What `ModelBuilder.shard_checkpoint` writes for each rank, in one process."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.serving.trainium.nxdi_shard_worker"]
+    command += [str(folder), str(tp), str(out), dtype]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
+    return [load_file(out / f"tp{rank}_sharded_checkpoint.safetensors") for rank in range(tp)]
+
+
+def test_nxd_cuts_int8_and_leaves_its_scales_in_fp32(int8_folders, tmp_path):
+    """In a bf16 model: scales with the rows, but those of down's last factor whole at every rank."""
+    folder = pathlib.Path(int8_folders["two"])
+    shards = shards_of(folder, 2, "bfloat16", tmp_path / "out")
+    state, block = read_factored(str(folder)), Checkpoint(folder).block
+    lay_out_state(state, block, [{"torch"}] * block.shape.num_layers, 2, torch.bfloat16, "test")
+    names = [name for name in state if ".mlp." in name]
+    assert all({n for n in shard if ".mlp." in n} == set(names) for shard in shards)
+    for name in names:
+        *_, index, _, _, projection, part, leaf = name.split(".")
+        dim = partition_dim(block.layers[int(index)].matrix(projection), part, False)
+        parts = [shard[name] for shard in shards]
+        assert {p.dtype for p in parts} == {torch.int8 if leaf == "weight" else torch.float32}
+        if leaf == "scale" and dim == 1:
+            assert all(torch.equal(p, state[name]) for p in parts)
+        else:
+            assert torch.equal(torch.cat(parts, dim if leaf == "weight" else 0), state[name])
+
+
+def test_nxd_cuts_eight_ranks_as_the_layout_says(tmp_path):
+    """Equal shapes, the layout's values, zeros where a rank has a slot too many."""
+    folder = write_mixed(tmp_path / "mixed", write_dense(tmp_path / "dense", "llama"))
+    shards = shards_of(folder, 8, "float32", tmp_path / "out")
     state, block = read_factored(str(folder)), Checkpoint(folder).block
     lay_out_state(state, block, [{"torch"}] * block.shape.num_layers, 8, torch.float32, "test")
-    shards = [load_file(tmp_path / "out" / f"tp{rank}_sharded_checkpoint.safetensors") for rank in range(8)]
     names = [name for name in state if ".mlp." in name]
     assert names and all({n for n in shard if ".mlp." in n} == set(names) for shard in shards)
     for name in names:

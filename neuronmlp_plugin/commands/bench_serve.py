@@ -80,14 +80,7 @@ def _serve(args: argparse.Namespace) -> int:
         )
     how = f"{args.dtype}, {'compiled' if args.compile else 'eager'}{', AVX2' if args.avx2 else ''}"
     how += ", one thread's processor time" if args.processor_time else ""
-    print(
-        f"{'cell':<20}{'model':<12}{'ms':>10}{'speed-up':>10}{'ideal':>8}{'share':>8}{'peak GiB':>10}   (measured, {how})"
-    )
-    for r in results:
-        ideal, share = (f"{r.ideal:.3f}", f"{r.share_of_ideal:.0%}") if r.ideal > 1 else ("-", "-")
-        print(
-            f"{r.cell!s:<20}{r.model:<12}{1e3 * r.seconds:>10.1f}{r.speedup:>10.3f}{ideal:>8}{share:>8}{r.peak_bytes / 2**30:>10.2f}"
-        )
+    _print_serving(results, how)
     if args.csv:
         metrics = (("seconds", "s"), ("speedup", "ratio"), ("ideal", "ratio"), ("peak_bytes", "bytes"))
         cases = [(f"serve {how} {r.model} {r.cell}", r) for r in results]
@@ -96,6 +89,15 @@ def _serve(args: argparse.Namespace) -> int:
             [Row(case, m, unit, getattr(r, m), "measured") for case, r in cases for m, unit in metrics],
         )
     return 0
+
+
+def _print_serving(results: list[Any], how: str) -> None:
+    heads = f"{'cell':<20}{'model':<12}{'ms':>10}{'speed-up':>10}{'ideal':>8}{'share':>8}{'peak GiB':>10}"
+    print(f"{heads}   (measured, {how})")
+    for r in results:
+        ideal, share = (f"{r.ideal:.3f}", f"{r.share_of_ideal:.0%}") if r.ideal > 1 else ("-", "-")
+        gain = f"{1e3 * r.seconds:>10.1f}{r.speedup:>10.3f}{ideal:>8}{share:>8}"
+        print(f"{r.cell!s:<20}{r.model:<12}{gain}{r.peak_bytes / 2**30:>10.2f}")
 
 
 def _rivals(args: argparse.Namespace) -> int:

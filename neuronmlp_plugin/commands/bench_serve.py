@@ -1,4 +1,4 @@
-"""`neuronmlp bench serve` and `rivals`: what a user of a CPU waits for, and what they would serve instead."""
+"""`neuronmlp bench serve`, `mlp` and `rivals`: what a user of a CPU waits for, and what they would serve instead."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def add_kinds(kinds: Any) -> None:
             "serve", help="time to first token and decoding on this machine, models in turns (measured)"
         )
     )
+    _add_mlp(kinds.add_parser("mlp", help="one MLP on this CPU, ours against vLLM's dense one (measured)"))
     rivals = kinds.add_parser("rivals", help="the dense model as int8 for vLLM and as Q8_0 for llama.cpp")
     rivals.add_argument("dense", type=pathlib.Path)
     rivals.add_argument(
@@ -50,6 +51,39 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--log", type=pathlib.Path, help="keep rounds here, and go on from those in it")
     serve.add_argument("--csv", type=pathlib.Path, help="append the rows to this file")
     serve.set_defaults(run_kind=_serve)
+
+
+def _add_mlp(mlp: argparse.ArgumentParser) -> None:
+    mlp.add_argument("models", nargs="+", metavar="NAME=FOLDER", help="the first is dense")
+    mlp.add_argument("--tokens", type=positive, nargs="+", default=[1, 8, 32, 128, 1024])
+    mlp.add_argument("--layers", type=positive, default=12, help="MLPs that take turns (default %(default)s)")
+    mlp.add_argument("--rounds", type=positive, default=10, help="(default %(default)s)")
+    mlp.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    mlp.set_defaults(run_kind=_mlp)
+
+
+def _mlp(args: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+
+    from neuronmlp_plugin.bench.one_mlp import measure_mlp
+    from neuronmlp_plugin.compressor.progress import ProgressBars
+
+    models = named_folders("mlp", args.models)
+    with ProgressBars(Console(stderr=True)).stage("timing", args.rounds * len(args.tokens)) as tick:
+        results = measure_mlp(
+            models,
+            args.tokens,
+            dtype=getattr(torch, args.dtype),
+            layers=args.layers,
+            rounds=args.rounds,
+            tick=tick,
+        )
+    heads = f"{'tokens':>6}  {'model':<12}{'us':>10}{'speed-up':>10}"
+    print(f"{heads}   (measured, {args.dtype}, one thread's processor time, least of {args.rounds})")
+    for r in results:
+        print(f"{r.tokens:>6}  {r.model:<12}{r.us:>10.0f}{r.speedup:>10.2f}")
+    return 0
 
 
 def _serve(args: argparse.Namespace) -> int:

@@ -218,11 +218,11 @@ def _early_tiles(request: Request, banks: int, ring_cols: int) -> int:
     first = request.layout.down_first
     if not request.transposed_input or first is None or request.layout.is_int8:
         return 0
-    is_plain = first.row_groups == 1 and not first.pivots and first.cols % PMAX == 0
+    is_plain = first.row_groups == 1 and not first.pivots
     rows = first.row_tiles() * PMAX
     if not is_plain or rows <= ring_cols or rows % ring_cols:
         return 0
-    return min(PSUM_BANKS // banks, first.col_tiles())
+    return min(PSUM_BANKS // banks, first.cols // PMAX)
 
 
 def _products(layout: Layout) -> dict[str, Any]:

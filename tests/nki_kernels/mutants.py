@@ -208,6 +208,30 @@ BY_HAND = (
         "hbm[first_token + start : first_token + start + size, first_col",
         "hbm[start : start + size, first_col",
     ),
+    (
+        "arrival",
+        "all rows of x^T as the first came",
+        "work.h, src, tiles[i], 0, tokens",
+        "work.h, src, tiles[0], 0, tokens",
+    ),
+    (
+        "arrival",
+        "blocks of the first column tile for all",
+        "(n * matrix.row_tiles() + tiles[i][0])",
+        "tiles[i][0]",
+    ),
+    (
+        "arrival",
+        "sums begun anew with every chunk",
+        "work.h, widths, -1, tiles[i])",
+        "work.h, widths, -1, (0, tiles[i][1]))",
+    ),
+    (
+        "arrival",
+        "side by side tiles twice",
+        "transposed_product(work, matrix, early,",
+        "transposed_product(work, matrix, 0,",
+    ),
     ("workspace", "z of up over z of gate", "self.tiles(at.up_z,", "self.tiles(at.gate_z,"),
     ("workspace", "h over x", "self.tiles(at.h, ", "self.tiles(at.x, "),
     ("workspace", "raw rows over x", "address = self.plan.at.rows +", "address = self.plan.at.x +"),
@@ -258,7 +282,7 @@ BY_HAND = (
         "load_input(work, work.x, x, 0, tokens)",
     ),
 )
-MODULES = ("products", "stream", "load", "stages", "svd_mlp", "sharded", "workspace", "matmul")
+MODULES = ("products", "stream", "load", "stages", "svd_mlp", "sharded", "workspace", "matmul", "arrival")
 # Changes by rule that no run can tell from the original -> why they are no mistakes.
 TURNS = (
     "two turns are there to overlap one tile's use with the next one's making; in program order one will do"

@@ -2,8 +2,11 @@
 catch rate.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+import pathlib
+import resource
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -41,6 +44,7 @@ SMALL = (
 )
 
 
+ROOM_BYTES = 2 << 30  # a judge takes some 50 MiB
 TOKENS = 530
 # Tokens (few: z crosses as [T, channels]), form of gate and of up, H, rank of down, cores, and the slots of gate
 # and up on each core.
@@ -159,10 +163,30 @@ def run_transposed(work: Work) -> float:
     return error(simulate(xuv, listeners=[work])(x, packed, plan).T, expected) / MAX_ERROR["fp32"]
 
 
+@functools.lru_cache
+def arriving_chain() -> tuple:
+    """(plan, packed weights, x^T, expected) of a chain whose first product begins while x^T arrives."""
+    case = MLPCase(TOKENS, 64, 1024, ("uv", "uv", "uv"), (20, 20, 300), "fp32")
+    weights = {"down_proj": random_weights(case)["down_proj"]}
+    layout = chain_layout(1024, 64, case.projections[2])
+    x = random_array(np.random.default_rng(10), (TOKENS, 1024), DTYPES["fp32"])
+    packed = pack(layout, factors_by_name(weights))
+    plan = build_plan(Request(layout, TOKENS, DTYPES["fp32"], transposed_input=True), Choice(520, 3, 512))
+    assert plan.early_tiles == 2
+    return plan, packed, np.ascontiguousarray(x.T), reference.xuv(x, weights["down_proj"])
+
+
+def run_arriving(work: Work) -> float:
+    """Error of xuv from x^T that is multiplied as it comes, over what fp32 allows."""
+    plan, packed, x, expected = arriving_chain()
+    return error(simulate(xuv, listeners=[work])(x, packed, plan), expected) / MAX_ERROR["fp32"]
+
+
 JUDGES = (
     *(functools.partial(run_whole, case, choice) for case, choice in SMALL),
     *(functools.partial(run_pieces, shards) for shards in SHARDS),
     run_transposed,
+    run_arriving,
     run_int8,
 )
 
@@ -175,11 +199,23 @@ def work_of(judge: Callable[[Work], float]) -> tuple[int, int, int]:
     return work.totals()
 
 
+@contextlib.contextmanager
+def at_most(more_bytes: int) -> Iterator[None]:
+    """Refuse (MemoryError) what takes so much more than the process has: one mistake asks for 24 GiB."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + more_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
 def catcher(mutant: Mutant) -> str | None:
     """What catches the mistake: a refusal, a wrong result, or other work than the kernel's; or None."""
     for judge in JUDGES:
         right, work = work_of(judge), Work()
-        with in_place(mutant):
+        with in_place(mutant), at_most(ROOM_BYTES):
             try:
                 off = judge(work)
             except (
@@ -189,6 +225,7 @@ def catcher(mutant: Mutant) -> str | None:
                 AttributeError,
                 ValueError,
                 ZeroDivisionError,
+                MemoryError,
             ) as refusal:
                 return f"{type(refusal).__name__}: {str(refusal)[:90]}"
         if not off <= 1:

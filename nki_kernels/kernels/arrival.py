@@ -36,7 +36,8 @@ def product_on_arrival(work: Workspace, src: Tensor, tokens: int) -> None:
         load_transposed(work.h, src, tiles[i], 0, tokens)
         for n in range(early):
             work.stream.seek((n * matrix.row_tiles() + tiles[i][0]) * PMAX)
-            add_transposed(work, matrix, n, sums[n], work.h, widths, -1, tiles[i])
+            blocks = matrix.blocks(n)[tiles[i][0] : tiles[i][0] + tiles[i][1]]
+            add_transposed(work, blocks, i == 0, sums[n], work.h, widths, -1)
     for n in range(early):
         evict_transposed_tile(work, matrix, n, work.h, work.down_z, sums[n], widths)
     transposed_product(work, matrix, early, work.h, work.down_z, widths)

@@ -50,7 +50,7 @@ def transposed_tile(
     that shares blocks, -1 for others.
     """
     sums = transposed_banks(work, matrix, n, widths)
-    add_transposed(work, matrix, n, sums, source, widths, owner, (0, len(matrix.blocks(n))))
+    add_transposed(work, matrix.blocks(n), True, sums, source, widths, owner)
     return sums
 
 
@@ -63,20 +63,20 @@ def transposed_banks(work: Workspace, matrix: Matrix, n: int, widths: list) -> l
 
 
 def add_transposed(
-    work: Workspace, matrix: Matrix, n: int, sums: list, source: Tensor, widths: list, owner: int, part: tuple
+    work: Workspace, blocks: list, begins: bool, sums: list, source: Tensor, widths: list, owner: int
 ) -> None:
-    """The products with blocks (first, count) of column tile `n` into its sums; the first of all begins them."""
-    cols = matrix.tile_width(n)
-    blocks = matrix.blocks(n)
-    for i in range(part[0], part[0] + part[1]):
+    """The products with some blocks of a column tile into its sums; the first one begins them, if they are the
+    tile's first blocks.
+    """
+    cols = sums[0].shape[0]
+    for i in range(len(blocks)):
         k, first, rows, kind = blocks[i]
         block, at = block_of(work, kind, owner, k, cols)
         end = first + rows
         for j in range(len(widths)):
             start, width = widths[j]
-            matmul(
-                sums[j], block[first:end, at : at + cols], source[first:end, k, start : start + width], i == 0
-            )
+            weights, moving = block[first:end, at : at + cols], source[first:end, k, start : start + width]
+            matmul(sums[j], weights, moving, begins and i == 0)
 
 
 def is_source_itself(matrix: Matrix, n: int) -> bool:

@@ -42,20 +42,20 @@ BY_HAND = (
     (
         "products",
         "row tile off by one",
-        "source[first:end, k, start : start + width], i == 0",
-        "source[first:end, max(0, k - 1), start : start + width], i == 0",
+        "source[first:end, k, start : start + width]",
+        "source[first:end, max(0, k - 1), start : start + width]",
     ),
     (
         "products",
         "stale token offset",
-        "source[first:end, k, start : start + width], i == 0",
-        "source[first:end, k, 0:width], i == 0",
+        "source[first:end, k, start : start + width]",
+        "source[first:end, k, 0:width]",
     ),
     (
         "products",
         "last row tile read whole",
-        "sums[j], block[first:end, at : at + cols], source[first:end",
-        "sums[j], block[:, at : at + cols], source[first:end",
+        "weights, moving = block[first:end, at : at + cols]",
+        "weights, moving = block[:, at : at + cols]",
     ),
     (
         "products",
@@ -223,8 +223,8 @@ BY_HAND = (
     (
         "arrival",
         "sums begun anew with every chunk",
-        "work.h, widths, -1, tiles[i])",
-        "work.h, widths, -1, (0, tiles[i][1]))",
+        "blocks, i == 0,",
+        "blocks, True,",
     ),
     (
         "arrival",
@@ -287,11 +287,21 @@ MODULES = ("products", "stream", "load", "stages", "svd_mlp", "sharded", "worksp
 TURNS = (
     "two turns are there to overlap one tile's use with the next one's making; in program order one will do"
 )
+NO_OWNER = "any negative number is no owner"
+EARLY = "when things come, and not what comes: tests of schedules hold it"
 NO_SLOTS = "without slots the loop over a share's rows does nothing"
 EQUIVALENT: dict[str, str] = {
     "Lt -> LtE in `self.bounds[self.chunk + 1] < position` of `while self.bounds[self.chunk + 1] < position:`": "take() does it",
     "+ 1 in `0` of `self.seek(0)`": "every block of tokens begins with a seek of its own",
     "+ 1 in `1` of `self.held.append(-1)`": "any negative number is no chunk",
+    "+ 1 in `0` of `positions.append(0)`": "a place is set before it is read",
+    "+ 1 in `1` of `if self.plan.is_int8 and len(self.slots) > 1 and (self.chunk + 2 < len(self.bounds)):`": EARLY,
+    "FloorDiv -> Mult in `work.plan.ring_cols // PMAX` of `tiles = pieces(matrix.row_tiles(), work.plan.ring_cols // PMAX)`": EARLY,
+    "+ 1 in `0` of `if middle > 0:`": "a multiple of 128",
+    "+ 1 in `1` of `add_transposed(work, blocks, i == 0, sums[n], work.h, widths, -1)`": NO_OWNER,
+    "+ 1 in `1` of `sums = transposed_tile(work, matrix, n, source, widths, -1)`": NO_OWNER,
+    "Add -> Sub in `plan.at.raw + i * plan.raw_bytes` of `raw = nl.ndarray((packed.shape[0], plan.ring_cols), dtype=packed.dtype, "
+    "buffer=nl.sbuf, name=f'raw{i}', address=(0, plan.at.raw + i * plan.raw_bytes))`": "over small tiles, in turn with them",
     "+ 1 in `1` of `groups = pieces(whole, max(1, MOVING_COLS // size))`": "size is at most 128, so the maximum is never the 1",
     "FloorDiv -> Mult in `MOVING_COLS // size` of `groups = pieces(whole, max(1, MOVING_COLS // size))`": "more banks at once, if free",
     "Add -> Sub in `n * len(widths) + j` of `activated = work.activated[(n * len(widths) + j) % 2]`": TURNS,

@@ -294,6 +294,7 @@ EQUIVALENT: dict[str, str] = {
     "Lt -> LtE in `self.bounds[self.chunk + 1] < position` of `while self.bounds[self.chunk + 1] < position:`": "take() does it",
     "+ 1 in `0` of `self.seek(0)`": "every block of tokens begins with a seek of its own",
     "+ 1 in `1` of `self.held.append(-1)`": "any negative number is no chunk",
+    "+ 1 in `2` of `row = rows[i % 2]`": "z in rows has at most two tiles of tokens; where x has more, it is caught",
     "+ 1 in `0` of `positions.append(0)`": "a place is set before it is read",
     "+ 1 in `1` of `if self.plan.is_int8 and len(self.slots) > 1 and (self.chunk + 2 < len(self.bounds)):`": EARLY,
     "FloorDiv -> Mult in `work.plan.ring_cols // PMAX` of `tiles = pieces(matrix.row_tiles(), work.plan.ring_cols // PMAX)`": EARLY,

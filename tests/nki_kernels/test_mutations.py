@@ -53,7 +53,7 @@ SHARDS = (
     (TOKENS, "uv", "uv", 160, 140, 2, 70, 90),
     (TOKENS, "dense", "uv", 100, 90, 1, 0, 1),
     (TOKENS, "uv", "dense", 100, 90, 1, 1, 0),
-    (200, "uv", "uv", 160, 640, 2, 70, 90),
+    (200, "uv", "uv", 160, 1060, 2, 70, 90),  # shares of more than 512, that begin inside a tile
 )
 
 

@@ -287,6 +287,8 @@ MODULES = ("products", "stream", "load", "stages", "svd_mlp", "sharded", "worksp
 TURNS = (
     "two turns are there to overlap one tile's use with the next one's making; in program order one will do"
 )
+GATE_FIRST = "the scales of gate come before those of up, which never begin at 0"
+FIRST_OF_ALL = "the int8 identity is cast before anything else is on chip: it may lie anywhere"
 NO_OWNER = "any negative number is no owner"
 EARLY = "when things come, and not what comes: tests of schedules hold it"
 NO_SLOTS = "without slots the loop over a share's rows does nothing"
@@ -305,8 +307,23 @@ EQUIVALENT: dict[str, str] = {
     "buffer=nl.sbuf, name=f'raw{i}', address=(0, plan.at.raw + i * plan.raw_bytes))`": "over small tiles, in turn with them",
     "+ 1 in `1` of `groups = pieces(whole, max(1, MOVING_COLS // size))`": "size is at most 128, so the maximum is never the 1",
     "FloorDiv -> Mult in `MOVING_COLS // size` of `groups = pieces(whole, max(1, MOVING_COLS // size))`": "more banks at once, if free",
-    "Add -> Sub in `n * len(widths) + j` of `activated = work.activated[(n * len(widths) + j) % 2]`": TURNS,
-    "Mult -> Add in `n * len(widths)` of `activated = work.activated[(n * len(widths) + j) % 2]`": TURNS,
+    "Add -> Sub in `n * len(widths) + j` of `activated = work.activated[(n * len(widths) + j) % 2][0:cols, 0:width]`": TURNS,
+    "Mult -> Add in `n * len(widths)` of `activated = work.activated[(n * len(widths) + j) % 2][0:cols, 0:width]`": TURNS,
+    "Mod -> FloorDiv in `turn % 2` of `scaled = work.scales.scaled[turn % 2][0:size, 0:cols]`": TURNS,
+    "Mult -> Add in `i * MOVING_COLS` of `address = plan.at.scaled + i * MOVING_COLS * 4`": TURNS,
+    "+ 1 in `4` of `address = plan.at.scaled + i * MOVING_COLS * 4`": TURNS,
+    "Mult -> Add in `(1 + i) * PMAX` of `diagonal = tensor_at(at.small + (1 + i) * PMAX * 4, (PMAX, PMAX), nl.float32)`": TURNS,
+    "+ 1 in `4` of `diagonal = tensor_at(at.small + (1 + i) * PMAX * 4, (PMAX, PMAX), nl.float32)`": TURNS,
+    "+ 1 in `1` of `last = self.plan.at.raw + (self.plan.raw_slots - 1) * self.plan.raw_bytes`": FIRST_OF_ALL,
+    "Add -> Sub in `plan.at.scaled + i * MOVING_COLS * 4` of `address = plan.at.scaled + i * MOVING_COLS * 4`": TURNS,
+    "Mult -> Add in `i * MOVING_COLS * 4` of `address = plan.at.scaled + i * MOVING_COLS * 4`": TURNS,
+    "Lt -> LtE in `up_matrix.scale_at < 0` of `if up_matrix.scale_at < 0 or is_source_itself(up_matrix, n):`": GATE_FIRST,
+    "+ 1 in `0` of `if up_matrix.scale_at < 0 or is_source_itself(up_matrix, n):`": GATE_FIRST,
+    "Add -> Sub in `self.plan.at.raw + (self.plan.raw_slots - 1) * self.plan.raw_bytes` of "
+    "`last = self.plan.at.raw + (self.plan.raw_slots - 1) * self.plan.raw_bytes`": FIRST_OF_ALL,
+    "Mult -> Add in `(self.plan.raw_slots - 1) * self.plan.raw_bytes` of "
+    "`last = self.plan.at.raw + (self.plan.raw_slots - 1) * self.plan.raw_bytes`": FIRST_OF_ALL,
+    "Sub -> Add in `self.plan.raw_slots - 1` of `last = self.plan.at.raw + (self.plan.raw_slots - 1) * self.plan.raw_bytes`": FIRST_OF_ALL,
     "Mod -> FloorDiv in `n % 2` of `stage = turns[n % 2]`": TURNS,
     "+ 1 in `0` of `self.turn = 0`": TURNS,
     "Add -> Sub in `bank + 1` of `self.turn = (bank + 1) % PSUM_BANKS`": TURNS,

@@ -18,12 +18,12 @@ from nki_kernels.cases import DTYPES, MAX_ERROR, MLPCase, error, quantised, rand
 from nki_kernels.kernels.sharded import first_factors, last_factor, second_factors
 from nki_kernels.kernels.xuv import xuv
 from nki_kernels.layout import chain_layout, first_stage, int8_layout, last_stage, mlp_layout, second_stage
-from nki_kernels.packing import factors_by_name, pack
+from nki_kernels.packing import factors_by_name, pack, pack_scales
 from nki_kernels.planner import Choice, Request, build_plan
 from nki_kernels.reference.mlp import silu
 from nki_kernels.request import stage_request, z_is_natural
 from nki_kernels.simulator.trace import Event, Instruction
-from tests.nki_kernels.harness import EPS, run_svd_mlp
+from tests.nki_kernels.harness import EPS, run_svd_mlp, scales_by_name, without_scales
 from tests.nki_kernels.mutants import EQUIVALENT, MODULES, Mutant, by_hand, by_rule, in_place, source_of
 from tests.nki_kernels.test_planner import Peak
 
@@ -75,14 +75,27 @@ class Work:
         return self.flops, self.moved_bytes, self.peak.sbuf_bytes, dict(self.elements)
 
 
-def run_int8(slots: int, work: Work) -> float:
+def run_int8(tokens: int, slots: int, group: int, work: Work) -> float:
     """Error of svd_mlp with int8 weights in a ring of `slots`, over what the format allows."""
-    case = MLPCase(140, 600, 400, ("uv", "compact", "compact"), (70, 140, 257), "fp32", True, True)
+    case = MLPCase(tokens, 600, 400, ("uv", "compact", "compact"), (70, 140, 257), "fp32", True, True)
     layout = int8_layout(mlp_layout(case.hidden, case.intermediate, *case.projections))
     request = Request(layout, case.tokens, DTYPES["fp32"], EPS, True)
-    plan = build_plan(request, Choice(140, slots, 512, 512, 1))
+    plan = build_plan(request, Choice(tokens, slots, 512, 512, group))
     found, expected = run_svd_mlp(case, plan, quantised(random_weights(case)), listeners=[work])
     return error(found, expected) / MAX_ERROR["fp32"]
+
+
+def run_int8_alone(work: Work) -> float:
+    """Error of one dense int8 projection with natural output and SiLU, over what the format allows."""
+    case = MLPCase(20, 700, 160, ("dense",) * 3, (0, 0, 0), "fp32")
+    weights = quantised({"down_proj": random_weights(case)["down_proj"]})
+    layout = int8_layout(chain_layout(160, 700, case.projections[2]))
+    x = random_array(np.random.default_rng(11), (20, 160), DTYPES["fp32"])
+    packed = pack(layout, factors_by_name(without_scales(weights)))
+    scales = pack_scales(layout, scales_by_name(weights))
+    plan = build_plan(Request(layout, 20, DTYPES["fp32"], silu=True), Choice(20, 3, 512))
+    found = simulate(xuv, listeners=[work])(x, packed, plan, None, scales)
+    return error(found, reference.xuv(x, weights["down_proj"], activate=True)) / MAX_ERROR["fp32"]
 
 
 def run_whole(case: MLPCase, choice: Choice, work: Work) -> float:
@@ -191,7 +204,9 @@ JUDGES = (
     *(functools.partial(run_pieces, shards) for shards in SHARDS),
     run_transposed,
     run_arriving,
-    *(functools.partial(run_int8, slots) for slots in (3, 1)),
+    functools.partial(run_int8, 140, 3, 1),
+    functools.partial(run_int8, 300, 1, 4),
+    run_int8_alone,
 )
 
 

@@ -313,6 +313,7 @@ EQUIVALENT: dict[str, str] = {
     "Mult -> Add in `i * MOVING_COLS` of `address = plan.at.scaled + i * MOVING_COLS * 4`": TURNS,
     "+ 1 in `4` of `address = plan.at.scaled + i * MOVING_COLS * 4`": TURNS,
     "Mult -> Add in `(1 + i) * PMAX` of `diagonal = tensor_at(at.small + (1 + i) * PMAX * 4, (PMAX, PMAX), nl.float32)`": TURNS,
+    "+ 1 in `1` of `diagonal = tensor_at(at.small + (1 + i) * PMAX * 4, (PMAX, PMAX), nl.float32)`": TURNS,
     "+ 1 in `4` of `diagonal = tensor_at(at.small + (1 + i) * PMAX * 4, (PMAX, PMAX), nl.float32)`": TURNS,
     "+ 1 in `1` of `last = self.plan.at.raw + (self.plan.raw_slots - 1) * self.plan.raw_bytes`": FIRST_OF_ALL,
     "Add -> Sub in `plan.at.scaled + i * MOVING_COLS * 4` of `address = plan.at.scaled + i * MOVING_COLS * 4`": TURNS,
@@ -333,6 +334,8 @@ EQUIVALENT: dict[str, str] = {
     "+ 1 in `2` of `for i in range(3 if self.plan.with_norm else 2):`": "a row that nobody takes",
     "Mod -> FloorDiv in `i % 2` of `row = rows[i % 2]`": TURNS,
     "+ 1 in `0` of `if left > 0:`": "a rest of one feature: no case has it",
+    "Gt -> GtE in `gate_slots > 0` of `if gate_slots > 0:`": NO_SLOTS,
+    "Gt -> GtE in `up_slots > 0` of `if up_slots > 0:`": NO_SLOTS,
     "Gt -> GtE in `plan.gate_z_tiles > 0` of `if plan.gate_z_tiles > 0:`": NO_SLOTS,
     "Gt -> GtE in `plan.up_z_tiles > 0` of `if plan.up_z_tiles > 0:`": NO_SLOTS,
 }

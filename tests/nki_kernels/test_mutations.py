@@ -267,7 +267,6 @@ def test_a_mistake_made_by_hand_is_caught(mutant):
     assert caught is not None
 
 
-# EQUIVALENT is not up to date for int8 and groups, and the cases run no int8: the list has to be gone through.
 @pytest.mark.large
 @pytest.mark.parametrize("module", MODULES)
 def test_mistakes_made_by_rule_are_caught(module):

@@ -90,6 +90,11 @@ class Checkpoint:
             return False
         return not torch.equal(self.tensor(head), self.tensor(embedding))
 
+    @property
+    def files(self) -> list[pathlib.Path]:
+        """The files of weights that are read."""
+        return sorted({header.path for header in self._files.values()})
+
     def names(self) -> list[str]:
         return sorted(name for name in self._files if name not in self._scales)
 
@@ -189,14 +194,17 @@ def checked_tensor(tensor: torch.Tensor, name: str, path: pathlib.Path) -> torch
     """Refuse integers and quantised types (CheckpointError), NaN and Inf (NonFiniteError)."""
     if tensor.dtype not in _DTYPES:
         raise CheckpointError(f"{path}: {name}: expected bf16, fp16 or fp32, found {tensor.dtype}.")
-    if tensor.numel() and not all(
-        bool(torch.isfinite(end)) for end in tensor.aminmax()
-    ):  # isfinite of the whole would copy it
+    if not is_finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
         raise NonFiniteError(
             f"{path}: {name}: expected finite weights, found {bad} of {tensor.numel()} NaN or Inf; the file is damaged."
         )
     return tensor
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf; isfinite of the whole would copy it."""
+    return not tensor.numel() or all(bool(torch.isfinite(end)) for end in tensor.aminmax())
 
 
 def check_int8(q: torch.Tensor, scale: torch.Tensor, source: str) -> None:

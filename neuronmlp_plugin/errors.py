@@ -13,6 +13,11 @@ Each message is one sentence: the file or tensor, what was expected, what was fo
 command line prints it and exits with code 2.
 """
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 
 class NeuronMLPError(Exception):
     """Base of every error that is the user's to mend."""
@@ -44,6 +49,21 @@ class CalibrationError(NeuronMLPError):
 
 class OutputError(NeuronMLPError):
     """An output that cannot be written: it exists already, or there is no room."""
+
+
+@contextlib.contextmanager
+def told_as(kind: type[NeuronMLPError], expected: str, advice: str) -> Iterator[None]:
+    """Turn whatever another library raises over somebody's file into "{expected}, found: {reason}; {advice}.": they
+    raise what their values lead to. Libraries in Rust panic with an exception that is none of Python's own kinds.
+    """
+    try:
+        yield
+    except NeuronMLPError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise kind(f"{expected}, found: {reason_of(error)}; {advice}.") from error
 
 
 def printable(text: str) -> str:

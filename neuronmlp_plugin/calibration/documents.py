@@ -21,6 +21,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from neuronmlp_plugin.calibration.template import ChatTemplate
 from neuronmlp_plugin.errors import CalibrationError, reason_of
 
 BLOCK = 1 << 20  # characters of plain text that are one document
@@ -47,8 +48,9 @@ def documents_of(path: str | pathlib.Path, tokenizer: Any) -> Iterator[str]:
     else:
         yield from _blocks(path)
         return
+    template = ChatTemplate(tokenizer)
     for where, entry in entries:
-        yield _document(entry, where, tokenizer)
+        yield _document(entry, where, template)
 
 
 def _opened(path: pathlib.Path) -> io.TextIOWrapper:
@@ -179,7 +181,7 @@ def _columns(names: list[str], source: str) -> list[str]:
     return columns
 
 
-def _document(entry: Any, where: str, tokenizer: Any) -> str:
+def _document(entry: Any, where: str, template: ChatTemplate) -> str:
     if isinstance(entry, dict) and isinstance(entry.get("text"), str):
         return entry["text"]
     chat = (
@@ -188,11 +190,11 @@ def _document(entry: Any, where: str, tokenizer: Any) -> str:
         else None
     )
     if chat is not None:
-        if not getattr(tokenizer, "chat_template", None):
+        if not getattr(template.tokenizer, "chat_template", None):
             raise CalibrationError(
                 f"{where}: expected a tokenizer with a chat template for a chat, found none; use `text` lines."
             )
-        return _rendered([_message(message, where) for message in chat], where, tokenizer)
+        return _rendered([_message(message, where) for message in chat], where, template)
     found = {key: type(value).__name__ for key, value in entry.items()} if isinstance(entry, dict) else entry
     raise CalibrationError(
         f"{where}: expected a `text` string or a `messages` list, found {str(found)[:200]}; "
@@ -207,7 +209,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
             f"{where}: expected each message to be an object with role and content, found {str(message)[:80]!r}."
         )
     if "from" in message and "value" in message and "role" not in message:
-        message = {"role": ROLES.get(message["from"], message["from"]), "content": message["value"]}
+        speaker = message["from"]
+        message = {"role": ROLES.get(str(speaker), speaker), "content": message["value"]}
     role, content = message.get("role"), message.get("content")
     if isinstance(content, list):
         content = _joined(content, where)
@@ -237,16 +240,13 @@ def _joined(parts: list[Any], where: str) -> str:
     return "".join(texts)
 
 
-def _rendered(messages: list[dict[str, Any]], where: str, tokenizer: Any) -> str:
-    """The chat through the model's template, without the BOS that every window begins with anyway.
-
-    A template is a program that came with the model: whatever it raises is the template's, so all is caught.
-    """
+def _rendered(messages: list[dict[str, Any]], where: str, template: ChatTemplate) -> str:
+    """The chat through the model's template, without the BOS that every window begins with anyway."""
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:
+        text = template.render(messages)
+    except CalibrationError as error:
         raise CalibrationError(
-            f"{where}: expected messages that the model's chat template takes, found: {reason_of(error)}."
+            f"{where}: expected messages that the model's chat template takes, found: {error}."
         ) from error
-    bos = getattr(tokenizer, "bos_token", None)
+    bos = getattr(template.tokenizer, "bos_token", None)
     return text.removeprefix(bos) if bos else text

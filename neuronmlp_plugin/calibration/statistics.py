@@ -16,6 +16,7 @@ from torch import nn
 from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.calibration.workers import Workers
 from neuronmlp_plugin.lowrank.moments import SecondMoment
+from neuronmlp_plugin.models.factors import PROJECTIONS
 
 BATCH = 4  # windows per forward call: large enough for full-speed matmuls, small enough to bound memory
 DAMPING = 0.1  # share of the mean diagonal added to down's metric: a short backward pass sees few directions
@@ -134,9 +135,8 @@ def layer_metrics(
     }
     full = SecondMoment(mlp.down_proj.out_features, stream.device)
 
-    def collect(
-        name: str, gradient: torch.Tensor
-    ) -> None:  # a tensor hook that returns something would replace the gradient
+    # A tensor hook that returns something would replace the gradient.
+    def collect(name: str, gradient: torch.Tensor) -> None:
         if name == "down_proj":
             full.add(_flat(gradient))
         else:
@@ -148,12 +148,7 @@ def layer_metrics(
 
         return hook
 
-    with hooked(
-        [
-            getattr(mlp, name).register_forward_hook(watch(name))
-            for name in ("gate_proj", "up_proj", "down_proj")
-        ]
-    ):
+    with hooked([getattr(mlp, name).register_forward_hook(watch(name)) for name in PROJECTIONS]):
         backward_in_place(stream, layer, hidden, gradient)
     squares = {name: workers.sum(square) for name, square in squares.items()}
     workers.add_up(full)

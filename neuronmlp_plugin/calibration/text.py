@@ -5,13 +5,14 @@ from __future__ import annotations
 import array
 import hashlib
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from neuronmlp_plugin.calibration.documents import documents_of
-from neuronmlp_plugin.errors import CalibrationError, CheckpointError, UsageError, reason_of
+from neuronmlp_plugin.checkpoint.files import read_object
+from neuronmlp_plugin.errors import CalibrationError, CheckpointError, UsageError, shown, told_as
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -26,12 +27,40 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
         raise CheckpointError(
             f"{folder}: expected a tokenizer ({' or '.join(_VOCABULARIES)}), found none; copy the model's own."
         )
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # its files are the folder's, and transformers raises whatever they lead to
-        raise CheckpointError(
-            f"{folder}: expected a tokenizer that transformers reads, found: {reason_of(error)}; copy its files again."
-        ) from error
+    _check_vocabulary(pathlib.Path(folder))
+    expected = f"{folder}: expected a tokenizer that transformers reads and that reads a text"
+    with told_as(CheckpointError, expected, "copy its files again"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not isinstance(bos_prefix(tokenizer), list) or not isinstance(tokenizer.bos_token, str | None):
+            raise TypeError("a beginning of texts that is none")
+        return tokenizer
+
+
+MOST_TOKENS = 1 << 22  # tables are as long as the highest id, and one of 2^31 ends the process without a word
+
+
+def _check_vocabulary(folder: pathlib.Path) -> None:
+    """Refuse ids that no model has, wherever the tokenizer's files say one, before anything is made of them."""
+    for name in ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json"):
+        path = folder / name
+        for found in _ids(name, read_object(path)) if path.is_file() else ():
+            if isinstance(found, int | float) and not 0 <= found < MOST_TOKENS:
+                raise CheckpointError(
+                    f"{path}: expected token ids below {MOST_TOKENS:,}, found {shown(found)}; copy the file again."
+                )
+
+
+def _ids(name: str, values: dict[str, Any]) -> Iterator[Any]:
+    model, added, decoder = (values.get(key) for key in ("model", "added_tokens", "added_tokens_decoder"))
+    for table in (
+        model.get("vocab") if isinstance(model, dict) else None,
+        values if "_config" not in name else None,
+    ):
+        yield from table.values() if isinstance(table, dict) else ()
+    yield from (
+        (entry.get("id") for entry in added if isinstance(entry, dict)) if isinstance(added, list) else ()
+    )
+    yield from (int(key[:12]) for key in decoder if key.isdecimal()) if isinstance(decoder, dict) else ()
 
 
 def read_documents(path: str | pathlib.Path, tokenizer: Any) -> list[str]:
@@ -58,7 +87,8 @@ def token_windows(
     _check_length(length, len(prefix))
     ids = array.array("i")  # a list of Python's integers would take eight times the memory
     for document in documents:
-        ids.extend(tokenizer(document, add_special_tokens=False)["input_ids"])
+        with told_as(CheckpointError, f"{source}: expected text that the tokenizer reads", "mend its files"):
+            ids.extend(tokenizer(document, add_special_tokens=False)["input_ids"])
         if limit is not None and len(ids) >= limit:
             break
     step = length - len(prefix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import re
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
 
 def parse_object(text: str, path: pathlib.Path) -> dict[str, Any]:
     try:
-        value = json.loads(text, parse_constant=_no_number)
+        value = json.loads(text, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected JSON, found: {reason_of(error)}.") from error
     if not isinstance(value, dict):
@@ -60,6 +61,14 @@ def parse_object(text: str, path: pathlib.Path) -> dict[str, Any]:
 def _no_number(name: str) -> None:
     """NaN and its like, which Python reads and JSON does not have."""
     raise ValueError(f"{name}, which is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    """1e999 is a number of JSON; Python makes it infinite."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]}, which is too large a number to compute with")
+    return value
 
 
 def open_safetensors(path: pathlib.Path) -> Any:
@@ -139,8 +148,12 @@ def _indexed(index: pathlib.Path) -> list[str]:
         if isinstance(table, dict) and all(isinstance(name, str) for name in table.values())
         else set()
     )
-    if not names or any(pathlib.PurePath(name).name != name for name in names):
+    if not names or any(pathlib.PurePath(name).name != name or not _can_be_a_name(name) for name in names):
         raise CheckpointError(
             f"{index}: expected `weight_map`, from tensors to files of this folder, found another; download it again."
         )
     return sorted(names)
+
+
+def _can_be_a_name(name: str) -> bool:
+    return "\0" not in name and len(name.encode(errors="replace")) <= 255

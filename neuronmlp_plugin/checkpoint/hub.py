@@ -26,7 +26,14 @@ COPIED = (
     "LICENSE*",
     "NOTICE*",
 )
-_READ = ("config.json", "README.md", "*.safetensors", "model.safetensors.index.json", "neuronmlp_report.json")
+_READ = (
+    "config.json",
+    "README.md",
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "neuronmlp_report.json",
+    "neuronmlp_digests.json",
+)
 
 
 def is_hub_id(name: str) -> bool:

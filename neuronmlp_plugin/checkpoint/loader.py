@@ -13,7 +13,7 @@ from torch import nn
 
 from neuronmlp_plugin.checkpoint.reader import Checkpoint, FactorFile, older_rope
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
-from neuronmlp_plugin.errors import CheckpointError, NeuronMLPError, reason_of
+from neuronmlp_plugin.errors import CheckpointError, told_as
 from neuronmlp_plugin.models.definition import build_linear
 from neuronmlp_plugin.models.factors import Matrix
 
@@ -62,15 +62,9 @@ def open_folder(
 
 def build_skeleton(checkpoint: Checkpoint) -> Any:
     """The architecture on the meta device, with real rotary tables: modules to load weights into."""
-    try:
+    expected = f"{checkpoint.folder / 'config.json'}: expected a config that transformers builds a model from"
+    with told_as(CheckpointError, expected, "mend it, or download it again"):
         return _skeleton(checkpoint)
-    except NeuronMLPError:
-        raise
-    except Exception as error:  # whatever a value of the config leads transformers to
-        raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'}: expected a config that transformers builds a model from, found: "
-            f"{reason_of(error)}."
-        ) from error
 
 
 def _skeleton(checkpoint: Checkpoint) -> Any:
@@ -106,7 +100,9 @@ def swap_projections(
 
 def load_exactly(model: Any, state: dict[str, torch.Tensor], source: str) -> None:
     """Assign every tensor to its parameter and refuse leftovers on either side; a tied head may be absent."""
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    expected = f"{source}: expected tensors of the shapes that the config gives"
+    with told_as(CheckpointError, expected, "the folder contradicts its config"):
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     absent = [name for name in missing if not (tied and name == "lm_head.weight")]
     # Old exports store rotary tables; they are recomputed, so an extra one is harmless.

@@ -25,7 +25,7 @@ from neuronmlp_plugin.checkpoint.schema import (
     parse_block,
 )
 from neuronmlp_plugin.errors import CheckpointError, NonFiniteError
-from neuronmlp_plugin.models.definition import LIMIT, dequantize
+from neuronmlp_plugin.models.definition import LIMIT, Weight
 from neuronmlp_plugin.models.factors import SCALE
 from neuronmlp_plugin.models.families import check_supported, names_outside_mlps
 
@@ -38,8 +38,8 @@ _FLOATS = ("BF16", "F16", "F32")  # the same, as safetensors spells them
 class Checkpoint:
     """An opened model folder: its config, its block (None for a dense model) and its tensors by name.
 
-    An int8 weight is one tensor here, whose scales are not seen: it is dequantised when it is read. Opening
-    reads only headers. Raises CheckpointError, FormatVersionError or UnsupportedModelError.
+    An int8 weight is one tensor here, whose scales are not seen: it is dequantised when it is read (`weight`
+    gives both as they are). Opening reads only headers. Raises CheckpointError, FormatVersionError or UnsupportedModelError.
     """
 
     def __init__(self, folder: str | pathlib.Path) -> None:
@@ -90,6 +90,11 @@ class Checkpoint:
             return False
         return not torch.equal(self.tensor(head), self.tensor(embedding))
 
+    @property
+    def files(self) -> list[pathlib.Path]:
+        """The files of weights that are read."""
+        return sorted({header.path for header in self._files.values()})
+
     def names(self) -> list[str]:
         return sorted(name for name in self._files if name not in self._scales)
 
@@ -103,11 +108,15 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU, finite and in a floating dtype (fp32 where int8 is stored)."""
+        return self.weight(name).expanded()
+
+    def weight(self, name: str) -> Weight:
+        """One tensor as it is stored, checked: with its scales where it is int8."""
         if name not in self._files:
             raise CheckpointError(
                 f"{self.folder}: expected a tensor {name}, found none; the folder is incomplete."
             )
-        return read_tensor(name, self._files, self._scales)
+        return read_weight(name, self._files, self._scales)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name in self.names():
@@ -139,7 +148,11 @@ class FactorFile:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One weight, dequantised to fp32 where it is stored as int8."""
-        return read_tensor(name, self._files, self.block.expected_scales())
+        return self.weight(name).expanded()
+
+    def weight(self, name: str) -> Weight:
+        """One weight as it is stored, checked: with its scales where it is int8."""
+        return read_weight(name, self._files, self.block.expected_scales())
 
     def stored(self, name: str) -> torch.Tensor:
         """One tensor as it is stored, int8 weights and their scales included."""
@@ -181,14 +194,17 @@ def checked_tensor(tensor: torch.Tensor, name: str, path: pathlib.Path) -> torch
     """Refuse integers and quantised types (CheckpointError), NaN and Inf (NonFiniteError)."""
     if tensor.dtype not in _DTYPES:
         raise CheckpointError(f"{path}: {name}: expected bf16, fp16 or fp32, found {tensor.dtype}.")
-    if tensor.numel() and not all(
-        bool(torch.isfinite(end)) for end in tensor.aminmax()
-    ):  # isfinite of the whole would copy it
+    if not is_finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
         raise NonFiniteError(
             f"{path}: {name}: expected finite weights, found {bad} of {tensor.numel()} NaN or Inf; the file is damaged."
         )
     return tensor
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf; isfinite of the whole would copy it."""
+    return not tensor.numel() or all(bool(torch.isfinite(end)) for end in tensor.aminmax())
 
 
 def check_int8(q: torch.Tensor, scale: torch.Tensor, source: str) -> None:
@@ -207,14 +223,14 @@ def check_int8(q: torch.Tensor, scale: torch.Tensor, source: str) -> None:
         )
 
 
-def read_tensor(name: str, files: Headers, scales: Container[str]) -> torch.Tensor:
-    """A floating-point tensor, checked; one whose scales are among `scales` is dequantised to fp32."""
+def read_weight(name: str, files: Headers, scales: Container[str]) -> Weight:
+    """A tensor as it is stored, checked: floating point, or int8 where its scales are among `scales`."""
     tensor = _stored(name, files)
     if name + SCALE not in scales:
-        return checked_tensor(tensor, name, files[name].path)
+        return Weight(checked_tensor(tensor, name, files[name].path))
     scale = _stored(name + SCALE, files)
     check_int8(tensor, scale, f"{files[name].path}: {name}")
-    return dequantize(tensor, scale)
+    return Weight(tensor, scale)
 
 
 def _stored(name: str, files: Headers) -> torch.Tensor:

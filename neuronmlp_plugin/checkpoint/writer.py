@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from neuronmlp_plugin.checkpoint.digests import RECORD, record_of
 from neuronmlp_plugin.checkpoint.files import read_headers
 from neuronmlp_plugin.checkpoint.hub import files_to_copy
 from neuronmlp_plugin.checkpoint.reader import Checkpoint, older_rope
@@ -101,21 +102,45 @@ def whole_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
         partial.mkdir(parents=True)
     try:
         yield partial
-        partial.rename(target)
+        move_whole(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def move_whole(folder: pathlib.Path, target: pathlib.Path) -> None:
+    """Rename a finished folder, whose files are on the disk, to where it belongs."""
+    with told_when_unwritable(target):
+        sync(folder)
+        folder.rename(target)
+        sync(target.parent)
+
+
 def save_tensors(
-    path: pathlib.Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+    path: pathlib.Path,
+    tensors: dict[str, torch.Tensor],
+    metadata: dict[str, str] | None = None,
+    durable: bool = True,
 ) -> None:
-    """Write one safetensors file whole: under a temporary name first, then renamed."""
+    """Write one safetensors file whole: under a temporary name first, then renamed; where it is to be `durable`, once
+    the disk has all of it, since after a power cut its name would else stand for zeros.
+    """
     temporary = path.with_suffix(".tmp")
     ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
     with told_when_unwritable(path):
         save_file(ordered, temporary, metadata={"format": "pt", **(metadata or {})})
         temporary.chmod(0o666 & ~_umask())  # safetensors 0.8 lets nobody else read what it writes
+        if durable:
+            sync(temporary)
         temporary.replace(path)
+
+
+def sync(path: pathlib.Path) -> None:
+    """Have the disk keep a file's contents, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:
@@ -137,6 +162,7 @@ def save_text(path: pathlib.Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     with told_when_unwritable(path):
         temporary.write_text(text, encoding="utf-8", errors="replace")
+        sync(temporary)
         temporary.replace(path)
 
 
@@ -176,14 +202,30 @@ def write_rest(folder: pathlib.Path, base: Checkpoint, block: FormatBlock) -> No
         config["intermediate_size"] = block.ordinary_size
         save_json(folder / "model.safetensors.index.json", _index([_ordinary(path) for path in shards]))
     save_json(folder / "config.json", config)
+    write_record(folder)
+
+
+def write_record(folder: pathlib.Path) -> None:
+    """Record what the files of a finished folder are made of (`digests.check_record`)."""
+    save_json(folder / RECORD, record_of(folder))
 
 
 def _ordinary(shard: pathlib.Path) -> pathlib.Path:
     """The shard under the name that any engine looks for; what an interrupted call renamed stays so."""
-    path = shard.with_name(shard.name.replace(QUANT_METHOD, "model", 1))
+    path = _ordinary_name(shard)
     if shard.is_file():
         shard.replace(path)
     return path
+
+
+def _ordinary_name(shard: pathlib.Path) -> pathlib.Path:
+    return shard.with_name(shard.name.replace(QUANT_METHOD, "model", 1))
+
+
+def layer_file(folder: pathlib.Path, index: int, layers: int) -> pathlib.Path:
+    """Where `write_layer` has put a layer of so many, or where `write_rest` has moved it."""
+    path = folder / shard_name(index + 1, layers + 1)
+    return path if path.is_file() else _ordinary_name(path)
 
 
 def _index(shards: list[pathlib.Path]) -> dict[str, Any]:
@@ -226,6 +268,7 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
         with told_when_unwritable(copy):
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
+            sync(copy)
     settings = target / "tokenizer_config.json"
     if settings.is_file():
         values = json.loads(settings.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""`neuronmlp bench serve` and `rivals`: what a user of a CPU waits for, and what they would serve instead."""
+"""`neuronmlp bench serve`, `mlp` and `rivals`: what a user of a CPU waits for, and what they would serve instead."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def add_kinds(kinds: Any) -> None:
             "serve", help="time to first token and decoding on this machine, models in turns (measured)"
         )
     )
+    _add_mlp(kinds.add_parser("mlp", help="one MLP on this CPU, ours against vLLM's dense one (measured)"))
     rivals = kinds.add_parser("rivals", help="the dense model as int8 for vLLM and as Q8_0 for llama.cpp")
     rivals.add_argument("dense", type=pathlib.Path)
     rivals.add_argument(
@@ -52,6 +53,39 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     serve.set_defaults(run_kind=_serve)
 
 
+def _add_mlp(mlp: argparse.ArgumentParser) -> None:
+    mlp.add_argument("models", nargs="+", metavar="NAME=FOLDER", help="the first is dense")
+    mlp.add_argument("--tokens", type=positive, nargs="+", default=[1, 8, 32, 128, 1024])
+    mlp.add_argument("--layers", type=positive, default=12, help="MLPs that take turns (default %(default)s)")
+    mlp.add_argument("--rounds", type=positive, default=10, help="(default %(default)s)")
+    mlp.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    mlp.set_defaults(run_kind=_mlp)
+
+
+def _mlp(args: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+
+    from neuronmlp_plugin.bench.one_mlp import measure_mlp
+    from neuronmlp_plugin.compressor.progress import ProgressBars
+
+    models = named_folders("mlp", args.models)
+    with ProgressBars(Console(stderr=True)).stage("timing", args.rounds * len(args.tokens)) as tick:
+        results = measure_mlp(
+            models,
+            args.tokens,
+            dtype=getattr(torch, args.dtype),
+            layers=args.layers,
+            rounds=args.rounds,
+            tick=tick,
+        )
+    heads = f"{'tokens':>6}  {'model':<12}{'us':>10}{'speed-up':>10}"
+    print(f"{heads}   (measured, {args.dtype}, one thread's processor time, least of {args.rounds})")
+    for r in results:
+        print(f"{r.tokens:>6}  {r.model:<12}{r.us:>10.0f}{r.speedup:>10.2f}")
+    return 0
+
+
 def _serve(args: argparse.Namespace) -> int:
     from rich.console import Console
 
@@ -80,14 +114,7 @@ def _serve(args: argparse.Namespace) -> int:
         )
     how = f"{args.dtype}, {'compiled' if args.compile else 'eager'}{', AVX2' if args.avx2 else ''}"
     how += ", one thread's processor time" if args.processor_time else ""
-    print(
-        f"{'cell':<20}{'model':<12}{'ms':>10}{'speed-up':>10}{'ideal':>8}{'share':>8}{'peak GiB':>10}   (measured, {how})"
-    )
-    for r in results:
-        ideal, share = (f"{r.ideal:.3f}", f"{r.share_of_ideal:.0%}") if r.ideal > 1 else ("-", "-")
-        print(
-            f"{r.cell!s:<20}{r.model:<12}{1e3 * r.seconds:>10.1f}{r.speedup:>10.3f}{ideal:>8}{share:>8}{r.peak_bytes / 2**30:>10.2f}"
-        )
+    _print_serving(results, how)
     if args.csv:
         metrics = (("seconds", "s"), ("speedup", "ratio"), ("ideal", "ratio"), ("peak_bytes", "bytes"))
         cases = [(f"serve {how} {r.model} {r.cell}", r) for r in results]
@@ -96,6 +123,15 @@ def _serve(args: argparse.Namespace) -> int:
             [Row(case, m, unit, getattr(r, m), "measured") for case, r in cases for m, unit in metrics],
         )
     return 0
+
+
+def _print_serving(results: list[Any], how: str) -> None:
+    heads = f"{'cell':<20}{'model':<12}{'ms':>10}{'speed-up':>10}{'ideal':>8}{'share':>8}{'peak GiB':>10}"
+    print(f"{heads}   (measured, {how})")
+    for r in results:
+        ideal, share = (f"{r.ideal:.3f}", f"{r.share_of_ideal:.0%}") if r.ideal > 1 else ("-", "-")
+        gain = f"{1e3 * r.seconds:>10.1f}{r.speedup:>10.3f}{ideal:>8}{share:>8}"
+        print(f"{r.cell!s:<20}{r.model:<12}{gain}{r.peak_bytes / 2**30:>10.2f}")
 
 
 def _rivals(args: argparse.Namespace) -> int:

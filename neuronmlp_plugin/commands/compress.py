@@ -142,6 +142,10 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULTS["channels"],
         help="remove (default): layers may lose channels beside having factors; keep: factors only",
     )
+    _add_ranks(method)
+
+
+def _add_ranks(method: Any) -> None:
     method.add_argument(
         "--method",
         choices=METHODS,

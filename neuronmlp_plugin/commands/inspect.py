@@ -1,4 +1,4 @@
-"""`neuronmlp inspect`: headers only, no weights are read."""
+"""`neuronmlp inspect`: headers only; no weights are read, unless they are to be verified."""
 
 from __future__ import annotations
 
@@ -13,13 +13,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", type=pathlib.Path, help="a checkpoint folder, or a dense folder with a factor file in it"
     )
-    parser.add_argument("--json", action="store_true", help="print the block as JSON")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true", help="print the block as JSON")
+    shown.add_argument(
+        "--verify",
+        action="store_true",
+        help="read all files, and compare them with the digests that were recorded when they were written",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, FactorFile
     from neuronmlp_plugin.errors import CheckpointError
 
+    if args.verify:
+        return _verify(args.model)
     checkpoint = Checkpoint(args.model)
     block = checkpoint.block
     if block is None and (args.model / FACTOR_FILE).is_file():
@@ -37,6 +45,22 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({**block.to_json(), **sizes}, indent=2))
     else:
         _print_table(block)
+    return 0
+
+
+def _verify(model: pathlib.Path) -> int:
+    from neuronmlp_plugin.checkpoint.digests import RECORD, check_record
+    from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint
+
+    Checkpoint(model)
+    found = {
+        folder: check_record(folder) for folder in (model, (model / FACTOR_FILE).parent) if folder.is_dir()
+    }
+    for folder, count in found.items():
+        said = (
+            f"{count} files are as they were written" if count else f"no {RECORD}, so nothing to compare with"
+        )
+        print(f"{printable(str(folder))}: {said}")
     return 0
 
 

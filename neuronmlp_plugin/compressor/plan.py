@@ -21,6 +21,7 @@ from neuronmlp_plugin.calibration.text import (
     spread,
     windows_digest,
 )
+from neuronmlp_plugin.checkpoint.digests import sampled_digest
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, dense_block
 from neuronmlp_plugin.checkpoint.writer import check_new, layer_prefix, partial_folder
 from neuronmlp_plugin.compressor.memory import Footprint, available_bytes
@@ -30,7 +31,7 @@ from neuronmlp_plugin.lowrank.allocate import Curve, Level, check_removable, mos
 from neuronmlp_plugin.models.factors import PROJECTIONS, MLPShape, divisors
 
 _FP32 = 4
-_LAYOUT = 3  # of the files in the analysis folder
+_LAYOUT = 4  # of the files in the analysis folder
 QUANTUM = 16  # channels of a group that go at a time
 LEAST_CHANNELS = 1 / 3  # of a layer: with fewer, summed losses predict nothing
 FACTORED_LEVELS = 6  # at about so many counts of channels factors are offered too, besides at all of them
@@ -186,16 +187,14 @@ def digest(value: Any) -> str:
 
 
 def base_digest(base: Checkpoint) -> str:
-    """A name for the dense weights: config, tensor names and shapes, and file sizes (not their contents:
-    those are gigabytes).
-    """
-    sizes = [(path.name, path.stat().st_size) for path in sorted(base.folder.glob("*.safetensors"))]
-    return digest([base.config, sorted((n, list(s)) for n, s in base.shapes().items()), sizes])
+    """A name for the dense weights: config, tensor names and shapes, and samples of all files (`sampled_digest`)."""
+    files = [(path.name, sampled_digest(path)) for path in base.files]
+    return digest([base.config, sorted((n, list(s)) for n, s in base.shapes().items()), files])
 
 
 def weights_digest(base: Checkpoint) -> str:
     """`base_digest` that also changes when a file is written anew in place."""
-    written = [path.stat().st_mtime_ns for path in sorted(base.folder.glob("*.safetensors"))]
+    written = [path.stat().st_mtime_ns for path in base.files]
     return digest([base_digest(base), written])
 
 

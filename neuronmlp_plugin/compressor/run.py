@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,16 +16,20 @@ from neuronmlp_plugin.calibration.quality import Judge, compare
 from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.calibration.text import load_tokenizer
 from neuronmlp_plugin.calibration.workers import Workers
+from neuronmlp_plugin.checkpoint.digests import file_digest
 from neuronmlp_plugin.checkpoint.loader import open_folder
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE
 from neuronmlp_plugin.checkpoint.schema import FormatBlock, parse_block
 from neuronmlp_plugin.checkpoint.writer import (
     alone_in,
     copy_tokenizer_beside_factors,
+    layer_file,
     layer_prefix,
+    move_whole,
     save_json,
     write_factor_file,
     write_layer,
+    write_record,
     write_rest,
 )
 from neuronmlp_plugin.compressor.analyse import analyse
@@ -102,7 +105,7 @@ class Run:
 
     def finish(self) -> None:
         self.plan.target.parent.mkdir(parents=True, exist_ok=True)
-        self.result.rename(self.plan.target)
+        move_whole(self.result, self.plan.target)
         shutil.rmtree(self.plan.work)
 
 
@@ -156,11 +159,13 @@ def _choices_for(run: Run, layers: list[Layer], keep: float, bars: ProgressBars)
     """What the layers become; with `measured`, chosen again under what the last choice turned out to be worth."""
     choices = _choose(run, layers, keep)
     for turn in range(MEASURED_TURNS if run.plan.settings.allocation == "measured" else 0):
-        path = run.work.path / f"gains-{turn}.json"
-        if not path.is_file():
+        name = f"gains-{turn}.json"
+        measured = run.work.read_json(name)
+        if measured is None:
             truncated = run.factor(choices, bars)
-            save_json(path, measured_gains(truncated, run.plan.measured, run.work, bars))
-        choices = _choose(run, scaled(layers, choices, json.loads(path.read_text(encoding="utf-8"))), keep)
+            measured = {"gains": measured_gains(truncated, run.plan.measured, run.work, bars)}
+            save_json(run.work.path / name, measured)
+        choices = _choose(run, scaled(layers, choices, measured["gains"]), keep)
     return choices
 
 
@@ -257,12 +262,20 @@ def _build_layers(run: Run, choices: list[Choice], bars: ProgressBars) -> list[d
     records = []
     with bars.stage("factors and writing", len(choices)) as tick:
         for index, choice in enumerate(choices):
-            path = run.work.path / f"built-{index:05d}.json"
-            if not path.is_file():
-                save_json(path, _built(run, index, choice))
-            records.append(json.loads(path.read_text(encoding="utf-8")))
+            name = f"built-{index:05d}.json"
+            record = run.work.read_json(name)
+            if record is None or record["file"] != _layer_digest(run, index):
+                record = _built(run, index, choice)
+                save_json(run.work.path / name, record)
+            records.append(record)
             tick(1)
     return records
+
+
+def _layer_digest(run: Run, index: int) -> str | None:
+    """Of the file that `_write_layer` has written; None where there is none."""
+    path = layer_file(run.result, index, run.plan.shape.num_layers)
+    return file_digest(path) if path.is_file() else None
 
 
 def _built(run: Run, index: int, choice: Choice) -> dict[str, Any]:
@@ -275,6 +288,7 @@ def _built(run: Run, index: int, choice: Choice) -> dict[str, Any]:
     _write_layer(run, index, built)
     errors = matrix_errors(run.plan, run.analysis, index, built, factored)
     return {
+        "file": _layer_digest(run, index),
         "specs": {name: spec.to_json() for name, spec in built.layer.items()},
         "channels": built.layer.channels,
         "notes": built.notes,
@@ -307,6 +321,7 @@ def _write_whole(run: Run, block: FormatBlock) -> None:
         tensors |= {name: t for name, t in run.work.load(f"factors-{index:05d}").items() if name in names}
     write_factor_file(run.result / FACTOR_FILE.name, block, tensors)
     copy_tokenizer_beside_factors(run.plan.base.folder, run.result)
+    write_record(run.result)
 
 
 def _judge(run: Run, bars: ProgressBars) -> tuple[dict[str, float] | None, dict[str, Any] | None]:

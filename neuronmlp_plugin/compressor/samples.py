@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from neuronmlp_plugin.calibration.stream import LayerStream
+from neuronmlp_plugin.calibration.template import ChatTemplate
+from neuronmlp_plugin.errors import CalibrationError
 
 _QUESTIONS = (
     "Why is the sky blue? Answer in two sentences.",
@@ -51,21 +53,13 @@ def _rendered(tokenizer: Any) -> list[str] | None:
     """The questions as the tokenizer's chat template puts them; None without a template, or with one that
     refuses them.
     """
-    import jinja2
-
     if not getattr(tokenizer, "chat_template", None):
         return None
+    template = ChatTemplate(tokenizer)
     chats = [[{"role": "user", "content": question}] for question in _QUESTIONS]
     try:
-        return [
-            str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-            for chat in chats
-        ]
-    except (
-        jinja2.TemplateError,
-        ValueError,
-        TypeError,
-    ):  # templates raise what they like; hours of work must not end here
+        return [template.render(chat, add_generation_prompt=True) for chat in chats]
+    except CalibrationError:  # hours of work must not end here
         return None
 
 

@@ -8,14 +8,15 @@ tensors, which have the last word.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from neuronmlp_plugin.checkpoint.files import read_object
 from neuronmlp_plugin.checkpoint.writer import save_json
 from neuronmlp_plugin.compressor.target import Target
-from neuronmlp_plugin.errors import UsageError
+from neuronmlp_plugin.errors import CheckpointError, UsageError
 
 # A finer step than allocation's own tolerance (0.5 % of the parameters) would probe the same ranks twice.
 STEP = 0.005
@@ -42,9 +43,9 @@ class Search:
 
     def __init__(self, path: pathlib.Path, asked: str, target: Target) -> None:
         self.path, self.asked, self.target = path, asked, target
-        self.probes: list[dict[str, Any]] = (
-            json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        )
+        self.probes: list[dict[str, Any]] = []
+        with contextlib.suppress(CheckpointError):  # not there yet, or damaged: probes are made again
+            self.probes = read_object(path)["probes"]
 
     def known(self, removed: float, *, stored: bool) -> bool | None:
         """Whether that probe met; None where it was not made."""
@@ -62,7 +63,7 @@ class Search:
         met = self.target.met(quality)
         if self.known(removed, stored=stored) is None:
             self.probes.append({"removed": removed, "stored": stored, "met": met, **quality})
-            save_json(self.path, self.probes)
+            save_json(self.path, {"probes": self.probes})
         return met
 
     def candidate(self, sizes: Sequence[float], measure: Callable[[float], Mapping[str, float]]) -> float:

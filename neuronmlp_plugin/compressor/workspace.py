@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
+import zlib
+from typing import Any
 
 import torch
 
-from neuronmlp_plugin.checkpoint.files import open_safetensors
+from neuronmlp_plugin.checkpoint.files import open_safetensors, read_object
 from neuronmlp_plugin.checkpoint.writer import save_json, save_tensors, told_when_unwritable
-from neuronmlp_plugin.errors import OutputError
+from neuronmlp_plugin.errors import CheckpointError, OutputError
 
 PLAN_FILE = "plan.json"
+_SUM = "crc32"  # of all tensors, in a file's metadata
 
 
 def refuse_anothers(path: pathlib.Path, fingerprint: str) -> None:
@@ -19,11 +21,12 @@ def refuse_anothers(path: pathlib.Path, fingerprint: str) -> None:
     folder, say.
     """
     known = path / PLAN_FILE
-    if not known.is_file() and path.is_dir() and any(path.iterdir()):
+    begun = known.with_suffix(".tmp").name  # what a run left that was killed while it wrote its first file
+    if not known.is_file() and path.is_dir() and any(found.name != begun for found in path.iterdir()):
         raise OutputError(
             f"{path}: expected an empty folder, or what a run of these same settings left, found other files; name another."
         )
-    if known.is_file() and json.loads(known.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
+    if known.is_file() and read_object(known).get("fingerprint") != fingerprint:
         raise OutputError(
             f"{path}: expected what a run of these same settings left, found another's; name another folder or remove it."
         )
@@ -33,7 +36,8 @@ class Workspace:
     """Results of finished stages as safetensors in the folder `path`.
 
     Every file is written whole or not at all, so a stage is finished exactly when its file is there. A folder
-    belongs to one fingerprint: what another run left is never mixed in.
+    belongs to one fingerprint: what another run left is never mixed in. Files are not waited for until the disk has
+    them: one that a power cut emptied has another checksum than it says, and is refused.
     """
 
     def __init__(self, path: pathlib.Path, fingerprint: str) -> None:
@@ -47,14 +51,40 @@ class Workspace:
             save_json(path / PLAN_FILE, {"fingerprint": fingerprint})
 
     def has(self, name: str) -> bool:
-        return (self.path / f"{name}.safetensors").is_file()
+        return self._file(name).is_file()
 
     def save(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        save_tensors(self.path / f"{name}.safetensors", tensors)
+        save_tensors(self._file(name), tensors, {_SUM: str(_checksum(tensors))}, durable=False)
 
     def load(self, name: str) -> dict[str, torch.Tensor]:
-        with open_safetensors(self.path / f"{name}.safetensors") as handle:
-            return {key: handle.get_tensor(key) for key in handle.keys()}
+        path = self._file(name)
+        with open_safetensors(path) as handle:
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}
+            expected = (handle.metadata() or {}).get(_SUM)
+        if expected != str(_checksum(tensors)):
+            raise CheckpointError(
+                f"{path}: expected what the run wrote there, found other bytes; remove the folder {self.path} and run again."
+            )
+        return tensors
+
+    def read_json(self, name: str) -> Any:
+        """What `save_json` wrote as `name`, or None: not there yet, or damaged, and so to be made again."""
+        try:
+            return read_object(self.path / name)
+        except CheckpointError:
+            return None
+
+    def _file(self, name: str) -> pathlib.Path:
+        return self.path / f"{name}.safetensors"
 
     def drop(self, name: str) -> None:
-        (self.path / f"{name}.safetensors").unlink(missing_ok=True)
+        self._file(name).unlink(missing_ok=True)
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> int:
+    """Three times as fast as a digest, and meant for accidents alone: an analysis is gigabytes."""
+    value = 0
+    for name in sorted(tensors):
+        raw = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        value = zlib.crc32(raw.numpy().data, zlib.crc32(name.encode(), value))
+    return value

@@ -6,7 +6,7 @@ int8 is symmetric with one scale per output channel and without zero points: w =
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,6 +50,21 @@ class Weight(NamedTuple):
     def expanded(self) -> torch.Tensor:
         """The floating-point weight that it stands for."""
         return self.values if self.scale is None else dequantize(self.values, self.scale)
+
+    def rearranged(self, change: Callable[[torch.Tensor], torch.Tensor], dim: int) -> Weight:
+        """Rows (OUT) or columns (IN) chosen, moved or padded by `change`; scales go with the rows."""
+        if self.scale is None or dim != OUT:
+            return Weight(change(self.values), self.scale)
+        return Weight(change(self.values), change(self.scale))
+
+
+def joined(parts: Sequence[Weight], dim: int) -> Weight:
+    """Parts of one weight side by side along `dim`: scales with the rows (OUT), or those that all share (IN)."""
+    values = torch.cat([part.values for part in parts], dim)
+    scales = [part.scale for part in parts if part.scale is not None]
+    if not scales:
+        return Weight(values)
+    return Weight(values, torch.cat(scales) if dim == OUT else scales[0])
 
 
 class Factors(NamedTuple):

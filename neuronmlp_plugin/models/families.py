@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from neuronmlp_plugin.errors import UnsupportedModelError
+from neuronmlp_plugin.errors import CheckpointError, UnsupportedModelError, shown
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
 
@@ -12,12 +12,13 @@ ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Mi
 def check_supported(config: dict[str, Any], source: str) -> None:
     """Refuse, in words, every model whose MLPs are not plain `down(silu(gate(x)) * up(x))`.
 
-    `config` is a Hugging Face config as a dict and `source` names its file. Raises UnsupportedModelError.
+    `config` is a Hugging Face config as a dict and `source` names its file. Raises UnsupportedModelError, and
+    CheckpointError for an epsilon of the norms that makes NaN of anything.
     """
     found = config.get("architectures")
     if not isinstance(found, list) or not found or found[0] not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"{source}: expected an architecture of {', '.join(ARCHITECTURES)}, found {found!r}."
+            f"{source}: expected an architecture of {', '.join(ARCHITECTURES)}, found {shown(found)}."
         )
     if config.get("auto_map"):
         raise UnsupportedModelError(
@@ -27,10 +28,15 @@ def check_supported(config: dict[str, Any], source: str) -> None:
         raise UnsupportedModelError(
             f"{source}: expected MLPs without bias, found mlp_bias=true; such models are not supported."
         )
+    epsilon = config.get("rms_norm_eps", 1e-6)
+    if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
+        raise CheckpointError(
+            f"{source}: expected `rms_norm_eps` from 0 to 1, found {shown(epsilon)}; the config is not usable."
+        )
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise UnsupportedModelError(
-            f"{source}: expected hidden_act 'silu', found {activation!r}; such models are not supported."
+            f"{source}: expected hidden_act 'silu', found {shown(activation)}; such models are not supported."
         )
 
 

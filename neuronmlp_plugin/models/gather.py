@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from neuronmlp_plugin.models.definition import Linear, Tensors, factors_of, plain_linear
+from neuronmlp_plugin.models.definition import Linear, Tensors, Weight, factors_of, plain_linear
 from neuronmlp_plugin.models.factors import IN, OUT, Matrix
 
 
@@ -70,15 +70,15 @@ class ProcessGroup(Collectives):
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One rank's part of a matrix of one group, in Linear layout `[out, in]`.
+    """One rank's part of a matrix of one group, in Linear layout `[out, in]`, int8 where the matrix is.
 
     `first` meets the input and `second` makes the output; a `dense` matrix has only `first` (gate, up) or
     only `second` (down). `pivots`: how many local channels are pivots, i.e. are themselves z. `slots`: length
     of the local z.
     """
 
-    first: torch.Tensor | None
-    second: torch.Tensor | None
+    first: Weight | None
+    second: Weight | None
     pivots: int = 0
     slots: int = 0
 
@@ -97,7 +97,8 @@ def deal_padded(x: torch.Tensor, tp: int, rank: int, dim: int) -> torch.Tensor:
     """As `deal`, with zeros up to `slots_per_rank`."""
     share = deal(x, tp, rank, dim)
     missing = slots_per_rank(x.shape[dim], tp) - share.shape[dim]
-    return F.pad(share, (0, 0, 0, missing) if dim == OUT else (0, missing))
+    behind = (0, 0) * (x.dim() - 1 - dim)  # F.pad counts from the last dimension
+    return F.pad(share, (*behind, 0, missing))
 
 
 def gathered_order(x: torch.Tensor, tp: int, dim: int) -> torch.Tensor:
@@ -108,20 +109,25 @@ def gathered_order(x: torch.Tensor, tp: int, dim: int) -> torch.Tensor:
 def gather_shard(matrix: Matrix, tensors: Tensors, tp: int, rank: int) -> Shard:
     """The share of `rank` in a matrix of one group. That of a down makes a summand of y `[..., H]`."""
     assert matrix.groups == 1
-    first, second = (None if w is None else w.expanded() for w in factors_of(matrix, tensors))
+    first, second = factors_of(matrix, tensors)
+
+    def dealt(weight: Weight, dim: int, how: Callable[..., torch.Tensor] = deal_padded) -> Weight:
+        return weight.rearranged(lambda t: how(t, tp, rank, dim), dim)
+
+    def gathered(weight: Weight, dim: int) -> Weight:
+        return weight.rearranged(lambda t: gathered_order(t, tp, dim), dim)
+
     if first is None or second is None:
-        return Shard(
-            None if first is None else deal(first, tp, rank, OUT),
-            None if second is None else deal(second, tp, rank, IN),
-        )
+        return Shard(first and dealt(first, OUT, deal), second and dealt(second, IN, deal))
     # Pivots are the channels before those that the factor on the channels' side has rows or columns for:
     # channel R + j belongs to rank (R + j) % tp.
     start = (rank - matrix.pivots) % tp
     pivots, slots = len(range(rank, matrix.pivots, tp)), slots_per_rank(matrix.rank, tp)
     if matrix.is_down:
-        columns = gathered_order(first[:, start::tp], tp, OUT)
-        return Shard(columns, deal_padded(second, tp, rank, IN), pivots, slots)
-    return Shard(deal_padded(first, tp, rank, OUT), gathered_order(second[start::tp], tp, IN), pivots, slots)
+        columns = first.rearranged(lambda t: t[:, start::tp], IN)
+        return Shard(gathered(columns, OUT), dealt(second, IN), pivots, slots)
+    rows = second.rearranged(lambda t: t[start::tp], OUT)
+    return Shard(dealt(first, OUT), gathered(rows, IN), pivots, slots)
 
 
 def all_gather_together(parts: list[torch.Tensor], collectives: Collectives) -> list[torch.Tensor]:
@@ -144,11 +150,12 @@ class GatherGateUp:
         make_linear: Callable[[torch.Tensor], Linear] = plain_linear,
     ) -> None:
         self.shards, self.collectives = shards, collectives
-        firsts = [shard.first for shard in shards if shard.first is not None]
+        firsts = [shard.first.expanded() for shard in shards if shard.first is not None]
         self.widths = [first.shape[0] for first in firsts]
         self.first = make_linear(torch.cat(firsts))
         self.seconds = [
-            None if shard.second is None else make_linear(shard.second.contiguous()) for shard in shards
+            None if shard.second is None else make_linear(shard.second.expanded().contiguous())
+            for shard in shards
         ]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -178,8 +185,8 @@ class GatherDown:
     ) -> None:
         assert shard.second is not None
         self.shard, self.collectives = shard, collectives
-        self.first = None if shard.first is None else make_linear(shard.first.contiguous())
-        self.second = make_linear(shard.second.contiguous())
+        self.first = None if shard.first is None else make_linear(shard.first.expanded().contiguous())
+        self.second = make_linear(shard.second.expanded().contiguous())
 
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
         if self.first is None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from neuronmlp_plugin.calibration.text import (
     spread,
     windows_digest,
 )
+from neuronmlp_plugin.checkpoint.digests import is_whole
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint, dense_block
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
@@ -32,6 +32,7 @@ from neuronmlp_plugin.checkpoint.writer import (
     alone_in,
     check_new,
     layer_prefix,
+    move_whole,
     partial_folder,
     save_json,
     write_layer,
@@ -193,10 +194,11 @@ class Run:
 
     def once(self, stage: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What became of a stage: made now, or by a run that was interrupted after it."""
-        path = self.work.path / f"{stage}.json"
-        if not path.is_file():
-            save_json(path, {"stage": stage, **make()})
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        done = self.work.read_json(f"{stage}.json")
+        if done is None or not is_whole(self.work.path / stage):
+            done = {"stage": stage, **make()}
+            save_json(self.work.path / f"{stage}.json", done)
+        return done
 
 
 def refine(plan: RefinePlan, bars: ProgressBars) -> dict[str, Any]:
@@ -225,7 +227,7 @@ def _finish(run: Run) -> dict[str, Any]:
     report = _report(run, best, tried)
     if (plan.source.folder / REPORT_FILE).is_file():  # else there is nothing to say of the matrices
         write_report(best.folder, report)
-    best.folder.rename(plan.settings.out)
+    move_whole(best.folder, plan.settings.out)
     shutil.rmtree(run.work.path)
     return report
 

@@ -22,7 +22,7 @@ def read_report(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / REPORT_FILE
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: expected the report that `neuronmlp compress` writes, found: {error}."
         ) from error

@@ -14,15 +14,18 @@ KEY = "neuronmlp"
 @dataclasses.dataclass(frozen=True)
 class Options:
     """`factors`: a factor file to lay over a dense model. `fast_path`: prepacked products or fused kernels;
-    false runs plain torch, to compare with.
+    false runs plain torch, to compare with. `verify`: all files against their recorded digests first.
     """
 
     factors: pathlib.Path | None = None
     fast_path: bool = True
+    verify: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.fast_path, bool):
-            raise UsageError(f"{KEY}.fast_path: expected true or false, found {self.fast_path!r}.")
+        for name in ("fast_path", "verify"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise UsageError(f"{KEY}.{name}: expected true or false, found {value!r}.")
 
 
 def parse_options(additional_config: Any) -> Options:

@@ -39,6 +39,9 @@ def edit(folder, text):
         ),
         ('"intermediate_size": ' + "9" * 5000, "expected JSON, found"),
         ('"rms_norm_eps": NaN', "NaN, which is no number of JSON"),
+        ('"rope_theta": 1e999', "1e999, which is too large a number"),
+        ('"rms_norm_eps": -1e-6', "`rms_norm_eps` from 0 to 1, found -1e-06"),
+        ('"rms_norm_eps": "small"', "`rms_norm_eps` from 0 to 1, found 'small'"),
         ('"rope_scaling": ' + "[" * 100_000 + "]" * 100_000, "expected JSON, found"),
     ],
 )

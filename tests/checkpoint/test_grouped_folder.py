@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from neuronmlp_plugin.checkpoint.digests import RECORD
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
@@ -63,7 +64,7 @@ def test_a_factor_file_holds_groups_and_narrow_layers_too(folder, dense):
 
 
 def test_inspect_says_which_sizes_are_served_at_full_speed(folder, capsys):
-    arguments = type("Arguments", (), {"model": folder, "json": True})
+    arguments = type("Arguments", (), {"model": folder, "json": True, "verify": False})
     assert run_inspect(arguments) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["full_speed_tensor_parallel"] == [1, 2, 4]
@@ -113,7 +114,7 @@ def test_a_folder_of_slim_dense_layers_is_an_ordinary_one(tmp_path, family):
     folder = write_mixed(tmp_path / "slim", base, layers=SLIM)
     config = json.loads((folder / "config.json").read_text())
     assert config["intermediate_size"] == 96 and "quantization_config" not in config
-    assert not list(folder.glob("neuronmlp*")) and Checkpoint(folder).block is None
+    assert [path.name for path in folder.glob("neuronmlp*")] == [RECORD] and Checkpoint(folder).block is None
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     tensors = {
         n: t for file in set(index["weight_map"].values()) for n, t in load_file(folder / file).items()

@@ -28,7 +28,7 @@ from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.compressor.quantize import quantize_folder
 from neuronmlp_plugin.compressor.run import compress
 from neuronmlp_plugin.compressor.settings import Settings
-from neuronmlp_plugin.errors import NeuronMLPError, NonFiniteError, OutputError, UsageError
+from neuronmlp_plugin.errors import CheckpointError, NeuronMLPError, NonFiniteError, OutputError, UsageError
 from neuronmlp_plugin.reporting import folder as folder_module
 from tests.letters import write_text, write_tokenizer
 from tests.tiny_models import FAMILIES, write_dense
@@ -191,6 +191,31 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(home, monkeypatch, module,
     assert not (home / "out").exists() and (home / "out.partial").is_dir()
     compress(make_plan(settings_for(home, **known)), QUIET)
     assert files(home / "out") == files(home / "whole")
+
+
+def interrupt_at(home, monkeypatch, function):
+    monkeypatch.setattr(run_module, function, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        compress(make_plan(settings_for(home)), QUIET)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("name", ["result/neuronmlp-00002-of-00004.safetensors", "built-00001.json"])
+def test_a_layer_that_was_damaged_since_is_built_again(home, monkeypatch, name):
+    compress(make_plan(settings_for(home, out=home / "whole")), QUIET)
+    interrupt_at(home, monkeypatch, "write_rest")
+    path = home / "out.partial" / name
+    path.write_bytes(path.read_bytes()[:-64] + bytes(64))
+    compress(make_plan(settings_for(home)), QUIET)
+    assert files(home / "out") == files(home / "whole")
+
+
+def test_an_analysis_that_was_damaged_since_is_refused(home, monkeypatch):
+    interrupt_at(home, monkeypatch, "factor_layer")
+    path = home / "out.partial" / "analysis" / "layer-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-64] + bytes(64))
+    with pytest.raises(CheckpointError, match=r"layer-00001\.safetensors: expected what the run wrote there"):
+        compress(make_plan(settings_for(home)), QUIET)
 
 
 def test_sample_texts_are_no_reason_to_begin_anew(home, monkeypatch):

@@ -177,7 +177,7 @@ def test_the_installed_compiler_is_asked_and_answers_in_one_line(monkeypatch):
     monkeypatch.setenv(
         "NKI_KERNELS_BACKEND", "simulator"
     )  # the kernels are written against ours all the same
-    assert observe().kernels_refused == "" and asked == [("svd_mlp", "trn1")] * 2
+    assert observe().kernels_refused == "" and asked == [("svd_mlp", "trn1")] * 4
     del nki.trace
     assert "has no attribute 'trace'" in observe().kernels_refused
 

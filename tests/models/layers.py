@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 
-from neuronmlp_plugin.models.definition import build_linear
-from neuronmlp_plugin.models.factors import FORMS, PROJECTIONS, MLPLayer, MLPShape, ProjectionSpec
+from neuronmlp_plugin.models.definition import Tensors, build_linear, quantize
+from neuronmlp_plugin.models.factors import (
+    FORMS,
+    INT8,
+    PROJECTIONS,
+    SCALE,
+    MLPLayer,
+    MLPShape,
+    ProjectionSpec,
+)
 
 SHAPE = MLPShape(hidden_size=20, intermediate_size=48, num_layers=1)
 RANKS = {"gate_proj": 13, "up_proj": 8, "down_proj": 11}
@@ -31,6 +41,11 @@ def mix_layer(
     return MLPLayer.of(shape, specs, channels=channels, groups=groups)
 
 
+def in_int8(layer: MLPLayer, projections: tuple[str, ...] = PROJECTIONS) -> MLPLayer:
+    """The same layer, with these matrices in int8."""
+    return layer.with_specs({p: dataclasses.replace(layer[p], dtype=INT8) for p in projections})
+
+
 def random_modules(layer: MLPLayer, seed: int = 0) -> dict[str, torch.nn.Module]:
     torch.manual_seed(seed)
     modules = {p: build_linear(matrix) for p, matrix in layer.matrices.items()}
@@ -38,6 +53,17 @@ def random_modules(layer: MLPLayer, seed: int = 0) -> dict[str, torch.nn.Module]
         for weight in module.parameters():  # a block-diagonal factor is made without contents
             torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
     return modules
+
+
+def stored_tensors(layer: MLPLayer, modules: Mapping[str, torch.nn.Module]) -> dict[str, Tensors]:
+    """What FORMAT.md stores of these numbers, by projection and suffix: int8 and scales where the layer says so."""
+    stored = {}
+    for name, spec in layer.items():
+        tensors = dict(modules[name].state_dict())
+        for suffix in list(tensors) if spec.is_int8 else ():
+            tensors[suffix], tensors[suffix + SCALE] = quantize(tensors[suffix])
+        stored[name] = tensors
+    return stored
 
 
 def plain_mlp(modules: dict[str, torch.nn.Module], x: torch.Tensor) -> torch.Tensor:

@@ -49,9 +49,12 @@ class Core:
         for name, shard in shards.items():
             short = name.removesuffix("_proj")
             if shard.first is None or shard.second is None:
-                self.tensors[f"{short}_second"] = shard.second if shard.first is None else shard.first
+                self.tensors[f"{short}_second"] = (shard.first or shard.second).values
             else:
-                self.tensors |= {f"{short}_first": shard.first, f"{short}_second": shard.second}
+                self.tensors |= {
+                    f"{short}_first": shard.first.values,
+                    f"{short}_second": shard.second.values,
+                }
 
     def launch(self, kernel, stage, *arrays, norm=None):
         """Run `kernel` over a stage of this core's layout."""

@@ -27,6 +27,7 @@ from neuronmlp_plugin.errors import (
 )
 from neuronmlp_plugin.models.factors import DENSE, MLPLayer
 from neuronmlp_plugin.refinement import descent
+from neuronmlp_plugin.refinement import run as refine_module
 from neuronmlp_plugin.refinement.descent import chosen
 from neuronmlp_plugin.refinement.distill import visits
 from neuronmlp_plugin.refinement.run import make_plan, refine
@@ -328,8 +329,9 @@ def test_int8_is_refused(home, tmp_path):
         make_plan(settings_for(home, tmp_path / "out", model=str(tmp_path / "int8")))
 
 
-def test_another_models_folder_is_refused(home, tmp_path):
-    write_tokenizer(write_dense(tmp_path / "dense", "mistral"))
+@pytest.mark.parametrize(("family", "seed"), [("mistral", 0), ("llama", 1)], ids=["family", "weights"])
+def test_another_models_folder_is_refused(home, tmp_path, family, seed):
+    write_tokenizer(write_dense(tmp_path / "dense", family, seed=seed))
     settings = settings_for(home, tmp_path / "out")
     with pytest.raises(CheckpointError, match="was made from"):
         make_plan(RefineSettings(**{**settings.__dict__, "dense": tmp_path / "dense"}))
@@ -349,6 +351,19 @@ def test_an_existing_output_is_refused_and_a_failed_run_leaves_no_output(home, t
     with pytest.raises(NeuronMLPError):
         refine(plan, QUIET)
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]  # to go on from
+
+
+def test_a_stage_that_was_damaged_since_is_done_again(home, tmp_path, monkeypatch):
+    whole, again = (settings_for(home, tmp_path / name, tokens=256) for name in ("whole", "again"))
+    refine(make_plan(whole), QUIET)
+    monkeypatch.setattr(refine_module, "write_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        refine(make_plan(again), QUIET)
+    monkeypatch.undo()
+    for path in (tmp_path / "again.partial").glob("*/*-00002-of-*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-64] + bytes(64))
+    refine(make_plan(again), QUIET)
+    assert files(tmp_path / "again") == files(tmp_path / "whole")
 
 
 def test_the_refined_folder_loads(home, tmp_path):

@@ -10,6 +10,8 @@ import sys
 
 import torch
 
+from tests.loopback import HOOK
+
 ROOT = pathlib.Path(__file__).parent.parent.parent
 PROMPTS = [[5, 17, 99, 4, 63, 12, 7, 3, 88], [101, 3, 42], [9] * 20]
 NEW_TOKENS = 4
@@ -20,8 +22,8 @@ import json, sys, torch
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     options, prompts, new_tokens, vocabulary = json.loads(sys.argv[1])
-    llm = LLM(skip_tokenizer_init=True, dtype="float32", max_model_len=64, max_num_seqs=4, max_logprobs=vocabulary,
-              logprobs_mode="raw_logits", enable_prefix_caching=False, **options)
+    llm = LLM(skip_tokenizer_init=True, **{"dtype": "float32", **options}, max_model_len=64, max_num_seqs=4, max_logprobs=vocabulary,
+              logprobs_mode="raw_logits", enable_prefix_caching=False)
     params = SamplingParams(max_tokens=new_tokens, temperature=0, logprobs=vocabulary, prompt_logprobs=vocabulary, detokenize=False,
                             ignore_eos=True)
     results = []
@@ -37,6 +39,7 @@ def environment(tensor_parallel: int = 1) -> dict[str, str]:
     """What vLLM on a small CPU needs (shared facts: vllm_cpu.md)."""
     settings = {
         "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "OMP_NUM_THREADS": "1",
         "VLLM_LOGGING_LEVEL": "INFO",
@@ -54,7 +57,7 @@ def run_engine(folder: pathlib.Path, *, vocabulary: int = 128, **options) -> sub
     arguments = json.dumps([options, PROMPTS, NEW_TOKENS, vocabulary])
     env = environment(options.get("tensor_parallel_size", 1))
     return subprocess.run(
-        [sys.executable, "-c", _PROGRAM, arguments],
+        [sys.executable, "-c", HOOK + _PROGRAM, arguments],
         capture_output=True,
         text=True,
         env=env,

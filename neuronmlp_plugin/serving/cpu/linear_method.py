@@ -4,21 +4,18 @@
 
 from __future__ import annotations
 
-import functools
 import pathlib
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.linear import LinearMethodBase
 
-from neuronmlp_plugin.checkpoint.reader import FactorFile, check_int8, checked_tensor
-from neuronmlp_plugin.errors import CheckpointError
+from neuronmlp_plugin.checkpoint.reader import FactorFile, check_int8, checked_tensor, is_finite
+from neuronmlp_plugin.errors import CheckpointError, NonFiniteError
 from neuronmlp_plugin.models.definition import (
     Factors,
     Linear,
@@ -33,6 +30,7 @@ from neuronmlp_plugin.models.gather import GatherDown, GatherGateUp, Shard, gath
 from neuronmlp_plugin.serving.cpu.chain import usable
 from neuronmlp_plugin.serving.cpu.collectives import tensor_parallel
 from neuronmlp_plugin.serving.cpu.crossover import limit_of
+from neuronmlp_plugin.serving.cpu.finite import parent_of
 from neuronmlp_plugin.serving.cpu.fused import Large, fused_down, fused_gate_up, fused_mlp
 from neuronmlp_plugin.serving.cpu.gemm import prepacked_linear
 from neuronmlp_plugin.serving.options import Options
@@ -61,7 +59,6 @@ class LowRankMethod(LinearMethodBase):
         self.owned: dict[str, Factors] = {}
         self.shards: dict[str, Shard] = {}
         self.run: Linear | None = None
-        self.parent_module: Callable[[], nn.Module | None] = lambda: None  # set by `watch_parents`
 
     def create_weights(
         self,
@@ -140,7 +137,14 @@ class LowRankMethod(LinearMethodBase):
         elif self.overlay is None:  # the tensors of a factor file were checked as they were read
             for suffix, weight in tensors.items():  # vLLM does not say which file
                 checked_tensor(weight, f"{where}.{suffix}", pathlib.Path("checkpoint"))
-        return {suffix: weight.to(self.device, self.dtype) for suffix, weight in tensors.items()}
+        served = {suffix: weight.to(self.device, self.dtype) for suffix, weight in tensors.items()}
+        for suffix, weight in served.items():
+            if weight.dtype is not tensors[suffix].dtype and not is_finite(weight):
+                raise NonFiniteError(
+                    f"checkpoint: {where}.{suffix}: expected finite values in {self.dtype}, as it is served, found "
+                    "NaN or Inf; serve in another --dtype."
+                )
+        return served
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Prepack the shards. A tensor that never came is refused: vLLM itself would serve random numbers."""
@@ -161,7 +165,7 @@ class LowRankMethod(LinearMethodBase):
             )
         make_linear = prepacked_linear if self.options.fast_path else plain_linear
         if self.fuses:
-            self._fuse()
+            self._fuse(silu_mlp(parent_of(layer)))
             return
         if self.gathers:
             self.run = self._gathered(make_linear)
@@ -180,8 +184,8 @@ class LowRankMethod(LinearMethodBase):
         limit = limit_of(self.dtype)
         return None if limit == float("inf") else (limit, self._one_by_one(prepacked_linear))
 
-    def _fuse(self) -> None:
-        """One call for all products, of the whole MLP where that can be."""
+    def _fuse(self, mlp: Any) -> None:
+        """One call for all products, of the whole `mlp` where that can be, and it is not None."""
         raise NotImplementedError
 
     def _one_by_one(self, make_linear: MakeLinear) -> Linear:
@@ -200,8 +204,8 @@ class LowRankMethod(LinearMethodBase):
 class LowRankGateUpMethod(LowRankMethod):
     projections = ("gate_proj", "up_proj")
 
-    def _fuse(self) -> None:
-        if silu_mlp(self.parent_module()) is None:  # else the down layer, which comes next, fuses all
+    def _fuse(self, mlp: Any) -> None:
+        if mlp is None:  # else the down layer, which comes next, fuses all
             self.run = fused_gate_up(*self.pair(), self.dtype, self._large())
             self.owned = {}
 
@@ -220,8 +224,7 @@ class LowRankGateUpMethod(LowRankMethod):
 class LowRankDownMethod(LowRankMethod):
     projections = ("down_proj",)
 
-    def _fuse(self) -> None:
-        mlp = silu_mlp(self.parent_module())
+    def _fuse(self, mlp: Any) -> None:
         if mlp is None:
             self.run = fused_down(self._mine("down_proj"), self.dtype, self._large())
         else:
@@ -272,15 +275,3 @@ def silu_mlp(mlp: nn.Module | None) -> Any:
     ours = all(isinstance(method, LowRankMethod) and method.fuses for method in methods)
     # The down layer exchanges act_fn when all else is done: whoever asks later finds that it is not vLLM's.
     return mlp if ours and isinstance(children["act_fn"], SiluAndMul) else None
-
-
-@functools.cache
-def watch_parents() -> None:
-    """Have torch tell each of our layers, from now on, which module it became a part of: vLLM does not."""
-
-    def registered(parent: nn.Module, _name: str, layer: nn.Module) -> None:
-        method = getattr(layer, "quant_method", None)
-        if isinstance(method, LowRankMethod):
-            method.parent_module = weakref.ref(parent)
-
-    register_module_module_registration_hook(registered)

@@ -44,6 +44,7 @@ static int64_t widen_tokens(const Call *c) { return c->half && use_tiles ? TILE_
 static int64_t row_bytes(int64_t dtype) { return dtype == FP32 ? 4 * LANES : dtype == INT8 ? LANES : 2 * LANES; }
 static int64_t panel_bytes(const Product *p) { return row_bytes(p->dtype) * (p->dtype == BF16 ? (p->k + 31) / 32 * 32 : p->k); }
 static int64_t wide_bytes(int64_t k, int half) { return half ? (k + 31) / 32 * 32 * 2 * LANES : k * 4 * LANES; } /* of a panel once widened */
+static int64_t float_bytes(int64_t k) { return (12 * 4 * (k + 1) + 63) / 64 * 64; } /* of 12 tokens; whole cache lines */
 static const char *place(const Call *c, int64_t of, int64_t at, int64_t token) {
     return c->buffers[of].data + (token * c->buffers[of].width + at) * (c->half ? 2 : 4);
 }
@@ -141,22 +142,50 @@ INLINE void store(const Call *c, const Product *p, int64_t token, int64_t column
     else store_columns(c, p, token, column, (int)(p->n - column), sums);
 }
 
-/* int8 panels [count][K][16] as panels of the activations' dtype, one after the other. */
-static void widen(const Product *p, const char *w, int64_t count, int half, char *out) {
-    for (int64_t i = 0; i < count; i++, w += p->k * LANES, out += wide_bytes(p->k, half))
-        for (int64_t k = 0; k < (half ? (p->k + 31) / 32 * 32 : p->k); k += half ? 2 : 1)
-            for (int64_t at = 0; at < LANES; at += WIDTH) {
-                const vec none = {0};
-                vec row = k < p->k ? load_int8(w + k * LANES + at) : none, next = k + 1 < p->k ? load_int8(w + (k + 1) * LANES + at) : none;
-                words low, high;
-                memcpy(&low, &row, sizeof low);
-                memcpy(&high, &next, sizeof high);
-                if (half) low = low >> 16 | high; /* 8 bits fit the 16 of a bf16: the lower half of `high` is zero */
-                memcpy(out + (half ? k / 2 : k) * LANES * 4 + at * 4, &low, sizeof low);
-            }
+/* Two rows of a panel, k and k + 1, as pairs of bf16. */
+INLINE void store_pairs(char *out, const char *even, const char *odd) {
+    for (int64_t at = 0; at < LANES; at += WIDTH) {
+        vec row = load_int8(even + at), next = {0};
+        if (odd) next = load_int8(odd + at);
+        words low, high;
+        memcpy(&low, &row, sizeof low);
+        memcpy(&high, &next, sizeof high);
+        low = low >> 16 | high; /* 8 bits fit the 16 of a bf16: the lower half of `high` is zero */
+        memcpy(out + at * 4, &low, sizeof low);
+    }
+}
+
+/* An int8 panel [K][16] as one of the activations' dtype. */
+static void widen(int64_t k, const char *w, int half, char *out) {
+    const int64_t step = LANES * 4; /* bytes of a row in fp32, of a pair of rows in bf16 */
+    if (!half) {
+        for (int64_t i = 0; i < k * LANES; i += WIDTH) {
+            vec row = load_int8(w + i);
+            memcpy(out + i * 4, &row, sizeof row);
+        }
+        return;
+    }
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < k / 2; i++) {
+        __builtin_prefetch(w + 2 * i * LANES + AHEAD);
+        store_pairs(out + i * step, w + 2 * i * LANES, w + (2 * i + 1) * LANES);
+    }
+    if (k % 2) store_pairs(out + k / 2 * step, w + (k - 1) * LANES, 0);
+    memset(out + (k + 1) / 2 * step, 0, wide_bytes(k, 1) - (k + 1) / 2 * step);
 }
 
 #if HAS_TILES
+/* As `store`, for whole rows of two panels. */
+static void store_pair(const Call *c, const Product *p, int64_t token, int64_t column, const float *sums, int64_t rows) {
+    const int64_t y_bytes = 2 * c->buffers[p->y_of].width, add_bytes = p->add_of < 0 ? 0 : 2 * c->buffers[p->add_of].width;
+    const char *add = p->add_of < 0 ? 0 : place(c, p->add_of, p->add_at + column, token);
+    char *y = (char *)place(c, p->y_of, p->y_at + column, token);
+    const vec low_scale = p->scale ? load_fp32(p->scale + column) : (vec){0} + 1.0f;
+    const vec high_scale = p->scale ? load_fp32(p->scale + column + LANES) : (vec){0} + 1.0f;
+    for (int64_t r = 0; r < rows; r++, sums += 32, y += y_bytes, add += add_bytes)
+        tile_store(load_fp32(sums) * low_scale, load_fp32(sums + LANES) * high_scale, add, y);
+}
+
 static void run_tiles(const Call *c, const Product *p, const char *w, int64_t panel, int64_t first, int64_t count, int64_t begin, int64_t end) {
     uint16_t tail[32 * 32];
     float sums[32 * 32];
@@ -173,8 +202,8 @@ static void run_tiles(const Call *c, const Product *p, const char *w, int64_t pa
         for (int64_t i = 0; i < count; i += 2) {
             const char *w0 = w + i * panel;
             tile_block(x, stride, tail, p->k, w0, i + 1 < count ? w0 + panel : w0, (int)(rows - a), sums);
-            if (p->add_of < 0 && !p->scale && i + 1 < count && (first + i + 2) * LANES <= p->n) {
-                tile_store(sums, (char *)place(c, p->y_of, p->y_at + (first + i) * LANES, t), 2 * c->buffers[p->y_of].width, rows);
+            if (i + 1 < count && (first + i + 2) * LANES <= p->n) {
+                store_pair(c, p, t, (first + i) * LANES, sums, rows);
                 continue;
             }
             for (int64_t j = i; j < count && j < i + 2; j++)
@@ -254,7 +283,8 @@ static void run_panels(const Call *c, const Product *p, int kind, const char *w,
     run_vectors(c, p, kind, w, panel, first, count, begin, end, memory);
 }
 
-#define WIDENED 4 /* panels at a time, which a core's cache holds */
+#define CACHE (512 << 10) /* bytes of panels that a core's cache holds beside the tokens */
+static int64_t widened_at_once(int64_t bytes) { return CACHE / bytes < 4 ? 4 : CACHE / bytes > 16 ? 16 : CACHE / bytes; }
 
 /* Panels first .. first + count of one product for tokens begin .. end. */
 static void run_task(const Call *c, const Product *p, int64_t first, int64_t count, int64_t begin, int64_t end, char *memory) {
@@ -262,11 +292,12 @@ static void run_task(const Call *c, const Product *p, int64_t first, int64_t cou
     const int64_t panel = panel_bytes(p);
     const char *w = (const char *)p->weight + first * panel;
     if (p->dtype != INT8 || c->tokens < widen_tokens(c)) return run_panels(c, p, (int)p->dtype, w, panel, first, count, begin, end, (float *)memory);
-    char *wide = memory + 12 * (p->k + 1) * sizeof(float);
-    for (int64_t i = 0; i < count; i += WIDENED) {
-        const int64_t some = count - i < WIDENED ? count - i : WIDENED;
-        widen(p, w + i * panel, some, (int)c->half, wide);
-        run_panels(c, p, c->half ? BF16 : FP32, wide, wide_bytes(p->k, (int)c->half), first + i, some, begin, end, (float *)memory);
+    char *wide = memory + float_bytes(p->k);
+    const int64_t bytes = wide_bytes(p->k, (int)c->half), most = widened_at_once(bytes);
+    for (int64_t i = 0; i < count; i += most) {
+        const int64_t some = count - i < most ? count - i : most;
+        for (int64_t j = 0; j < some; j++) widen(p->k, w + (i + j) * panel, (int)c->half, wide + j * bytes);
+        run_panels(c, p, c->half ? BF16 : FP32, wide, bytes, first + i, some, begin, end, (float *)memory);
     }
 }
 
@@ -319,13 +350,16 @@ static void run_stage(const Call *call, const Product *begin, const Product *end
 void neuronmlp_products(const Chain *chain, void *input, void *output, void *scratch, int64_t tokens) {
     const Call call = {{{input, chain->widths[0]}, {output, chain->widths[1]}, {scratch, chain->widths[2]}}, tokens, chain->half};
     const Product *const end = chain->products + chain->count;
-    int64_t longest = 0;
-    for (const Product *p = chain->products; p < end; p++)
-        if (p->k > longest) longest = p->k;
+    int64_t longest = 0, wide = 0;
+    for (const Product *p = chain->products; p < end; p++) {
+        const int64_t bytes = wide_bytes(p->k, (int)chain->half), all = p->dtype == INT8 ? widened_at_once(bytes) * bytes : 0;
+        longest = p->k > longest ? p->k : longest;
+        wide = all > wide ? all : wide;
+    }
     if (use_tiles < 0) use_tiles = HAS_TILES && tiles_granted();
 #pragma omp parallel
     {
-        char *memory = thread_memory(12 * (longest + 1) * 4 + WIDENED * wide_bytes(longest + 32, 0));
+        char *memory = thread_memory(float_bytes(longest) + wide);
         for (const Product *stage = chain->products, *next; stage < end; stage = next) {
             for (next = stage; next < end && next->stage == stage->stage; next++) {}
             run_stage(&call, stage, next, omp_get_num_threads(), memory);

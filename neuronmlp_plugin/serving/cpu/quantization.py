@@ -9,24 +9,22 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
+from neuronmlp_plugin.checkpoint.digests import RECORD, check_record
 from neuronmlp_plugin.checkpoint.files import read_config
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, FactorFile
 from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, parse_block
 from neuronmlp_plugin.errors import CheckpointError, UsageError
-from neuronmlp_plugin.serving.cpu.linear_method import (
-    LowRankDownMethod,
-    LowRankGateUpMethod,
-    fuses,
-    watch_parents,
-)
-from neuronmlp_plugin.serving.options import Options, parse_options
+from neuronmlp_plugin.serving.cpu.finite import CheckedEmbedding, watch_logits, watch_parents
+from neuronmlp_plugin.serving.cpu.linear_method import LowRankDownMethod, LowRankGateUpMethod, fuses
+from neuronmlp_plugin.serving.options import KEY, Options, parse_options
 
 logger = init_logger("vllm.neuronmlp")
 _METHODS = {"gate_up_proj": LowRankGateUpMethod, "down_proj": LowRankDownMethod}
@@ -71,6 +69,9 @@ class NeuronMLPConfig(QuantizationConfig):
             Checkpoint(model_name)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        watch_parents()
+        if isinstance(layer, VocabParallelEmbedding):
+            return CheckedEmbedding()
         if not isinstance(layer, LinearBase):
             return None
         block, overlay, options = self._open()
@@ -81,7 +82,6 @@ class NeuronMLPConfig(QuantizationConfig):
         # A layer as the base model has it is vLLM's own, unless a chain runs it, which saves a call or two.
         if stored.is_base(block.shape) and (overlay is not None or not self._chains(options)):
             return UnquantizedLinearMethod()
-        watch_parents()
         return method(parent, stored, options, overlay)
 
     @staticmethod
@@ -94,6 +94,7 @@ class NeuronMLPConfig(QuantizationConfig):
     def _open(self) -> tuple[FormatBlock, FactorFile | None, Options]:
         if self.opened is None:
             self.opened = self._read()
+            watch_logits(get_current_vllm_config())
             block, overlay, options = self.opened
             forms = [spec.form for layer in block.layers for spec in layer.values()]
             counts = ", ".join(f"{forms.count(form)} {form}" for form in sorted(set(forms)))
@@ -118,6 +119,8 @@ class NeuronMLPConfig(QuantizationConfig):
             )
         options = parse_options(vllm_config.additional_config)
         folder = pathlib.Path(vllm_config.model_config.model)
+        if options.verify:
+            _verify(folder, options)
         if self.block is not None:
             if options.factors is not None:
                 raise CheckpointError(
@@ -130,6 +133,23 @@ class NeuronMLPConfig(QuantizationConfig):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "opened": None}
+
+
+def _verify(folder: pathlib.Path, options: Options) -> None:
+    """Compare all files with their records, in one process of them all. Raises CheckpointError, UsageError."""
+    if get_tensor_model_parallel_rank():
+        return
+    if not folder.is_dir():
+        raise UsageError(
+            f"{KEY}.verify: expected a local folder, found {folder}; download it and name its path."
+        )
+    beside = (options.factors or folder / FACTOR_FILE).parent
+    for place in (folder, *([beside] if beside.is_dir() else [])):
+        count = check_record(place)
+        said = (
+            f"{count} files are as they were written" if count else f"no {RECORD}, so nothing to compare with"
+        )
+        logger.info("neuronmlp: %s: %s", place, said)
 
 
 def _path(options: Options, block: FormatBlock) -> str:

@@ -46,10 +46,14 @@ static void tile_block(const uint16_t *x, int64_t stride, const uint16_t *tail, 
     }
 }
 
-/* sums [rows][32] as bf16, whole rows. */
-static void tile_store(const float *sums, char *y, int64_t bytes, int64_t rows) {
-    for (int64_t r = 0; r < rows; r++, sums += 32, y += bytes)
-        _mm512_storeu_si512(y, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(sums + 16), _mm512_loadu_ps(sums)));
+/* 32 sums of a row, with 32 bf16 of `add` where there are some, as bf16. */
+INLINE void tile_store(vec low, vec high, const char *add, char *y) {
+    if (add) {
+        const __m512i halves = _mm512_loadu_si512(add);
+        low += (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves)), 16);
+        high += (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1)), 16);
+    }
+    _mm512_storeu_si512(y, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
 }
 #else
 #define HAS_TILES 0

@@ -28,7 +28,6 @@ from neuronmlp_plugin.serving.trainium.metrics import publish
 from neuronmlp_plugin.serving.trainium.mlp import LowRankMLP
 from neuronmlp_plugin.serving.trainium.state_dict import (
     State,
-    cast_int8,
     lay_out_state,
     overlay_factors,
     read_factored,
@@ -101,15 +100,11 @@ class LowRankApplication(_Base):
         if block is not None:
             if options.factors:
                 overlay_factors(state, options.factors, config.__dict__)
-            if cast_int8(state, block, config.neuron_config.torch_dtype):
-                logger.info(
-                    "neuronmlp: int8 weights are expanded to %s at load, at its memory and speed: the kernels take no int8",
-                    config.neuron_config.torch_dtype,
-                )
             paths = [
                 {decision.path for decision in decisions.values()} for decisions in layer_decisions(config)
             ]
-            lay_out_state(state, block, paths, config.neuron_config.tp_degree, source_of(config))
+            neuron = config.neuron_config
+            lay_out_state(state, block, paths, neuron.tp_degree, neuron.torch_dtype, source_of(config))
         return state
 
     def compile(self, compiled_model_path: str, *args: Any, **kwargs: Any) -> None:

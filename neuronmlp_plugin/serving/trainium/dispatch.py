@@ -10,7 +10,7 @@ import functools
 import importlib.metadata
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from neuronmlp_plugin.models.factors import MLPLayer
 from neuronmlp_plugin.serving.trainium.config import ArtifactError, block_of, options_of, source_of
 from neuronmlp_plugin.serving.trainium.kernel_path import declined
 from neuronmlp_plugin.serving.trainium.options import KEY, Options
+from neuronmlp_plugin.serving.trainium.storage import FLOATING, Reading, kernel_reading, torch_reading
 from neuronmlp_plugin.serving.trainium.trial import refusal
 from nki_kernels.backend import HAS_NKI
 
@@ -51,33 +52,48 @@ PHASES = (PREFILL, DECODE)
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """`kernel` or `torch`, and one sentence saying why."""
+    """`kernel` or `torch`, one sentence saying why, and how the weights are read (storage.py)."""
 
     path: str
     reason: str
+    weights: str = FLOATING
+
+
+_FLOATING = {"kernel": Reading(), "torch": Reading()}
 
 
 def decide(
-    options: Options, unavailable: str | None, declined: str | None, layer: int
+    options: Options,
+    unavailable: str | None,
+    declined: str | None,
+    layer: int,
+    readings: Mapping[str, Reading] = _FLOATING,
 ) -> dict[str, Decision]:
     """Phase -> decision for one layer.
 
-    `unavailable`: why no kernel can run here at all; `declined`: why the planner has no plan for this layer.
-    Raises UsageError where the user requires kernels and there are none.
+    `unavailable`: why no kernel can run here at all; `declined`: why the planner has no plan for this layer;
+    `readings`: how each path would read its weights. Raises UsageError where the user requires kernels and
+    there are none, or none that read int8 as it is.
     """
     why_not = unavailable or declined
     if options.kernels == "require" and why_not:
         raise UsageError(
             f"layer {layer}: expected a kernel (kernels: require), found none: {why_not}; use kernels: auto to fall back."
         )
+    if options.kernels == "require" and readings["kernel"].why:
+        raise UsageError(
+            f"layer {layer}: expected int8 weights that the kernels read as they are (kernels: require), found "
+            f"{readings['kernel'].why}; use kernels: auto to have them expanded at load."
+        )
     decisions = {}
     for phase in PHASES:
         if options.kernels in ("off", *(other for other in PHASES if other != phase)):
-            decisions[phase] = Decision("torch", f"kernels: {options.kernels}")
-        elif why_not:
-            decisions[phase] = Decision("torch", why_not)
+            path, reason = "torch", f"kernels: {options.kernels}"
         else:
-            decisions[phase] = Decision("kernel", "planned")
+            path, reason = ("torch", why_not) if why_not else ("kernel", "planned")
+        reading = readings[path]
+        expanded = f"; int8 expanded: {reading.why}" if reading.why else ""
+        decisions[phase] = Decision(path, reason + expanded, reading.weights)
     return decisions
 
 
@@ -110,7 +126,7 @@ def _refused(config: Any) -> str | None:
     tokens = {DECODE: neuron.batch_size, PREFILL: min(neuron.max_context_length, TRIAL_TOKENS)}
     tried = set()
     for stored, decisions in zip(block.layers, layer_decisions(config), strict=True):
-        forms = tuple(spec.form for spec in stored.values())
+        forms = tuple((spec.form, spec.dtype) for spec in stored.values())
         for phase, decision in decisions.items():
             if decision.path == "kernel" and (forms, phase) not in tried:
                 tried.add((forms, phase))
@@ -157,7 +173,11 @@ def layer_decisions(config: Any) -> list[dict[str, Decision]]:
             if unavailable or options.kernels == "off"
             else _declined(stored, neuron.tp_degree, neuron.torch_dtype)
         )
-        decisions.append(decide(options, unavailable, why, index))
+        readings = {
+            "kernel": kernel_reading(stored, neuron.tp_degree),
+            "torch": torch_reading(stored, neuron.tp_degree, neuron.torch_dtype),
+        }
+        decisions.append(decide(options, unavailable, why, index, readings))
     return decisions
 
 
@@ -212,14 +232,15 @@ class DispatchRecord:
         counted = {(layer, phase, decision) for (layer, phase, _), decision in self.traced.items()}
         totals = collections.Counter((phase, decision) for _, phase, decision in counted)
         for (phase, decision), n in sorted(
-            totals.items(), key=lambda item: (item[0][0], item[0][1].path, item[0][1].reason)
+            totals.items(), key=lambda item: (item[0][0], dataclasses.astuple(item[0][1]))
         ):
             yield phase, decision, n
 
     def summary(self) -> str:
-        """One line per phase and path."""
+        """One line per phase, path and kind of weights."""
         lines = [
-            f"{phase}: {n} layers by {decision.path} ({decision.reason})"
+            f"{phase}: {n} layers by {decision.path}"
+            f"{'' if decision.weights == FLOATING else ', ' + decision.weights} ({decision.reason})"
             for phase, decision, n in self.layers()
         ]
         return "neuronmlp: " + ("; ".join(lines) or "no layer was traced")
@@ -233,7 +254,7 @@ class DispatchRecord:
         return self.summary()
 
     def totals(self) -> dict[str, list[list[Any]]]:
-        """Counts by [phase, path, reason], as JSON for other processes: how many layers, and how many runs of
+        """Counts by [phase, path, reason, weights], as JSON for other processes: how many layers, and how many runs of
         one layer.
         """
         return {
@@ -259,8 +280,10 @@ class DispatchRecord:
         try:
             with open(path, encoding="utf-8") as handle:
                 entries = json.load(handle)
-            for layer, phase, tokens, decided, reason in entries:
-                self.add(layer, phase, tokens, Decision(decided, reason))
+            if not isinstance(entries, list):
+                raise ValueError("expected a list")
+            for layer, phase, tokens, path_, reason, weights in entries:
+                self.add(layer, phase, tokens, Decision(path_, reason, weights))
         except (FileNotFoundError, ValueError, TypeError) as error:
             found = "none" if isinstance(error, FileNotFoundError) else "another file"
             raise ArtifactError(

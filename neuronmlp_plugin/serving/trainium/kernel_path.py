@@ -18,14 +18,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from neuronmlp_plugin.errors import UsageError
-from neuronmlp_plugin.models.definition import Tensors
+from neuronmlp_plugin.models.definition import Tensors, Weight, joined
 from neuronmlp_plugin.models.factors import IN, OUT, PROJECTIONS, Matrix, MLPLayer
 from neuronmlp_plugin.serving.trainium.layout import lay_out, partition_dim
 from neuronmlp_plugin.serving.trainium.parallel import Parallel
+from neuronmlp_plugin.serving.trainium.storage import kernel_reading
 from nki_kernels.kernels.sharded import first_factors, last_factor, second_factors
 from nki_kernels.kernels.svd_mlp import svd_mlp
-from nki_kernels.layout import Layout, Projection, mlp_layout
-from nki_kernels.packing import pack
+from nki_kernels.layout import Layout, Projection, int8_layout, mlp_layout
+from nki_kernels.packing import pack, pack_scales
 from nki_kernels.plan import Plan
 from nki_kernels.planner import Declined, plan_launch
 from nki_kernels.request import Request, stage_request
@@ -37,14 +38,18 @@ _NUMPY_DTYPES = {torch.bfloat16: ml_dtypes.bfloat16, torch.float16: np.float16, 
 
 def stage_layouts(stored: MLPLayer, tp: int) -> dict[str, Layout]:
     """What each launch computes, by name: `whole` where the layer fits the ranks; under `gather`, `first`,
-    `second` and `last` as far as the forms need them.
+    `second` and `last` as far as the forms need them; of int8 where that is how weights are read.
     """
-    if not stored.gathers(tp):
+    if stored.gathers(tp):
+        gate, up, down = (_projection(matrix, tp) for matrix in stored.matrices.values())
+        layouts = gathered_stages(stored.hidden_size, stored.channels // tp, (gate, up, down))
+    else:
         mine = stored.share(tp)
         projections = [Projection.whole(spec.form, spec.rank, mine.groups) for spec in mine.values()]
-        return {"whole": mlp_layout(mine.hidden_size, mine.channels, *projections)}
-    gate, up, down = (_projection(matrix, tp) for matrix in stored.matrices.values())
-    return gathered_stages(stored.hidden_size, stored.channels // tp, (gate, up, down))
+        layouts = {"whole": mlp_layout(mine.hidden_size, mine.channels, *projections)}
+    if not kernel_reading(stored, tp).int8:
+        return layouts
+    return {stage: int8_layout(layout) for stage, layout in layouts.items()}
 
 
 def _projection(matrix: Matrix, tp: int) -> Projection:
@@ -75,43 +80,67 @@ def declined(stored: MLPLayer, tp: int, dtype: torch.dtype) -> str | None:
     return None
 
 
-def pack_layer(stored: MLPLayer, weights: Mapping[str, Tensors], tp: int) -> dict[str, torch.Tensor]:
-    """Launch -> packed weights `[tp 128, C]`, whose contiguous slices are the ranks', from each projection's
-    tensors of FORMAT.md.
+def pack_layer(
+    stored: MLPLayer, weights: Mapping[str, Tensors], tp: int, dtype: torch.dtype
+) -> dict[str, Weight]:
+    """Launch -> packed weights `[tp 128, C]`, and scales `[tp 128, S]` where they are int8, whose contiguous
+    slices are the ranks', from each projection's tensors of FORMAT.md; expanded ones are in `dtype`.
     """
-    gathers, layouts = stored.gathers(tp), stage_layouts(stored, tp)
-    whole = {name: lay_out(matrix, weights[name], tp, gathers) for name, matrix in stored.matrices.items()}
-    dtype = next(iter(weights["down_proj"].values())).dtype
-    packed: dict[str, list[torch.Tensor]] = {stage: [] for stage in layouts}
+    gathers, layouts, reading = stored.gathers(tp), stage_layouts(stored, tp), kernel_reading(stored, tp)
+    whole = {
+        name: lay_out(matrix, reading.tensors(matrix, weights[name], dtype), tp, gathers)
+        for name, matrix in stored.matrices.items()
+    }
+    packed: dict[str, list[Weight]] = {stage: [] for stage in layouts}
     for rank in range(tp):
         matrices = _rank_matrices(stored, whole, tp, rank)
         for stage, layout in layouts.items():
-            mine = {name: matrix for name, matrix in matrices.items() if layout.matrix(name) is not None}
-            packed[stage].append(pack(layout, mine, torch.zeros(PMAX, layout.packed_cols, dtype=dtype)))
-    return {stage: torch.cat(slices) for stage, slices in packed.items()}
+            mine = {name: weight for name, weight in matrices.items() if layout.matrix(name) is not None}
+            packed[stage].append(_pack(layout, mine))
+    return {stage: joined(slices, OUT) for stage, slices in packed.items()}
+
+
+def _pack(layout: Layout, matrices: Mapping[str, Weight]) -> Weight:
+    """One rank's weights `[128, C]` of one launch, with scales `[128, S]` where the layout is of int8."""
+    values = {name: weight.values for name, weight in matrices.items()}
+    dtype = next(iter(values.values())).dtype
+    packed = pack(layout, values, torch.zeros(PMAX, layout.packed_cols, dtype=dtype))
+    if not layout.is_int8:
+        return Weight(packed)
+    scales = {name: weight.scale for name, weight in matrices.items()}
+    return Weight(packed, pack_scales(layout, scales, torch.ones(PMAX, layout.scale_cols)))
 
 
 def _rank_matrices(
-    stored: MLPLayer, whole: Mapping[str, Tensors], tp: int, rank: int
-) -> dict[str, torch.Tensor]:
+    stored: MLPLayer, whole: Mapping[str, Mapping[str, Weight]], tp: int, rank: int
+) -> dict[str, Weight]:
     """One rank's matrices `[out, in]` by the names that `nki_kernels.layout` gives them, under `gather` with z
     in own-first order.
     """
     matrices, gathers, turns = {}, stored.gathers(tp), turned(stored)
     for name, matrix in stored.matrices.items():
-        short = name.removesuffix("_proj")
-        parts = {
-            part: t.chunk(tp, partition_dim(matrix, part, gathers))[rank] for part, t in whole[name].items()
-        }
+        short, parts = name.removesuffix("_proj"), {}
+        for part, weight in whole[name].items():
+            dim = partition_dim(matrix, part, gathers)
+            parts[part] = _slice(weight, tp, rank, dim)
         if not matrix.spec.is_low_rank:
             (matrices[f"{short}_second"],) = parts.values()
             continue
         if gathers and turns[matrix.is_down]:
             z_part, dim = ("first", OUT) if matrix.is_down else ("second", IN)
-            slots = parts[z_part].shape[dim] // tp
-            parts[z_part] = parts[z_part].roll(-rank * slots, dims=dim)
-        matrices |= {f"{short}_{part}": tensor for part, tensor in parts.items()}
+            parts[z_part] = _turned_back(parts[z_part], tp, rank, dim)
+        matrices |= {f"{short}_{part}": weight for part, weight in parts.items()}
     return matrices
+
+
+def _slice(weight: Weight, tp: int, rank: int, dim: int) -> Weight:
+    return weight.rearranged(lambda t: t.chunk(tp, dim)[rank], dim)
+
+
+def _turned_back(weight: Weight, tp: int, rank: int, dim: int) -> Weight:
+    """Rank-major slots of z along `dim`, those of `rank` first."""
+    slots = weight.values.shape[dim] // tp
+    return weight.rearranged(lambda t: t.roll(-rank * slots, dims=dim), dim)
 
 
 def own_first(z: torch.Tensor, rank: torch.Tensor, tp: int) -> torch.Tensor:
@@ -161,7 +190,7 @@ class KernelPath(nn.Module):
         self.turn_z, self.turn_down = turned(stored)
         self.parallel = parallel
         for stage, layout in self.layouts.items():
-            self.add_module(stage, parallel.column(layout.packed_cols, parallel.size * PMAX))
+            self.add_module(stage, _packed_module(layout, parallel))
         self.rank = parallel.rank_module() if stored.gathers(parallel.size) else None
         self.plans: dict[tuple[str, int, float | None], Plan] = {}
 
@@ -179,34 +208,49 @@ class KernelPath(nn.Module):
         return y.reshape(x.shape)
 
     def _whole(self, rows: torch.Tensor, norm: Norm | None) -> torch.Tensor:
-        return self.launch(svd_mlp, rows, *self._rest("whole", rows.shape[0], norm))
+        return self.launch(svd_mlp, rows, *self._rest("whole", rows, norm))
 
     def _between_collectives(self, rows: torch.Tensor, norm: Norm | None, rank: torch.Tensor) -> torch.Tensor:
-        tp, tokens = self.parallel.size, rows.shape[0]
+        tp = self.parallel.size
         z = None
         if "first" in self.layouts:
-            z = self.launch(first_factors, rows, *self._rest("first", tokens, norm))
+            z = self.launch(first_factors, rows, *self._rest("first", rows, norm))
             z = self.parallel.gather(z, 0)
             z = own_first(z, rank, tp) if self.turn_z else z
         needs_x = rows if self.layouts["second"].hidden else None
-        out = self.launch(second_factors, needs_x, z, self.slots, *self._rest("second", tokens, norm))
+        out = self.launch(second_factors, needs_x, z, self.slots, *self._rest("second", rows, norm))
         if "last" not in self.layouts:
             return out
         z = self.parallel.scatter_sum(rank_major(out, rank, tp) if self.turn_down else out, 0)
-        return self.launch(last_factor, z, *self._rest("last", tokens, norm))
+        return self.launch(last_factor, z, *self._rest("last", rows, norm))
 
-    def _rest(self, stage: str, tokens: int, norm: Norm | None) -> tuple[Any, ...]:
-        """A launch's further arguments: packed weights, the plan for as many tokens, and the norm where it
-        starts from x.
+    def _rest(self, stage: str, rows: torch.Tensor, norm: Norm | None) -> tuple[Any, ...]:
+        """A launch's further arguments, by position: packed weights, the plan for as many rows of x, and what
+        is there of the norm (where it starts from x), a residual (never) and scales (of int8).
 
         Raises UsageError where there is no plan.
         """
-        layout, weights = self.layouts[stage], getattr(self, stage).weight.data
-        eps = None if norm is None else norm.eps
-        if (stage, tokens, eps) not in self.plans:
-            plan = plan_launch(_request(layout, tokens, weights.dtype, eps))
+        layout, packed = self.layouts[stage], getattr(self, stage)
+        plan = self._plan(stage, rows.shape[0], rows.dtype, None if norm is None else norm.eps)
+        weight = None if norm is None or not layout.hidden else norm.weight
+        scales = packed.scale.data if layout.is_int8 else None
+        optional = {"whole": (weight, None, scales), "last": (None, scales)}.get(stage, (weight, scales))
+        while optional and optional[-1] is None:
+            optional = optional[:-1]
+        return packed.weight.data, plan, *optional
+
+    def _plan(self, stage: str, tokens: int, dtype: torch.dtype, norm_eps: float | None) -> Plan:
+        if (stage, tokens, norm_eps) not in self.plans:
+            plan = plan_launch(_request(self.layouts[stage], tokens, dtype, norm_eps))
             if isinstance(plan, Declined):
                 raise UsageError(f"low-rank MLP, launch {stage!r} of {tokens} tokens: {plan.reason}")
-            self.plans[stage, tokens, eps] = plan
-        rest = (weights, self.plans[stage, tokens, eps])
-        return rest if norm is None or not layout.hidden else (*rest, norm.weight)
+            self.plans[stage, tokens, norm_eps] = plan
+        return self.plans[stage, tokens, norm_eps]
+
+
+def _packed_module(layout: Layout, parallel: Parallel) -> nn.Module:
+    """A module whose `weight` is this rank's part of the packed weights, and `scale` that of the scales."""
+    rows = parallel.size * PMAX
+    if layout.is_int8:
+        return parallel.int8((rows, layout.packed_cols), OUT, (rows, layout.scale_cols))
+    return parallel.column(layout.packed_cols, rows)

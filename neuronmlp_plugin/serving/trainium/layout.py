@@ -5,14 +5,15 @@ A layer that fits the ranks (`MLPLayer.fits`) is stored that way already. Under 
 `models/gather.py` with one thing added: NxDI compiles a single graph for all ranks, so nothing in a shard's
 shape may depend on the rank. Where tp does not divide the rank R of a `compact` matrix, some ranks own one
 pivot more than others; that odd pivot is moved among the rest as a unit row (gate, up) or unit column (down),
-which changes no value.
+which changes no value. A unit row has scale 1 where the matrix is int8; a unit column, whose rows have
+scales of their own, asks for a matrix that is expanded (storage.py).
 """
 
 from __future__ import annotations
 
 import torch
 
-from neuronmlp_plugin.models.definition import Tensors, factors_of
+from neuronmlp_plugin.models.definition import Tensors, Weight, factors_of, joined
 from neuronmlp_plugin.models.factors import IN, OUT, Matrix
 from neuronmlp_plugin.models.gather import Shard, gather_shard
 from nki_kernels import staging
@@ -44,20 +45,20 @@ def laid_out_shapes(matrix: Matrix, tp: int, gathers: bool) -> dict[str, tuple[i
     return {"first": (padded, n_in), "second": (n_out - pivots, padded)}
 
 
-def lay_out(matrix: Matrix, tensors: Tensors, tp: int, gathers: bool) -> dict[str, torch.Tensor]:
-    """Part -> the tensor of `laid_out_shapes`, from one projection's tensors of FORMAT.md by suffix."""
+def lay_out(matrix: Matrix, tensors: Tensors, tp: int, gathers: bool) -> dict[str, Weight]:
+    """Part -> the tensor of `laid_out_shapes`, from one projection's tensors of FORMAT.md by suffix; int8 with
+    its scales, which are cut as the rows are.
+    """
     if not gathers:
         named = zip(PARTS, factors_of(matrix, tensors), strict=True)
-        return {part: weight.expanded() for part, weight in named if weight is not None}
+        return {part: weight for part, weight in named if weight is not None}
     shards = [_uniform(gather_shard(matrix, tensors, tp, rank), matrix, tp, rank) for rank in range(tp)]
     whole = {
         "first": [s.first for s in shards if s.first is not None],
         "second": [s.second for s in shards if s.second is not None],
     }
     return {
-        part: torch.cat(slices, dim=partition_dim(matrix, part, True))
-        for part, slices in whole.items()
-        if slices
+        part: joined(slices, partition_dim(matrix, part, True)) for part, slices in whole.items() if slices
     }
 
 
@@ -69,8 +70,13 @@ def _uniform(shard: Shard, matrix: Matrix, tp: int, rank: int) -> Shard:
     if shard.pivots == even:
         return shard
     assert shard.first is not None and shard.second is not None
-    unit = shard.second.new_zeros(tp * shard.slots)
+    first, second = shard.first, shard.second
+    unit = (first if matrix.is_down else second).values.new_zeros(tp * shard.slots)
     unit[rank * shard.slots + even] = 1
     if matrix.is_down:
-        return Shard(torch.cat((unit[:, None], shard.first), dim=1), shard.second, even, shard.slots)
-    return Shard(shard.first, torch.cat((unit[None], shard.second)), even, shard.slots)
+        assert first.scale is None, "a unit column has no scale (storage.py)"
+        first = Weight(torch.cat((unit[:, None], first.values), dim=1))
+    else:
+        scale = None if second.scale is None else torch.cat((second.scale.new_ones(1), second.scale))
+        second = Weight(torch.cat((unit[None], second.values)), scale)
+    return Shard(first, second, even, shard.slots)

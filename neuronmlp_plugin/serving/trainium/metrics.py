@@ -78,7 +78,7 @@ class DispatchCollector:
     def collect(self) -> Iterator[Any]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        labels = ["phase", "path", "reason"]
+        labels = ["phase", "path", "reason", "weights"]
         layers = GaugeMetricFamily("neuronmlp_mlp_layers", "MLP layers compiled for each path", labels=labels)
         runs = CounterMetricFamily("neuronmlp_mlp_runs", "MLP layer executions by each path", labels=labels)
         for key, family in (("layers", layers), ("runs", runs)):

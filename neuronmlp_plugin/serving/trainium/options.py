@@ -20,8 +20,8 @@ KERNELS = ("auto", "off", "require", "prefill", "decode")
 _REFUSED = {
     "quantized": (
         False,
-        "NxDI would quantise the factors from a dense checkpoint that has none",
-        "serve the factors in bf16",
+        "NxDI would quantise dense MLPs that are not there",
+        "leave it off: what `neuronmlp quantize` made int8 stays int8 without it",
     ),
     "quantized_mlp_kernel_enabled": (False, "that kernel multiplies by dense weights", "leave it off"),
     "activation_quantization_type": (None, "it quantises the input of dense MLPs", "leave it unset"),

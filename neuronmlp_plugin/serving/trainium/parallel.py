@@ -14,6 +14,11 @@ from neuronmlp_plugin.models.factors import OUT
 from neuronmlp_plugin.models.gather import Collectives
 
 
+def slice_size(size: tuple[int, ...], dim: int, parts: int) -> tuple[int, ...]:
+    """Size of one of so many equal parts along `dim`."""
+    return tuple(n // parts if axis == dim else n for axis, n in enumerate(size))
+
+
 class RankModule(Protocol):
     """A module that holds the rank as a parameter, so that one graph can serve all ranks."""
 
@@ -24,8 +29,11 @@ class RankModule(Protocol):
 class Parallel(Collectives, abc.ABC):
     """Collectives over the last dimension, two over any, and a factory of sharded layers without bias.
 
-    The layers compute on their own slice and communicate nothing: the module decides when to.
+    The layers compute on their own slice and communicate nothing: the module decides when to. `dtype`: of the
+    model, and of every layer that is not int8.
     """
+
+    dtype: torch.dtype
 
     def linear(self, size: tuple[int, int], dim: int) -> nn.Module:
         """A layer whose `weight` is a slice along `dim` of a whole `[out, in]` of this size."""
@@ -39,6 +47,13 @@ class Parallel(Collectives, abc.ABC):
     @abc.abstractmethod
     def row(self, n_in: int, n_out: int) -> nn.Module:
         """This rank's `[..., n_in / tp]` -> a summand of `[..., n_out]`."""
+
+    @abc.abstractmethod
+    def int8(self, size: tuple[int, int], dim: int, scale_size: tuple[int, ...]) -> nn.Module:
+        """A module that multiplies nothing: `weight`, int8, is a slice along `dim` of a whole `[out, in]` of this
+        size; `scale`, fp32 whatever the model's dtype, one along its first dimension where `dim` is OUT, and
+        the whole of it where not.
+        """
 
     @abc.abstractmethod
     def rank_module(self) -> RankModule:

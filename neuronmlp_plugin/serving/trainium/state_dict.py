@@ -10,17 +10,31 @@ import torch
 
 from neuronmlp_plugin.checkpoint.reader import Checkpoint, FactorFile, check_names
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
+from neuronmlp_plugin.models.definition import Weight
 from neuronmlp_plugin.models.factors import PROJECTIONS, SCALE
 from neuronmlp_plugin.serving.trainium.kernel_path import pack_layer
 from neuronmlp_plugin.serving.trainium.layout import lay_out
+from neuronmlp_plugin.serving.trainium.storage import torch_reading
 
 _PREFIX = "model."
 State = dict[str, torch.Tensor]
 
 
 def read_factored(folder: str) -> State:
-    """Every tensor of a factored folder, int8 dequantised, by its name in NxDI (without `model.`)."""
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in Checkpoint(folder).tensors()}
+    """Every tensor of a factored folder as it is stored, int8 and scales too, by its name in NxDI (without
+    `model.`).
+    """
+    checkpoint, state = Checkpoint(folder), State()
+    for name in checkpoint.names():
+        short = name.removeprefix(_PREFIX)
+        _put(state, short, checkpoint.weight(name), short + SCALE)
+    return state
+
+
+def _put(state: State, name: str, weight: Weight, scale_name: str) -> None:
+    state[name] = weight.values.contiguous()
+    if weight.scale is not None:
+        state[scale_name] = weight.scale.contiguous()
 
 
 def overlay_factors(state: State, path: str, config: dict[str, Any]) -> None:
@@ -30,26 +44,22 @@ def overlay_factors(state: State, path: str, config: dict[str, Any]) -> None:
     for name in [name for name in state if name.startswith(prefixes)]:
         del state[name]
     for name in factors.block.expected_tensors(only_changed=True):
-        state[name.removeprefix(_PREFIX)] = factors.tensor(name)
+        short = name.removeprefix(_PREFIX)
+        _put(state, short, factors.weight(name), short + SCALE)
 
 
-def cast_int8(state: State, block: FormatBlock, dtype: torch.dtype) -> bool:
-    """Bring the weights that were read from int8, in fp32 by now, to the model's dtype, in place; false where
-    there are none.
-    """
-    names = [name.removeprefix(_PREFIX).removesuffix(SCALE) for name in block.expected_scales()]
-    state.update({name: state[name].to(dtype) for name in names if name in state})
-    return bool(names)
-
-
-def lay_out_state(state: State, block: FormatBlock, plan: list[set[str]], tp: int, source: str) -> None:
+def lay_out_state(
+    state: State, block: FormatBlock, plan: list[set[str]], tp: int, dtype: torch.dtype, source: str
+) -> None:
     """Replace all MLP tensors by those of each layer's paths (torch_path.py, kernel_path.py), in place.
     Raises CheckpointError.
 
-    `plan[i]` names the paths that layer i takes in any phase.
+    `plan[i]` names the paths that layer i takes in any phase. int8 stays int8, with fp32 scales beside it,
+    wherever the path reads it so (storage.py); elsewhere it is expanded to `dtype`, the model's. NxDI casts all
+    that is floating point but for names that end in "scale".
     """
     check_names(
-        block.expected_tensors(),
+        {**block.expected_tensors(), **block.expected_scales()},
         {_PREFIX + n: tuple(t.shape) for n, t in state.items() if ".mlp." in n},
         source,
     )
@@ -57,12 +67,16 @@ def lay_out_state(state: State, block: FormatBlock, plan: list[set[str]], tp: in
         prefix, gathers = f"layers.{index}.mlp.", stored.gathers(tp)
         weights = {projection: _take(state, f"{prefix}{projection}.") for projection in PROJECTIONS}
         if "torch" in paths:
+            reading = torch_reading(stored, tp, dtype)
             for projection, matrix in stored.matrices.items():
-                for part, tensor in lay_out(matrix, weights[projection], tp, gathers).items():
-                    state[f"{prefix}torch_path.{projection}.{part}.weight"] = tensor.contiguous()
+                tensors = reading.tensors(matrix, weights[projection], dtype)
+                for part, weight in lay_out(matrix, tensors, tp, gathers).items():
+                    name = f"{prefix}torch_path.{projection}.{part}."
+                    _put(state, name + "weight", weight, name + "scale")
         if "kernel" in paths:
-            for stage, tensor in pack_layer(stored, weights, tp).items():
-                state[f"{prefix}kernel_path.{stage}.weight"] = tensor
+            for stage, weight in pack_layer(stored, weights, tp, dtype).items():
+                name = f"{prefix}kernel_path.{stage}."
+                _put(state, name + "weight", weight, name + "scale")
             if gathers:
                 state[f"{prefix}kernel_path.rank.rank"] = torch.arange(tp, dtype=torch.int32)
 

@@ -4,7 +4,7 @@ runs, and what CPUs run.
 Nothing here depends on the rank, because NxDI traces one graph for all of them (layout.py). A layer that fits
 the ranks computes the definition on the rank's own share, and has no collective but the sum of y (mlp.py).
 Under `gather` there are two more: an all-gather of the local z of gate and up together, and a reduce-scatter
-of down's z `[T, R]`.
+of down's z `[T, R]`. int8 is multiplied as it is and scaled last, as by NxD's own int8 layers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from neuronmlp_plugin.models.factors import PROJECTIONS, Matrix, MLPLayer
 from neuronmlp_plugin.models.gather import all_gather_together
 from neuronmlp_plugin.serving.trainium.layout import PARTS, even_pivots, laid_out_shapes, partition_dim
 from neuronmlp_plugin.serving.trainium.parallel import Parallel
+from neuronmlp_plugin.serving.trainium.storage import torch_reading
 
 
 class Projection(nn.Module):
@@ -30,39 +31,56 @@ class Projection(nn.Module):
     first: Any
     second: Any
 
-    def __init__(self, matrix: Matrix, share: Matrix | None, parallel: Parallel) -> None:
+    def __init__(self, matrix: Matrix, share: Matrix | None, parallel: Parallel, int8: bool) -> None:
         super().__init__()
         self.share, gathers = share, share is None
+        self.blocks = (1, 1) if share is None else share.blocks
         sizes = laid_out_shapes(matrix, parallel.size, gathers)
         for part in PARTS:
-            layer = (
-                parallel.linear(sizes[part], partition_dim(matrix, part, gathers)) if part in sizes else None
-            )
+            layer = None
+            if part in sizes:
+                size, dim = sizes[part], partition_dim(matrix, part, gathers)
+                layer = parallel.int8(size, dim, size[:1]) if int8 else parallel.linear(size, dim)
             self.register_module(part, layer)
         self.pivots = even_pivots(matrix, parallel.size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the rank's share makes of x: its output channels (gate, up), or a summand of y (down)."""
         assert self.share is not None
-        first, second = map(_multiply, (self.first, self.second), self.share.blocks)
-        return product(self.share, first, second, x)
+        return product(self.share, *self.factors, x)
+
+    @property
+    def factors(self) -> tuple[Linear | None, Linear | None]:
+        """What multiplies by `first` and by `second`."""
+        first, second = map(_multiply, (self.first, self.second), self.blocks)
+        return first, second
 
     def output(self, part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
         """Gate or up under `gather`: this rank's z and all of z -> this rank's output channels `[..., I /
         tp]`.
         """
-        if self.second is None:
+        _, second = self.factors
+        if second is None:
             return part
         if not self.pivots:
-            return self.second(whole)
-        return torch.cat((part[..., : self.pivots], self.second(whole)), dim=-1)
+            return second(whole)
+        return torch.cat((part[..., : self.pivots], second(whole)), dim=-1)
 
 
 def _multiply(layer: Any, blocks: int) -> Linear | None:
-    """A sharded layer as it is, or its weight as a stack of blocks."""
-    if layer is None or blocks == 1:
-        return layer
-    return lambda x: block_product(x, layer.weight, blocks)
+    """A sharded layer as it is, its weight as a stack of blocks, or its int8 weight and scales."""
+    if layer is None:
+        return None
+    if hasattr(layer, "scale"):
+        return lambda x: scaled_product(x, layer.weight, layer.scale, blocks)
+    return layer if blocks == 1 else lambda x: block_product(x, layer.weight, blocks)
+
+
+def scaled_product(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, blocks: int) -> torch.Tensor:
+    """`block_product` by the weight that q int8 and scale fp32 stand for, in the dtype of x: every int8 is a
+    bf16, and what is summed is rounded once more than by an expanded weight.
+    """
+    return (block_product(x, q.to(x.dtype), blocks) * scale).to(x.dtype)
 
 
 class TorchPath(nn.Module):
@@ -72,8 +90,9 @@ class TorchPath(nn.Module):
         super().__init__()
         self.gathers, self.parallel = stored.gathers(parallel.size), parallel
         shares = {} if self.gathers else stored.share(parallel.size).matrices
+        int8 = torch_reading(stored, parallel.size, parallel.dtype).int8
         self.gate_proj, self.up_proj, self.down_proj = (
-            Projection(stored.matrix(name), shares.get(name), parallel) for name in PROJECTIONS
+            Projection(stored.matrix(name), shares.get(name), parallel, name in int8) for name in PROJECTIONS
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -85,20 +104,22 @@ class TorchPath(nn.Module):
     def _gather(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = (p.output(part, whole) for p, part, whole in self._gate_up_z(x))
         h = F.silu(gate) * up
-        down = self.down_proj
-        if down.first is None:
-            return down.second(h)
-        z = self.parallel.reduce_scatter(down.first(h[..., down.pivots :]))
+        down, (first, second) = self.down_proj, self.down_proj.factors
+        assert second is not None
+        if first is None:
+            return second(h)
+        z = self.parallel.reduce_scatter(first(h[..., down.pivots :]))
         if down.pivots:
             z = z + F.pad(h[..., : down.pivots], (0, z.shape[-1] - down.pivots))
-        return down.second(z)
+        return second(z)
 
     def _gate_up_z(self, x: torch.Tensor) -> list[tuple[Projection, torch.Tensor, torch.Tensor]]:
         """For gate and up: the projection, its local z and its whole z (for a dense one, its local output
         twice).
         """
         projections = (self.gate_proj, self.up_proj)
-        parts = [p.first(x) for p in projections]
+        firsts = [first for p in projections if (first := p.factors[0]) is not None]  # gate and up have one
+        parts = [first(x) for first in firsts]
         wholes = iter(
             all_gather_together(
                 [z for p, z in zip(projections, parts, strict=True) if p.second is not None], self.parallel

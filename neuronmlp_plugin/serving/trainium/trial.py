@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from neuronmlp_plugin.models.factors import MLPLayer, ProjectionSpec
+from neuronmlp_plugin.models.factors import INT8, OUT, MLPLayer, ProjectionSpec
 from neuronmlp_plugin.serving.trainium.kernel_path import KernelPath
-from neuronmlp_plugin.serving.trainium.parallel import Parallel, RankModule
+from neuronmlp_plugin.serving.trainium.parallel import Parallel, RankModule, slice_size
 from nki_kernels.layout import Layout
 
 PLATFORM = "trn1"
@@ -47,10 +47,14 @@ def refusal(
 
 
 def sample_refusal() -> str | None:
-    """`refusal` of a small layer with every low-rank form, in prefill and decode: what `neuronmlp doctor` asks."""
-    compact, uv = ProjectionSpec("compact", 64), ProjectionSpec("uv", 64)
-    layer = MLPLayer(256, 512, compact, uv, compact)
-    found = (refusal(layer, 1, torch.bfloat16, tokens) for tokens in (128, 1))
+    """`refusal` of a small layer with every low-rank form, in bf16 and int8, in prefill and decode: what
+    `neuronmlp doctor` asks.
+    """
+    layers = []
+    for dtype in (None, INT8):
+        compact, uv = ProjectionSpec("compact", 64, dtype), ProjectionSpec("uv", 64, dtype)
+        layers.append(MLPLayer(256, 512, compact, uv, compact))
+    found = (refusal(layer, 1, torch.bfloat16, tokens) for layer in layers for tokens in (128, 1))
     return next((why for why in found if why), None)
 
 
@@ -77,11 +81,13 @@ def _result_shape(layout: Layout, tokens: int) -> tuple[int, int]:
 
 
 class _Slice(nn.Module):
-    """A layer of which only the shape of its weight counts."""
+    """A layer of which only shape and dtype of its weight and scales count."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
+        if scale is not None:
+            self.scale = nn.Parameter(scale, requires_grad=False)
 
 
 class _Rank(nn.Module):
@@ -100,6 +106,10 @@ class _OneOfMany(Parallel):
 
     def row(self, n_in: int, n_out: int) -> nn.Module:
         return _Slice(torch.zeros(n_out, n_in // self.size, dtype=self.dtype))
+
+    def int8(self, size: tuple[int, int], dim: int, scale_size: tuple[int, ...]) -> nn.Module:
+        scale = torch.ones(slice_size(scale_size, OUT, self.size if dim == OUT else 1))
+        return _Slice(torch.zeros(slice_size(size, dim, self.size), dtype=torch.int8), scale)
 
     def rank_module(self) -> RankModule:
         return _Rank()

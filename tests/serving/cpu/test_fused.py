@@ -125,8 +125,10 @@ def test_without_a_compiler_there_is_no_chain_and_the_log_says_so(compiled, monk
 
 
 def test_source_that_does_not_compile_is_told(compiled, monkeypatch, caplog, tmp_path):
+    from neuronmlp_plugin.serving.cpu import library
+
     (tmp_path / "product.c").write_text("this is not C")
-    monkeypatch.setattr(compiled, "_SOURCE", tmp_path / "product.c")
+    monkeypatch.setattr(library, "SOURCE", tmp_path / "product.c")
     assert compiled.load_products() is None
     assert "could not be compiled" in caplog.text
 

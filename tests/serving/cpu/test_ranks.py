@@ -123,7 +123,9 @@ def test_ranks_read_their_share_of_int8_as_it_is(mix, monkeypatch):
     from neuronmlp_plugin.serving.cpu.fused import fused_down
 
     seen = []
-    monkeypatch.setattr(linear_method, "fused_down", lambda owned, *rest: seen.append(owned) or fused_down(owned, *rest))
+    monkeypatch.setattr(
+        linear_method, "fused_down", lambda owned, *rest: seen.append(owned) or fused_down(owned, *rest)
+    )
     layer = mix_layer(mix, SHAPE, ranks=RANKS, groups=4)
     layer = layer.with_specs({p: ProjectionSpec(s.form, s.rank, INT8) for p, s in layer.items()})
     tensors, x = random_tensors(layer), torch.randn(T, SHAPE.hidden_size)

@@ -18,7 +18,7 @@ SEQ_LEN = 32
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One model folder served by NxDI in CPU mode; `neuronmlp` are the user's options, `neuron` further
-    NeuronConfig fields.
+    NeuronConfig fields, `mlp_dtypes` those of the MLP weights that NxDI must hold then (None: any).
     """
 
     name: str
@@ -28,6 +28,7 @@ class Case:
     batch: int
     neuronmlp: dict[str, Any] | None
     neuron: dict[str, Any] = dataclasses.field(default_factory=dict)
+    mlp_dtypes: list[str] | None = None
 
 
 def family_cases(folders: dict[str, str], tp: int) -> list[Case]:

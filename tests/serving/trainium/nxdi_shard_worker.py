@@ -1,5 +1,5 @@
 """Shard a factored folder by NxDI's own ModelBuilder: `python -m tests.serving.trainium.nxdi_shard_worker
-FOLDER TP OUT`.
+FOLDER TP OUT DTYPE`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from tests.serving.trainium.nxdi_cases import Case
 
 
-def main(folder: str, tp: str, out: str) -> None:
+def main(folder: str, tp: str, out: str, dtype: str) -> None:
     import neuronmlp_plugin
     from tests.serving.trainium import neuron_wheels
 
@@ -20,7 +20,7 @@ def main(folder: str, tp: str, out: str) -> None:
     neuronmlp_plugin.register()
     from tests.serving.trainium.nxdi_worker import build
 
-    model = build(Case("shard", "llama", folder, int(tp), 1, {}))
+    model = build(Case("shard", "llama", folder, int(tp), 1, {}, {"torch_dtype": dtype}))
     model.get_builder().shard_checkpoint(serialize_path=out)
 
 

@@ -41,11 +41,10 @@ def build(case: Case):
         is_continuous_batching=True,
         max_context_length=SEQ_LEN,
         seq_len=SEQ_LEN,
-        torch_dtype="float32",
         on_cpu=True,
         enable_bucketing=False,
         **options,
-        **case.neuron,
+        **{"torch_dtype": "float32", **case.neuron},
     )
     config = application.get_config_cls()(neuron_config, load_config=load_pretrained_config(case.folder))
     return application(case.folder, config)
@@ -94,12 +93,27 @@ def run(case: Case) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
     model = build(case)
     model.to_cpu()
+    check_storage(model, case)
     # NxDI opens the default process group whenever it sees WORLD_SIZE; later cases share the first one's.
     os.environ.pop("WORLD_SIZE", None)
     results = greedy(model, prompts(model.config.vocab_size, case.batch))
     torch.distributed.barrier()
     parallel_state.destroy_model_parallel()
     return results
+
+
+def check_storage(model, case: Case) -> None:
+    """What each submodel of NxDI holds of its MLPs after its own loading: the dtypes that the case claims, and
+    fp32 scales beside int8.
+    """
+    if case.mlp_dtypes is None:
+        return
+    for wrapper in model.models:
+        held = {name: p.dtype for name, p in wrapper.model.named_parameters() if ".mlp." in name}
+        weights = {str(dtype) for name, dtype in held.items() if name.endswith(".weight")}
+        scales = {dtype for name, dtype in held.items() if name.endswith(".scale")}
+        assert weights == {f"torch.{dtype}" for dtype in case.mlp_dtypes}, (case.name, weights)
+        assert scales == ({torch.float32} if "int8" in case.mlp_dtypes else set()), (case.name, scales)
 
 
 def run_kernels_in_the_simulator() -> None:

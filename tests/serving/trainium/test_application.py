@@ -92,8 +92,8 @@ def test_metrics_follow_an_artifact_from_its_load_on(logged, tmp_path, monkeypat
     application.forward(TOKEN, position_ids=torch.zeros(1, 1))  # a prompt of one token
     application.forward(TOKEN, position_ids=torch.ones(1, 1))
     assert sorted(records()[0]["runs"]) == [
-        [DECODE, "kernel", "planned", 1],
-        [PREFILL, "kernel", "planned", 1],
+        [DECODE, "kernel", "planned", "floating point", 1],
+        [PREFILL, "kernel", "planned", "floating point", 1],
     ]
 
 

@@ -203,7 +203,7 @@ def test_two_model_processes_make_one_sample(tmp_path, monkeypatch):
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     for process in (1, 2):
         (tmp_path / f"{process}.json").write_text(
-            json.dumps({"layers": [[DECODE, "kernel", "planned", 16]], "runs": []})
+            json.dumps({"layers": [[DECODE, "kernel", "planned", "int8", 16]], "runs": []})
         )
     layers, _ = DispatchCollector().collect()
     assert [sample.value for sample in layers.samples] == [32]
@@ -225,8 +225,10 @@ def test_metrics_cross_processes(tmp_path, monkeypatch):
     layers, runs = DispatchCollector().collect()
     assert layers.name == "neuronmlp_mlp_layers" and runs.name == "neuronmlp_mlp_runs"
     assert {tuple(s.labels.values()): s.value for s in layers.samples} == {
-        (PREFILL, "kernel", "planned"): 2,
-        (PREFILL, "torch", "too large"): 1,
-        (DECODE, "kernel", "planned"): 3,
+        (PREFILL, "kernel", "planned", "floating point"): 2,
+        (PREFILL, "torch", "too large", "floating point"): 1,
+        (DECODE, "kernel", "planned", "floating point"): 3,
     }
-    assert {tuple(s.labels.values()): s.value for s in runs.samples} == {(DECODE, "kernel", "planned"): 3}
+    assert {tuple(s.labels.values()): s.value for s in runs.samples} == {
+        (DECODE, "kernel", "planned", "floating point"): 3
+    }

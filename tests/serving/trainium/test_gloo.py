@@ -8,7 +8,7 @@ import torch
 import torch.multiprocessing
 
 from neuronmlp_plugin.models.gather import ProcessGroup
-from tests.models.layers import RANKS, SHAPE, mix_layer, plain_mlp, random_modules
+from tests.models.layers import RANKS, SHAPE, mix_layer, plain_mlp, random_modules, stored_tensors
 from tests.serving.trainium.sharded import rank_mlp
 
 MIXES = (
@@ -33,9 +33,10 @@ def run_rank(rank: int, folder: str) -> None:
             for groups in (1, 4):
                 layer = mix_layer(mix, ranks=dict.fromkeys(RANKS, 7), groups=groups)
                 modules = random_modules(layer)
+                tensors = stored_tensors(layer, modules)
                 expected = plain_mlp(modules, x)
-                whole, _ = rank_mlp(layer, modules, ProcessGroup())(x)
-                sequence = rank_mlp(layer, modules, ProcessGroup(), sequence_parallel=True)
+                whole, _ = rank_mlp(layer, tensors, ProcessGroup())(x)
+                sequence = rank_mlp(layer, tensors, ProcessGroup(), sequence_parallel=True)
                 part, _ = sequence(x.chunk(TP, dim=1)[rank])
                 worst = max(
                     worst,

@@ -4,37 +4,19 @@ to the plain answer.
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import pytest
 import torch
 
 from neuronmlp_plugin.models.factors import MLPShape
-from neuronmlp_plugin.models.gather import Collectives
 from neuronmlp_plugin.serving.trainium.kernel_path import own_first, pack_norm_in_graph, rank_major
 from nki_kernels.kernels.sharded import last_factor
 from nki_kernels.packing import pack_norm
-from tests.models.layers import MIXES, mix_layer, plain_mlp, random_modules
-from tests.serving.trainium.sharded import KERNEL, TORCH, rank_mlp, simulated
+from tests.models.layers import MIXES, mix_layer, plain_mlp, random_modules, stored_tensors
+from tests.serving.trainium.sharded import TORCH, rank_mlp, run_kernels
 from tests.thread_group import ThreadGroup
 
 SHAPE = MLPShape(hidden_size=20, intermediate_size=48, num_layers=1)
-
-
-ONE_AT_A_TIME = threading.Lock()  # ranks are threads, the simulator is for one
-
-
-class Simulated:
-    """A launch through the simulator, which keeps the kernels' names in order."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    def __call__(self, kernel, *arguments):
-        self.names.append(kernel.__name__)
-        with ONE_AT_A_TIME:
-            return simulated(kernel, *arguments)
 
 
 @torch.no_grad()
@@ -44,16 +26,8 @@ def run(mix, tp, x, norm=None, groups=1):
     if groups > 1:
         layer = mix_layer(mix, SHAPE, ranks=dict.fromkeys(layer, 5), channels=36, groups=groups)
     modules = {name: module.to(x.dtype) for name, module in random_modules(layer).items()}
-    group = ThreadGroup(tp)
-    launches = [Simulated() for _ in range(tp)]
-
-    @torch.no_grad()
-    def work(collectives: Collectives):
-        mlp = rank_mlp(layer, modules, collectives, decisions=KERNEL)
-        mlp.kernel_path.launch = launches[collectives.rank]
-        return mlp(x, rmsnorm=norm)[0]
-
-    return group.run(work), launches[0].names, group.log, plain_mlp(modules, x)
+    ran = run_kernels(layer, stored_tensors(layer, modules), tp, x, norm)
+    return ran.outputs, ran.launches, ran.collectives, plain_mlp(modules, x)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3])
@@ -128,9 +102,9 @@ def test_one_launch_without_and_three_with_tensor_parallelism():
 def test_the_kernels_move_what_the_torch_path_moves():
     x = torch.randn(1, 4, SHAPE.hidden_size)
     layer = mix_layer(("compact", "uv", "compact"), SHAPE)
-    modules = random_modules(layer)
+    tensors = stored_tensors(layer, random_modules(layer))
     group = ThreadGroup(2)
-    group.run(lambda collectives: torch.no_grad()(rank_mlp(layer, modules, collectives, decisions=TORCH))(x))
+    group.run(lambda collectives: torch.no_grad()(rank_mlp(layer, tensors, collectives, decisions=TORCH))(x))
     assert run(("compact", "uv", "compact"), 2, x)[2] == group.log
 
 

@@ -8,7 +8,7 @@ import torch
 from neuronmlp_plugin.models.factors import DENSE, PROJECTIONS, MLPLayer, MLPShape, ProjectionSpec
 from neuronmlp_plugin.models.gather import Collectives
 from neuronmlp_plugin.serving.trainium.layout import laid_out_shapes
-from tests.models.layers import MIXES, RANKS, SHAPE, mix_layer, plain_mlp, random_modules
+from tests.models.layers import MIXES, RANKS, SHAPE, mix_layer, plain_mlp, random_modules, stored_tensors
 from tests.serving.trainium.sharded import rank_mlp, rank_state
 from tests.thread_group import ThreadGroup
 
@@ -24,7 +24,8 @@ def run_all(mix, tp, x, groups=1, **options):
 
     @torch.no_grad()
     def work(collectives: Collectives):
-        return rank_mlp(layer, modules, collectives, **options)(x(collectives.rank))
+        tensors = stored_tensors(layer, modules)
+        return rank_mlp(layer, tensors, collectives, dtype=torch.float64, **options)(x(collectives.rank))
 
     with torch.no_grad():
         return modules, group.run(work), group.log
@@ -73,7 +74,8 @@ def test_norm_and_residual_follow_the_contract_of_nxdi():
     norm = torch.nn.RMSNorm(SHAPE.hidden_size)
     with torch.no_grad():
         norm.weight.uniform_(0.5, 1.5)
-        y, residual = rank_mlp(layer, modules, Collectives())(x, rmsnorm=norm, residual=before)
+        mlp = rank_mlp(layer, stored_tensors(layer, modules), Collectives())
+        y, residual = mlp(x, rmsnorm=norm, residual=before)
         torch.testing.assert_close(residual, x + before)
         torch.testing.assert_close(y, plain_mlp(modules, norm(x + before)))
 
@@ -81,9 +83,9 @@ def test_norm_and_residual_follow_the_contract_of_nxdi():
 @pytest.mark.parametrize("mix", MIXES, ids="-".join)
 def test_one_graph_fits_every_rank(mix):
     layer, tp = mix_layer(mix), 4
-    modules = random_modules(layer)
+    tensors = stored_tensors(layer, random_modules(layer))
     shapes = [
-        {n: t.shape for n, t in rank_state(layer, modules, tp, rank, {"torch"}).items()} for rank in range(tp)
+        {n: t.shape for n, t in rank_state(layer, tensors, tp, rank, {"torch"}).items()} for rank in range(tp)
     ]
     assert all(other == shapes[0] for other in shapes)
 

@@ -23,8 +23,9 @@ from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.checkpoint.writer import write_factor_file
 from neuronmlp_plugin.serving.trainium.layout import partition_dim
 from neuronmlp_plugin.serving.trainium.state_dict import lay_out_state, read_factored
+from tests.models.layers import in_int8
 from tests.serving.trainium.nxdi_cases import PROMPT_LENGTHS, Case, family_cases, grouped_cases
-from tests.tiny_models import FAMILIES, grouped_layers, write_dense, write_mixed
+from tests.tiny_models import FAMILIES, MIXED_LAYERS, grouped_layers, write_dense, write_mixed
 
 pytestmark = [
     pytest.mark.nxdi,
@@ -184,6 +185,53 @@ def test_the_kernels_run_inside_nxdi_in_the_simulator(tp, folders, tmp_path):
         assert_like_torch(results[case.name], load_model(case.folder))
 
 
+@pytest.fixture(scope="module")
+def int8_folders(tmp_path_factory) -> dict[str, str]:
+    """int8 throughout: layers of one group, which tp 2 shares by `gather` (45 pivots of one down: expanded
+    there), and narrow layers of two groups.
+    """
+    root = tmp_path_factory.mktemp("int8")
+    dense = write_dense(root / "dense", "llama")
+    kinds = {"one": MIXED_LAYERS, "two": grouped_layers(2)}
+    return {
+        name: str(write_mixed(root / name, dense, layers=tuple(map(in_int8, layers))))
+        for name, layers in kinds.items()
+    }
+
+
+@pytest.mark.parametrize("classes", ["simulated", "ours"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_int8_is_served_from_one_byte_a_weight(tp, classes, int8_folders, tmp_path):
+    """Kernels, simulated, and torch operations: the logits of the dequantised checkpoint."""
+    uneven, whole = ["int8", "float32"], ["int8"]
+    options = {"kernels": "auto"}
+    cases = [
+        Case("one", "llama", int8_folders["one"], tp, 2, options, {}, whole if tp == 1 else uneven),
+        Case("two", "llama", int8_folders["two"], tp, 2, {}, {"sequence_parallel_enabled": tp > 1}, whole),
+    ]
+    if classes == "simulated":
+        cases[1] = dataclasses.replace(cases[1], neuronmlp={"kernels": "require"})
+        norm = {"mlp_kernel_enabled": True}  # RMSNorm in the kernels, before the scales
+        cases.append(Case("norm", "llama", int8_folders["two"], tp, 2, {"kernels": "require"}, norm, whole))
+    results = run_cases(cases, tp, tmp_path, classes=classes)
+    for case in cases:
+        assert_like_torch(results[case.name], load_model(case.folder))
+
+
+def test_int8_scales_stay_fp32_in_a_bf16_model(int8_folders, tmp_path):
+    """NxDI's CPU mode calls `bfloat16()` on the whole model, and restores no scale."""
+    case = Case("bf16", "llama", int8_folders["two"], 1, 1, {}, {"torch_dtype": "bfloat16"}, ["int8"])
+    ((tokens, logits),) = run_cases([case], 1, tmp_path)["bf16"]
+    expected = load_model(case.folder)(tokens[None, :-1]).logits[0, PROMPT_LENGTHS[0] - 1 :]
+    assert float((logits.float() - expected).norm() / expected.norm()) < 0.05
+
+
+def test_required_kernels_that_would_expand_int8_are_refused_by_nxdi_at_once(int8_folders, tmp_path):
+    case = Case("one", "llama", int8_folders["one"], 2, 1, {"kernels": "require"})
+    with pytest.raises(AssertionError, match="2 ranks share the 45 pivots of down_proj unevenly"):
+        run_cases([case], 2, tmp_path, classes="simulated")
+
+
 def test_factors_over_a_dense_folder_that_transformers_5_saved(tmp_path):
     """Its config has `rope_parameters` alone, its theta is not the default, and the venv has transformers 4."""
     dense = write_dense(tmp_path / "dense", "llama")
@@ -221,26 +269,40 @@ def test_the_wrong_factors_would_be_noticed(folders, tmp_path):
         assert_like_torch(results, load_model(other))
 
 
-def test_nxd_cuts_eight_ranks_as_the_layout_says(tmp_path):
-    """`ModelBuilder.shard_checkpoint` at tp 8 in one process: equal shapes, the layout's values, zeros where
-    a rank has a slot too many.
-    """
-    folder = write_mixed(tmp_path / "mixed", write_dense(tmp_path / "dense", "llama"))
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "tests.serving.trainium.nxdi_shard_worker",
-        str(folder),
-        "8",
-        str(tmp_path / "out"),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+def shards_of(folder: pathlib.Path, tp: int, dtype: str, out: pathlib.Path) -> list[dict]:
+    """What `ModelBuilder.shard_checkpoint` writes for each rank, in one process."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.serving.trainium.nxdi_shard_worker"]
+    command += [str(folder), str(tp), str(out), dtype]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
+    return [load_file(out / f"tp{rank}_sharded_checkpoint.safetensors") for rank in range(tp)]
+
+
+def test_nxd_cuts_int8_and_leaves_its_scales_in_fp32(int8_folders, tmp_path):
+    """In a bf16 model: scales with the rows, but those of down's last factor whole at every rank."""
+    folder = pathlib.Path(int8_folders["two"])
+    shards = shards_of(folder, 2, "bfloat16", tmp_path / "out")
     state, block = read_factored(str(folder)), Checkpoint(folder).block
-    lay_out_state(state, block, [{"torch"}] * block.shape.num_layers, 8, "test")
-    shards = [load_file(tmp_path / "out" / f"tp{rank}_sharded_checkpoint.safetensors") for rank in range(8)]
+    lay_out_state(state, block, [{"torch"}] * block.shape.num_layers, 2, torch.bfloat16, "test")
+    names = [name for name in state if ".mlp." in name]
+    assert all({n for n in shard if ".mlp." in n} == set(names) for shard in shards)
+    for name in names:
+        *_, index, _, _, projection, part, leaf = name.split(".")
+        dim = partition_dim(block.layers[int(index)].matrix(projection), part, False)
+        parts = [shard[name] for shard in shards]
+        assert {p.dtype for p in parts} == {torch.int8 if leaf == "weight" else torch.float32}
+        if leaf == "scale" and dim == 1:
+            assert all(torch.equal(p, state[name]) for p in parts)
+        else:
+            assert torch.equal(torch.cat(parts, dim if leaf == "weight" else 0), state[name])
+
+
+def test_nxd_cuts_eight_ranks_as_the_layout_says(tmp_path):
+    """Equal shapes, the layout's values, zeros where a rank has a slot too many."""
+    folder = write_mixed(tmp_path / "mixed", write_dense(tmp_path / "dense", "llama"))
+    shards = shards_of(folder, 8, "float32", tmp_path / "out")
+    state, block = read_factored(str(folder)), Checkpoint(folder).block
+    lay_out_state(state, block, [{"torch"}] * block.shape.num_layers, 8, torch.float32, "test")
     names = [name for name in state if ".mlp." in name]
     assert names and all({n for n in shard if ".mlp." in n} == set(names) for shard in shards)
     for name in names:

@@ -9,8 +9,8 @@ import torch
 
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.errors import CheckpointError
-from neuronmlp_plugin.serving.trainium.state_dict import cast_int8, lay_out_state, read_factored
-from tests.tiny_models import INT8_LAYERS, MIXED_LAYERS, SHAPE, write_dense, write_mixed
+from neuronmlp_plugin.serving.trainium.state_dict import lay_out_state, read_factored
+from tests.tiny_models import MIXED_LAYERS, SHAPE, write_dense, write_mixed
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 def laid_out(folder, tp=8, path="torch", change=lambda state: None):
     state, block = read_factored(str(folder)), Checkpoint(folder).block
     change(state)
-    lay_out_state(state, block, [{path}] * SHAPE.num_layers, tp, str(folder))
+    lay_out_state(state, block, [{path}] * SHAPE.num_layers, tp, torch.float32, str(folder))
     return state
 
 
@@ -54,26 +54,6 @@ def test_packed_weights_come_with_the_rank_as_data(folder):
     assert state["layers.1.mlp.kernel_path.rank.rank"].tolist() == [0, 1]
     packed = {name: tensor for name, tensor in state.items() if name.endswith("second.weight")}
     assert len(packed) == SHAPE.num_layers and all(tensor.shape[0] == 2 * 128 for tensor in packed.values())
-
-
-def test_int8_is_laid_out_as_the_weights_that_it_stands_for(tmp_path):
-    """In the model's dtype; what was stored in floating point keeps its own, which NxDI casts."""
-    folder = write_mixed(tmp_path / "int8", write_dense(tmp_path / "dense", "llama"), layers=INT8_LAYERS)
-    block, state = Checkpoint(folder).block, read_factored(str(folder))
-    plain = dict(state)
-    assert cast_int8(state, block, torch.bfloat16)
-    int8 = {name.removeprefix("model.").removesuffix("_scale") for name in block.expected_scales()}
-    for name, tensor in plain.items():
-        assert torch.equal(state[name], tensor.bfloat16() if name in int8 else tensor)
-        assert state[name].dtype is (torch.bfloat16 if name in int8 else torch.float32)
-    lay_out_state(plain, block, [{"torch", "kernel"}] * SHAPE.num_layers, 2, str(folder))
-    assert all(".torch_path." in name or ".kernel_path." in name for name in plain if ".mlp." in name)
-
-
-def test_without_int8_nothing_is_cast(folder):
-    state = read_factored(str(folder))
-    assert not cast_int8(state, Checkpoint(folder).block, torch.bfloat16)
-    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 
 NAME = "layers.1.mlp.down_proj.c.weight"

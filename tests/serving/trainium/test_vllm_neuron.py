@@ -21,8 +21,9 @@ import torch
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.checkpoint.writer import write_factor_file
+from tests.models.layers import in_int8
 from tests.serving.trainium.neuron_platform import write_distribution
-from tests.tiny_models import FAMILIES, write_dense, write_mixed
+from tests.tiny_models import FAMILIES, grouped_layers, write_dense, write_mixed
 
 NEEDED = ("vllm", "vllm_neuron", "neuronx_distributed_inference", "neuronx_distributed")
 pytestmark = [
@@ -117,6 +118,18 @@ def test_offline_batch_equals_the_torch_forward(family, environment, tmp_path):
     assert generate(str(folder), neuron_config(), environment, tmp_path) == expected
 
 
+def test_int8_is_served_as_it_is_and_the_log_says_so(environment, tmp_path):
+    layers = tuple(map(in_int8, grouped_layers(2)))
+    folder = write_mixed(tmp_path / "mixed", write_dense(tmp_path / "dense", "llama"), layers=layers)
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    done = run(str(folder), neuron_config(), environment, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    expected = [greedy(load_model(folder), prompt, NEW_TOKENS) for prompt in PROMPTS]
+    assert json.loads((tmp_path / "results.json").read_text()) == expected
+    said = "decode: 3 layers by torch, int8 (NxDI runs on the CPU (on_cpu)); prefill: 3 layers by torch, int8"
+    assert said in done.stdout + done.stderr
+
+
 def test_a_factor_file_over_a_dense_model_by_flags_alone(environment, tmp_path):
     dense = write_dense(tmp_path / "dense", "llama")
     factored = Checkpoint(write_mixed(tmp_path / "mixed", dense))
@@ -193,7 +206,7 @@ def server(smollm2_compressed, environment, tmp_path) -> Iterator[str]:
 
 
 def wait_until_healthy(process: subprocess.Popen, address: str, log: pathlib.Path) -> None:
-    for _ in range(300):
+    for _ in range(900):
         assert process.poll() is None, log.read_text()[-4000:]
         try:
             urllib.request.urlopen(f"{address}/health", timeout=5)
@@ -229,7 +242,7 @@ def test_http_serves_the_real_model_and_says_which_path_it_took(server, smollm2_
     with urllib.request.urlopen(f"{server}/metrics", timeout=60) as reply:
         lines = [line for line in reply.read().decode().splitlines() if line.startswith("neuronmlp_")]
     layers = model.config.num_hidden_layers
-    labels = '{path="torch",phase="%s",reason="NxDI runs on the CPU (on_cpu)"}'
+    labels = '{path="torch",phase="%s",reason="NxDI runs on the CPU (on_cpu)",weights="floating point"}'
     assert f"neuronmlp_mlp_layers{labels % 'decode'} {layers}.0" in lines
     assert f"neuronmlp_mlp_runs_total{labels % 'prefill'} {layers}.0" in lines
     assert f"neuronmlp_mlp_runs_total{labels % 'decode'} {11 * layers}.0" in lines

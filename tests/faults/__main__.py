@@ -1,0 +1,50 @@
+"""Kill commands on a tiny model with SIGKILL, before each file that they write gets its name and at random moments,
+and see that the same command goes on to the same bytes.
+
+    python -m tests.faults --random 50 --seed 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import random
+import sys
+import tempfile
+import time
+
+from tests.faults.kills import COMMANDS, Bench
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--command", choices=[*COMMANDS, "all"], default="all")
+    parser.add_argument(
+        "--random", type=int, default=10, help="random moments of each command (default %(default)s)"
+    )
+    parser.add_argument(
+        "--every", type=int, default=1, help="of the files, each so-manieth (default %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    print(
+        "| command | killed before a file | killed at random | went on to the same bytes |\n|---|---|---|---|"
+    )
+    with tempfile.TemporaryDirectory(prefix="neuronmlp-faults-") as scratch:
+        bench = Bench(pathlib.Path(scratch))
+        for command in COMMANDS if args.command == "all" else [args.command]:
+            bench.made(command)
+            began = time.monotonic()
+            bench.round(command)
+            whole_s = time.monotonic() - began
+            files = 0
+            while bench.round(command, at_file=files):
+                files += args.every
+            rng = random.Random(f"{args.seed}:{command}")
+            killed = sum(bench.round(command, after_s=rng.uniform(0, whole_s)) for _ in range(args.random))
+            print(f"| {command} | {files // args.every} | {killed} of {args.random} | all |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Kill a command at a chosen moment, run it again, and compare the folder with that of a run that nobody killed.
+
+Commands run in forked processes of one that has imported everything, so that a round takes about a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pathlib
+import shutil
+import signal
+import sys
+import time
+import traceback
+
+from neuronmlp_plugin.checkpoint.digests import check_record
+from neuronmlp_plugin.checkpoint.reader import Checkpoint
+from neuronmlp_plugin.cli import main
+from tests.letters import write_text, write_tokenizer
+from tests.tiny_models import write_dense
+
+COMMANDS = ("compress", "refine", "quantize", "convert")
+Files = dict[str, bytes]
+
+
+class Bench:
+    """A tiny model, text, and for each command its arguments; `home/whole-COMMAND` is what nobody interrupted."""
+
+    def __init__(self, home: pathlib.Path) -> None:
+        self.home = home
+        write_tokenizer(write_dense(home / "dense", "llama"))
+        write_text(home / "text.jsonl", 12000)
+        _published(home / "published", home / "dense")
+        self.whole: dict[str, Files] = {}
+
+    def arguments(self, command: str, out: pathlib.Path) -> list[str]:
+        text = ["--text", str(self.home / "text.jsonl")]
+        sizes = ["--window", "32", "--tokens", "1024", "--judge-tokens"]
+        given = {
+            "compress": [str(self.home / "dense"), "--remove", "0.2", *text, *sizes, "64", "--metric-tokens", "256", "--samples", "2"],
+            "refine": [str(self.home / "small"), "--dense", str(self.home / "dense"), *text, *sizes, "1024", "--stages", "blocks,distill"],
+            "quantize": [str(self.home / "small")],
+            "convert": [str(self.home / "published")],
+        }  # fmt: skip
+        quiet = [] if command == "convert" else ["--quiet"]
+        return [command, *given[command], "--out", str(out), *quiet]
+
+    def made(self, command: str) -> Files:
+        """What the command writes when it is left alone."""
+        if command not in self.whole:
+            if command in ("refine", "quantize") and not (self.home / "small").exists():
+                shutil.move(self.out("compress"), self.home / "small")
+            self.whole[command] = files_of(self.out(command))
+            shutil.rmtree(self.home / "out")
+        return self.whole[command]
+
+    def out(self, command: str) -> pathlib.Path:
+        assert run(self.arguments(command, self.home / "out")) == (0, 0)
+        return self.home / "out"
+
+    def round(self, command: str, *, at_file: int | None = None, after_s: float | None = None) -> bool:
+        """Kill before the file `at_file` gets its name, or after some seconds; run again until it is done. Whether
+        the kill came before the end. Raises AssertionError where something was lost, or is plausible and wrong.
+        """
+        whole, out = self.made(command), self.home / "out"
+        arguments = self.arguments(command, out)
+        code, signal_number = run(arguments, at_file, after_s)
+        assert signal_number in (0, signal.SIGKILL) and code == 0, (command, code, signal_number)
+        if out.exists():
+            Checkpoint(out)
+            check_record(out)
+        elif command in ("quantize", "convert") and (self.home / "out.partial").exists():
+            assert run(arguments)[0] == 2  # it says that something unfinished is there
+            shutil.rmtree(self.home / "out.partial")
+        if not out.exists():
+            assert run(arguments) == (0, 0), (command, "did not go on")
+        assert files_of(out) == whole, (command, at_file, after_s)
+        shutil.rmtree(out)
+        shutil.rmtree(self.home / "out.partial", ignore_errors=True)
+        return signal_number != 0
+
+
+def files_of(folder: pathlib.Path) -> Files:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def run(arguments: list[str], at_file: int | None = None, after_s: float | None = None) -> tuple[int, int]:
+    """Exit code and signal of a command in a process of its own."""
+    child = os.fork()
+    if not child:
+        code = 70
+        try:
+            _kill_self_before(at_file)
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                code = main(arguments)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    if after_s is not None:
+        time.sleep(after_s)
+        os.kill(child, signal.SIGKILL)  # nobody has waited for it yet, so the number is still its own
+    _, status = os.waitpid(child, 0)
+    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0, os.WTERMSIG(status) if os.WIFSIGNALED(
+        status
+    ) else 0
+
+
+def _kill_self_before(file: int | None) -> None:
+    """Have this process killed before the renaming of so many files: a stage is done when its file has its name."""
+    seen: list[object] = []
+    for name in ("replace", "rename"):
+        real = getattr(pathlib.Path, name)
+
+        def counted(self: pathlib.Path, target: pathlib.Path, real=real) -> pathlib.Path:
+            seen.append(target)
+            if file is not None and len(seen) > file:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(self, target)
+
+        setattr(pathlib.Path, name, counted)
+
+
+def _published(folder: pathlib.Path, dense: pathlib.Path) -> None:
+    """The layout that `convert` reads, with halved ranks."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(dense, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if ".mlp." in name]:
+        u, s, v = torch.linalg.svd(tensors.pop(name), full_matrices=False)
+        stem = name.removesuffix("_proj.weight")
+        tensors[f"{stem}_v_proj.weight"] = v[:40].contiguous()
+        tensors[f"{stem}_u_proj.weight"] = (u * s)[:, :40].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,21 @@
+"""A slice of `python -m tests.faults`: docs/robustness.md has what a long run found."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faults.kills import Bench
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    return Bench(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "at_file"),
+    [("compress", 0), ("compress", 9), ("quantize", 2), ("convert", 3), ("refine", 8)],
+)
+def test_a_command_that_was_killed_goes_on_to_the_same_bytes(bench, command, at_file):
+    assert bench.round(command, at_file=at_file)

@@ -94,6 +94,9 @@ class Plan(nl.NKIObject):
     natural_share: int  # and in chunks of the last, natural product,
     natural_chunk: int  # which begin here
     natural_z: bool  # z crosses collectives as [T, channels]
+    early_tiles: (
+        int  # column tiles that the first block sums side by side while transposed input arrives; or 0
+    )
     with_norm: bool = False  # RMSNorm in front
     norm_eps: float = 0.0
     with_residual: bool = False  # a residual is added behind
@@ -103,6 +106,10 @@ class Plan(nl.NKIObject):
     def blocks(self) -> int:
         """Token blocks of the launch."""
         return (self.tokens + self.block_tokens - 1) // self.block_tokens
+
+    def input_wait(self) -> int:
+        """Row tiles of h that must be there before the first product of a launch that starts from it."""
+        return min(self.h_tiles, self.ring_cols // 128) if self.early_tiles > 0 else self.h_tiles
 
     def chunks(self) -> int:
         """Pieces that the packed weights are read in."""

@@ -23,7 +23,7 @@ from nki_kernels.placement import Room, largest, place, raw_slots
 from nki_kernels.plan import Plan
 from nki_kernels.plan_file import own_choice
 from nki_kernels.request import Request, z_is_natural
-from nki_kernels.targets import PMAX, TRN1, Target
+from nki_kernels.targets import PMAX, PSUM_BANKS, TRN1, Target
 from nki_kernels.tiling import MOVING_COLS, SHARED, tile_count
 
 SLOT_BYTES = (8 * 1024, 4 * 1024)  # per partition: twice what saturates a DMA queue, and just that
@@ -112,8 +112,8 @@ def why_not(request: Request, target: Target) -> Declined:
 
 
 def _cost(plan: Plan, target: Target) -> tuple[float, ...]:
-    """Effort first; then what costs overlap: more blocks, whole PSUM in use, shared rows, short chunks, short
-    stores. int8 before all that: a ring in which casts and products do not wait for one another.
+    """Effort first; then what costs overlap: more blocks, whole PSUM in use, shared rows, input to wait for, short
+    chunks, short stores. int8 before all that: a ring in which casts and products do not wait for one another.
     """
     shares = plan.at.rows == plan.at.output
     starved = (
@@ -122,7 +122,8 @@ def _cost(plan: Plan, target: Target) -> tuple[float, ...]:
         and (plan.ring_slots < INT8_SLOTS or 4 * plan.ring_cols * plan.itemsize < 3 * SLOT_BYTES[0])
     )
     effort = effort_us(plan, target)
-    return starved, effort, plan.blocks(), plan.token_group, shares, -plan.ring_cols, -plan.out_cols
+    overlap = plan.token_group, shares, plan.input_wait(), -plan.ring_cols, -plan.out_cols
+    return starved, effort, plan.blocks(), *overlap
 
 
 def choices(request: Request) -> Iterator[Choice]:
@@ -136,7 +137,9 @@ def choices(request: Request) -> Iterator[Choice]:
         cols = min(slot_bytes // request.dtype.itemsize, layout.packed_cols)
         tile_slots = MIN_SLOTS if last is None else tile_count(last.row_tiles() * last.tile_cols, cols) + 1
         least = INT8_SLOTS if layout.is_int8 else MIN_SLOTS
-        rings = sorted({MIN_SLOTS, least, tile_slots, len(chunk_bounds(layout, cols)) - 1})
+        rings = sorted(
+            {MIN_SLOTS, least, tile_slots, len(chunk_bounds(layout, cols, request.tokens <= PMAX)) - 1}
+        )
         for tokens, slots, out_cols in itertools.product(block_sizes(request), rings, staged):
             for group, shares in itertools.product(TOKEN_GROUPS, (False, True)):
                 yield Choice(tokens, slots, cols, out_cols, group, shares)
@@ -170,7 +173,7 @@ def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan 
     """The plan that `choice` describes, or why it does not fit `target`."""
     request, choice = _pythons(request, choice)
     layout, itemsize = request.layout, request.dtype.itemsize
-    bounds = chunk_bounds(layout, choice.ring_cols or SLOT_BYTES[0] // itemsize)
+    bounds = chunk_bounds(layout, choice.ring_cols or SLOT_BYTES[0] // itemsize, request.tokens <= PMAX)
     moving_tokens = tile_count(choice.block_tokens, tile_count(choice.block_tokens, MOVING_COLS))
     out_cols = staged_cols(layout, choice.out_cols)
     ring_cols = max(end - start for start, end in itertools.pairwise(bounds))
@@ -198,6 +201,7 @@ def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan 
         raw_slots=min(raw_slots(choice.block_tokens), len(bounds) - 1) if layout.is_int8 else 0,
         **_casts(request, choice, moving_tokens, bounds, target),
         natural_z=z_is_natural(request.tokens, request.dtype),
+        early_tiles=_early_tiles(request, tile_count(choice.block_tokens, moving_tokens), ring_cols),
         **_products(layout),
         **place(Room(request, choice.block_tokens, moving_tokens, out_cols, ring_cols, choice.shares_rows)),
     )
@@ -205,6 +209,20 @@ def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan 
         if declined is not None:
             return declined
     return plan
+
+
+def _early_tiles(request: Request, banks: int, ring_cols: int) -> int:
+    """Column tiles of the first product to sum side by side while transposed input arrives, each in `banks` banks;
+    0 unless chunks are whole pieces of column tiles that have more than one.
+    """
+    first = request.layout.down_first
+    if not request.transposed_input or first is None or request.layout.is_int8:
+        return 0
+    is_plain = first.row_groups == 1 and not first.pivots
+    rows = first.row_tiles() * PMAX
+    if not is_plain or rows <= ring_cols or rows % ring_cols:
+        return 0
+    return min(PSUM_BANKS // banks, first.cols // PMAX)
 
 
 def _products(layout: Layout) -> dict[str, Any]:
@@ -311,11 +329,11 @@ def _refuse_oversize(plan: Plan, target: Target) -> Declined | None:
 
 
 @functools.lru_cache(maxsize=64)
-def chunk_bounds(layout: Layout, ring_cols: int) -> tuple[int, ...]:
+def chunk_bounds(layout: Layout, ring_cols: int, halves_last: bool) -> tuple[int, ...]:
     """Ends of the chunks that the packed weights are read in: as many whole blocks as `ring_cols` (>= 512)
-    hold.
+    hold. `halves_last`: nothing hides the products with the last chunk in decode, so it comes in two halves.
     """
-    bounds = [0]
+    bounds, ends = [0], [0]
     end = 0
     for _, matrix, n, block, offset in layout.blocks():
         if block[3] == SHARED:
@@ -323,5 +341,9 @@ def chunk_bounds(layout: Layout, ring_cols: int) -> tuple[int, ...]:
         end = offset + matrix.tile_width(n)
         if end - bounds[-1] > ring_cols:
             bounds.append(offset)
+        ends.append(end)
+    if halves_last:
+        middle = max(found for found in ends if found <= (bounds[-1] + end) // 2)
+        bounds += [middle] if middle > bounds[-1] else []
     bounds.append(end)
     return tuple(bounds)

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterator
 
 from neuronmlp_plugin.bench.arguments import Write
-from neuronmlp_plugin.bench.kernel_cases import Result, chain_case
+from neuronmlp_plugin.bench.kernel_cases import Result, chain_request, published_us
 from nki_kernels.cost.baselines import BF16
 from nki_kernels.cost.constants import CALIBRATED, SETS
 from nki_kernels.cost.launches import price_launch
@@ -80,8 +80,8 @@ def by_rates(write: Write) -> None:
     """The chain at 8192 tokens under every set of DMA rates, in us."""
     write(f"{'chain, T = 8192, simulated_us':<32}{''.join(f'{name:>12}' for name in COLUMNS)}")
     for name, constants in SETS.items():
-        result = chain_case(8192, TRN1, constants)
-        values = {"ours": result.simulated_us, **result.others}
+        ours = price_launch(chain_request(8192), TRN1, constants).estimate.simulated_us
+        values = {"ours": ours, **published_us(8192, TRN1, constants)}
         write(f"{'constants ' + name:<32}{''.join(f'{values[column]:>12.0f}' for column in COLUMNS)}")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from neuronmlp_plugin.doctor.checks import NOTE, PROBLEM, Finding
 from neuronmlp_plugin.doctor.environment import Environment
+from neuronmlp_plugin.doctor.stacks import nki_of
 
 TOKENS = (1, 256)  # decode and prefill are the same program, with other loops
 HIDDEN, INTERMEDIATE, RANK = 256, 512, 128
@@ -14,12 +15,15 @@ HIDDEN, INTERMEDIATE, RANK = 256, 512, 128
 
 def check_kernels(env: Environment, target: str | None = None) -> Iterator[Finding]:
     """Who read the whole MLP's kernel, and what was refused. Nothing where no NKI kernel could ever run.
-    `target`: the version of nki that our front end stands for where there is no compiler to ask.
+    `target`: the version of nki that our front end stands for where there is no compiler to ask; by default that
+    of the stack which is found.
     """
     if not (env.has("nki") or env.has("neuronx_distributed_inference")):
         return
     from nki_kernels.frontend.vendor import verdict
+    from nki_kernels.frontend.versions import read_as
 
+    target = target or read_as(nki_of(env.versions))
     refusals: list[str] = []
     who = ""
     for tokens in TOKENS:

@@ -9,7 +9,7 @@ from typing import Any
 
 from nki_kernels import backend
 from nki_kernels.frontend.verdict import check
-from nki_kernels.frontend.versions import REFERENCE, VERSIONS
+from nki_kernels.frontend.versions import REFERENCE, read_as
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ def verdict(
             except Exception as error:  # whatever the vendor's compiler raises is its answer
                 return Verdict(f"nki {installed} ({platform})", (f"{type(error).__name__}: {error}",))
             return Verdict(f"nki {installed} ({platform})", ())
-    target = target or _known(installed)
+    target = target or read_as(installed or REFERENCE)
     refused = tuple(str(refusal) for refusal in check(kernel, arguments, target=target) if not refusal.warns)
     reason = "no nki here" if installed is None else f"nki {installed} has no trace"
     return Verdict(f"our front end of nki {target} ({reason})", refused)
@@ -53,8 +53,3 @@ def _installed() -> str | None:
         return importlib.metadata.version("nki")
     except importlib.metadata.PackageNotFoundError:
         return "of unknown version"
-
-
-def _known(installed: str | None) -> str:
-    short = ".".join((installed or REFERENCE).split(".")[:2])
-    return short if short in VERSIONS else REFERENCE

@@ -39,6 +39,18 @@ VERSIONS = {
 REFERENCE = "0.2"  # the last that the vendor documents for trn1
 
 
+def read_as(installed: str) -> str:
+    """The row whose rules stand for an installed nki that cannot be asked: its own, the last that reads source
+    where Python is traced, and the reference's where the table has none.
+    """
+    short = ".".join(installed.split(".")[:2])
+    if short not in VERSIONS:
+        return REFERENCE
+    return (
+        short if VERSIONS[short].reads_source else [v.name for v in VERSIONS.values() if v.reads_source][-1]
+    )
+
+
 class UnknownVersionError(ValueError):
     """A version of nki that is not in the table."""
 

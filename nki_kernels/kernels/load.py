@@ -15,10 +15,10 @@ from nki_kernels.tiling import MOVING_COLS, pieces, tile_count
 Tensor = Any
 
 
-def load_transposed(dst: Tensor, src: Tensor, first_token: int, tokens: int) -> None:
-    """dst `[128, row tiles, tokens]` from src `[features, T]`."""
+def load_transposed(dst: Tensor, src: Tensor, tiles: tuple, first_token: int, tokens: int) -> None:
+    """Row tiles (first, count) of dst `[128, row tiles, tokens]` from src `[features, T]`."""
     features = src.shape[0]
-    for k in range(tile_count(features, PMAX)):
+    for k in range(tiles[0], tiles[0] + tiles[1]):
         rows = min(PMAX, features - k * PMAX)
         nisa.dma_copy(
             dst=dst[0:rows, k, 0:tokens],

@@ -49,21 +49,34 @@ def transposed_tile(
     `source` is an activation^T `[128, row tiles, tokens]` in SBUF. `owner`: 0 gate, 1 up, 2 down for a matrix
     that shares blocks, -1 for others.
     """
-    cols = matrix.tile_width(n)
-    blocks = matrix.blocks(n)
+    sums = transposed_banks(work, matrix, n, widths)
+    add_transposed(work, matrix.blocks(n), True, sums, source, widths, owner)
+    return sums
+
+
+def transposed_banks(work: Workspace, matrix: Matrix, n: int, widths: list) -> list:
+    """Fresh PSUM tiles for column tile `n` of a transposed product."""
     sums = []
     for j in range(len(widths)):
-        sums.append(work.banks.tile((cols, widths[j][1])))
+        sums.append(work.banks.tile((matrix.tile_width(n), widths[j][1])))
+    return sums
+
+
+def add_transposed(
+    work: Workspace, blocks: list, begins: bool, sums: list, source: Tensor, widths: list, owner: int
+) -> None:
+    """The products with some blocks of a column tile into its sums; the first one begins them, if they are the
+    tile's first blocks.
+    """
+    cols = sums[0].shape[0]
     for i in range(len(blocks)):
         k, first, rows, kind = blocks[i]
         block, at = block_of(work, kind, owner, k, cols)
         end = first + rows
         for j in range(len(widths)):
             start, width = widths[j]
-            matmul(
-                sums[j], block[first:end, at : at + cols], source[first:end, k, start : start + width], i == 0
-            )
-    return sums
+            weights, moving = block[first:end, at : at + cols], source[first:end, k, start : start + width]
+            matmul(sums[j], weights, moving, begins and i == 0)
 
 
 def is_source_itself(matrix: Matrix, n: int) -> bool:
@@ -86,28 +99,39 @@ def column_tile(work: Workspace, matrix: Matrix, n: int, source: Tensor, widths:
     return tiles
 
 
-def transposed_product(work: Workspace, matrix: Matrix, source: Tensor, dst: Tensor, widths: list) -> None:
-    """dst `[128, column tiles, tokens]` = (source W)^T, rounded once to its element type."""
-    for n in range(matrix.col_tiles()):
-        cols = matrix.tile_width(n)
+def transposed_product(
+    work: Workspace, matrix: Matrix, first: int, source: Tensor, dst: Tensor, widths: list
+) -> None:
+    """dst `[128, column tiles, tokens]` = (source W)^T from column tile `first` on, rounded once to its element
+    type.
+    """
+    for n in range(first, matrix.col_tiles()):
         sums = transposed_tile(work, matrix, n, source, widths, -1)
-        for j in range(len(widths)):
-            start, width = widths[j]
-            there = dst[0:cols, n, start : start + width]
-            added = matrix.added_rows(n)
-            if added < cols:
-                evict(work, matrix, n, there, sums[j], nl.copy)
-            if added > 0:
-                nisa.scalar_tensor_tensor(
-                    dst=dst[0:added, n, start : start + width],
-                    data=sums[j][0:added, :],
-                    op0=nl.multiply,
-                    operand0=work.scales.of(matrix, n, added),
-                    op1=nl.add,
-                    operand1=source[0:added, matrix.added_tile(n), start : start + width],
-                )
-            if matrix.is_kept_twice(n):
-                nisa.tensor_copy(dst=dst[HALF : HALF + cols, n, start : start + width], src=there)
+        evict_transposed_tile(work, matrix, n, source, dst, sums, widths)
+
+
+def evict_transposed_tile(
+    work: Workspace, matrix: Matrix, n: int, source: Tensor, dst: Tensor, sums: list, widths: list
+) -> None:
+    """Column tile `n` out of PSUM into its place in dst."""
+    cols = matrix.tile_width(n)
+    for j in range(len(widths)):
+        start, width = widths[j]
+        there = dst[0:cols, n, start : start + width]
+        added = matrix.added_rows(n)
+        if added < cols:
+            evict(work, matrix, n, there, sums[j], nl.copy)
+        if added > 0:
+            nisa.scalar_tensor_tensor(
+                dst=dst[0:added, n, start : start + width],
+                data=sums[j][0:added, :],
+                op0=nl.multiply,
+                operand0=work.scales.of(matrix, n, added),
+                op1=nl.add,
+                operand1=source[0:added, matrix.added_tile(n), start : start + width],
+            )
+        if matrix.is_kept_twice(n):
+            nisa.tensor_copy(dst=dst[HALF : HALF + cols, n, start : start + width], src=there)
 
 
 def natural_tile(work: Workspace, matrix: Matrix, n: int, source: Tensor, tiles: list) -> list:

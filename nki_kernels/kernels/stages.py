@@ -26,7 +26,7 @@ def load_input(work: Workspace, dst: Tensor, src: Tensor, first_token: int, toke
     `[features, T]`.
     """
     if work.plan.transposed_input:
-        load_transposed(dst, src, first_token, tokens)
+        load_transposed(dst, src, (0, tile_count(src.shape[0], PMAX)), first_token, tokens)
     else:
         load_natural(work, dst, src, first_token, tokens)
     work.scales.load(work)
@@ -37,9 +37,9 @@ def first_products(work: Workspace, tokens: int) -> None:
     products = work.plan.products
     widths = pieces(tokens, work.plan.moving_tokens)
     if work.plan.runs_gate_first:
-        transposed_product(work, products.gate_first, work.x, work.gate_z, widths)
+        transposed_product(work, products.gate_first, 0, work.x, work.gate_z, widths)
     if work.plan.runs_up_first:
-        transposed_product(work, products.up_first, work.x, work.up_z, widths)
+        transposed_product(work, products.up_first, 0, work.x, work.up_z, widths)
 
 
 def gated_product(work: Workspace, tokens: int) -> None:
@@ -77,7 +77,7 @@ def gated_product(work: Workspace, tokens: int) -> None:
 def down_first_product(work: Workspace, tokens: int) -> None:
     """z of down, from h; the pivots of a compact projection are added to the sum in PSUM, as identity blocks."""
     widths = pieces(tokens, work.plan.moving_tokens)
-    transposed_product(work, work.plan.products.down_first, work.h, work.down_z, widths)
+    transposed_product(work, work.plan.products.down_first, 0, work.h, work.down_z, widths)
 
 
 def natural_output(
@@ -174,10 +174,14 @@ def transposed_output(work: Workspace, source: Tensor, out: Tensor, first_token:
 
 def finish(work: Workspace, out: Tensor, residual: Tensor, first_token: int, tokens: int) -> None:
     """The down projection of a block, from h on chip to HBM: natural or transposed."""
-    source = work.h
     if work.plan.runs_down_first:
         down_first_product(work, tokens)
-        source = work.down_z
+    last_product(work, out, residual, first_token, tokens)
+
+
+def last_product(work: Workspace, out: Tensor, residual: Tensor, first_token: int, tokens: int) -> None:
+    """The product that leaves the chip, from z or, where down is dense, from h."""
+    source = work.down_z if work.plan.runs_down_first else work.h
     if work.plan.natural_output:
         natural_output(work, source, out, residual, first_token, tokens)
     else:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from nki_kernels.backend import nki, nl
-from nki_kernels.kernels.stages import finish, load_input
+from nki_kernels.kernels.arrival import product_on_arrival
+from nki_kernels.kernels.stages import finish, last_product, load_input
 from nki_kernels.kernels.workspace import Workspace, check_given
 from nki_kernels.plan import Plan
 from nki_kernels.tiling import pieces
@@ -36,8 +37,12 @@ def xuv(x: Tensor, weights: Tensor, plan: Plan, residual: Tensor = None, scales:
     for b in range(len(blocks)):
         first_token, tokens = blocks[b]
         work.open_block()
-        load_input(work, work.h, x, first_token, tokens)
-        finish(work, out, residual, first_token, tokens)
+        if b == 0 and plan.early_tiles > 0:
+            product_on_arrival(work, x, tokens)
+            last_product(work, out, residual, first_token, tokens)
+        else:
+            load_input(work, work.h, x, first_token, tokens)
+            finish(work, out, residual, first_token, tokens)
     return out
 
 

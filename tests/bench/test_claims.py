@@ -7,13 +7,18 @@ import statistics
 import pytest
 
 from neuronmlp_plugin.bench.int8_cases import MLP_MODELS, mean_mlp
-from neuronmlp_plugin.bench.kernel_cases import CHAIN_TOKENS, chain_case
+from neuronmlp_plugin.bench.kernel_cases import CHAIN_TOKENS, chain_request, published_us
 from neuronmlp_plugin.bench.layer_cases import CORES, best_form, compare, steps_of
+from nki_kernels.cost.baselines import BF16
 from nki_kernels.cost.collectives import COLLECTIVES, MESH, RING
 from nki_kernels.cost.constants import CALIBRATED, SLOW_CASTS
+from nki_kernels.cost.launches import price_launch
 from nki_kernels.cost.mlp_forms import FORMS, dense, in_int8
-from nki_kernels.cost.models import MODELS
+from nki_kernels.cost.models import MODELS, rank_at
+from nki_kernels.cost.search import dma_bound_us, tensor_bound_us
 from nki_kernels.cost.tensor_parallel import Setting
+from nki_kernels.layout import Projection, mlp_layout
+from nki_kernels.request import stage_request
 from nki_kernels.targets import TRN1
 
 ALL = steps_of(2048, [1, 16])
@@ -58,6 +63,17 @@ def test_int8_decode_of_an_mlp_over_dense_bf16(model, tokens):
     assert 1.6 <= base / slow.simulated_us <= 1.9 and slow.bound in ("scalar", "vector")
 
 
+@pytest.mark.parametrize("tokens", [4, 16])
+def test_decode_is_bound_by_bandwidth(tokens):
+    """The smallest model, where what begins and ends a launch weighs most."""
+    shape = MODELS["Llama-3.2-1B"]
+    rank = rank_at(shape.hidden, shape.intermediate, "uv", 0.20)
+    part = Projection.whole("uv", rank)
+    layout = mlp_layout(shape.hidden, shape.intermediate, part, part, part)
+    found = price_launch(stage_request(layout, tokens, BF16))
+    assert found.estimate.simulated_us <= 1.02 * dma_bound_us(found.plan)
+
+
 @pytest.mark.large
 @pytest.mark.parametrize("model", MLP_MODELS)
 def test_an_int8_prefill_is_no_slower_than_the_bf16_kernel_of_its_form(model):
@@ -69,15 +85,15 @@ def test_an_int8_prefill_is_no_slower_than_the_bf16_kernel_of_its_form(model):
 
 @pytest.mark.large
 def test_the_chain_against_the_published_kernels():
-    """Slower than the paper's kernel by 2.6 % at 1K tokens and than AWS's run twice by 0.5 % at 2K, where x^T in
-    rows of 1 KiB has to be there before the first product; ahead everywhere else.
+    """Slower than the paper's kernel by 1.2 % at 1K tokens, where x^T in rows of 1 KiB arrives more slowly than it is
+    multiplied; ahead everywhere else.
     """
-    results = {tokens: chain_case(tokens, TRN1, CALIBRATED) for tokens in CHAIN_TOKENS}
-    over = {
-        name: {t: r.others[name] / r.simulated_us for t, r in results.items() if name in r.others}
-        for name in ("AWS twice", "paper")
-    }
+    over: dict[str, dict[int, float]] = {"AWS dense": {}, "AWS twice": {}, "paper": {}}
+    for tokens in CHAIN_TOKENS:
+        ours = price_launch(chain_request(tokens)).estimate.simulated_us
+        assert tokens < 4096 or ours <= 1.01 * tensor_bound_us(chain_request(tokens).layout, tokens)
+        for name, us in published_us(tokens, TRN1, CALIBRATED).items():
+            over[name][tokens] = us / ours
     assert statistics.mean(over["AWS twice"][t] for t in (8192, 16384, 32768)) >= 1.45
     behind = {(name, t) for name, gain in over.items() for t, x in gain.items() if x < 1}
-    assert behind <= {("paper", 1024), ("AWS twice", 2048)}
-    assert min(over["paper"].values()) > 0.97 and min(over["AWS twice"].values()) > 0.99
+    assert behind <= {("paper", 1024)} and over["paper"][1024] > 0.985

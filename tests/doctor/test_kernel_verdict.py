@@ -11,9 +11,14 @@ from nki_kernels.frontend import vendor
 from nki_kernels.kernels.svd_mlp import svd_mlp
 
 
-def environment(*modules, instance="", variables=None):
+def environment(*modules, instance="", variables=None, versions=None):
     return Environment(
-        versions={}, modules=modules, plugins={}, variables=variables or {}, devices=(), instance=instance
+        versions=versions or {},
+        modules=modules,
+        plugins={},
+        variables=variables or {},
+        devices=(),
+        instance=instance,
     )
 
 
@@ -25,6 +30,24 @@ def test_without_nki_our_front_end_accepts_the_kernels():
     (finding,) = check_kernels(environment("neuronx_distributed_inference"))
     assert finding.severity == NOTE
     assert finding.what == "the NKI kernels are accepted by our front end of nki 0.2 (no nki here)"
+
+
+@pytest.mark.parametrize(
+    ("nxdi", "nki"),
+    [("0.7.15063", "0.2"), ("0.8.16251", "0.2"), ("0.9.17334", "0.3"), ("0.10.18399", "0.5")],
+)
+def test_the_front_end_reads_as_the_nki_of_the_stack_that_is_found(nxdi, nki):
+    env = environment(
+        "neuronx_distributed_inference", versions={"neuronx-distributed-inference": f"{nxdi}+abc"}
+    )
+    (finding,) = check_kernels(env)
+    assert f"our front end of nki {nki} (no nki here)" in finding.what
+
+
+def test_where_python_is_traced_the_last_rules_of_syntax_are_held_to():
+    env = environment("nki", versions={"nki": "0.7.0"})
+    (finding,) = check_kernels(env)
+    assert "our front end of nki 0.6" in finding.what
 
 
 @pytest.mark.parametrize(

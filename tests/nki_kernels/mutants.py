@@ -42,20 +42,20 @@ BY_HAND = (
     (
         "products",
         "row tile off by one",
-        "source[first:end, k, start : start + width], i == 0",
-        "source[first:end, max(0, k - 1), start : start + width], i == 0",
+        "source[first:end, k, start : start + width]",
+        "source[first:end, max(0, k - 1), start : start + width]",
     ),
     (
         "products",
         "stale token offset",
-        "source[first:end, k, start : start + width], i == 0",
-        "source[first:end, k, 0:width], i == 0",
+        "source[first:end, k, start : start + width]",
+        "source[first:end, k, 0:width]",
     ),
     (
         "products",
         "last row tile read whole",
-        "sums[j], block[first:end, at : at + cols], source[first:end",
-        "sums[j], block[:, at : at + cols], source[first:end",
+        "weights, moving = block[first:end, at : at + cols]",
+        "weights, moving = block[:, at : at + cols]",
     ),
     (
         "products",
@@ -208,6 +208,30 @@ BY_HAND = (
         "hbm[first_token + start : first_token + start + size, first_col",
         "hbm[start : start + size, first_col",
     ),
+    (
+        "arrival",
+        "all rows of x^T as the first came",
+        "work.h, src, tiles[i], 0, tokens",
+        "work.h, src, tiles[0], 0, tokens",
+    ),
+    (
+        "arrival",
+        "blocks of the first column tile for all",
+        "(n * matrix.row_tiles() + tiles[i][0])",
+        "tiles[i][0]",
+    ),
+    (
+        "arrival",
+        "sums begun anew with every chunk",
+        "blocks, i == 0,",
+        "blocks, True,",
+    ),
+    (
+        "arrival",
+        "side by side tiles twice",
+        "transposed_product(work, matrix, early,",
+        "transposed_product(work, matrix, 0,",
+    ),
     ("workspace", "z of up over z of gate", "self.tiles(at.up_z,", "self.tiles(at.gate_z,"),
     ("workspace", "h over x", "self.tiles(at.h, ", "self.tiles(at.x, "),
     ("workspace", "raw rows over x", "address = self.plan.at.rows +", "address = self.plan.at.x +"),
@@ -258,20 +282,49 @@ BY_HAND = (
         "load_input(work, work.x, x, 0, tokens)",
     ),
 )
-MODULES = ("products", "stream", "load", "stages", "svd_mlp", "sharded", "workspace", "matmul")
+MODULES = ("products", "stream", "load", "stages", "svd_mlp", "sharded", "workspace", "matmul", "arrival")
 # Changes by rule that no run can tell from the original -> why they are no mistakes.
 TURNS = (
     "two turns are there to overlap one tile's use with the next one's making; in program order one will do"
 )
+GATE_FIRST = "the scales of gate come before those of up, which never begin at 0"
+FIRST_OF_ALL = "the int8 identity is cast before anything else is on chip: it may lie anywhere"
+NO_OWNER = "any negative number is no owner"
+EARLY = "when things come, and not what comes: tests of schedules hold it"
 NO_SLOTS = "without slots the loop over a share's rows does nothing"
 EQUIVALENT: dict[str, str] = {
     "Lt -> LtE in `self.bounds[self.chunk + 1] < position` of `while self.bounds[self.chunk + 1] < position:`": "take() does it",
     "+ 1 in `0` of `self.seek(0)`": "every block of tokens begins with a seek of its own",
     "+ 1 in `1` of `self.held.append(-1)`": "any negative number is no chunk",
+    "+ 1 in `2` of `row = rows[i % 2]`": "z in rows has at most two tiles of tokens; where x has more, it is caught",
+    "+ 1 in `0` of `positions.append(0)`": "a place is set before it is read",
+    "+ 1 in `1` of `if self.plan.is_int8 and len(self.slots) > 1 and (self.chunk + 2 < len(self.bounds)):`": EARLY,
+    "FloorDiv -> Mult in `work.plan.ring_cols // PMAX` of `tiles = pieces(matrix.row_tiles(), work.plan.ring_cols // PMAX)`": EARLY,
+    "+ 1 in `0` of `if middle > 0:`": "a multiple of 128",
+    "+ 1 in `1` of `add_transposed(work, blocks, i == 0, sums[n], work.h, widths, -1)`": NO_OWNER,
+    "+ 1 in `1` of `sums = transposed_tile(work, matrix, n, source, widths, -1)`": NO_OWNER,
+    "Add -> Sub in `plan.at.raw + i * plan.raw_bytes` of `raw = nl.ndarray((packed.shape[0], plan.ring_cols), dtype=packed.dtype, "
+    "buffer=nl.sbuf, name=f'raw{i}', address=(0, plan.at.raw + i * plan.raw_bytes))`": "over small tiles, in turn with them",
     "+ 1 in `1` of `groups = pieces(whole, max(1, MOVING_COLS // size))`": "size is at most 128, so the maximum is never the 1",
     "FloorDiv -> Mult in `MOVING_COLS // size` of `groups = pieces(whole, max(1, MOVING_COLS // size))`": "more banks at once, if free",
-    "Add -> Sub in `n * len(widths) + j` of `activated = work.activated[(n * len(widths) + j) % 2]`": TURNS,
-    "Mult -> Add in `n * len(widths)` of `activated = work.activated[(n * len(widths) + j) % 2]`": TURNS,
+    "Add -> Sub in `n * len(widths) + j` of `activated = work.activated[(n * len(widths) + j) % 2][0:cols, 0:width]`": TURNS,
+    "Mult -> Add in `n * len(widths)` of `activated = work.activated[(n * len(widths) + j) % 2][0:cols, 0:width]`": TURNS,
+    "Mod -> FloorDiv in `turn % 2` of `scaled = work.scales.scaled[turn % 2][0:size, 0:cols]`": TURNS,
+    "Mult -> Add in `i * MOVING_COLS` of `address = plan.at.scaled + i * MOVING_COLS * 4`": TURNS,
+    "+ 1 in `4` of `address = plan.at.scaled + i * MOVING_COLS * 4`": TURNS,
+    "Mult -> Add in `(1 + i) * PMAX` of `diagonal = tensor_at(at.small + (1 + i) * PMAX * 4, (PMAX, PMAX), nl.float32)`": TURNS,
+    "+ 1 in `1` of `diagonal = tensor_at(at.small + (1 + i) * PMAX * 4, (PMAX, PMAX), nl.float32)`": TURNS,
+    "+ 1 in `4` of `diagonal = tensor_at(at.small + (1 + i) * PMAX * 4, (PMAX, PMAX), nl.float32)`": TURNS,
+    "+ 1 in `1` of `last = self.plan.at.raw + (self.plan.raw_slots - 1) * self.plan.raw_bytes`": FIRST_OF_ALL,
+    "Add -> Sub in `plan.at.scaled + i * MOVING_COLS * 4` of `address = plan.at.scaled + i * MOVING_COLS * 4`": TURNS,
+    "Mult -> Add in `i * MOVING_COLS * 4` of `address = plan.at.scaled + i * MOVING_COLS * 4`": TURNS,
+    "Lt -> LtE in `up_matrix.scale_at < 0` of `if up_matrix.scale_at < 0 or is_source_itself(up_matrix, n):`": GATE_FIRST,
+    "+ 1 in `0` of `if up_matrix.scale_at < 0 or is_source_itself(up_matrix, n):`": GATE_FIRST,
+    "Add -> Sub in `self.plan.at.raw + (self.plan.raw_slots - 1) * self.plan.raw_bytes` of "
+    "`last = self.plan.at.raw + (self.plan.raw_slots - 1) * self.plan.raw_bytes`": FIRST_OF_ALL,
+    "Mult -> Add in `(self.plan.raw_slots - 1) * self.plan.raw_bytes` of "
+    "`last = self.plan.at.raw + (self.plan.raw_slots - 1) * self.plan.raw_bytes`": FIRST_OF_ALL,
+    "Sub -> Add in `self.plan.raw_slots - 1` of `last = self.plan.at.raw + (self.plan.raw_slots - 1) * self.plan.raw_bytes`": FIRST_OF_ALL,
     "Mod -> FloorDiv in `n % 2` of `stage = turns[n % 2]`": TURNS,
     "+ 1 in `0` of `self.turn = 0`": TURNS,
     "Add -> Sub in `bank + 1` of `self.turn = (bank + 1) % PSUM_BANKS`": TURNS,
@@ -281,6 +334,8 @@ EQUIVALENT: dict[str, str] = {
     "+ 1 in `2` of `for i in range(3 if self.plan.with_norm else 2):`": "a row that nobody takes",
     "Mod -> FloorDiv in `i % 2` of `row = rows[i % 2]`": TURNS,
     "+ 1 in `0` of `if left > 0:`": "a rest of one feature: no case has it",
+    "Gt -> GtE in `gate_slots > 0` of `if gate_slots > 0:`": NO_SLOTS,
+    "Gt -> GtE in `up_slots > 0` of `if up_slots > 0:`": NO_SLOTS,
     "Gt -> GtE in `plan.gate_z_tiles > 0` of `if plan.gate_z_tiles > 0:`": NO_SLOTS,
     "Gt -> GtE in `plan.up_z_tiles > 0` of `if plan.up_z_tiles > 0:`": NO_SLOTS,
 }

@@ -31,8 +31,18 @@ class Int8Slice(BaseParallelLinear):  # type: ignore[misc]
 
     def __init__(self, size: tuple[int, int], dim: int, scale_size: tuple[int, ...], tp: int) -> None:
         super().__init__()
-        self.weight = _sliced(size, dim, torch.int8, tp)
-        self.scale = _sliced(scale_size, OUT, torch.float32, tp if dim == OUT else 1)
+        self._slice("weight", size, dim, torch.int8, tp)
+        self._slice("scale", scale_size, OUT, torch.float32, tp if dim == OUT else 1)
+
+    def _slice(self, name: str, size: tuple[int, ...], dim: int, dtype: torch.dtype, parts: int) -> None:
+        """A parameter that holds one of so many parts along `dim` of a whole of this size. It is registered
+        before it is marked, since NxD's empty models make another of it then and cannot copy the marks.
+        """
+        mine = torch.zeros(slice_size(size, dim, parts), dtype=dtype)
+        self.register_parameter(name, nn.Parameter(mine, requires_grad=False))
+        set_tensor_model_parallel_attributes(
+            getattr(self, name), parts > 1, dim, stride=1, num_partitions=parts
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As torch's, but scales stay fp32 when a model is brought to bf16: NxDI does so and then restores, by
@@ -43,13 +53,6 @@ class Int8Slice(BaseParallelLinear):  # type: ignore[misc]
         if self.scale.dtype is not torch.float32:
             self.scale.data = scale.to(self.scale.device)
         return self
-
-
-def _sliced(size: tuple[int, ...], dim: int, dtype: torch.dtype, parts: int) -> nn.Parameter:
-    """A parameter that holds one of so many parts along `dim` of a whole of this size."""
-    parameter = nn.Parameter(torch.zeros(slice_size(size, dim, parts), dtype=dtype), requires_grad=False)
-    set_tensor_model_parallel_attributes(parameter, parts > 1, dim, stride=1, num_partitions=parts)
-    return parameter
 
 
 class NxdParallel(Parallel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NoReturn
 
 import numpy as np
@@ -33,11 +34,26 @@ def check_operand(op: str, name: str, tensor: object, spaces: tuple[str, ...] = 
         refuse(
             f"{op} {name} has {elements} elements per partition, at most {limit} are possible in {tensor.buffer}"
         )
-    _check_access_pattern(op, name, merged_dims(tensor.shape[1:], tensor.strides[1:]))
+    _check_access_pattern(op, name, tensor.shape[1:], tensor.strides[1:])
     return tensor
 
 
-def _check_access_pattern(op: str, name: str, dims: list[tuple[int, int]]) -> None:
+def geometry(tensor: Tensor) -> tuple[object, ...]:
+    """All that the checks of an operand look at: what passed once passes again."""
+    storage, access = tensor.storage, tensor.access
+    return (
+        storage.space,
+        storage.dtype_name,
+        tensor.shape,
+        tensor.strides,
+        access.partitions[0],
+        access.banks,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_access_pattern(op: str, name: str, sizes: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    dims = merged_dims(sizes, strides)
     if len(dims) > FREE_DIMS_MAX:
         refuse(
             f"{op} {name} needs {len(dims)} free dimensions in its access pattern, at most {FREE_DIMS_MAX} are possible"

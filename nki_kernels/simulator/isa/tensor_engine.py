@@ -7,9 +7,9 @@ import numpy as np
 from nki_kernels.simulator.dtypes import MATMUL_INPUTS, float32
 from nki_kernels.simulator.isa.enums import engine as engines
 from nki_kernels.simulator.isa.enums import matmul_perf_mode
-from nki_kernels.simulator.isa.operands import as_float, check_operand, record
+from nki_kernels.simulator.isa.operands import as_float, check_operand, geometry, record
 from nki_kernels.simulator.memory import BY_MATMUL, UNWRITTEN, WRITTEN, Machine, current
-from nki_kernels.simulator.rules import require
+from nki_kernels.simulator.rules import refuse, require
 from nki_kernels.simulator.signatures import versioned
 from nki_kernels.simulator.tensor import Tensor
 from nki_kernels.simulator.trace import PSUM, SBUF, TENSOR, VECTOR
@@ -43,9 +43,14 @@ def nc_matmul(
     )
     require(not is_transpose, "nc_matmul is_transpose is not modelled; use nc_transpose")
     require(not tile_position and not tile_size, "nc_matmul tile_position and tile_size are not modelled")
-    require(perf_mode is matmul_perf_mode.none, f"nc_matmul perf_mode {perf_mode.name} is not modelled")
+    if perf_mode is not matmul_perf_mode.none:
+        refuse(f"nc_matmul perf_mode {perf_mode.name} is not modelled")
     machine = current()
-    _check_matmul(machine, dst, stationary, moving)
+    operands = dst, stationary, moving
+    seen = tuple(geometry(operand) for operand in operands if isinstance(operand, Tensor))
+    if len(seen) < 3 or seen not in machine.passed:
+        _check_matmul(machine, *operands)
+        machine.passed.add(seen)
     k, m, n = stationary.shape[0], stationary.size // stationary.shape[0], moving.size // moving.shape[0]
     adds = bool(accumulate)
     if not machine.dry:

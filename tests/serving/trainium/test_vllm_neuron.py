@@ -206,7 +206,7 @@ def server(smollm2_compressed, environment, tmp_path) -> Iterator[str]:
 
 
 def wait_until_healthy(process: subprocess.Popen, address: str, log: pathlib.Path) -> None:
-    for _ in range(300):
+    for _ in range(900):
         assert process.poll() is None, log.read_text()[-4000:]
         try:
             urllib.request.urlopen(f"{address}/health", timeout=5)

@@ -87,7 +87,8 @@ def _matrices(checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> list[tu
 def _ours(checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> Linear:
     from neuronmlp_plugin.serving.cpu.fused import fused_mlp
 
-    return fused_mlp(*_matrices(checkpoint, index, dtype), dtype)
+    gate, up, down = _matrices(checkpoint, index, dtype)
+    return fused_mlp(gate, up, down, dtype)
 
 
 def _vllms(checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> Linear:

@@ -157,7 +157,9 @@ def _judged(folder: pathlib.Path, text: str) -> pathlib.Path:
 
 
 def sizes_of(folder: pathlib.Path) -> dict[str, float]:
-    """`removed_ratio` and `bytes_ratio` of a folder; from its report where it is an ordinary one, without a block."""
+    """`removed_ratio` and `bytes_ratio` of a folder; from its report where it is an ordinary one, without a
+    block.
+    """
     if "quantization_config" in json.loads((folder / "config.json").read_text()):
         return json.loads(neuronmlp("inspect", folder, "--json"))
     report = json.loads((folder / "neuronmlp_report.json").read_text())
@@ -190,7 +192,8 @@ def rows(cells: list[Cell], texts: list[str], out: pathlib.Path) -> list[Row]:
 def print_table(found: list[Row]) -> None:
     """Mean over the seeds, with the range of the perplexity ratio."""
     print(
-        f"{'method':<29}{'removed':>8}{'MLP bytes':>10}  {'text':<11}{'ppl/dense':>10}{'(range)':>16}{'KL':>9}{'top-1':>8}"
+        f"{'method':<29}{'removed':>8}{'MLP bytes':>10}  "
+        f"{'text':<11}{'ppl/dense':>10}{'(range)':>16}{'KL':>9}{'top-1':>8}"
     )
     for (method, removed, text), group in grouped(found, "method", "removed", "text").items():
         ratios = [row["perplexity_ratio"] for row in group]
@@ -201,7 +204,8 @@ def print_table(found: list[Row]) -> None:
             for name in ("perplexity_ratio", "mlp_bytes_over_bf16", "kl_divergence", "top1_agreement")
         )
         print(
-            f"{method:<29}{removed:>8.2f}{size:>10.3f}  {text:<11}{ratio:>10{digits}}{spread:>16}{kl:>9.4f}{top1:>8.1%}"
+            f"{method:<29}{removed:>8.2f}{size:>10.3f}  "
+            f"{text:<11}{ratio:>10{digits}}{spread:>16}{kl:>9.4f}{top1:>8.1%}"
         )
 
 

@@ -22,7 +22,8 @@ def first_model(client: OpenAI, seconds: float) -> str:
         except APIConnectionError:
             if time.monotonic() > deadline:
                 sys.exit(
-                    f"{client.base_url}: expected a server within {seconds:.0f} s, found none; is `vllm serve` running?"
+                    f"{client.base_url}: expected a server within {seconds:.0f} s, found none; is `vllm "
+                    "serve` running?"
                 )
             time.sleep(1.0)
 

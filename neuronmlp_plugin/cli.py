@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name not in _EXTRAS:
             raise
         print(
-            f"neuronmlp {args.command}: expected the package {error.name}, found none; install {_EXTRAS[error.name]}.",
+            f"neuronmlp {args.command}: expected the package {error.name}, found none; install "
+            f"{_EXTRAS[error.name]}.",
             file=sys.stderr,
         )
     return 2

@@ -53,8 +53,9 @@ class OutputError(NeuronMLPError):
 
 @contextlib.contextmanager
 def told_as(kind: type[NeuronMLPError], expected: str, advice: str) -> Iterator[None]:
-    """Turn whatever another library raises over somebody's file into "{expected}, found: {reason}; {advice}.": they
-    raise what their values lead to. Libraries in Rust panic with an exception that is none of Python's own kinds.
+    """Turn whatever another library raises over somebody's file into "{expected}, found: {reason};
+    {advice}.": they raise what their values lead to. Libraries in Rust panic with an exception that is none
+    of Python's own kinds.
     """
     try:
         yield

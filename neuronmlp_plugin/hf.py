@@ -3,9 +3,9 @@
     import neuronmlp_plugin.hf
     model = AutoModelForCausalLM.from_pretrained(DIR)      # device_map, dtype, generate, Trainer and PEFT as usual
 
-A folder's weights are found through INDEX_FILE, which transformers looks at only when the quantizer below says
-so. Without this import a folder of factors has no weights that transformers finds, and it stops with an error:
-an index under the usual name would make it fill the MLPs with random numbers and a warning.
+A folder's weights are found through INDEX_FILE, which transformers looks at only when the quantizer below
+says so. Without this import a folder of factors has no weights that transformers finds, and it stops with an
+error: an index under the usual name would make it fill the MLPs with random numbers and a warning.
 """
 
 from __future__ import annotations
@@ -76,19 +76,24 @@ class NeuronMLPQuantizer(HfQuantizer):
         unread = [name for name, tensor in model.named_parameters() if tensor.is_meta and ".mlp." in name]
         if unread and not getattr(model, "hf_device_map", None):  # what is offloaded stays meta
             raise CheckpointError(
-                f"{self.folder}: expected a tensor {unread[0]}, found none; the folder is incomplete, copy it again."
+                f"{self.folder}: expected a tensor {unread[0]}, found none; the folder is incomplete, copy "
+                "it again."
             )
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """Ordinary matrices `[out, in]` in the place of factors; a layer's channels stay as many as were kept."""
+        """Ordinary matrices `[out, in]` in the place of factors; a layer's channels stay as many as were
+        kept.
+        """
         for layer in model.model.layers:
             for name in PROJECTIONS:
                 setattr(layer.mlp, name, _dense(getattr(layer.mlp, name), dtype or model.dtype))
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
-        """False: transformers would write `model.safetensors`, from which it fills MLPs with random numbers."""
+        """False: transformers would write `model.safetensors`, from which it fills MLPs with random
+        numbers.
+        """
         return False
 
     @property

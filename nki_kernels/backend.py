@@ -24,7 +24,8 @@ HAS_NKI = importlib.util.find_spec("nki") is not None and os.environ.get("NKI_KE
 def no_simulator(*_kernel: Any, **_options: Any) -> Callable[..., Any]:
     """Stands for `simulate` where the vendor's nki has none."""
     raise RuntimeError(
-        "simulate: expected nki 0.3 or later, found one without a simulator; set NKI_KERNELS_BACKEND=simulator for ours."
+        "simulate: expected nki 0.3 or later, found one without a simulator; set "
+        "NKI_KERNELS_BACKEND=simulator for ours."
     )
 
 

@@ -1,7 +1,7 @@
 """How long a plan keeps its engines and the DMA queues at work: what the planner compares plans by.
 
-A matmul of n moving columns takes n cycles and a turnaround of 64 [perf], so narrow token blocks are dear; every
-block of tokens reads the weights that the ring does not hold, so they are cheap in SBUF only.
+A matmul of n moving columns takes n cycles and a turnaround of 64 [perf], so narrow token blocks are dear;
+every block of tokens reads the weights that the ring does not hold, so they are cheap in SBUF only.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from nki_kernels.plan import Plan
 from nki_kernels.targets import PMAX, TURNAROUND_CYCLES, Target
 from nki_kernels.tiling import MOVING_COLS, pieces
 
-# Of two plans with one bound, prefer the one with less of the other resource. A schedule loses 0.01 to 0.05 of it:
-# more than that would buy less traffic with narrower matmuls.
+# Of two plans with one bound, prefer the one with less of the other resource. A schedule loses 0.01 to 0.05
+# of it: more than that would buy less traffic with narrower matmuls.
 OVERLAP_LOSS = 0.05
 
 
@@ -46,8 +46,8 @@ def tensor_us(plan: Plan, target: Target) -> float:
 
 
 def weights_us(plan: Plan, target: Target) -> float:
-    """The weights that cross HBM, at the documented rate of long rows; where they are int8, no less than ScalarE
-    and VectorE take to cast them, a column a cycle.
+    """The weights that cross HBM, at the documented rate of long rows; where they are int8, no less than
+    ScalarE and VectorE take to cast them, a column a cycle.
     """
     columns = plan.weight_cols_read()
     if not plan.is_int8:

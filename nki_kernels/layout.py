@@ -37,9 +37,10 @@ FORMS = ("dense", "uv", "compact")
 class Projection:
     """One projection as one core sees it.
 
-    `rank`: length of the whole z of a group (R, or tp * slots under tensor parallelism); `slots`: length of the share of
-    z that this core computes (gate, up) or consumes (down); `pivots`: how many of the core's intermediate
-    channels are pivots; `shift`: where its share of z begins; `groups` of equal channels follow one another.
+    `rank`: length of the whole z of a group (R, or tp * slots under tensor parallelism); `slots`: length of
+    the share of z that this core computes (gate, up) or consumes (down); `pivots`: how many of the core's
+    intermediate channels are pivots; `shift`: where its share of z begins; `groups` of equal channels follow
+    one another.
     """
 
     form: str
@@ -54,7 +55,8 @@ class Projection:
         """The unsharded projection of FORMAT.md: `groups` of them, each of `rank`, side by side."""
         if form not in FORMS or (form == "dense") == bool(rank):
             raise ValueError(
-                f"projection: expected dense without a rank, or uv or compact with one, found {form!r} with rank {rank}."
+                f"projection: expected dense without a rank, or uv or compact with one, found {form!r} with "
+                f"rank {rank}."
             )
         size = rank or 0
         return cls(form, size, size, size if form == "compact" else 0, 0, 1 if form == "dense" else groups)
@@ -222,7 +224,9 @@ class Layout:
 
 
 def gate_layout(hidden: int, intermediate: int, projection: Projection) -> tuple[Matrix | None, Matrix]:
-    """First and second matrix of a gate or up projection, both stationary; a dense one has only the second."""
+    """First and second matrix of a gate or up projection, both stationary; a dense one has only the
+    second.
+    """
     hidden, intermediate, part = int(hidden), int(intermediate), projection.in_python()
     if part.form == "dense":
         return None, Matrix(hidden, intermediate, col_groups=part.groups)

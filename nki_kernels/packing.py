@@ -98,8 +98,8 @@ def unpack(layout: Layout, packed: Array, out: dict[str, Array] | None = None) -
 
 
 def pack_scales(layout: Layout, scales: Mapping[str, Array], out: Array | None = None) -> Array:
-    """The scales of an int8 layout, `[128, layout.scale_cols]` fp32, from matrix name -> scales `[out]` of what
-    `pack` is given.
+    """The scales of an int8 layout, `[128, layout.scale_cols]` fp32, from matrix name -> scales `[out]` of
+    what `pack` is given.
 
     Element p of column scale_at + n belongs to column 128 n + p of the matrix. Pivots of gate and up are z as
     it is: their scale is 1. `out`, if given, must be ones. Raises ValueError for scales of another length.
@@ -149,7 +149,8 @@ def _check_shapes(layout: Layout, weights: Mapping[str, Array]) -> None:
         found = tuple(weights[name].shape) if name in weights else None
         if expected != found:
             raise ValueError(
-                f"{name}: expected a tensor of shape {expected}, found {found}; pack with the layout of these weights."
+                f"{name}: expected a tensor of shape {expected}, found {found}; pack with the layout of "
+                "these weights."
             )
 
 

@@ -98,8 +98,8 @@ def place(room: Room) -> dict[str, Any]:
 
 
 def _int8(room: Room, start: int) -> dict[str, int]:
-    """Addresses of what int8 weights need, from `start` on, and of the ring behind; `start` for all where they
-    are not int8.
+    """Addresses of what int8 weights need, from `start` on, and of the ring behind; `start` for all where
+    they are not int8.
     """
     layout = room.request.layout
     if not layout.is_int8:

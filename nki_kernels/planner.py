@@ -80,7 +80,8 @@ def plan_launch(request: Request, target: Target = TRN1) -> Plan | Declined:
     """
     if request.dtype.name not in SUPPORTED_DTYPES:
         return Declined(
-            f"dtype: expected one of {', '.join(SUPPORTED_DTYPES)}, found {request.dtype.name}; cast the weights."
+            f"dtype: expected one of {', '.join(SUPPORTED_DTYPES)}, found {request.dtype.name}; cast the "
+            "weights."
         )
     if request.tokens < 1:
         return Declined(f"tokens: expected at least 1, found {request.tokens}.")
@@ -112,8 +113,9 @@ def why_not(request: Request, target: Target) -> Declined:
 
 
 def _cost(plan: Plan, target: Target) -> tuple[float, ...]:
-    """Effort first; then what costs overlap: more blocks, whole PSUM in use, shared rows, input to wait for, short
-    chunks, short stores. int8 before all that: a ring in which casts and products do not wait for one another.
+    """Effort first; then what costs overlap: more blocks, whole PSUM in use, shared rows, input to wait for,
+    short chunks, short stores. int8 before all that: a ring in which casts and products do not wait for one
+    another.
     """
     shares = plan.at.rows == plan.at.output
     starved = (
@@ -212,8 +214,8 @@ def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan 
 
 
 def _early_tiles(request: Request, banks: int, ring_cols: int) -> int:
-    """Column tiles of the first product to sum side by side while transposed input arrives, each in `banks` banks;
-    0 unless chunks are whole pieces of column tiles that have more than one.
+    """Column tiles of the first product to sum side by side while transposed input arrives, each in `banks`
+    banks; 0 unless chunks are whole pieces of column tiles that have more than one.
     """
     first = request.layout.down_first
     if not request.transposed_input or first is None or request.layout.is_int8:
@@ -291,20 +293,24 @@ def _refuse_contradiction(plan: Plan) -> Declined | None:
     """Options that the launch would have to ignore or cannot follow."""
     if plan.with_norm and (not plan.hidden or plan.transposed_input):
         return Declined(
-            "norm_eps: expected a launch that starts from natural x, found one that does not; normalise before it."
+            "norm_eps: expected a launch that starts from natural x, found one that does not; normalise "
+            "before it."
         )
     last: Any = plan.products.down_second
     if plan.with_residual and (not plan.natural_output or plan.external_z):
         return Declined(
-            "residual: expected a launch with natural output that is no summand, found another; add it after the launch."
+            "residual: expected a launch with natural output that is no summand, found another; add it after "
+            "the launch."
         )
     if plan.silu and (plan.runs_gated or plan.with_residual or last is None):
         return Declined(
-            "silu: expected a single projection without residual, found another launch; only xuv activates its result."
+            "silu: expected a single projection without residual, found another launch; only xuv activates "
+            "its result."
         )
     if plan.natural_output and plan.out_cols % MOVING_COLS and plan.out_cols < last.cols:
         return Declined(
-            f"out_cols: expected a multiple of {MOVING_COLS} or whole rows of {last.cols}, found {plan.out_cols}; round it."
+            f"out_cols: expected a multiple of {MOVING_COLS} or whole rows of {last.cols}, found "
+            f"{plan.out_cols}; round it."
         )
     return None
 
@@ -314,8 +320,10 @@ def _refuse_oversize(plan: Plan, target: Target) -> Declined | None:
     if found > usable:
         held = ", ".join(f"{name} {size} B" for name, size in largest(plan))
         return Declined(
-            f"SBUF of {target.name}: expected at most {usable} bytes per partition, found {found} for a block of "
-            f"{plan.block_tokens} tokens ({held}); use fewer tokens per block or shard the layer over more cores."
+            f"SBUF of {target.name}: expected at most {usable} bytes per partition, found {found} for a "
+            "block of "
+            f"{plan.block_tokens} tokens ({held}); use fewer tokens per block or shard the layer over more "
+            "cores."
         )
     products = 2 if plan.runs_gated else 1
     # A token group's sums are let go only when the next group's are there, and so are a column tile's.
@@ -323,7 +331,8 @@ def _refuse_oversize(plan: Plan, target: Target) -> Declined | None:
     banks = max(groups * plan.token_group, (products + 1) * tile_count(plan.block_tokens, plan.moving_tokens))
     if banks > target.psum_banks:
         return Declined(
-            f"PSUM of {target.name}: expected at most {target.psum_banks} banks at once, found {banks}; use smaller blocks."
+            f"PSUM of {target.name}: expected at most {target.psum_banks} banks at once, found {banks}; use "
+            "smaller blocks."
         )
     return None
 

@@ -27,7 +27,9 @@ class Request:
 
 
 def z_is_natural(tokens: int, dtype: np.dtype) -> bool:
-    """Whether z travels between collectives as `[T, channels]`: where rows of `[channels, T]` would be short."""
+    """Whether z travels between collectives as `[T, channels]`: where rows of `[channels, T]` would be
+    short.
+    """
     return tokens * dtype.itemsize < MIN_ROW_BYTES
 
 

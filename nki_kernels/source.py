@@ -27,8 +27,8 @@ PROGRAM = (
 
 
 def source_digest() -> str:
-    """SHA-256, in hex, of the sources of kernels, layout, packing and planner, by name and content, and of the
-    user's own plans.
+    """SHA-256, in hex, of the sources of kernels, layout, packing and planner, by name and content, and of
+    the user's own plans.
     """
     digest = hashlib.sha256()
     for path in sorted(path for pattern in PROGRAM for path in ROOT.glob(pattern)):

@@ -15,9 +15,9 @@ PMAX = (
     128  # partitions of SBUF and PSUM, and rows and columns of the TensorE array, on every generation [tile]
 )
 KIB = 1024
-# "TensorE instruction turnaround time", MM_INIT_LATENCY on NeuronCore-v2 [perf]. [doc] gives a matmul the larger
-# of it and its moving columns; the matmul tutorial's fastest kernel, published at 6.97 ms, takes their sum (the
-# larger of the two would make it 6.23).
+# "TensorE instruction turnaround time", MM_INIT_LATENCY on NeuronCore-v2 [perf]. [doc] gives a matmul the
+# larger of it and its moving columns; the matmul tutorial's fastest kernel, published at 6.97 ms, takes their
+# sum (the larger of the two would make it 6.23).
 TURNAROUND_CYCLES = 64
 # PSUM, alike on every generation [arch]: banks, and bytes of one bank in each partition.
 PSUM_BANKS, PSUM_BANK_BYTES = 8, 2 * KIB

@@ -23,8 +23,9 @@ def tile_count(size: int, tile: int = PMAX) -> int:
     return -(-size // tile)
 
 
-# (k, first, rows, kind): partitions [first, first + rows) of row tile k. STORED blocks follow one another in the
-# packed weights; one that is SHARED lies in the block of the column tile before it; an IDENTITY is not stored.
+# (k, first, rows, kind): partitions [first, first + rows) of row tile k. STORED blocks follow one another in
+# the packed weights; one that is SHARED lies in the block of the column tile before it; an IDENTITY is not
+# stored.
 Block = tuple[int, int, int, int]
 STORED, SHARED, IDENTITY = 0, 1, 2
 HALF = PMAX // 2
@@ -38,17 +39,18 @@ class Matrix(nl.NKIObject):
     Groups: rows and columns fall into `row_groups` and `col_groups` equal parts, each cut into tiles by
     itself. Where both are more than one, W is block-diagonal.
 
-    A `compact` factor has an identity inside each group: with `pivot_axis` "cols", W[shift + i, i] = 1 for i <
-    pivots and those columns are otherwise zero; with "rows", W[i, shift + i] = 1 for i < pivots and those rows
-    are otherwise zero. Blocks that are zero do not exist, and blocks that are exactly an identity are not
-    stored.
+    A `compact` factor has an identity inside each group: with `pivot_axis` "cols", W[shift + i, i] = 1 for i
+    < pivots and those columns are otherwise zero; with "rows", W[i, shift + i] = 1 for i < pivots and those
+    rows are otherwise zero. Blocks that are zero do not exist, and blocks that are exactly an identity are
+    not stored.
 
     `halves`: the last row tile of a group has at most 64 rows, and two column tiles share a block for it, one
     in either half of the partitions. `twice`: the last column tile of a group has at most 64 columns, and its
     product is kept in both halves, for the next matrix to find.
 
-    `scale_at`: of an int8 matrix, the first of its columns in the packed scales, one for every 128 of its own;
-    -1 where there are none. The identity of its pivot rows is not in the blocks: the scale would spoil it.
+    `scale_at`: of an int8 matrix, the first of its columns in the packed scales, one for every 128 of its
+    own; -1 where there are none. The identity of its pivot rows is not in the blocks: the scale would spoil
+    it.
     """
 
     rows: int

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-# Python's own sockets. A datagram socket that is connected asks the kernel which address it would send from, no more.
+# Python's own sockets. A datagram socket that is connected asks the kernel which address it would send from,
+# no more.
 HOOK = """
 import socket, sys
 

@@ -50,10 +50,12 @@ def test_compare_methods_prints_a_row_a_method_and_text(tmp_path):
         "2048",
     ]
     command += [
-        "--compress-options=--rank-multiple 1 --window 32 --tokens 1024 --metric-tokens 256 --judge-tokens 1024"
+        "--compress-options=--rank-multiple 1 --window 32 --tokens 1024 --metric-tokens 256 --judge-tokens "
+        "1024"
     ]
     command += [
-        "--refine-options=--window 64 --batch 4 --tokens 16384 --judge-tokens 1024 --learning-rate 1e-3 --arithmetic float32"
+        "--refine-options=--window 64 --batch 4 --tokens 16384 --judge-tokens 1024 --learning-rate 1e-3 "
+        "--arithmetic float32"
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,6 @@
-"""transformers loads factored folders by itself once the module is imported, and stops with an error before."""
+"""transformers loads factored folders by itself once the module is imported, and stops with an error
+before.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Nothing of ours talks to a network: not at import, not while a folder is made or looked at. (What vLLM does while it
-serves is watched by tests/serving/engine.py, which has the same hook.)
+"""Nothing of ours talks to a network: not at import, not while a folder is made or looked at. (What vLLM does
+while it serves is watched by tests/serving/engine.py, which has the same hook.)
 """
 
 from __future__ import annotations

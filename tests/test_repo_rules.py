@@ -122,7 +122,10 @@ def test_every_module_imports(path):
 
 
 def test_importing_the_package_is_cheap():
-    program = "import sys, neuronmlp_plugin; assert not {'torch', 'vllm', 'nki', 'numpy'} & set(sys.modules), sorted(sys.modules)"
+    program = (
+        "import sys, neuronmlp_plugin; assert not {'torch', 'vllm', 'nki', 'numpy'} & set(sys.modules), "
+        "sorted(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
@@ -196,7 +199,9 @@ def test_test_files_stay_readable(path):
 
 
 def test_the_letters_of_the_format_are_known_in_few_places():
-    """Everyone else speaks of first and second factors (models/factors.py); nki_kernels imports nothing of it."""
+    """Everyone else speaks of first and second factors (models/factors.py); nki_kernels imports nothing of
+    it.
+    """
     known = {
         "neuronmlp_plugin/models/factors.py",
         "neuronmlp_plugin/compressor/build.py",

@@ -8,8 +8,8 @@ checkpoint on the host's CPU (in fp32). bf16 rounds, so a token passes if its re
 --margin of the best one; garbage is off by far more. Prints one line a sequence, which path the MLPs took,
 and one verdict; exit code 1 if the verdict is FAIL.
 
-NEURON_COMPILED_ARTIFACTS is ignored: the smoke test compiles for its own sizes, so that it judges this folder,
-these kernels and these versions, and nothing that an earlier run left.
+NEURON_COMPILED_ARTIFACTS is ignored: the smoke test compiles for its own sizes, so that it judges this
+folder, these kernels and these versions, and nothing that an earlier run left.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def generate(args: argparse.Namespace) -> list[tuple[list[int], list[int]]]:
 
 
 def on_cpu() -> bool:
-    """Whether vLLM serves on the CPU itself, where blocks of the KV cache are small and many. On Neuron, without
-    prefix caching, a block is a whole sequence, and the vendor wants as many as sequences.
+    """Whether vLLM serves on the CPU itself, where blocks of the KV cache are small and many. On Neuron,
+    without prefix caching, a block is a whole sequence, and the vendor wants as many as sequences.
     """
     from vllm.platforms import current_platform
 
@@ -119,7 +119,8 @@ def main() -> int:
         print(f"{phase}: {count} MLP layers by {path} ({reason})")
     wrong = sum(not gap <= args.margin for gap in gaps)  # NaN agrees with nothing
     print(
-        f"verdict: {'FAIL' if wrong else 'PASS'}, {len(gaps) - wrong} of {len(gaps)} sequences agree with the CPU reference"
+        f"verdict: {'FAIL' if wrong else 'PASS'}, {len(gaps) - wrong} of {len(gaps)} sequences agree with "
+        "the CPU reference"
     )
     return int(wrong > 0)
 

@@ -36,7 +36,10 @@ def _line(judged: Judged) -> str:
 def heading(constants: Constants) -> str:
     """What the lines are about."""
     head = f"constants: {constants.name} ({constants.source}; {constants.fitted} fitted)"
-    return f"{head}\n{'one NeuronCore, bf16':<48}{'published':>12}{'simulated':>12} {'':<4}{'error':>8}{'within':>8}  role; source"
+    return (
+        f"{head}\n{'one NeuronCore, bf16':<48}{'published':>12}{'simulated':>12} "
+        f"{'':<4}{'error':>8}{'within':>8}  role; source"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -54,7 +54,8 @@ def neuron_runtime() -> Any:
             return torch_xla
         absent = [f"an XLA device of type {kind}"]
     raise UsageError(
-        f"bench tune --measure: expected a Neuron device and the packages of its SDK, found {', '.join(absent)}; "
+        "bench tune --measure: expected a Neuron device and the packages of its SDK, found "
+        f"{', '.join(absent)}; "
         "run on a trn1 instance in the AWS image's own venv, or leave out --measure to simulate."
     )
 
@@ -87,7 +88,8 @@ def measure_us(core: Core, clock: Callable[[], float] = time.perf_counter) -> fl
     median = statistics.median(found[WARMUP:])
     if median <= 0:
         raise UsageError(
-            f"bench tune --measure: expected {LAUNCHES} launches to take longer than one, found a launch of {median:.1f} us; "
+            f"bench tune --measure: expected {LAUNCHES} launches to take longer than one, found a launch of "
+            f"{median:.1f} us; "
             "measure while nothing else runs on the device and its host."
         )
     return median
@@ -122,7 +124,8 @@ class XlaCore:
         """
         if not (output.isfinite().all() and output.any()):
             raise UsageError(
-                f"bench tune --measure: expected a kernel's numbers, finite and not all zero, found {output.flatten()[:3].tolist()} ...; "
+                "bench tune --measure: expected a kernel's numbers, finite and not all zero, found "
+                f"{output.flatten()[:3].tolist()} ...; "
                 "run `neuronmlp doctor` to see whether the installed versions belong together."
             )
 

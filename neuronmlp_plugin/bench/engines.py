@@ -1,4 +1,6 @@
-"""Engines in processes of their own that answer how long a job took: vLLM for folders, llama.cpp for .gguf files."""
+"""Engines in processes of their own that answer how long a job took: vLLM for folders, llama.cpp for .gguf
+files.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What int8 weights bring, for `neuronmlp bench int8`: one MLP on one core, and whole models on 1 to 32. Only MLPs
-are int8; attention and lm_head stay bf16. Simulated throughout.
+"""What int8 weights bring, for `neuronmlp bench int8`: one MLP on one core, and whole models on 1 to 32. Only
+MLPs are int8; attention and lm_head stay bf16. Simulated throughout.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def mlp_cases(removed_ratio: float) -> Iterator[MLPCase]:
 def report_mlps(removed_ratio: float, write: Write = say) -> list[Row]:
     """One MLP: speed over dense bf16 and over the same form in bf16, a line each."""
     write(
-        f"simulated, one core of trn1, constants calibrated, removed_ratio {removed_ratio}; speed over dense bf16, over"
+        f"simulated, one core of trn1, constants calibrated, removed_ratio {removed_ratio}; speed over dense "
+        "bf16, over"
     )
     write("the same form in bf16, and over dense bf16 if casts took 1.5 times as long as documented")
     write(MLP_HEAD)
@@ -118,7 +119,8 @@ MODEL_HEAD = (
 def report_models(args: argparse.Namespace, write: Write = say) -> list[Row]:
     """Whole models against what a user could do instead: dense bf16, dense int8, the same folder in bf16."""
     write(
-        f"simulated, {where(args)}, removed_ratio {args.remove}; speed over dense bf16 of dense int8, and of the"
+        f"simulated, {where(args)}, removed_ratio {args.remove}; speed over dense bf16 of dense int8, and of "
+        "the"
     )
     write("best form in bf16 and int8")
     write(MODEL_HEAD)

@@ -29,8 +29,8 @@ REMOVED_RATIO = 0.20
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One case. `tensor_bound_us`: useful FLOPs at the rate of TensorE's widest matmuls; `traffic_bound_us`: the
-    traffic of `best` at the DMA rate of its rows.
+    """One case. `tensor_bound_us`: useful FLOPs at the rate of TensorE's widest matmuls; `traffic_bound_us`:
+    the traffic of `best` at the DMA rate of its rows.
 
     `others`: simulated_us by name of what it is compared with.
     """

@@ -50,7 +50,10 @@ def _line(result: Result) -> str:
     bounds = f"{result.tensor_bound_us:>10.1f}{result.traffic_bound_us:>10.1f}{result.over_bound:>8.3f}"
     traffic = f"{counters.hbm_bytes / 1e6:>10.1f}{counters.hbm_bytes / counters.hbm_unique_bytes:>7.2f}"
     plan = f"{result.best.plan.block_tokens:>7}"
-    return f"{result.case:<14}{result.tokens:>7}{result.simulated_us:>11.1f}{bounds}{traffic}{plan}  {result.winner:<8} {shares}"
+    return (
+        f"{result.case:<14}{result.tokens:>7}{result.simulated_us:>11.1f}{bounds}{traffic}{plan}  "
+        f"{result.winner:<8} {shares}"
+    )
 
 
 HEAD = (

@@ -1,4 +1,6 @@
-"""Whole models, step by step and core count by core count, for `neuronmlp bench layers`. Simulated throughout."""
+"""Whole models, step by step and core count by core count, for `neuronmlp bench layers`. Simulated
+throughout.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,17 @@ class Compared:
         return self.dense.total / self.forms[form].total
 
     def line(self, names: list[str], best: str) -> str:
-        """As printed under `heading`; `best`: the form that the model would be stored in for this many cores."""
+        """As printed under `heading`; `best`: the form that the model would be stored in for this many
+        cores.
+        """
         gains = "".join(f"{self.gain(name):>15.3f}" if name in self.forms else f"{'-':>15}" for name in names)
         parts = self.forms[best]
         collectives = (parts.mlp_collectives + parts.attention_collectives) / parts.total
         bound = f"{amdahl(self.dense.mlp_share):>8.2f}{parts.mlp / parts.total:>6.0%}{collectives:>13.0%}"
-        return f"{self.model:<14}{self.tp:>3} {self.step:<13}{self.dense.total:>10.0f}{gains}{self.gain(best):>8.3f}  {best:<15}{bound}"
+        return (
+            f"{self.model:<14}{self.tp:>3} "
+            f"{self.step:<13}{self.dense.total:>10.0f}{gains}{self.gain(best):>8.3f}  {best:<15}{bound}"
+        )
 
     def rows(self, where: str) -> list[Row]:
         case = f"layers {self.model} tp={self.tp} {self.step}"
@@ -53,7 +60,9 @@ class Compared:
 
 
 def heading(names: list[str]) -> str:
-    """Of the table: speed-ups over dense, the best form, Amdahl's bound, and its shares of the best's time."""
+    """Of the table: speed-ups over dense, the best form, Amdahl's bound, and its shares of the best's
+    time.
+    """
     return (
         f"{'model':<14}{'tp':>3} {'step':<13}{'dense us':>10}{''.join(f'{name:>15}' for name in names)}"
         f"{'best':>8}  {'form':<15}{'Amdahl':>8}{'MLP':>6}{'collectives':>13}"
@@ -61,7 +70,9 @@ def heading(names: list[str]) -> str:
 
 
 def best_form(compared: list[Compared]) -> str:
-    """The form whose least gain over the steps of one core count is the largest: one folder serves them all."""
+    """The form whose least gain over the steps of one core count is the largest: one folder serves them
+    all.
+    """
     names = compared[0].forms
     return max(names, key=lambda name: min(item.gain(name) for item in compared))
 
@@ -72,8 +83,8 @@ def steps_of(prompt: int, batches: list[int]) -> dict[str, Step]:
 
 
 def forms_of(shape: ModelShape, tp: int, removed_ratio: float) -> dict[str, Blend]:
-    """The forms that a budget allows; on one core `gather` is what the one group is already. Raises UsageError
-    where it allows none.
+    """The forms that a budget allows; on one core `gather` is what the one group is already. Raises
+    UsageError where it allows none.
     """
     found = {}
     reasons = []

@@ -1,5 +1,5 @@
-"""`neuronmlp bench layers`: time to first token and per output token of whole models on 1 to 32 cores, dense and
-in every way that their MLPs can be stored. Simulated throughout.
+"""`neuronmlp bench layers`: time to first token and per output token of whole models on 1 to 32 cores, dense
+and in every way that their MLPs can be stored. Simulated throughout.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""One MLP on this CPU: vLLM's own dense one against the chain that a compressed folder is served by, in turns.
+"""One MLP on this CPU: vLLM's own dense one against the chain that a compressed folder is served by, in
+turns.
 
 The layers of a model are its copies: run one after the other, none finds its weights in a near cache. What is
 taken is the least processor time of one thread over the rounds, which a busy machine disturbs least.
@@ -40,7 +41,9 @@ def measure_mlp(
     rounds: int,
     tick: Callable[[int], None],
 ) -> list[MLPTime]:
-    """The first `layers` MLPs of each folder, or all if there are fewer; the first folder is dense. Raises UsageError where it is not."""
+    """The first `layers` MLPs of each folder, or all if there are fewer; the first folder is dense. Raises
+    UsageError where it is not.
+    """
     names = list(folders)
     checkpoints = {name: Checkpoint(folder) for name, folder in folders.items()}
     first = checkpoints[names[0]]

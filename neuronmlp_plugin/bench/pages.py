@@ -28,7 +28,9 @@ def block_names(page: pathlib.Path) -> list[str]:
 
 
 def fill_blocks(page: pathlib.Path, blocks: Mapping[str, list[str]]) -> None:
-    """Write `blocks`, lines by name, in the places of the same names. Raises UsageError where names differ."""
+    """Write `blocks`, lines by name, in the places of the same names. Raises UsageError where names
+    differ.
+    """
     found = block_names(page)
     if sorted(found) != sorted(blocks):
         raise UsageError(

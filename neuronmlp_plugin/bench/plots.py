@@ -26,8 +26,8 @@ def _figure(title: str, target: Target, constants: Constants) -> tuple[Any, Any]
 
 
 def roofline(path: pathlib.Path, done: Sequence[Result], target: Target, constants: Constants) -> None:
-    """Useful TFLOP/s of the fused kernels over their FLOPs per byte of HBM traffic, under the two roofs: DMA, and
-    TensorE with its turnarounds (dotted: without).
+    """Useful TFLOP/s of the fused kernels over their FLOPs per byte of HBM traffic, under the two roofs: DMA,
+    and TensorE with its turnarounds (dotted: without).
     """
     figure, axes = _figure("Fused kernels under the roofline", target, constants)
     full = 2 * PMAX * PMAX * target.tensor_ghz / 1000

@@ -1,5 +1,6 @@
-"""What a user of a CPU would serve instead of a compressed folder: the dense model in int8, weights and activations
-(compressed-tensors, vLLM's own), or the Q8_0 of llama.cpp. Both are made from the same dense folder.
+"""What a user of a CPU would serve instead of a compressed folder: the dense model in int8, weights and
+activations (compressed-tensors, vLLM's own), or the Q8_0 of llama.cpp. Both are made from the same dense
+folder.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ _W8A8 = {
 
 
 def write_w8a8(dense: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
-    """A compressed-tensors folder: int8 weights with a scale for each channel, activations rounded as they come."""
+    """A compressed-tensors folder: int8 weights with a scale for each channel, activations rounded as they
+    come.
+    """
     checkpoint, tensors = Checkpoint(dense), {}
     for name, tensor in checkpoint.tensors():
         if name.split(".")[-2] in _PROJECTIONS and name.endswith(".weight"):

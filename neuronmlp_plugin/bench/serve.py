@@ -1,8 +1,10 @@
-"""What a user of a CPU waits for: time to first token and decoding, of several models in turns, against the first.
+"""What a user of a CPU waits for: time to first token and decoding, of several models in turns, against the
+first.
 
-Each model has an engine in a process of its own. A round asks every model for every cell once, in an order that
-rotates; a ratio is taken within a round, so that whatever else the machine does hits both sides, and what is reported
-is the median over rounds. Rounds are kept in a file as they are measured, so that a run can go on where it was ended.
+Each model has an engine in a process of its own. A round asks every model for every cell once, in an order
+that rotates; a ratio is taken within a round, so that whatever else the machine does hits both sides, and
+what is reported is the median over rounds. Rounds are kept in a file as they are measured, so that a run can
+go on where it was ended.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """Medians over rounds. `speedup` over the first model; `ideal`: the ratio of the bytes that a step reads, or
-    of the products' arithmetic before a first token; NaN where it is unknown.
+    """Medians over rounds. `speedup` over the first model; `ideal`: the ratio of the bytes that a step reads,
+    or of the products' arithmetic before a first token; NaN where it is unknown.
     """
 
     model: str

@@ -1,5 +1,5 @@
-"""Small tables that draw on several kinds of bench: what was asked against what is reached, how much hangs on the
-DMA rates, how good the planner's rule is. Simulated throughout.
+"""Small tables that draw on several kinds of bench: what was asked against what is reached, how much hangs on
+the DMA rates, how good the planner's rule is. Simulated throughout.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""`neuronmlp bench tune`: searches tile plans and writes them to a file of your own, which the planner looks into
-first where NKI_KERNELS_PLANS names it.
+"""`neuronmlp bench tune`: searches tile plans and writes them to a file of your own, which the planner looks
+into first where NKI_KERNELS_PLANS names it.
 
 By the cost model (simulated; the planner's own rule comes within a percent of it) or, with --measure, by a
 Neuron device's clock.
@@ -77,8 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _requests(args: argparse.Namespace, model: str) -> Iterator[tuple[int, Request]]:
-    """(tp, launch) for every form, removed ratio, core count and token count. Raises UsageError where cores do
-    not divide the model or a budget allows no form.
+    """(tp, launch) for every form, removed ratio, core count and token count. Raises UsageError where cores
+    do not divide the model or a budget allows no form.
     """
     from nki_kernels.cost.baselines import BF16
     from nki_kernels.request import stage_request
@@ -124,7 +124,10 @@ def _result(found: Found | Measured) -> str:
     from nki_kernels.cost.search import Found
 
     if isinstance(found, Found):
-        return f"simulated_us {found.estimate.simulated_us:.1f}, {found.tried} of {found.fitting} plans scheduled"
+        return (
+            f"simulated_us {found.estimate.simulated_us:.1f}, {found.tried} of {found.fitting} plans "
+            "scheduled"
+        )
     return f"measured_us {found.measured_us:.1f}, {found.tried} of {found.fitting} plans measured"
 
 
@@ -146,7 +149,8 @@ def _stored(path: pathlib.Path, about: str) -> dict[str, Any]:
     table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if table["about"] != about:
         raise UsageError(
-            f"{path}: expected a table {about!r} to add to, found one {table['about']!r}; name another file with --out."
+            f"{path}: expected a table {about!r} to add to, found one {table['about']!r}; name another file "
+            "with --out."
         )
     choices: dict[str, Any] = table["choices"]
     return choices

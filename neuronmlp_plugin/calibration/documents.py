@@ -192,7 +192,8 @@ def _document(entry: Any, where: str, template: ChatTemplate) -> str:
     if chat is not None:
         if not getattr(template.tokenizer, "chat_template", None):
             raise CalibrationError(
-                f"{where}: expected a tokenizer with a chat template for a chat, found none; use `text` lines."
+                f"{where}: expected a tokenizer with a chat template for a chat, found none; use `text` "
+                "lines."
             )
         return _rendered([_message(message, where) for message in chat], where, template)
     found = {key: type(value).__name__ for key, value in entry.items()} if isinstance(entry, dict) else entry
@@ -206,7 +207,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     """A message as chat templates take it, from `{role, content}` or ShareGPT's `{from, value}`."""
     if not isinstance(message, dict):
         raise CalibrationError(
-            f"{where}: expected each message to be an object with role and content, found {str(message)[:80]!r}."
+            f"{where}: expected each message to be an object with role and content, found "
+            f"{str(message)[:80]!r}."
         )
     if "from" in message and "value" in message and "role" not in message:
         speaker = message["from"]

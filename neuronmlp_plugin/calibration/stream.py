@@ -79,7 +79,8 @@ class LayerStream:
             and hidden.shape[1] > limit
         ):
             raise UsageError(
-                f"--window: expected at most the model's sliding window, {limit} tokens, found {hidden.shape[1]}."
+                f"--window: expected at most the model's sliding window, {limit} tokens, found "
+                f"{hidden.shape[1]}."
             )
         hidden = hidden.to(self.device)
         positions = torch.arange(hidden.shape[1], device=self.device)[None]
@@ -88,7 +89,8 @@ class LayerStream:
         output = output[0] if isinstance(output, tuple) else output
         if not bool(torch.isfinite(output.detach()).all()):
             raise NonFiniteError(
-                f"{self.checkpoint.folder}: expected finite activations, found NaN or Inf in the forward pass; check the weights."
+                f"{self.checkpoint.folder}: expected finite activations, found NaN or Inf in the forward "
+                "pass; check the weights."
             )
         return output
 

@@ -1,5 +1,5 @@
-"""A tokenizer's chat template, which is a program that came with the model: it runs in a process of its own, with
-bounds on its time and its memory.
+"""A tokenizer's chat template, which is a program that came with the model: it runs in a process of its own,
+with bounds on its time and its memory.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class ChatTemplate:
         self.connection: Connection | None = None
 
     def render(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        """The text of a chat; `options` are those of `apply_chat_template`. Raises CalibrationError, whose message
-        says only what was found: the caller knows where the chat stands.
+        """The text of a chat; `options` are those of `apply_chat_template`. Raises CalibrationError, whose
+        message says only what was found: the caller knows where the chat stands.
         """
         if self.connection is None:
             self._start()

@@ -25,7 +25,8 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
         (pathlib.Path(folder) / name).is_file() for name in _VOCABULARIES
     ):  # transformers would make an empty tokenizer
         raise CheckpointError(
-            f"{folder}: expected a tokenizer ({' or '.join(_VOCABULARIES)}), found none; copy the model's own."
+            f"{folder}: expected a tokenizer ({' or '.join(_VOCABULARIES)}), found none; copy the model's "
+            "own."
         )
     _check_vocabulary(pathlib.Path(folder))
     expected = f"{folder}: expected a tokenizer that transformers reads and that reads a text"
@@ -40,13 +41,16 @@ MOST_TOKENS = 1 << 22  # tables are as long as the highest id, and one of 2^31 e
 
 
 def _check_vocabulary(folder: pathlib.Path) -> None:
-    """Refuse ids that no model has, wherever the tokenizer's files say one, before anything is made of them."""
+    """Refuse ids that no model has, wherever the tokenizer's files say one, before anything is made of
+    them.
+    """
     for name in ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json"):
         path = folder / name
         for found in _ids(name, read_object(path)) if path.is_file() else ():
             if isinstance(found, int | float) and not 0 <= found < MOST_TOKENS:
                 raise CheckpointError(
-                    f"{path}: expected token ids below {MOST_TOKENS:,}, found {shown(found)}; copy the file again."
+                    f"{path}: expected token ids below {MOST_TOKENS:,}, found {shown(found)}; copy the file "
+                    "again."
                 )
 
 
@@ -94,7 +98,8 @@ def token_windows(
     step = length - len(prefix)
     if len(ids) < step:
         raise CalibrationError(
-            f"{source}: expected at least {step:,} tokens, which fill one window, found {len(ids):,}; give more text."
+            f"{source}: expected at least {step:,} tokens, which fill one window, found {len(ids):,}; give "
+            "more text."
         )
     body = torch.tensor(ids[: len(ids) // step * step], dtype=torch.long).view(-1, step)
     return torch.cat((torch.tensor(prefix, dtype=torch.long).expand(len(body), -1), body), 1)
@@ -112,8 +117,10 @@ def read_windows(
     highest = int(windows.max())
     if vocabulary is not None and highest >= vocabulary:
         raise CalibrationError(
-            f"{path}: expected token ids below {vocabulary:,}, the rows of the model's embedding, found {highest:,} "
-            f"({tokenizer.convert_ids_to_tokens(highest)!r}); use the model's own tokenizer or resize the embedding."
+            f"{path}: expected token ids below {vocabulary:,}, the rows of the model's embedding, found "
+            f"{highest:,} "
+            f"({tokenizer.convert_ids_to_tokens(highest)!r}); use the model's own tokenizer or resize the "
+            "embedding."
         )
     return windows
 

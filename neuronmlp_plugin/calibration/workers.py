@@ -44,7 +44,8 @@ class Workers:
         """This process's part of `windows [n, S]`."""
         if 0 < len(windows) < self.count:
             raise UsageError(
-                f"expected at least one window for each of {self.count} processes, found {len(windows)}; start fewer."
+                f"expected at least one window for each of {self.count} processes, found {len(windows)}; "
+                "start fewer."
             )
         return windows[self.index :: self.count]
 

@@ -1,5 +1,5 @@
-"""What the files of a folder are made of: a record beside them (FORMAT.md, "The record of digests"), and names for
-weights too large to be read whole.
+"""What the files of a folder are made of: a record beside them (FORMAT.md, "The record of digests"), and
+names for weights too large to be read whole.
 
 A record tells damage. It does not tell malice: whoever may write the folder may write the record.
 """
@@ -34,8 +34,9 @@ def file_digest(path: pathlib.Path) -> str:
 
 
 def sampled_digest(path: pathlib.Path) -> str:
-    """A name for a file of weights: SHA-256 of its size and of 16 KiB of every MiB, or of all where that is at most
-    16 MiB. Another model has another name; a single weight that was edited in between the samples has not.
+    """A name for a file of weights: SHA-256 of its size and of 16 KiB of every MiB, or of all where that is
+    at most 16 MiB. Another model has another name; a single weight that was edited in between the samples has
+    not.
     """
     status = path.stat()
     return _sampled(path.resolve(), status.st_size, status.st_mtime_ns)
@@ -70,7 +71,8 @@ def check_record(folder: pathlib.Path) -> int | None:
     wrong += sorted({path.relative_to(folder).as_posix() for path in _loaded(folder)} - set(recorded))
     if wrong:
         raise CheckpointError(
-            f"{folder / wrong[0]}: expected the contents that {RECORD} records, found others or none ({len(wrong)} of "
+            f"{folder / wrong[0]}: expected the contents that {RECORD} records, found others or none "
+            f"({len(wrong)} of "
             f"{len(recorded)} files differ); copy or make the folder again."
         )
     return len(recorded)
@@ -90,7 +92,8 @@ def _read(folder: pathlib.Path) -> dict[str, Any]:
     files, version = record.get("files"), record.get("record_version")
     if version != 1 or not isinstance(files, dict) or not files or not all(map(_is_inside, files)):
         raise CheckpointError(
-            f"{folder / RECORD}: expected record_version 1 and digests of files of this folder, found others; "
+            f"{folder / RECORD}: expected record_version 1 and digests of files of this folder, found "
+            "others; "
             "remove it to go without."
         )
     return files

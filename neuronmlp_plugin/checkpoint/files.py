@@ -1,4 +1,6 @@
-"""The files of a model folder, before anything is known of what is in them: JSON, and safetensors by header."""
+"""The files of a model folder, before anything is known of what is in them: JSON, and safetensors by
+header.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +109,8 @@ def index_tensors(files: list[pathlib.Path]) -> Headers:
         for name, header in read_headers(path).items():
             if name in index:
                 raise CheckpointError(
-                    f"{path}: expected {name} once, found it in {index[name].path.name} too; remove the stale file."
+                    f"{path}: expected {name} once, found it in {index[name].path.name} too; remove the "
+                    "stale file."
                 )
             index[name] = header
     return index
@@ -150,7 +153,8 @@ def _indexed(index: pathlib.Path) -> list[str]:
     )
     if not names or any(pathlib.PurePath(name).name != name or not _can_be_a_name(name) for name in names):
         raise CheckpointError(
-            f"{index}: expected `weight_map`, from tensors to files of this folder, found another; download it again."
+            f"{index}: expected `weight_map`, from tensors to files of this folder, found another; download "
+            "it again."
         )
     return sorted(names)
 

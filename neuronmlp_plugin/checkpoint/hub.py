@@ -1,7 +1,7 @@
 """A model's folder, from a path or from the id of a model on the Hugging Face hub.
 
-The hub's own library does the fetching, with its cache and its offline mode (HF_HUB_OFFLINE). Only what is read
-here is asked for: no pickled weights and no code.
+The hub's own library does the fetching, with its cache and its offline mode (HF_HUB_OFFLINE). Only what is
+read here is asked for: no pickled weights and no code.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def model_folder(name: str | pathlib.Path, revision: str | None = None) -> pathl
     if path.exists() or not is_hub_id(str(name)):
         if revision is not None:
             raise CheckpointError(
-                f"--revision {revision}: expected a model of the hub, found the local folder {name}; leave it out."
+                f"--revision {revision}: expected a model of the hub, found the local folder {name}; leave "
+                "it out."
             )
         return path
     from huggingface_hub import snapshot_download

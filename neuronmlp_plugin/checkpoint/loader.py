@@ -55,7 +55,8 @@ def open_folder(
     overlay = FactorFile(factors, checkpoint.config) if factors is not None else None
     if overlay is not None and checkpoint.block is not None:
         raise CheckpointError(
-            f"{checkpoint.folder}: expected a dense folder under a factor file, found a factored one; drop the file."
+            f"{checkpoint.folder}: expected a dense folder under a factor file, found a factored one; drop "
+            "the file."
         )
     return checkpoint, overlay
 
@@ -78,8 +79,8 @@ def _skeleton(checkpoint: Checkpoint) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     config.tie_word_embeddings = bool(checkpoint.config.get("tie_word_embeddings"))
-    # Neither changes a result: a padding row is only left out of gradients, and some configs name one that the
-    # embedding does not have; a stored attention implementation may not be installed here.
+    # Neither changes a result: a padding row is only left out of gradients, and some configs name one that
+    # the embedding does not have; a stored attention implementation may not be installed here.
     config.pad_token_id = None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
@@ -109,7 +110,8 @@ def load_exactly(model: Any, state: dict[str, torch.Tensor], source: str) -> Non
     extra = [name for name in unexpected if not name.endswith("rotary_emb.inv_freq")]
     if absent or extra:
         raise CheckpointError(
-            f"{source}: expected the tensors of {type(model).__name__}, found missing {absent[:3]} and unknown {extra[:3]}."
+            f"{source}: expected the tensors of {type(model).__name__}, found missing {absent[:3]} and "
+            f"unknown {extra[:3]}."
         )
     if tied:
         model.tie_weights()

@@ -39,7 +39,8 @@ class Checkpoint:
     """An opened model folder: its config, its block (None for a dense model) and its tensors by name.
 
     An int8 weight is one tensor here, whose scales are not seen: it is dequantised when it is read (`weight`
-    gives both as they are). Opening reads only headers. Raises CheckpointError, FormatVersionError or UnsupportedModelError.
+    gives both as they are). Opening reads only headers. Raises CheckpointError, FormatVersionError or
+    UnsupportedModelError.
     """
 
     def __init__(self, folder: str | pathlib.Path) -> None:
@@ -59,7 +60,9 @@ class Checkpoint:
             self.config["tie_word_embeddings"] = False
 
     def _check_known(self) -> None:
-        """Every tensor has a place in the model: an engine may know one that we do not, and serve it unchecked."""
+        """Every tensor has a place in the model: an engine may know one that we do not, and serve it
+        unchecked.
+        """
         assert self.block is not None
         known = {*names_outside_mlps(self.config, self.block.shape.num_layers), "lm_head.weight"}
         known |= {*self.block.expected_tensors(), *self._scales}
@@ -67,7 +70,8 @@ class Checkpoint:
             # Old exports store rotary tables; they are recomputed, so an extra one is harmless.
             if name not in known and not name.endswith("rotary_emb.inv_freq"):
                 raise CheckpointError(
-                    f"{header.path}: expected no tensor {name[:200]} (the model has no such part), found one; remove it."
+                    f"{header.path}: expected no tensor {name[:200]} (the model has no such part), found "
+                    "one; remove it."
                 )
 
     def _parse(self, block: Any) -> FormatBlock:
@@ -75,7 +79,8 @@ class Checkpoint:
         found = block.get("quant_method") if isinstance(block, dict) else block
         if found != QUANT_METHOD or not isinstance(block, dict):
             raise CheckpointError(
-                f"{where}: expected no quantization_config, or quant_method {QUANT_METHOD!r}, found {found!r}; "
+                f"{where}: expected no quantization_config, or quant_method {QUANT_METHOD!r}, found "
+                f"{found!r}; "
                 "compress the unquantised model."
             )
         return parse_block(block, self.config, where)
@@ -132,7 +137,8 @@ class FactorFile:
         self.path = pathlib.Path(path)
         if not self.path.is_file():
             raise CheckpointError(
-                f"{self.path}: expected a factor file, found none; write one with `neuronmlp compress --factors-only`."
+                f"{self.path}: expected a factor file, found none; write one with `neuronmlp compress "
+                "--factors-only`."
             )
         with open_safetensors(self.path) as handle:
             text = (handle.metadata() or {}).get(QUANT_METHOD)
@@ -164,7 +170,8 @@ def open_dense(folder: str | pathlib.Path) -> Checkpoint:
     checkpoint = Checkpoint(folder)
     if checkpoint.block is not None:
         raise CheckpointError(
-            f"{folder}: expected the dense model, found a factored one; name the folder that it was made from."
+            f"{folder}: expected the dense model, found a factored one; name the folder that it was made "
+            "from."
         )
     return checkpoint
 
@@ -197,7 +204,8 @@ def checked_tensor(tensor: torch.Tensor, name: str, path: pathlib.Path) -> torch
     if not is_finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
         raise NonFiniteError(
-            f"{path}: {name}: expected finite weights, found {bad} of {tensor.numel()} NaN or Inf; the file is damaged."
+            f"{path}: {name}: expected finite weights, found {bad} of {tensor.numel()} NaN or Inf; the file "
+            "is damaged."
         )
     return tensor
 
@@ -208,10 +216,13 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def check_int8(q: torch.Tensor, scale: torch.Tensor, source: str) -> None:
-    """Refuse what FORMAT.md ("int8") refuses about a weight and its scales; `source` names file and tensor."""
+    """Refuse what FORMAT.md ("int8") refuses about a weight and its scales; `source` names file and
+    tensor.
+    """
     if q.dtype is not torch.int8 or scale.dtype is not torch.float32:
         raise CheckpointError(
-            f"{source}: expected int8 with fp32 scales (the config says so), found {q.dtype} with {scale.dtype}."
+            f"{source}: expected int8 with fp32 scales (the config says so), found {q.dtype} with "
+            f"{scale.dtype}."
         )
     if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
         raise NonFiniteError(
@@ -270,19 +281,21 @@ def _check_complete(config: dict[str, Any], files: Headers, source: str) -> None
     ]
     if missing:
         raise CheckpointError(
-            f"{source}: expected a tensor {missing[0]} ({len(missing)} are missing), found none; the folder is incomplete, copy it again."
+            f"{source}: expected a tensor {missing[0]} ({len(missing)} are missing), found none; the folder "
+            "is incomplete, copy it again."
         )
 
 
 def _check_all_read(folder: pathlib.Path, files: Headers) -> None:
-    """A factored folder has no safetensors file that is not read here: vLLM reads all that lie there, and would
-    serve from the last one what was never checked.
+    """A factored folder has no safetensors file that is not read here: vLLM reads all that lie there, and
+    would serve from the last one what was never checked.
     """
     read = {header.path.name for header in files.values()}
     unread = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in read)
     if unread:
         raise CheckpointError(
-            f"{folder / unread[0]}: expected no weight file beside those of the checkpoint, found it; remove it."
+            f"{folder / unread[0]}: expected no weight file beside those of the checkpoint, found it; remove "
+            "it."
         )
 
 
@@ -295,11 +308,13 @@ def check_names(
     for name, size in expected.items():
         if name not in found:
             raise CheckpointError(
-                f"{source}: expected a tensor {name} {list(size)}, found none; the folder contradicts its config."
+                f"{source}: expected a tensor {name} {list(size)}, found none; the folder contradicts its "
+                "config."
             )
         if found[name] != size:
             raise CheckpointError(
-                f"{source}: {name}: expected shape {list(size)} (from its spec in the config), found {list(found[name])}."
+                f"{source}: {name}: expected shape {list(size)} (from its spec in the config), found "
+                f"{list(found[name])}."
             )
     for name in found:
         if ".mlp." in name and name not in expected:

@@ -1,4 +1,6 @@
-"""The block of FORMAT.md as data: what a folder says about each MLP, checked against the rest of its config."""
+"""The block of FORMAT.md as data: what a folder says about each MLP, checked against the rest of its
+config.
+"""
 
 from __future__ import annotations
 
@@ -197,7 +199,8 @@ def parse_block(block: dict[str, Any], config: dict[str, Any], source: str) -> F
     groups = block.get("groups")
     if not _is_count(groups, shape.intermediate_size):
         raise CheckpointError(
-            f"{source}: expected `groups` from 1 to the {shape.intermediate_size} channels, found {shown(groups)}."
+            f"{source}: expected `groups` from 1 to the {shape.intermediate_size} channels, found "
+            f"{shown(groups)}."
         )
     parsed = tuple(
         _parse_layer(layer, f"{source}: layers[{index}]", shape, groups) for index, layer in enumerate(layers)
@@ -217,7 +220,8 @@ def _check_ratio(claimed: Any, block: FormatBlock, source: str) -> None:
     )  # before it is subtracted from: 10^400 is whole
     if not found or not abs(claimed - block.removed_ratio) <= 1e-3:
         raise CheckpointError(
-            f"{source}: expected removed_ratio {block.removed_ratio:.4f} (what the forms and ranks give), found {shown(claimed)}; "
+            f"{source}: expected removed_ratio {block.removed_ratio:.4f} (what the forms and ranks give), "
+            f"found {shown(claimed)}; "
             "the block was edited or damaged."
         )
 
@@ -229,7 +233,8 @@ def _parse_layer(layer: Any, where: str, shape: MLPShape, groups: Any) -> MLPLay
     channels = layer.get(CHANNELS, shape.intermediate_size)
     if not _is_count(channels, shape.intermediate_size) or channels % groups:
         raise CheckpointError(
-            f"{where}: expected {CHANNELS} from 1 to {shape.intermediate_size} that {groups} groups divide, found {shown(channels)}."
+            f"{where}: expected {CHANNELS} from 1 to {shape.intermediate_size} that {groups} groups divide, "
+            f"found {shown(channels)}."
         )
     specs = {name: _parse_spec(layer[name], f"{where}.{name}") for name in PROJECTIONS}
     parsed = MLPLayer.of(shape, specs, channels=channels, groups=groups)
@@ -257,5 +262,6 @@ def _check_rank(matrix: Matrix, where: str) -> None:
         n_in, n_out = matrix.in_out
         parts = f" in {matrix.groups} groups" if matrix.groups > 1 else ""
         raise CheckpointError(
-            f"{where}: expected a rank from 1 to {matrix.max_rank} for {matrix.spec.form} of {n_out} x {n_in}{parts}, found {shown(rank)}."
+            f"{where}: expected a rank from 1 to {matrix.max_rank} for {matrix.spec.form} of {n_out} x "
+            f"{n_in}{parts}, found {shown(rank)}."
         )

@@ -80,7 +80,8 @@ def alone_in(folder: pathlib.Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise OutputError(
-                f"{folder}: expected no other run at work there, found one; wait for it or choose another folder."
+                f"{folder}: expected no other run at work there, found one; wait for it or choose another "
+                "folder."
             ) from error
         yield
 
@@ -96,7 +97,8 @@ def whole_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     partial = partial_folder(target)
     if partial.exists():
         raise OutputError(
-            f"{partial}: expected no unfinished run, found one; finish it, remove it, or choose another --out."
+            f"{partial}: expected no unfinished run, found one; finish it, remove it, or choose another "
+            "--out."
         )
     with told_when_unwritable(partial):
         partial.mkdir(parents=True)
@@ -121,8 +123,8 @@ def save_tensors(
     metadata: dict[str, str] | None = None,
     durable: bool = True,
 ) -> None:
-    """Write one safetensors file whole: under a temporary name first, then renamed; where it is to be `durable`, once
-    the disk has all of it, since after a power cut its name would else stand for zeros.
+    """Write one safetensors file whole: under a temporary name first, then renamed; where it is to be
+    `durable`, once the disk has all of it, since after a power cut its name would else stand for zeros.
     """
     temporary = path.with_suffix(".tmp")
     ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
@@ -253,8 +255,8 @@ def portable_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def copy_tokenizer_beside_factors(source: pathlib.Path, target: pathlib.Path) -> None:
-    """`copy_tokenizer` into the folder of a factor file, where the dense folder's own is one that transformers 4
-    cannot read: it is then to be named to the engine (`--tokenizer`).
+    """`copy_tokenizer` into the folder of a factor file, where the dense folder's own is one that
+    transformers 4 cannot read: it is then to be named to the engine (`--tokenizer`).
     """
     settings = source / "tokenizer_config.json"
     if settings.is_file() and "TokenizersBackend" in settings.read_text(encoding="utf-8"):

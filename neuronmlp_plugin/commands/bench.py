@@ -1,5 +1,5 @@
-"""`neuronmlp bench`: `decode` and `serve` are measured here, now, against the first model named; the others are
-simulated, all but `tune --measure`.
+"""`neuronmlp bench`: `decode` and `serve` are measured here, now, against the first model named; the others
+are simulated, all but `tune --measure`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def _decode(args: argparse.Namespace) -> int:
     folders = named_folders("decode", args.models)
     if args.new_tokens < 2:
         raise UsageError(
-            f"--new-tokens: expected at least 2 (the first one belongs to the prefill), found {args.new_tokens}."
+            "--new-tokens: expected at least 2 (the first one belongs to the prefill), found "
+            f"{args.new_tokens}."
         )
     total = args.rounds * len(folders) * len(args.batch)
     with ProgressBars(Console(stderr=True)).stage("timing", total) as tick:

@@ -1,4 +1,6 @@
-"""`neuronmlp bench serve`, `mlp` and `rivals`: what a user of a CPU waits for, and what they would serve instead."""
+"""`neuronmlp bench serve`, `mlp` and `rivals`: what a user of a CPU waits for, and what they would serve
+instead.
+"""
 
 from __future__ import annotations
 

@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text",
         type=pathlib.Path,
-        help="calibration text: .txt, .jsonl (`text` or `messages` a line), .csv, .parquet or a saved dataset",
+        help=(
+            "calibration text: .txt, .jsonl (`text` or `messages` a line), .csv, .parquet or a saved dataset"
+        ),
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--quiet", action="store_true", help="no plan, no progress bars")
@@ -76,7 +78,8 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=_DEFAULTS["samples"],
         metavar="N",
-        help="new tokens of each of the report's four sample texts, by both models (default %(default)s; 0: none, which saves minutes on a "
+        help="new tokens of each of the report's four sample texts, by both models (default %(default)s; 0: "
+        "none, which saves minutes on a "
         "model of billions of parameters)",
     )
     text.add_argument(
@@ -118,7 +121,8 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--form",
         choices=FORMS,
-        help="compact (default): pivoted factors, no break-even rank; uv: the paper's; narrow: fewer channels, no factors, "
+        help="compact (default): pivoted factors, no break-even rank; uv: the paper's; narrow: fewer "
+        "channels, no factors, "
         "and with --allocation uniform an ordinary folder that any engine loads",
     )
     method.add_argument(
@@ -126,7 +130,8 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         type=_groups,
         metavar="auto|N",
         default=None,
-        help="factorise N groups of channels apart: tensor parallel sizes that divide N communicate no more than a dense model "
+        help="factorise N groups of channels apart: tensor parallel sizes that divide N communicate no more "
+        "than a dense model "
         "(default auto: what makes the slices nearest to square; 1 for the baselines)",
     )
     method.add_argument(
@@ -150,13 +155,18 @@ def _add_ranks(method: Any) -> None:
         "--method",
         choices=METHODS,
         default=_DEFAULTS["method"],
-        help="two-sided (default) or a baseline: whitened (SVD-LLM), plain (SVD), modegpt (its MLP step: channels by leverage)",
+        help=(
+            "two-sided (default) or a baseline: whitened (SVD-LLM), plain (SVD), modegpt (its MLP step: "
+            "channels by leverage)"
+        ),
     )
     method.add_argument(
         "--allocation",
         choices=ALLOCATIONS,
-        help="global: ranks across all matrices; measured (default for two-sided, but with --target): once more, after a pass that "
-        "measures what each matrix is worth at its rank; uniform (default for the baselines): the same share of each",
+        help="global: ranks across all matrices; measured (default for two-sided, but with --target): once "
+        "more, after a pass that "
+        "measures what each matrix is worth at its rank; uniform (default for the baselines): the same share "
+        "of each",
     )
     method.add_argument(
         "--rank-multiple",
@@ -179,7 +189,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """Raises UsageError for combinations that cannot work."""
     if args.out is None and not args.factors_only:
         raise UsageError(
-            "--out: expected a folder to write, found none; name one, or use --factors-only to write beside the model."
+            "--out: expected a folder to write, found none; name one, or use --factors-only to write beside "
+            "the model."
         )
     known = {name: getattr(args, name) for name in Settings.__dataclass_fields__ if hasattr(args, name)}
     known["out"] = args.out if args.out is not None else args.model
@@ -257,14 +268,18 @@ def summary_rows(report: dict[str, Any], target: pathlib.Path) -> list[tuple[str
             ),
             (
                 "agreement",
-                f"{quality['top1_agreement']:.1%} of the top tokens; KL {quality['kl_divergence']:.4f} nats a token",
+                f"{quality['top1_agreement']:.1%} of the top tokens; KL {quality['kl_divergence']:.4f} nats "
+                "a token",
             ),
         ]
     if "target" in report:
         asked = report["target"]
         rows.append(("target", f"{asked['asked']}: met as stored, after {len(asked['probes'])} probes"))
     if "decode" in report:
-        line = "MLPs {dense_simulated_us:.0f} us dense, {simulated_us:.0f} us now, x {simulated_speedup:.3f}; simulated, one token, trn1"
+        line = (
+            "MLPs {dense_simulated_us:.0f} us dense, {simulated_us:.0f} us now, x {simulated_speedup:.3f}; "
+            "simulated, one token, trn1"
+        )
         rows.append(("decode", line.format(**report["decode"])))
     rows += [("note", note) for note in report["notes"]]
     return [*rows, ("written", f"{target}; open neuronmlp_report.html there in a browser")]

@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
         expected, found = (each.config.get("vocab_size") for each in (dense, checkpoint))
         if found != expected:
             raise UsageError(
-                f"{checkpoint.folder}: expected the vocabulary of --dense, {expected}, found {found}; name its own."
+                f"{checkpoint.folder}: expected the vocabulary of --dense, {expected}, found {found}; name "
+                "its own."
             )
     reference, *candidates = (_stream(args, *each) for each in [(dense, None), *opened])
     vocabulary = dense.shapes()["model.embed_tokens.weight"][0]

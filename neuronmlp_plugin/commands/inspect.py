@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
         block = FactorFile(args.model / FACTOR_FILE, checkpoint.config).block
     if block is None:
         raise CheckpointError(
-            f"{args.model}: expected a neuronmlp checkpoint or a factor file, found a dense model; compress it first."
+            f"{args.model}: expected a neuronmlp checkpoint or a factor file, found a dense model; compress "
+            "it first."
         )
     if args.json:
         sizes = {
@@ -82,7 +83,8 @@ def _print_table(block) -> None:  # type: ignore[no-untyped-def]
         cells = (_cell(layer[name]) for name in PROJECTIONS)
         table.add_row(str(index), str(layer.channels), *cells, f"{layer.weight_bytes / dense:.1%}")
     table.caption = (
-        f"{block.weight_bytes / 1e6:.1f} MB with floating point in bf16: {block.bytes_ratio:.1%} of the dense MLPs; "
+        f"{block.weight_bytes / 1e6:.1f} MB with floating point in bf16: {block.bytes_ratio:.1%} of the "
+        "dense MLPs; "
         f"tensor-parallel sizes at full speed: {', '.join(map(str, block.full_speed_sizes))}"
     )
     Console().print(table)

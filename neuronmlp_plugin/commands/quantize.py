@@ -28,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text",
         type=pathlib.Path,
-        help="calibration text, as for `compress`: numbers are rounded by what the MLPs see on it, not by themselves",
+        help=(
+            "calibration text, as for `compress`: numbers are rounded by what the MLPs see on it, not by "
+            "themselves"
+        ),
     )
     parser.add_argument(
         "--tokens",
@@ -64,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--dense: expected --text to judge on beside it, found none; name a text.")
     if args.dense is not None and not (args.model / REPORT_FILE).is_file():
         raise UsageError(
-            f"--dense: expected a folder with a report to put the quality into, found none in {args.model}; use `evaluate`."
+            f"--dense: expected a folder with a report to put the quality into, found none in {args.model}; "
+            "use `evaluate`."
         )
     dense = None if args.dense is None else open_dense(args.dense)
     windows, judge = None, None
@@ -74,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
             judge = functools.partial(_judge, judged, dense, bars)
     block = quantize_folder(args.model, args.out, bars, windows, judge, args.text)
     print(
-        f"{args.out}: MLPs in int8, {block.weight_bytes / 1e6:.1f} MB, {block.bytes_ratio:.1%} of the dense ones in bf16"
+        f"{args.out}: MLPs in int8, {block.weight_bytes / 1e6:.1f} MB, {block.bytes_ratio:.1%} of the dense "
+        "ones in bf16"
     )
     return 0
 
@@ -91,7 +96,8 @@ def _windows(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     pool, judged = hold_out(found, args.judge_tokens if args.dense is not None else 0)
     if args.dense is not None and not len(judged):
         raise CalibrationError(
-            f"{args.text}: expected at least {8 * WINDOW:,} tokens, so that some can judge, found fewer; give more."
+            f"{args.text}: expected at least {8 * WINDOW:,} tokens, so that some can judge, found fewer; "
+            "give more."
         )
     return spread(pool, args.tokens // WINDOW), judged
 

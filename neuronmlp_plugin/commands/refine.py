@@ -27,13 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stages",
         type=lambda text: tuple(text.split(",")),
         default=_DEFAULTS["stages"],
-        help=f"of {', '.join(STAGES)}, in order: layer by layer, then the whole model (default {','.join(_DEFAULTS['stages'])})",
+        help=(
+            f"of {', '.join(STAGES)}, in order: layer by layer, then the whole model (default "
+            f"{','.join(_DEFAULTS['stages'])})"
+        ),
     )
     parser.add_argument(
         "--loss",
         choices=LOSSES,
         default=_DEFAULTS["loss"],
-        help="of distill: KL to the dense model with a share of the text's next token (default), without, or that token alone",
+        help=(
+            "of distill: KL to the dense model with a share of the text's next token (default), without, or "
+            "that token alone"
+        ),
     )
     parser.add_argument(
         "--adapter-rank",

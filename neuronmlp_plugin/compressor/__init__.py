@@ -1,1 +1,3 @@
-"""A printed plan, a run layer by layer that can be resumed, and a report of predicted against achieved error."""
+"""A printed plan, a run layer by layer that can be resumed, and a report of predicted against achieved
+error.
+"""

@@ -69,7 +69,9 @@ class _Files:
 
 
 def _forward(stream: LayerStream, files: _Files, windows: torch.Tensor, tick: Callable[[int], None]) -> None:
-    """Save the input of every layer, and the gradient at the end; goes on from the last input that is there."""
+    """Save the input of every layer, and the gradient at the end; goes on from the last input that is
+    there.
+    """
     last = stream.num_layers
     start = next((i for i in reversed(range(last + 1)) if files.has("input", i)), 0)
     if not files.has("input", start):

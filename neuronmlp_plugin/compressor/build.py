@@ -105,7 +105,8 @@ def _check_finite(built: BuiltLayer, index: int, dtype: torch.dtype) -> None:
     for name, tensor in built.tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise NonFiniteError(
-                f"model.layers.{index}.mlp.{name}: expected finite values in {str(dtype).removeprefix('torch.')}, found NaN or Inf; "
+                f"model.layers.{index}.mlp.{name}: expected finite values in "
+                f"{str(dtype).removeprefix('torch.')}, found NaN or Inf; "
                 "choose --dtype bfloat16 or float32."
             )
 
@@ -165,7 +166,10 @@ def _store(matrix: Matrix, pairs: list[Pair], dtype: torch.dtype) -> Stored:
         return found
     n_in, n_out = pairs[0][0].shape[1], pairs[0][1].shape[0]
     rank = max(1, cost(matrix.rank, n_in, n_out, "compact") // (n_in + n_out))
-    note = f"pivots too weak (rounding {found[2]:.1%}), stored as uv of rank {rank} instead of compact of rank {matrix.rank}"
+    note = (
+        f"pivots too weak (rounding {found[2]:.1%}), stored as uv of rank {rank} instead of compact of rank "
+        f"{matrix.rank}"
+    )
     lower = dataclasses.replace(matrix, spec=ProjectionSpec("uv", rank))
     return _store_as(lower, [(first[:rank], second[:, :rank]) for first, second in pairs], dtype, note)
 

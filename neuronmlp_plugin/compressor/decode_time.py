@@ -1,9 +1,9 @@
-"""What a rank costs in decode time: one token, a core of trn1 for every group, in bf16, by nki_kernels' cost model.
-Simulated throughout.
+"""What a rank costs in decode time: one token, a core of trn1 for every group, in bf16, by nki_kernels' cost
+model. Simulated throughout.
 
-A launch reads its weights in row tiles of 128 and halves of them, so time is a staircase in the rank where parameters are a
-slope. One MLP is one launch, whose time is close to the dense one less what each projection saves by itself
-(a test holds them to each other), so that a knapsack may price every matrix alone.
+A launch reads its weights in row tiles of 128 and halves of them, so time is a staircase in the rank where
+parameters are a slope. One MLP is one launch, whose time is close to the dense one less what each projection
+saves by itself (a test holds them to each other), so that a knapsack may price every matrix alone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def mlp_us(hidden: int, intermediate: int, specs: Specs) -> float:
     plan = plan_mlp(hidden, intermediate, (gate, up, down), TOKENS, BF16)
     if isinstance(plan, Declined):
         raise UsageError(
-            f"--faster: expected an MLP that the kernels take, found none for H {hidden}, I {intermediate}: {plan.reason}"
+            f"--faster: expected an MLP that the kernels take, found none for H {hidden}, I {intermediate}: "
+            f"{plan.reason}"
         )
     try:
         return price_plan(plan, BF16).simulated_us
@@ -46,8 +47,8 @@ def mlp_us(hidden: int, intermediate: int, specs: Specs) -> float:
 
 
 def model_us(layers: Iterable[MLPLayer]) -> float:
-    """Simulated us of all MLPs of a model for one token, each layer's launch priced as it is: on one of as many
-    cores as there are groups.
+    """Simulated us of all MLPs of a model for one token, each layer's launch priced as it is: on one of as
+    many cores as there are groups.
     """
     return sum(_layer_us(layer.hidden_size, layer.channels // layer.groups, layer) for layer in layers)
 
@@ -63,8 +64,8 @@ def dense_us(plan: Plan) -> float:
 
 
 def priced_ranks(hidden: int, channels: int) -> list[int]:
-    """The ranks whose launches are scheduled: first and last of every half of a row tile; between them time is
-    a straight line. Up to a half, two column tiles share a block for a ragged row tile.
+    """The ranks whose launches are scheduled: first and last of every half of a row tile; between them time
+    is a straight line. Up to a half, two column tiles share a block for a ragged row tile.
     """
     small, half = min(hidden, channels), PMAX // 2
     least = max(1, int(MIN_RANK_SHARE * hidden * channels / (hidden + channels)))
@@ -81,8 +82,8 @@ def priced_launches(plan: Plan) -> int:
 def level_prices(
     plan: Plan, tick: Callable[[int], None] = lambda _: None
 ) -> dict[int, dict[str, np.ndarray]]:
-    """Channels of a level -> projection -> simulated us of each rank on a group's core, the last entry that of the
-    dense matrix.
+    """Channels of a level -> projection -> simulated us of each rank on a group's core, the last entry that
+    of the dense matrix.
     """
     h, found = plan.shape.hidden_size, {}
     for channels in plan.levels:
@@ -98,8 +99,8 @@ def level_prices(
 def rank_prices(
     hidden: int, channels: int, form: str, tick: Callable[[int], None] = lambda _: None
 ) -> dict[str, np.ndarray]:
-    """Projection -> `[min(H, channels) + 1]` simulated us of each rank, the last entry that of the dense matrix: a
-    third of a dense MLP.
+    """Projection -> `[min(H, channels) + 1]` simulated us of each rank, the last entry that of the dense
+    matrix: a third of a dense MLP.
 
     Gate and up are alike to the kernel, so one is priced for both. Ranks below the least that allocation
     takes have no price of their own.

@@ -1,4 +1,6 @@
-"""One layer as it was chosen: channels removed, the rest in order of their groups, and every group's factors."""
+"""One layer as it was chosen: channels removed, the rest in order of their groups, and every group's
+factors.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,9 @@ _METRIC = {"gate_proj": "gate_metric", "up_proj": "up_metric", "down_proj": "dow
 @dataclasses.dataclass(frozen=True)
 class FactoredLayer:
     """`channels [k]` of the base, group after group; `weights[projection]` of the k channels, before any rank
-    (down repaired); `factors[projection]`, a pair for each group where it is not dense; `losses` of gate, up and
-    down on the calibration moment, down's with that of the channels removed, of all that they put out (`energies`);
-    `metrics` of their outputs.
+    (down repaired); `factors[projection]`, a pair for each group where it is not dense; `losses` of gate, up
+    and down on the calibration moment, down's with that of the channels removed, of all that they put out
+    (`energies`); `metrics` of their outputs.
     """
 
     channels: torch.Tensor
@@ -68,8 +70,8 @@ class FactoredLayer:
 
 
 def factor_layer(mlp: MLP, offer: Offer, choice: Choice, groups: int) -> FactoredLayer:
-    """The layer that a choice stands for, on the CPU in fp32; the deal goes on from the offer's, for the ranks
-    that were chosen.
+    """The layer that a choice stands for, on the CPU in fp32; the deal goes on from the offer's, for the
+    ranks that were chosen.
     """
     kept = offer.kept(choice.kept).to(mlp.gate.device)
     slim = mlp.keep(kept)

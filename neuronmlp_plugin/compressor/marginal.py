@@ -1,9 +1,9 @@
-"""What each part of a choice is worth where it ends up: one backward pass of KL(dense || truncated) through the
-truncated model.
+"""What each part of a choice is worth where it ends up: one backward pass of KL(dense || truncated) through
+the truncated model.
 
-The allocation adds up what each part loses alone: a layer's removed channels, and the rank of each matrix. With
-all W' in place, -<dKL/dW', W - W'> is the first-order gain of making one part whole again, with everything that
-the others do to it; losses are scaled by how far that is from what was predicted.
+The allocation adds up what each part loses alone: a layer's removed channels, and the rank of each matrix.
+With all W' in place, -<dKL/dW', W - W'> is the first-order gain of making one part whole again, with
+everything that the others do to it; losses are scaled by how far that is from what was predicted.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ Gains = Sequence[float | None]  # of a layer: of its channels removed, of gate, 
 
 
 class TruncatedStream(LayerStream):
-    """The dense model, one layer at a time, with the matrices that `factored(index)` stands for in place of any
-    factors; a layer of which it is None is the base's own.
+    """The dense model, one layer at a time, with the matrices that `factored(index)` stands for in place of
+    any factors; a layer of which it is None is the base's own.
 
     Removed channels stay where they were, and down does not look at them: so what they would be worth has a
     gradient.
@@ -61,8 +61,8 @@ class TruncatedStream(LayerStream):
 
 
 def placed(found: FactoredLayer, kept: torch.Tensor, name: str, base: torch.Tensor) -> torch.Tensor:
-    """`kept`, of the layer's k channels, among all channels of the `base` matrix: gate's and up's others as they
-    were, down's zero.
+    """`kept`, of the layer's k channels, among all channels of the `base` matrix: gate's and up's others as
+    they were, down's zero.
     """
     kept, channels = kept.to(base.device, base.dtype), found.channels.to(base.device)
     if name == "down_proj":
@@ -71,10 +71,11 @@ def placed(found: FactoredLayer, kept: torch.Tensor, name: str, base: torch.Tens
 
 
 def scaled(layers: Sequence[Layer], choices: Sequence[Choice], gains: Sequence[Gains]) -> list[Layer]:
-    """The layers with each part's losses times (gain / predicted loss of the choice, over the mean of all)^POWER.
+    """The layers with each part's losses times (gain / predicted loss of the choice, over the mean of
+    all)^POWER.
 
-    What was not measured, because nothing was taken there, goes by the rest of its layer, and a layer of which
-    nothing was taken by its neighbours: most of what a prediction misses is a matter of depth.
+    What was not measured, because nothing was taken there, goes by the rest of its layer, and a layer of
+    which nothing was taken by its neighbours: most of what a prediction misses is a matter of depth.
     """
     predicted = [parts(layer, choice) for layer, choice in zip(layers, choices, strict=True)]
     known = [
@@ -105,8 +106,8 @@ def _times(level: Level, factors: list[float]) -> Level:
 def measured_gains(
     truncated: TruncatedStream, windows: torch.Tensor, files: Workspace, bars: ProgressBars
 ) -> list[list[float | None]]:
-    """The gains of every layer in nats a token of `windows [n, S]`: of its removed channels, and of the rank of
-    gate, up and down; None for what is whole.
+    """The gains of every layer in nats a token of `windows [n, S]`: of its removed channels, and of the rank
+    of gate, up and down; None for what is whole.
 
     `files` holds each layer's input for the time being.
     """

@@ -99,8 +99,9 @@ class Footprint:
         return self._batch(self.calibration_tokens, 4, 8) + BLOCK * self.shape.intermediate_size * _FP32
 
     def _offers(self) -> int:
-        """A layer with its moments; C_h^-1 and W^T G W in fp64, shrunk into copies, where channels go, and what
-        repairs down; or the whitened rows of all three matrices with two more of their size, and slices at work.
+        """A layer with its moments; C_h^-1 and W^T G W in fp64, shrunk into copies, where channels go, and
+        what repairs down; or the whitened rows of all three matrices with two more of their size, and slices
+        at work.
         """
         h, i = self.shape.hidden_size, self.shape.intermediate_size
         statistics = (3 * h * i + h * h + i * i) * _FP32 + 3 * h * h * _FP64
@@ -108,8 +109,8 @@ class Footprint:
         return statistics + max(eliminated, i * i * _FP32 + 9 * h * i * _FP32 + 3 * h * i * _FP64)
 
     def _measured(self) -> int:
-        """Hidden states of both models and a gradient, with the output matrix; or a layer of both, its weights
-        and factors as they were chosen, and weight gradients.
+        """Hidden states of both models and a gradient, with the output matrix; or a layer of both, its
+        weights and factors as they were chosen, and weight gradients.
         """
         h, i = self.shape.hidden_size, self.shape.intermediate_size
         factored = 3 * (h * i + (h + i) * min(h, i) // 2) * _FP32 + 2 * h * i * _FP64
@@ -126,7 +127,9 @@ class Footprint:
         return (3 * (h + i) + 6 * i + 2 * i) * min(h, i) * _FP64
 
     def _judge(self) -> int:
-        """Hidden states and output matrices of both models, with six times some logits; or one layer at work."""
+        """Hidden states and output matrices of both models, with six times some logits; or one layer at
+        work.
+        """
         heads = self.vocabulary * (2 * self.shape.hidden_size + 6 * POSITIONS) * _FP32
         return 2 * self._hidden(self.judge_tokens) + max(
             heads, self._layer() + self._batch(self.judge_tokens, 4, 8)

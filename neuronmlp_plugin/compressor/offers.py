@@ -1,4 +1,6 @@
-"""What each layer can become: at a few levels of channels removed, dealt into groups, the loss of every rank."""
+"""What each layer can become: at a few levels of channels removed, dealt into groups, the loss of every
+rank.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,16 @@ from neuronmlp_plugin.lowrank.removal import eliminate, leverage_order
 from neuronmlp_plugin.lowrank.slices import REFIT_GAIN
 from neuronmlp_plugin.models.factors import PROJECTIONS
 
-# A deal is made for slices that keep this share of their parameters, whatever size is asked for: it serves all
-# sizes of an analysis.
+# A deal is made for slices that keep this share of their parameters, whatever size is asked for: it serves
+# all sizes of an analysis.
 NOMINAL_KEEP = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
 class Offer:
     """Of one layer. `order [I]`: channels, the first to be kept first; `removal [I + 1]`: what keeping the
-    first k loses; `tails[k] [3, ranks + 1]` of gate, up and down at a level of k channels, and `deals[k] [k]` the
-    group of each of `kept(k)`.
+    first k loses; `tails[k] [3, ranks + 1]` of gate, up and down at a level of k channels, and `deals[k] [k]`
+    the group of each of `kept(k)`.
     """
 
     order: torch.Tensor

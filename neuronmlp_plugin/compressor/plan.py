@@ -102,8 +102,8 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Room for metrics (fp64), the backward pass or the moments and factors (fp32) with hidden states, and the
-        result.
+        """Room for metrics (fp64), the backward pass or the moments and factors (fp32) with hidden states,
+        and the result.
         """
         h, i, layers = self.shape.hidden_size, self.shape.intermediate_size, self.shape.num_layers
         decompositions = layers * (h * h + i * i + 6 * h * i) * _FP32  # moments, and the layers as chosen
@@ -152,7 +152,8 @@ class Plan:
             ("groups", self._groups_row()),
             (
                 "calibration",
-                f"{self.calibration.numel():,} tokens in {len(self.calibration)} windows; backward pass on {self.metric_windows}",
+                f"{self.calibration.numel():,} tokens in {len(self.calibration)} windows; backward pass on "
+                f"{self.metric_windows}",
             ),
             ("judged on", f"{self.judge.numel():,} tokens that are not calibrated on"),
             ("memory", f"about {self.memory_bytes / 2**30:.1f} GiB"),
@@ -174,9 +175,15 @@ class Plan:
     def _size_row(self) -> str:
         s = self.settings
         if s.target is not None:
-            return f"as much as keeps {s.target} on the text judged on, by about 8 probes; the stored tensors have to keep it too"
+            return (
+                f"as much as keeps {s.target} on the text judged on, by about 8 probes; the stored tensors "
+                "have to keep it too"
+            )
         if s.faster is not None:
-            return f"as little as makes the MLPs {s.faster:g} times faster in decode, simulated: one token, one core of trn1, bf16"
+            return (
+                f"as little as makes the MLPs {s.faster:g} times faster in decode, simulated: one token, one "
+                "core of trn1, bf16"
+            )
         assert s.remove is not None
         return f"{s.remove:.1%} of them: {s.remove * self.mlp_parameters / 1e6:.1f} M"
 
@@ -187,7 +194,9 @@ def digest(value: Any) -> str:
 
 
 def base_digest(base: Checkpoint) -> str:
-    """A name for the dense weights: config, tensor names and shapes, and samples of all files (`sampled_digest`)."""
+    """A name for the dense weights: config, tensor names and shapes, and samples of all files
+    (`sampled_digest`).
+    """
     files = [(path.name, sampled_digest(path)) for path in base.files]
     return digest([base.config, sorted((n, list(s)) for n, s in base.shapes().items()), files])
 
@@ -199,11 +208,14 @@ def weights_digest(base: Checkpoint) -> str:
 
 
 def make_plan(settings: Settings) -> Plan:
-    """Open and check everything that a run will touch. Raises the errors of the parts, each naming its file."""
+    """Open and check everything that a run will touch. Raises the errors of the parts, each naming its
+    file.
+    """
     base = Checkpoint(settings.model)
     if base.block is not None:
         raise CheckpointError(
-            f"{settings.model}: expected a dense model, found one that is factored already; compress the original."
+            f"{settings.model}: expected a dense model, found one that is factored already; compress the "
+            "original."
         )
     shape = dense_block(base).shape
     groups = _groups(settings, shape)
@@ -234,7 +246,8 @@ def _windows(settings: Settings, shape: MLPShape, vocabulary: int) -> tuple[torc
     calibration = pool[order.sort().values]
     if settings.target is not None and not len(judge):
         raise CalibrationError(
-            f"{settings.text}: expected a window to judge --target on, found only {len(windows)} windows, of which an eighth at most are "
+            f"{settings.text}: expected a window to judge --target on, found only {len(windows)} windows, of "
+            "which an eighth at most are "
             "judged on; give more text or a smaller --window."
         )
     if settings.method == "plain":
@@ -250,7 +263,8 @@ def _check_enough(settings: Settings, shape: MLPShape, found: int) -> None:
     needed = 2 * max(shape.hidden_size, shape.intermediate_size)
     if found < needed:
         raise CalibrationError(
-            f"{settings.text}: expected at least {needed:,} calibration tokens (twice the intermediate size), found {found:,}; "
+            f"{settings.text}: expected at least {needed:,} calibration tokens (twice the intermediate "
+            f"size), found {found:,}; "
             "give more text or raise --tokens."
         )
 
@@ -265,7 +279,8 @@ def _groups(settings: Settings, shape: MLPShape) -> int:
     if asked is not None:
         if channels % asked or asked % tp:
             raise UsageError(
-                f"--groups {asked}: expected a divisor of the {channels} intermediate channels that is a multiple of --tp {tp}, "
+                f"--groups {asked}: expected a divisor of the {channels} intermediate channels that is a "
+                f"multiple of --tp {tp}, "
                 f"found {asked}; choose one, or auto."
             )
         return asked
@@ -328,15 +343,18 @@ def _check_places(plan: Plan) -> None:
     around = plan.settings.analysis.resolve()
     if {plan.target.resolve(), plan.work.resolve()} & {around, *around.parents}:
         raise UsageError(
-            f"--analysis {plan.settings.analysis}: expected a folder outside --out, found one inside; name another."
+            f"--analysis {plan.settings.analysis}: expected a folder outside --out, found one inside; name "
+            "another."
         )
 
 
 def _check_room(plan: Plan) -> None:
     if available_bytes() < plan.memory_bytes:
         raise UsageError(
-            f"{plan.settings.model}: expected a machine with {plan.memory_bytes / 2**30:.1f} GiB of memory, found "
-            f"{available_bytes() / 2**30:.1f} GiB; lower --tokens, --metric-tokens or --window, or use a larger machine."
+            f"{plan.settings.model}: expected a machine with {plan.memory_bytes / 2**30:.1f} GiB of memory, "
+            "found "
+            f"{available_bytes() / 2**30:.1f} GiB; lower --tokens, --metric-tokens or --window, or use a "
+            "larger machine."
         )
     parent = plan.settings.out.absolute().parent
     while not parent.exists():
@@ -348,7 +366,8 @@ def _check_room(plan: Plan) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OutputError(
-            f"{parent}: expected {needed / 2**30:.1f} GiB of free disk, found {free / 2**30:.1f} GiB; free some or choose another --out."
+            f"{parent}: expected {needed / 2**30:.1f} GiB of free disk, found {free / 2**30:.1f} GiB; free "
+            "some or choose another --out."
         )
 
 

@@ -40,16 +40,17 @@ def quantize_folder(
     """Write `out`, which appears whole or not at all, with every MLP matrix of `model` in int8 and all else
     as it was.
 
-    Rounding goes by what the MLPs see on `windows [n, S]`, or by the weights alone. Where `model` has a report,
-    `out` gets one of its own, whose quality is what `judge` measures (on `text`, which is only named), or none.
-    Raises OutputError where `out` exists or the disk is full, CheckpointError where `model` is int8 already, and
-    the reader's errors.
+    Rounding goes by what the MLPs see on `windows [n, S]`, or by the weights alone. Where `model` has a
+    report, `out` gets one of its own, whose quality is what `judge` measures (on `text`, which is only
+    named), or none. Raises OutputError where `out` exists or the disk is full, CheckpointError where `model`
+    is int8 already, and the reader's errors.
     """
     base = Checkpoint(model)
     before = base.block or dense_block(base)
     if before.has_int8:
         raise CheckpointError(
-            f"{model}: expected MLPs in floating point, found int8; quantise the folder that it was made from."
+            f"{model}: expected MLPs in floating point, found int8; quantise the folder that it was made "
+            "from."
         )
     after = dataclasses.replace(
         int8_block(before), provenance={**before.provenance, "quantized_from": str(model)}
@@ -128,8 +129,8 @@ def _report(
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """What is known of a matrix in its model: `moment` `[in, in]`, E[x x^T] of its inputs, and `worth` `[out]` of an
-    error in each of its outputs. None: all alike, and nothing to do with each other.
+    """What is known of a matrix in its model: `moment` `[in, in]`, E[x x^T] of its inputs, and `worth`
+    `[out]` of an error in each of its outputs. None: all alike, and nothing to do with each other.
     """
 
     moment: torch.Tensor | None = None
@@ -140,8 +141,9 @@ class Statistics:
 def _layer_statistics(stream: LayerStream, index: int, hidden: torch.Tensor) -> dict[str, Statistics]:
     """What the layer's three matrices see on `hidden [n, S, H]`, which is taken through the layer in place.
 
-    An error e in a channel of gate puts e silu'(gate) up into the channel that down reads, one in up e silu(gate);
-    and down makes of it as much as its column is long: all of which is known after one forward pass.
+    An error e in a channel of gate puts e silu'(gate) up into the channel that down reads, one in up e
+    silu(gate); and down makes of it as much as its column is long: all of which is known after one forward
+    pass.
     """
     layer = stream.load(index)
     mlp: Any = layer.mlp
@@ -175,12 +177,12 @@ def _add(squares: dict[str, torch.Tensor], name: str, values: torch.Tensor) -> N
 def round_matrix(
     matrix: Matrix, tensors: Mapping[str, torch.Tensor], known: Statistics
 ) -> dict[str, torch.Tensor]:
-    """A matrix in int8, by suffix, from its floating-point tensors: one whose product with its inputs is near to
-    what it was.
+    """A matrix in int8, by suffix, from its floating-point tensors: one whose product with its inputs is near
+    to what it was.
 
     The first factor is rounded under the moment of its inputs and under what the second makes of its errors;
-    the second is fitted to what the first has become, and rounded under the moment of what it will see. Rounded
-    each for itself, the factors of a compact matrix move it several times as far.
+    the second is fitted to what the first has become, and rounded under the moment of what it will see.
+    Rounded each for itself, the factors of a compact matrix move it several times as far.
     """
     first, second = (tensors[suffix].float() if suffix else None for suffix in matrix.suffixes)
     if first is None or second is None:

@@ -31,8 +31,8 @@ def loss_by_size(layers: Sequence[Layer], settings: Settings) -> list[dict[str, 
 
 
 def spectra(layers: Sequence[Layer]) -> dict[str, Any]:
-    """Share of the output energy that each matrix loses at (at most 64) ranks of a group from 0 to full, to four
-    digits, while it has all its channels.
+    """Share of the output energy that each matrix loses at (at most 64) ranks of a group from 0 to full, to
+    four digits, while it has all its channels.
 
     `{"ranks": [...], "layers": [{projection: [...]}, ...]}`: all three matrices of a layer have the same full
     rank, min(H, I / groups).

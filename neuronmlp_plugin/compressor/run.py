@@ -1,4 +1,6 @@
-"""Carry a plan out: analyse, choose ranks, build, write, judge, report. What is finished is never done again."""
+"""Carry a plan out: analyse, choose ranks, build, write, judge, report. What is finished is never done
+again.
+"""
 
 from __future__ import annotations
 
@@ -76,8 +78,8 @@ class Run:
         self.result.mkdir()
 
     def factored(self, index: int, choice: Choice) -> FactoredLayer | None:
-        """The layer that a choice stands for; None where it is the base's own. The last choice of each layer is
-        kept as a file.
+        """The layer that a choice stands for; None where it is the base's own. The last choice of each layer
+        is kept as a file.
         """
         if choice.kept == self.plan.shape.intermediate_size and not any(choice.ranks):
             return None
@@ -156,7 +158,9 @@ def _choose(run: Run, layers: Sequence[Layer], keep: float) -> list[Choice]:
 
 
 def _choices_for(run: Run, layers: list[Layer], keep: float, bars: ProgressBars) -> list[Choice]:
-    """What the layers become; with `measured`, chosen again under what the last choice turned out to be worth."""
+    """What the layers become; with `measured`, chosen again under what the last choice turned out to be
+    worth.
+    """
     choices = _choose(run, layers, keep)
     for turn in range(MEASURED_TURNS if run.plan.settings.allocation == "measured" else 0):
         name = f"gains-{turn}.json"

@@ -86,7 +86,8 @@ class Search:
         if not left:
             found = min(self.probes, key=lambda probe: probe["removed"])
             raise UsageError(
-                f"--target {self.asked}: expected a removal that meets it, found {self.target.metric} {found[self.target.metric]:.4f} "
+                f"--target {self.asked}: expected a removal that meets it, found {self.target.metric} "
+                f"{found[self.target.metric]:.4f} "
                 f"at {found['removed']:.1%} already; ask for less."
             )
         return left[-1]

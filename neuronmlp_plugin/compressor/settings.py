@@ -94,7 +94,8 @@ class Settings:
         for name in ("metric_tokens", "judge_tokens"):
             if getattr(self, name) < 0:
                 raise UsageError(
-                    f"--{name.replace('_', '-')}: expected a number of tokens, or 0, found {getattr(self, name)}."
+                    f"--{name.replace('_', '-')}: expected a number of tokens, or 0, found "
+                    f"{getattr(self, name)}."
                 )
         check_seed(self.seed)
         if self.samples < 0:
@@ -103,12 +104,14 @@ class Settings:
             )
         if self.text is None and self.method != "plain":
             raise UsageError(
-                f"--text: expected calibration text for --method {self.method}, found none; name a .txt or .jsonl file."
+                f"--text: expected calibration text for --method {self.method}, found none; name a .txt or "
+                ".jsonl file."
             )
         self._check_form()
         if self.method != "two-sided" and self.allocation != "uniform":
             raise UsageError(
-                f"--method {self.method}: expected --allocation uniform, found {self.allocation}; without the output metric the losses of "
+                f"--method {self.method}: expected --allocation uniform, found {self.allocation}; without "
+                "the output metric the losses of "
                 "different layers cannot be compared (it does worse than uniform)."
             )
 
@@ -116,12 +119,14 @@ class Settings:
         narrow = self.form == "narrow"
         if narrow != (self.method == "modegpt") and self.method != "two-sided":
             raise UsageError(
-                f"--method {self.method}: expected --form {'narrow' if not narrow else 'compact or uv'}, found {self.form}; "
+                f"--method {self.method}: expected --form {'narrow' if not narrow else 'compact or uv'}, "
+                f"found {self.form}; "
                 "modegpt removes channels, whitened and plain make factors."
             )
         if narrow and self.channels == "keep":
             raise UsageError(
-                "--form narrow: expected --channels remove, found keep; dense matrices of all channels are the model itself."
+                "--form narrow: expected --channels remove, found keep; dense matrices of all channels are "
+                "the model itself."
             )
 
     @property
@@ -135,7 +140,8 @@ class Settings:
         given = [name for name, value in sizes.items() if value is not None]
         if len(given) != 1:
             raise UsageError(
-                f"size: expected one of {', '.join(sizes)}, found {' and '.join(given) or 'none'}; give exactly one."
+                f"size: expected one of {', '.join(sizes)}, found {' and '.join(given) or 'none'}; give "
+                "exactly one."
             )
         if self.remove is not None and not 0.0 < self.remove < 1.0:
             raise UsageError(
@@ -145,7 +151,8 @@ class Settings:
             parse_target(self.target)
             if self.text is None or self.judge_tokens < self.window:
                 raise UsageError(
-                    "--target: expected text to judge on, found none; give --text, and --judge-tokens of a window or more."
+                    "--target: expected text to judge on, found none; give --text, and --judge-tokens of a "
+                    "window or more."
                 )
         if self.faster is not None and not self.faster > 1.0:
             raise UsageError(
@@ -157,7 +164,8 @@ class Settings:
             )
         if self.target is not None and self.allocation == "measured":
             raise UsageError(
-                "--allocation measured: expected --remove or --faster, found --target, which probes many sizes; leave it out."
+                "--allocation measured: expected --remove or --faster, found --target, which probes many "
+                "sizes; leave it out."
             )
 
     def to_json(self) -> dict[str, Any]:

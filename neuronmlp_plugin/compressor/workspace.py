@@ -24,11 +24,13 @@ def refuse_anothers(path: pathlib.Path, fingerprint: str) -> None:
     begun = known.with_suffix(".tmp").name  # what a run left that was killed while it wrote its first file
     if not known.is_file() and path.is_dir() and any(found.name != begun for found in path.iterdir()):
         raise OutputError(
-            f"{path}: expected an empty folder, or what a run of these same settings left, found other files; name another."
+            f"{path}: expected an empty folder, or what a run of these same settings left, found other "
+            "files; name another."
         )
     if known.is_file() and read_object(known).get("fingerprint") != fingerprint:
         raise OutputError(
-            f"{path}: expected what a run of these same settings left, found another's; name another folder or remove it."
+            f"{path}: expected what a run of these same settings left, found another's; name another folder "
+            "or remove it."
         )
 
 
@@ -36,8 +38,8 @@ class Workspace:
     """Results of finished stages as safetensors in the folder `path`.
 
     Every file is written whole or not at all, so a stage is finished exactly when its file is there. A folder
-    belongs to one fingerprint: what another run left is never mixed in. Files are not waited for until the disk has
-    them: one that a power cut emptied has another checksum than it says, and is refused.
+    belongs to one fingerprint: what another run left is never mixed in. Files are not waited for until the
+    disk has them: one that a power cut emptied has another checksum than it says, and is refused.
     """
 
     def __init__(self, path: pathlib.Path, fingerprint: str) -> None:
@@ -63,7 +65,8 @@ class Workspace:
             expected = (handle.metadata() or {}).get(_SUM)
         if expected != str(_checksum(tensors)):
             raise CheckpointError(
-                f"{path}: expected what the run wrote there, found other bytes; remove the folder {self.path} and run again."
+                f"{path}: expected what the run wrote there, found other bytes; remove the folder "
+                f"{self.path} and run again."
             )
         return tensors
 

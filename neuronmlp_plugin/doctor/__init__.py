@@ -28,11 +28,13 @@ def run(args: argparse.Namespace) -> int:
         for name, version in environment.versions.items():
             print(f"{name:32} {version}")
         print(
-            f"{'Neuron devices':32} {', '.join(environment.devices) or 'none'}  ({environment.instance or 'unknown machine'})"
+            f"{'Neuron devices':32} {', '.join(environment.devices) or 'none'}  "
+            f"({environment.instance or 'unknown machine'})"
         )
         stack = stack_of(environment.versions)
         print(
-            f"{'Neuron SDK':32} {stack.sdk if stack else 'none'}  (kernels are read as by nki {nki_of(environment.versions)})"
+            f"{'Neuron SDK':32} {stack.sdk if stack else 'none'}  (kernels are read as by nki "
+            f"{nki_of(environment.versions)})"
         )
         for finding in findings:
             print(f"\n{finding.severity}: {finding.what}\n  fix: {finding.fix}")

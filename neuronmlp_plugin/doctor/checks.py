@@ -43,7 +43,8 @@ def check_serving_stack(env: Environment) -> Iterator[Finding]:
         fix = f"use SDK {REFERENCE.sdk} on trn1 (docs/trainium.md)"
         yield Finding(
             PROBLEM,
-            f"vllm-neuron {env.versions['vllm-neuron']} has its own models instead of NxD Inference, which we do not extend",
+            f"vllm-neuron {env.versions['vllm-neuron']} has its own models instead of NxD Inference, which "
+            "we do not extend",
             fix,
         )
     elif new and not env.has("neuronx_distributed_inference"):
@@ -81,7 +82,10 @@ def check_registration(env: Environment) -> Iterator[Finding]:
 
 def check_devices(env: Environment) -> Iterator[Finding]:
     if env.has("vllm_neuron") and not env.devices:
-        fix = "run on a trn1 instance with the Neuron driver (neuron-ls lists the devices); inside a container pass --device=/dev/neuron0"
+        fix = (
+            "run on a trn1 instance with the Neuron driver (neuron-ls lists the devices); inside a container "
+            "pass --device=/dev/neuron0"
+        )
         yield Finding(PROBLEM, "there is no /dev/neuron*, so vllm-neuron will not register its platform", fix)
 
 
@@ -139,7 +143,8 @@ def check_artifacts(env: Environment) -> Iterator[Finding]:
         yield Finding(NOTE, what, fix)
     elif pathlib.Path(folder, "neuron_config.json").is_file():
         what = (
-            f"what was compiled into {folder} is in force: another model, other sizes or other options of ours are refused, "
+            f"what was compiled into {folder} is in force: another model, other sizes or other options of "
+            "ours are refused, "
             "NxD Inference's own options of the command line are ignored"
         )
         yield Finding(NOTE, what, "name another folder after changing the model, its factors or an option")
@@ -150,14 +155,19 @@ def check_sampling(env: Environment) -> Iterator[Finding]:
         return
     off = env.variables.get("NEURON_ON_DEVICE_SAMPLING_DISABLED", "0") not in ("", "0")
     if off and (env.version("vllm-neuron") or (0, 2))[:2] <= (0, 5):
-        what = "NEURON_ON_DEVICE_SAMPLING_DISABLED makes vllm-neuron to 0.5.0 call a module and fail (its pull request 28)"
+        what = (
+            "NEURON_ON_DEVICE_SAMPLING_DISABLED makes vllm-neuron to 0.5.0 call a module and fail (its pull "
+            "request 28)"
+        )
         fix = 'unset it and put "on_device_sampling_config": null into override_neuron_config'
         yield Finding(PROBLEM, what, fix)
     yield Finding(
         NOTE,
-        "on-device sampling gave wrong text for Qwen2 and Qwen3 at tensor parallel 2 with continuous batching, with HTTP 200 "
+        "on-device sampling gave wrong text for Qwen2 and Qwen3 at tensor parallel 2 with continuous "
+        "batching, with HTTP 200 "
         "(optimum-neuron pull request 886)",
-        "run examples/trn1/smoke_test.py, which compares every sequence, before you serve with --max-num-seqs above 1",
+        "run examples/trn1/smoke_test.py, which compares every sequence, before you serve with "
+        "--max-num-seqs above 1",
     )
 
 

@@ -56,7 +56,9 @@ class Environment:
         return module in self.modules
 
     def version(self, distribution: str) -> tuple[int, ...] | None:
-        """Leading numbers of a version ("0.8.16251+abc" -> (0, 8, 16251)), or None where it is not installed."""
+        """Leading numbers of a version ("0.8.16251+abc" -> (0, 8, 16251)), or None where it is not
+        installed.
+        """
         return None if distribution not in self.versions else numbers(self.versions[distribution])
 
 

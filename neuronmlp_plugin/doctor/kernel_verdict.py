@@ -1,4 +1,6 @@
-"""Would the NKI compiler of this machine take our kernels? Asked without a chip, of whoever knows best here."""
+"""Would the NKI compiler of this machine take our kernels? Asked without a chip, of whoever knows best
+here.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ HIDDEN, INTERMEDIATE, RANK = 256, 512, 128
 
 def check_kernels(env: Environment, target: str | None = None) -> Iterator[Finding]:
     """Who read the whole MLP's kernel, and what was refused. Nothing where no NKI kernel could ever run.
-    `target`: the version of nki that our front end stands for where there is no compiler to ask; by default that
-    of the stack which is found.
+    `target`: the version of nki that our front end stands for where there is no compiler to ask; by default
+    that of the stack which is found.
     """
     if not (env.has("nki") or env.has("neuronx_distributed_inference")):
         return

@@ -115,7 +115,8 @@ def uniform(layers: Sequence[Layer], keep: float, form: str, multiple: int) -> l
     ranks = [int(rank_for_share(keep, c.in_features, c.out_features, form) + 1e-9) for c in curves]
     if min(ranks) < multiple:
         raise UsageError(
-            f"--rank-multiple {multiple}: expected at most the uniform rank, {min(ranks)}, found more; choose a smaller one."
+            f"--rank-multiple {multiple}: expected at most the uniform rank, {min(ranks)}, found more; "
+            "choose a smaller one."
         )
     rounded = iter(rank // multiple * multiple for rank in ranks)
     return [Choice(layer[0].kept, tuple(next(rounded) for _ in layer[0].curves)) for layer in layers]
@@ -125,7 +126,8 @@ def _narrow(layer: Layer, keep: float) -> Choice:
     fitting = [level for level in layer if level.kept <= keep * layer[0].kept]
     if not fitting:
         raise UsageError(
-            f"size: expected at most {1 - layer[-1].kept / layer[0].kept:.2f} of the channels taken away, found {1 - keep:.2f} asked for; "
+            f"size: expected at most {1 - layer[-1].kept / layer[0].kept:.2f} of the channels taken away, "
+            f"found {1 - keep:.2f} asked for; "
             "ask for less."
         )
     return Choice(max(level.kept for level in fitting), (None,) * len(layer[0].curves))
@@ -134,10 +136,13 @@ def _narrow(layer: Layer, keep: float) -> Choice:
 def check_removable(
     least: float, keep: float, form: str, multiple: int, what: str = "MLP parameters"
 ) -> None:
-    """UsageError where `keep` is below `least`, both shares of the dense cost, of which `what` says the kind."""
+    """UsageError where `keep` is below `least`, both shares of the dense cost, of which `what` says the
+    kind.
+    """
     if least > keep:
         raise UsageError(
-            f"size: expected at most {1 - least:.2f} of the {what} taken away at rank multiple {multiple}, form {form}, "
+            f"size: expected at most {1 - least:.2f} of the {what} taken away at rank multiple {multiple}, "
+            f"form {form}, "
             f"found {1 - keep:.2f} asked for; ask for less, or for a smaller --rank-multiple."
         )
 
@@ -163,8 +168,8 @@ def allocate(layers: Sequence[Layer], keep: float, form: str, multiple: int) -> 
     """A choice for each layer with the least summed loss whose cost is at most `keep` of the dense cost.
 
     Raises UsageError where no choice is cheap enough, or where the multiple is too coarse to come within 0.5
-    % of a budget of parameters; the steps of a price, or of channels, are not the multiple's fault, so there what
-    is left stays unspent.
+    % of a budget of parameters; the steps of a price, or of channels, are not the multiple's fault, so there
+    what is left stays unspent.
     """
     options = [_options(layer, form, multiple) for layer in layers]
     dense_cost = sum(layer[0].dense_cost for layer in layers)
@@ -211,9 +216,9 @@ def _worthwhile(options: Iterable[tuple[float, float, T]]) -> list[tuple[float, 
 
 
 def _of_level(level: Level, form: str, multiple: int) -> list[tuple[float, float, Choice]]:
-    """From the cheapest ranks of a level to its dense matrices: along each matrix's lower convex hull, where the
-    next step is the one of all matrices that saves the most loss per unit of cost, and on the way to it what
-    lies between: `(cost, loss, choice)` each.
+    """From the cheapest ranks of a level to its dense matrices: along each matrix's lower convex hull, where
+    the next step is the one of all matrices that saves the most loss per unit of cost, and on the way to it
+    what lies between: `(cost, loss, choice)` each.
     """
     options = [_of_matrix(curve, form, multiple) for curve in level.curves]
     hulls = [_hull(matrix) for matrix in options]
@@ -250,8 +255,8 @@ def _of_matrix(curve: Curve, form: str, multiple: int) -> list[tuple[float, floa
 
 
 def _hull(options: list[tuple[float, float, int]]) -> list[int]:
-    """Places of the lower convex hull after the first: along it every step saves less per unit of cost than the
-    one before.
+    """Places of the lower convex hull after the first: along it every step saves less per unit of cost than
+    the one before.
     """
     hull: list[int] = []
     for place, option in enumerate(options):
@@ -287,7 +292,9 @@ def _bisect(options: Sequence[_Options], budget: float) -> float:
 
 
 def _fill(options: Sequence[_Options], picks: list[int], budget: float) -> list[int]:
-    """Spend what is left: again and again the affordable upgrade that saves the most loss per unit of cost."""
+    """Spend what is left: again and again the affordable upgrade that saves the most loss per unit of
+    cost.
+    """
     picks, room = list(picks), budget - _spent(options, picks)
     while True:
         best: tuple[float, int, int] | None = None

@@ -28,8 +28,8 @@ def deal(
     """`[I]` the group (0 ... groups - 1) of each channel; all groups have I / groups of them.
 
     `rows [M, I, H]`: a row a channel of M whitened matrices, whose losses add up; `ranks [M]`: the rank of a
-    slice of each, roughly (it sets the price mu). `start` is a deal to begin from; cyclic without. At most `sweeps`
-    rounds of swaps.
+    slice of each, roughly (it sets the price mu). `start` is a deal to begin from; cyclic without. At most
+    `sweeps` rounds of swaps.
     """
     channels = rows.shape[1]
     assigned = torch.arange(channels, device=rows.device) % groups if start is None else start.clone()

@@ -31,7 +31,8 @@ class SecondMoment:
             product = rows[:, start:end].T @ rows[:, :end]
             if not all_finite(product):
                 raise NonFiniteError(
-                    "calibration activations: expected finite values, found NaN or Inf; check the model's dtype and weights."
+                    "calibration activations: expected finite values, found NaN or Inf; check the model's "
+                    "dtype and weights."
                 )
             self.total[start:end, :end] += product
         self.count += rows.shape[0]

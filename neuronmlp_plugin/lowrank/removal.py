@@ -1,8 +1,8 @@
 """Remove channels of an MLP: which ones, what it loses, and down's repair.
 
 Kept channels S stand for all by least squares: h ~ A h_S, so down becomes W A with A = C[:, S] C[S, S]^-1,
-and the loss is || G^1/2 (W - W A E_S) C^1/2 ||^2, in the units of `decompose`. What is left of W on S, cut to a rank
-under C[S, S], loses its tail besides: the two errors are orthogonal, so the losses add up exactly.
+and the loss is || G^1/2 (W - W A E_S) C^1/2 ||^2, in the units of `decompose`. What is left of W on S, cut to
+a rank under C[S, S], loses its tail besides: the two errors are orthogonal, so the losses add up exactly.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class _Elimination:
     def block(self, count: int) -> tuple[list[int], list[float]]:
         """Remove `count` channels; which, and what each cost.
 
-        With p and d the columns of P and D at the removed j: P -= p p^T / P_jj, and D loses d q^T + q d^T - D_jj q q^T
-        with q = p / P_jj, which is b q^T + q b^T for b = d - D_jj q / 2.
+        With p and d the columns of P and D at the removed j: P -= p p^T / P_jj, and D loses d q^T + q d^T -
+        D_jj q q^T with q = p / P_jj, which is b q^T + q b^T for b = d - D_jj q / 2.
         """
         p_diagonal, d_diagonal = self.p.diagonal().clone(), self.d.diagonal().clone()
         p_done, q_done, b_done = (self.p.new_zeros(len(self.p), count) for _ in range(3))

@@ -1,6 +1,7 @@
 """Round factors to integers so that later numbers make up for what earlier ones lost.
 
-The loss of a rounded weight W' `[n, m]` that meets inputs of moment C and whose outputs matter by a metric S is
+The loss of a rounded weight W' `[n, m]` that meets inputs of moment C and whose outputs matter by a metric S
+is
 
     tr(S (W - W') C (W - W')^T),
 
@@ -26,12 +27,12 @@ def round_under(
     outputs: torch.Tensor | None = None,
     damping: float = DAMPING,
 ) -> torch.Tensor:
-    """Integers q `[n, m]`, |q| <= limit, with a small tr(S D C D^T), D = weight - q step, for C = `inputs` `[m, m]`
-    and S = `outputs` `[n, n]`; None is the identity, and without both this is plain rounding.
+    """Integers q `[n, m]`, |q| <= limit, with a small tr(S D C D^T), D = weight - q step, for C = `inputs`
+    `[m, m]` and S = `outputs` `[n, n]`; None is the identity, and without both this is plain rounding.
 
-    `step` >= 0 broadcasts to `weight`. Column by column, and inside a column row by row, each number is rounded
-    to the best value given all that came before it: what was lost moves the later columns of its row by C, and
-    the later rows of its column by S.
+    `step` >= 0 broadcasts to `weight`. Column by column, and inside a column row by row, each number is
+    rounded to the best value given all that came before it: what was lost moves the later columns of its row
+    by C, and the later rows of its column by S.
     """
     left = weight.float().clone()
     step = step.float().where(step > 0, 1.0).expand_as(left)
@@ -103,8 +104,8 @@ def _round_tile(
     right: torch.Tensor,
     below: torch.Tensor,
 ) -> torch.Tensor:
-    """A tile `[a, b]` whose rows depend on each other as its columns do: an antidiagonal at a time, since a number
-    needs only those left of it and those above. Returns what each missed of what its column asked for.
+    """A tile `[a, b]` whose rows depend on each other as its columns do: an antidiagonal at a time, since a
+    number needs only those left of it and those above. Returns what each missed of what its column asked for.
     """
     a, b = left.shape
     missed = torch.empty_like(lost)
@@ -124,8 +125,8 @@ def _round_tile(
 
 
 def _carried(gram: torch.Tensor | None, damping: float) -> torch.Tensor | None:
-    """Strictly upper triangular `[m, m]`: by how much of a number's loss each later one is to move (row i: the
-    coefficients of the regression of later entries on entry i, given those before)."""
+    """Strictly upper triangular `[m, m]`: by how much of a number's loss each later one is to move (row i:
+    the coefficients of the regression of later entries on entry i, given those before)."""
     if gram is None:
         return None
     upper = torch.linalg.cholesky(
@@ -135,8 +136,8 @@ def _carried(gram: torch.Tensor | None, damping: float) -> torch.Tensor | None:
 
 
 def refit(second: torch.Tensor, cross: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """The S' `[out, R]` that brings S' z' nearest to S z, S = `second`, over inputs with E[z z'^T] = `cross` and
-    E[z' z'^T] = `gram`: S cross gram^-1.
+    """The S' `[out, R]` that brings S' z' nearest to S z, S = `second`, over inputs with E[z z'^T] = `cross`
+    and E[z' z'^T] = `gram`: S cross gram^-1.
     """
     solved = torch.linalg.solve(_damped(gram, DAMPING), (second.double() @ cross).T)
     return solved.T.to(second.dtype)

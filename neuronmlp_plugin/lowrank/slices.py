@@ -10,8 +10,8 @@ from neuronmlp_plugin.lowrank.decompose import decompose
 from neuronmlp_plugin.lowrank.removal import ridged
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # of one group: (first [R, in], second [out, R])
-# What `refit` takes off the loss of down's slices, roughly: 19 to 25 % and a sweep 3 to 4 % more. Assumed in the
-# curves, so that ranks are chosen with it.
+# What `refit` takes off the loss of down's slices, roughly: 19 to 25 % and a sweep 3 to 4 % more. Assumed in
+# the curves, so that ranks are chosen with it.
 REFIT_GAIN = 0.22
 REFIT_RIDGE = 1e-8
 
@@ -34,7 +34,8 @@ def factor_inputs(
     groups: Sequence[torch.Tensor],
     rank: int,
 ) -> list[Pair]:
-    """Down `[H, I]` under C `[I, I]`: the best rank of each group's columns, then a refit, one sweep, a refit.
+    """Down `[H, I]` under C `[I, I]`: the best rank of each group's columns, then a refit, one sweep, a
+    refit.
 
     The groups' parts add up to the output, so their errors interact: the second factors that are best
     together are not the best of each.
@@ -49,8 +50,8 @@ def factor_inputs(
 def _refitted(
     weight: torch.Tensor, moment: torch.Tensor, groups: Sequence[torch.Tensor], pairs: Sequence[Pair]
 ) -> list[Pair]:
-    """With all first factors U as they are (block-diagonal), V = W C U^T (U C U^T)^-1 has the least loss under
-    any metric.
+    """With all first factors U as they are (block-diagonal), V = W C U^T (U C U^T)^-1 has the least loss
+    under any metric.
     """
     c, ranks = moment.double(), [len(first) for first, _ in pairs]
     spread = torch.cat(
@@ -71,7 +72,9 @@ def _swept(
     groups: Sequence[torch.Tensor],
     pairs: Sequence[Pair],
 ) -> list[Pair]:
-    """Group after group, the best rank for what the others leave: a reduced-rank regression on its channels."""
+    """Group after group, the best rank for what the others leave: a reduced-rank regression on its
+    channels.
+    """
     found, left = list(pairs), weight.double().clone()
     for group, (first, second) in zip(groups, pairs, strict=True):
         left[:, group] -= second.double() @ first.double()

@@ -59,7 +59,9 @@ class Weight(NamedTuple):
 
 
 def joined(parts: Sequence[Weight], dim: int) -> Weight:
-    """Parts of one weight side by side along `dim`: scales with the rows (OUT), or those that all share (IN)."""
+    """Parts of one weight side by side along `dim`: scales with the rows (OUT), or those that all share
+    (IN).
+    """
     values = torch.cat([part.values for part in parts], dim)
     scales = [part.scale for part in parts if part.scale is not None]
     if not scales:
@@ -129,8 +131,8 @@ def block_product(x: torch.Tensor, weight: torch.Tensor, blocks: int = 1) -> tor
 def product(matrix: Matrix, first: Linear | None, second: Linear | None, x: torch.Tensor) -> torch.Tensor:
     """y `[..., out]` of x `[..., in]`, where `first` and `second` multiply by the matrix's factors.
 
-    z is `first` of x; y is `second` of z. Of a compact gate or up each group's z is also its first channels of
-    y; of a compact down the pivots of each group pass into z as they are, and `first` sees the others.
+    z is `first` of x; y is `second` of z. Of a compact gate or up each group's z is also its first channels
+    of y; of a compact down the pivots of each group pass into z as they are, and `first` sees the others.
     """
     if first is None or second is None:
         only = first or second

@@ -2,8 +2,8 @@
 
 Only here (and in models/definition.py, for numbers) is it known which tensors a form has, what they are
 called, which shapes they have, and where a tensor-parallel rank's share of them begins. Whoever computes with
-a matrix speaks of its `first` factor, which meets the input, and its `second`, which makes the output. A dense
-gate or up has only a first, a dense down only a second. No torch here.
+a matrix speaks of its `first` factor, which meets the input, and its `second`, which makes the output. A
+dense gate or up has only a first, a dense down only a second. No torch here.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class Matrix:
     """One matrix of a layer: `[out, in]` with `channels` intermediate channels on one side, in `groups` equal
     parts, each of which has factors of its own at the one rank of `spec`.
 
-    Example: gate, H 8, 12 channels, 2 groups, uv of rank 3: u `[6, 8]` is 2 stacked `[3, 8]`, v `[12, 3]` is 2
-    stacked `[6, 3]`; channels 0-5 come from rows 0-2 of u, channels 6-11 from rows 3-5.
+    Example: gate, H 8, 12 channels, 2 groups, uv of rank 3: u `[6, 8]` is 2 stacked `[3, 8]`, v `[12, 3]` is
+    2 stacked `[6, 3]`; channels 0-5 come from rows 0-2 of u, channels 6-11 from rows 3-5.
     """
 
     projection: str
@@ -95,7 +95,9 @@ class Matrix:
 
     @property
     def pivots(self) -> int:
-        """How many channels of each group, its first ones, are themselves z: the rank of a `compact` matrix."""
+        """How many channels of each group, its first ones, are themselves z: the rank of a `compact`
+        matrix.
+        """
         return self.rank if self.spec.form == "compact" else 0
 
     @property
@@ -157,12 +159,16 @@ class Matrix:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the matrix as it is served: int8 weights with their fp32 scales, floating point in bf16."""
+        """Bytes of the matrix as it is served: int8 weights with their fp32 scales, floating point in
+        bf16.
+        """
         scales = sum(rows for (rows,) in self.scale_shapes().values())
         return self.parameters * (1 if self.spec.is_int8 else 2) + 4 * scales
 
     def split_dim(self, suffix: str) -> int:
-        """Along which dimension contiguous equal parts of a weight are the shares of tensor-parallel ranks."""
+        """Along which dimension contiguous equal parts of a weight are the shares of tensor-parallel
+        ranks.
+        """
         return IN if self.is_down and suffix == self.suffixes[1] else OUT
 
 
@@ -237,15 +243,17 @@ class MLPLayer(Mapping[str, ProjectionSpec]):
         return (self.groups % tp == 0 if self.is_low_rank else True) and self.channels % tp == 0
 
     def gathers(self, tp: int) -> bool:
-        """Whether tp ranks share one group's factors, at the price of two collectives more (models/gather.py).
-        False where the layer fits. Raises UsageError where tp ranks cannot serve the layer at all.
+        """Whether tp ranks share one group's factors, at the price of two collectives more
+        (models/gather.py). False where the layer fits. Raises UsageError where tp ranks cannot serve the
+        layer at all.
         """
         if self.fits(tp):
             return False
         if self.groups == 1 and self.channels % tp == 0:
             return True
         raise UsageError(
-            f"tensor parallel size {tp}: expected a size that serves this MLP ({self.sizes()}), found another; "
+            f"tensor parallel size {tp}: expected a size that serves this MLP ({self.sizes()}), found "
+            "another; "
             f"choose one of those, or compress again with --tp {tp}."
         )
 

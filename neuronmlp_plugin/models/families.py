@@ -31,7 +31,8 @@ def check_supported(config: dict[str, Any], source: str) -> None:
     epsilon = config.get("rms_norm_eps", 1e-6)
     if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
         raise CheckpointError(
-            f"{source}: expected `rms_norm_eps` from 0 to 1, found {shown(epsilon)}; the config is not usable."
+            f"{source}: expected `rms_norm_eps` from 0 to 1, found {shown(epsilon)}; the config is not "
+            "usable."
         )
     activation = config.get("hidden_act", "silu")
     if activation != "silu":

@@ -102,7 +102,9 @@ def deal_padded(x: torch.Tensor, tp: int, rank: int, dim: int) -> torch.Tensor:
 
 
 def gathered_order(x: torch.Tensor, tp: int, dim: int) -> torch.Tensor:
-    """`x` along `dim` in the order in which an all-gather of dealt-out shares delivers it, padding included."""
+    """`x` along `dim` in the order in which an all-gather of dealt-out shares delivers it, padding
+    included.
+    """
     return torch.cat([deal_padded(x, tp, rank, dim) for rank in range(tp)], dim=dim)
 
 
@@ -131,7 +133,9 @@ def gather_shard(matrix: Matrix, tensors: Tensors, tp: int, rank: int) -> Shard:
 
 
 def all_gather_together(parts: list[torch.Tensor], collectives: Collectives) -> list[torch.Tensor]:
-    """Each rank's `[..., n_i]` -> all ranks' `[..., tp n_i]` in rank order, for all parts in one collective."""
+    """Each rank's `[..., n_i]` -> all ranks' `[..., tp n_i]` in rank order, for all parts in one
+    collective.
+    """
     if collectives.size == 1 or not parts:
         return parts
     widths = [part.shape[-1] for part in parts]

@@ -1,5 +1,5 @@
-"""The one optimiser loop of both stages: Adam without decay, a short warm-up, a cosine down to nothing; and in
-which arithmetic it takes its products.
+"""The one optimiser loop of both stages: Adam without decay, a short warm-up, a cosine down to nothing; and
+in which arithmetic it takes its products.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def chosen(asked: str, capabilities: Mapping[str, Any] | None = None) -> str:
 
 
 def products(arithmetic: str, device: torch.device) -> Any:
-    """The context in which products on `device` are taken in `arithmetic`; norms, softmaxes and sums stay fp32."""
+    """The context in which products on `device` are taken in `arithmetic`; norms, softmaxes and sums stay
+    fp32.
+    """
     return torch.autocast(device.type, torch.bfloat16, enabled=arithmetic == "bfloat16")
 
 
@@ -66,7 +68,8 @@ def descend(
         loss = steps[index]()
         if not math.isfinite(loss):  # before it is in the numbers, and in what a later run goes on from
             raise NonFiniteError(
-                f"--learning-rate {rate:g}: expected a finite loss, found {loss} at step {index + 1}; choose a lower one."
+                f"--learning-rate {rate:g}: expected a finite loss, found {loss} at step {index + 1}; choose "
+                "a lower one."
             )
         losses.append(loss)
         optimiser.step()

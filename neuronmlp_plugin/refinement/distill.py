@@ -57,10 +57,11 @@ def distill(
     files: Workspace,
     tick: Tick,
 ) -> list[float]:
-    """Train the weights of `linears` of a Hugging Face model in place; returns the loss of every step, per token.
+    """Train the weights of `linears` of a Hugging Face model in place; returns the loss of every step, per
+    token.
 
-    `teacher`: `teacher_states` of `windows [n, S]`, or None for the next-token loss; `share`: that of the next
-    token. `files` keeps what an interrupted run goes on from; `tick(1)` after each step.
+    `teacher`: `teacher_states` of `windows [n, S]`, or None for the next-token loss; `share`: that of the
+    next token. `files` keeps what an interrupted run goes on from; `tick(1)` after each step.
     """
     device = best_device()
     student.to(device)

@@ -76,8 +76,8 @@ class RefinePlan:
         return stored if self.source.block else FormatBlock(stored.layers, dense_block(self.dense).shape)
 
     def moving(self, model: torch.nn.Module, index: int | None = None) -> dict[str, Any]:
-        """What is trained of the whole model, or of layer `index`: all weights of each MLP that is not the dense
-        model's own; of all where they become int8.
+        """What is trained of the whole model, or of layer `index`: all weights of each MLP that is not the
+        dense model's own; of all where they become int8.
         """
         layers = range(len(self.block.layers)) if index is None else (index,)
         base = dense_block(self.dense).shape
@@ -117,18 +117,20 @@ class RefinePlan:
             ),
             (
                 "judged on",
-                f"{self.judge.numel():,} tokens that are not trained on; the best by {by} of before and after each stage is kept",
+                f"{self.judge.numel():,} tokens that are not trained on; the best by {by} of before and "
+                "after each stage is kept",
             ),
             ("output", str(s.out)),
         ]
 
 
 def make_plan(settings: RefineSettings) -> RefinePlan:
-    """Open and check everything that a run will touch. Raises the errors of the parts, each naming its file."""
+    """Open and check all that a run will touch. Raises the errors of the parts, each naming its file."""
     source, dense = Checkpoint(settings.model), Checkpoint(settings.dense)
     if dense.block is not None or (source.block is None and source.shapes() == dense.shapes()):
         raise CheckpointError(
-            f"{settings.model}: expected a compressed folder, and its dense one as --dense, found them otherwise."
+            f"{settings.model}: expected a compressed folder, and its dense one as --dense, found them "
+            "otherwise."
         )
     if source.block is not None and source.block.has_int8:
         raise CheckpointError(
@@ -143,7 +145,8 @@ def make_plan(settings: RefineSettings) -> RefinePlan:
         )
     if settings.model.resolve() in settings.out.resolve().parents:
         raise UsageError(
-            f"--out {settings.out}: expected a folder outside {settings.model}, found one inside; name another."
+            f"--out {settings.out}: expected a folder outside {settings.model}, found one inside; name "
+            "another."
         )
     check_new(settings.out)
     settings = dataclasses.replace(
@@ -160,7 +163,8 @@ def _windows(settings: RefineSettings, vocabulary: int) -> tuple[torch.Tensor, t
     length = max(JUDGE_WINDOW, settings.window)
     if settings.judge_tokens < length:
         raise UsageError(
-            f"--judge-tokens: expected at least one window of {length:,} tokens, found {settings.judge_tokens:,}."
+            f"--judge-tokens: expected at least one window of {length:,} tokens, found "
+            f"{settings.judge_tokens:,}."
         )
     pool, judge = hold_out(
         read_windows(settings.text, tokenizer, length, settings.tokens + settings.judge_tokens, vocabulary),
@@ -168,13 +172,13 @@ def _windows(settings: RefineSettings, vocabulary: int) -> tuple[torch.Tensor, t
     )
     if not len(judge):
         raise CalibrationError(
-            f"{settings.text}: expected at least {8 * length:,} tokens, so that some can judge, found fewer; give more."
+            f"{settings.text}: expected at least {8 * length:,} tokens, so that some can judge, found fewer; "
+            "give more."
         )
     short = rewindow(pool, settings.window, len(bos_prefix(tokenizer)))
     order = torch.randperm(len(short), generator=torch.Generator().manual_seed(settings.seed))
-    return short[
-        order[: max(1, settings.tokens // settings.window)]
-    ], judge  # all of them, if they are too few
+    kept = order[: max(1, settings.tokens // settings.window)]  # all of them, if they are too few
+    return short[kept], judge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,8 +343,8 @@ _STAGES = {"blocks": _refine_blocks, "distill": _distill}
 def _write_layer(
     plan: RefinePlan, target: pathlib.Path, source: Checkpoint, index: int, refined: dict[str, torch.Tensor]
 ) -> None:
-    """One layer. Refined tensors take the dtype in which the result is stored, which they have been trained in;
-    what was not refined is copied.
+    """One layer. Refined tensors take the dtype in which the result is stored, which they have been trained
+    in; what was not refined is copied.
     """
     tensors = {}
     for projection, matrix in plan.block.layers[index].matrices.items():

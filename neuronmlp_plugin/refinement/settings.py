@@ -29,8 +29,8 @@ class RefineSettings:
     stages: tuple[str, ...] = (
         "distill",
     )  # in order: blocks (S5, layer by layer) | distill (the whole model)
-    # of distill: KL(dense || compressed) with a share of the text's next token | without | that token alone (the
-    # paper's)
+    # of distill: KL(dense || compressed) with a share of the text's next token | without | that token alone
+    # (the paper's)
     loss: str = "mixed"
     # 0 moves the factors themselves; r trains a LoRA of rank r on each factor and merges it (less memory)
     adapter_rank: int = 0
@@ -55,7 +55,8 @@ class RefineSettings:
             wrong = [value for value in values if value not in allowed]
             if wrong or not values or len(set(values)) < len(values):
                 raise UsageError(
-                    f"--{name}: expected distinct values of {', '.join(allowed)}, found {', '.join(values) or 'none'}."
+                    f"--{name}: expected distinct values of {', '.join(allowed)}, found "
+                    f"{', '.join(values) or 'none'}."
                 )
         for name in ("tokens", "window", "batch", "judge_tokens", "learning_rate"):
             if (found := getattr(self, name)) is not None and not 0 < found < math.inf:
@@ -71,8 +72,8 @@ class RefineSettings:
     def text_share_for(self, divergence: float) -> float:
         """Which share of the loss the text's next token has, for a model `divergence` nats a token away.
 
-        A damaged model learns from the text what the dense model's opinion of it does not tell; one that is near
-        the dense model would only be pulled away from it.
+        A damaged model learns from the text what the dense model's opinion of it does not tell; one that is
+        near the dense model would only be pulled away from it.
         """
         return {"mixed": min(TEXT_SHARE, divergence), "kl": 0.0, "next-token": 1.0}[self.loss]
 

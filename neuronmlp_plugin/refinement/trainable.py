@@ -1,5 +1,5 @@
-"""Which numbers may move: the stored weights of MLPs, in whole or through LoRA adapters of low rank, as they are
-or through int8.
+"""Which numbers may move: the stored weights of MLPs, in whole or through LoRA adapters of low rank, as they
+are or through int8.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def trainable(
 ) -> Iterator[list[nn.Parameter]]:
     """The parameters to train: the weights of these `linears` of `module`, or adapters for them.
 
-    At the end adapters are merged into the weights, which are rounded where `is_int8`, and all is frozen again.
+    At the end adapters are merged into the weights, which are rounded where `is_int8`, and all is frozen
+    again.
     """
     module.requires_grad_(False)
     for linear in linears:

@@ -14,7 +14,9 @@ _LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
 def base_facts(folder: pathlib.Path) -> dict[str, Any]:
-    """What the card says about the dense model: its name, and the license that its own card states, if any."""
+    """What the card says about the dense model: its name, and the license that its own card states, if
+    any.
+    """
     name = hub_name(folder) or _name_in_config(folder) or folder.absolute().name
     return {"name": name, "license": _stated_license(folder / "README.md")}
 
@@ -92,7 +94,8 @@ def _made(report: dict[str, Any]) -> list[str]:
     tokens, quality = settings.get("calibration_tokens"), report.get("quality")
     lines = ["## How it was made", ""]
     lines.append(
-        f"`neuronmlp compress`, method {settings.get('method')}, allocation {settings.get('allocation')}, seed {settings.get('seed')}."
+        f"`neuronmlp compress`, method {settings.get('method')}, allocation {settings.get('allocation')}, "
+        f"seed {settings.get('seed')}."
     )
     if tokens:
         lines.append(f"Calibrated on {tokens:,} tokens (digest `{settings.get('calibration_digest')}`).")
@@ -100,7 +103,8 @@ def _made(report: dict[str, Any]) -> list[str]:
         lines.append(f"Refined afterwards: {_plain(str(report['refinement'].get('method')))}.")
     if quality:
         lines.append(
-            f"Judged on {quality['num_tokens']:,} tokens {_plain(judged_on(report))}; other text can fare worse."
+            f"Judged on {quality['num_tokens']:,} tokens {_plain(judged_on(report))}; other text can fare "
+            "worse."
         )
     return [*lines, ""]
 
@@ -113,9 +117,15 @@ def _serving(report: dict[str, Any]) -> list[str]:
         else "vllm serve DIR"
     )
     if report.get("ordinary"):
-        needs = "An ordinary Hugging Face folder with a smaller `intermediate_size`: any engine loads it, without neuronmlp."
+        needs = (
+            "An ordinary Hugging Face folder with a smaller `intermediate_size`: any engine loads it, "
+            "without neuronmlp."
+        )
         return ["## How to serve it", "", needs]
-    needs = "With vLLM and neuronmlp installed (extra `cpu`); a plain `from_pretrained` of the folder stops with an error, by design."
+    needs = (
+        "With vLLM and neuronmlp installed (extra `cpu`); a plain `from_pretrained` of the folder stops with "
+        "an error, by design."
+    )
     return ["## How to serve it", "", needs, "", "```bash", command, "```"]
 
 

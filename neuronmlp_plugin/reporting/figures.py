@@ -54,7 +54,9 @@ STYLE: dict[Any, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A figure with its heading and with what it shows in one or two sentences, for those who do not see it."""
+    """A figure with its heading and with what it shows in one or two sentences, for those who do not see
+    it.
+    """
 
     name: str
     title: str
@@ -92,7 +94,10 @@ def rank_plot(report: dict[str, Any]) -> Plot | None:
     )
     _legend(figure, axes)
     low, high = min(cut, key=lambda r: r["rank"]), max(cut, key=lambda r: r["rank"])
-    alt = f"Lowest rank {low['rank']} ({_name(low)}), highest {high['rank']} ({_name(high)}); {kept} matrices stayed dense."
+    alt = (
+        f"Lowest rank {low['rank']} ({_name(low)}), highest {high['rank']} ({_name(high)}); {kept} matrices "
+        "stayed dense."
+    )
     return Plot("ranks", "Rank of every matrix", figure, alt)
 
 
@@ -114,7 +119,10 @@ def error_plot(report: dict[str, Any]) -> Plot | None:
     axes.set_ylim(bottom=0)
     _legend(figure, axes)
     worst = max(measured, key=lambda r: r["achieved_error"])
-    alt = f"Largest error {worst['achieved_error']:.3f}, of {_name(worst)}; matrices that stayed dense have none."
+    alt = (
+        f"Largest error {worst['achieved_error']:.3f}, of {_name(worst)}; matrices that stayed dense have "
+        "none."
+    )
     return Plot("errors", "Error of every matrix", figure, alt)
 
 
@@ -209,7 +217,10 @@ def _spectrum(report: dict[str, Any], spectra: dict[str, Any], name: str) -> Plo
     _legend(figure, axes)
     middle = len(ranks) // 2
     lost = sorted(layer[name][middle] for layer in layers)
-    alt = f"At rank {ranks[middle]} of {ranks[-1]} a layer would lose from {lost[0]:.2%} to {lost[-1]:.2%} of its output energy."
+    alt = (
+        f"At rank {ranks[middle]} of {ranks[-1]} a layer would lose from {lost[0]:.2%} to {lost[-1]:.2%} of "
+        "its output energy."
+    )
     return Plot(f"spectrum-{name}", name, figure, alt)
 
 
@@ -234,7 +245,10 @@ def history_plot(refinement: dict[str, Any]) -> Plot | None:
         [h["loss"] for h in history],
     )  # steps see different text: one of them says little
     first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
-    alt = f"Mean of the first and last tenth: {first:.4g} and {last:.4g}, over {history[-1]['tokens']:,} tokens."
+    alt = (
+        f"Mean of the first and last tenth: {first:.4g} and {last:.4g}, over {history[-1]['tokens']:,} "
+        "tokens."
+    )
     return Plot("history", "Loss during refinement", figure, alt)
 
 

@@ -42,7 +42,8 @@ def _rendered(render: Callable[[dict[str, Any]], str], report: dict[str, Any], f
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            f"{folder / REPORT_FILE}: expected a whole report, found one that cannot be shown ({reason}); compress again."
+            f"{folder / REPORT_FILE}: expected a whole report, found one that cannot be shown ({reason}); "
+            "compress again."
         ) from error
 
 

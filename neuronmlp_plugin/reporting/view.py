@@ -81,9 +81,15 @@ def asked(report: dict[str, Any]) -> str:
     """What `--target` or `--faster` asked for and got, in a sentence; empty where a size was asked for."""
     if "target" in report:
         target = report["target"]
-        return f"Asked for {target['asked']}: the largest removal that keeps it, as stored, after {len(target['probes'])} probes."
+        return (
+            f"Asked for {target['asked']}: the largest removal that keeps it, as stored, after "
+            f"{len(target['probes'])} probes."
+        )
     if "decode" in report:
-        line = "Asked for decode {asked:g} times faster: the MLPs are × {simulated_speedup:.3f} (simulated: one token, one core of trn1)."
+        line = (
+            "Asked for decode {asked:g} times faster: the MLPs are × {simulated_speedup:.3f} (simulated: one "
+            "token, one core of trn1)."
+        )
         return line.format(**report["decode"])
     return ""
 

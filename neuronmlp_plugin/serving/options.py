@@ -1,4 +1,6 @@
-"""What a user may say about serving, through vLLM's own flags: `--additional-config '{"neuronmlp": {...}}'`."""
+"""What a user may say about serving, through vLLM's own flags: `--additional-config '{"neuronmlp":
+{...}}'`.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ def parse_options(additional_config: Any) -> Options:
     if not isinstance(given, dict) or not set(given) <= set(known):
         found = sorted(set(given) - set(known)) if isinstance(given, dict) else given
         raise UsageError(
-            f"--additional-config {KEY}: expected an object with the keys {', '.join(known)}, found {found!r}."
+            f"--additional-config {KEY}: expected an object with the keys {', '.join(known)}, found "
+            f"{found!r}."
         )
     factors = given.get("factors")
     if not isinstance(factors, (str, type(None))):

@@ -37,7 +37,9 @@ def _array(*shape: int) -> Placeholder:
 def tutorial(
     name: str, m: int, k: int, n: int, target: Target = TRN1, constants: Constants = CALIBRATED
 ) -> Estimate:
-    """The tutorial's steps before blocking K, "tiled", "hoisted" or "wide", which repeat over rows of output."""
+    """The tutorial's steps before blocking K, "tiled", "hoisted" or "wide", which repeat over rows of
+    output.
+    """
     kernel, rows = TUTORIAL_ROWS[name]
     return extrapolate(
         lambda count: price(kernel, (_array(k, count * rows), _array(k, n)), target, constants), m // rows
@@ -45,8 +47,8 @@ def tutorial(
 
 
 def held_row_tiles(m: int, m_tiles: int, target: Target) -> int | None:
-    """Row tiles whose running sums stay on chip; None where all do, in the inputs' element type and beside two
-    turns of both operands. Sums that do not fit are kept in fp32, beside one turn, and spill in part.
+    """Row tiles whose running sums stay on chip; None where all do, in the inputs' element type and beside
+    two turns of both operands. Sums that do not fit are kept in fp32, beside one turn, and spill in part.
     """
     operands = K_TILES * 2 * (m_tiles * PMAX + N_COLS)
     if m // PMAX * N_COLS * 2 + 2 * operands <= target.sbuf_usable_bytes:
@@ -58,8 +60,8 @@ def held_row_tiles(m: int, m_tiles: int, target: Target) -> int | None:
 def aws_matmul(
     m: int, k: int, n: int, target: Target = TRN1, constants: Constants = CALIBRATED, m_tiles: int = 8
 ) -> Estimate:
-    """AWS's fully optimised matmul, [K, M] and [K, N] to [M, N], with the paper's authors' blocks of 1024 rows
-    (the tutorial's are of 2048: `m_tiles` 16).
+    """AWS's fully optimised matmul, [K, M] and [K, N] to [M, N], with the paper's authors' blocks of 1024
+    rows (the tutorial's are of 2048: `m_tiles` 16).
     """
     m_tiles = min(m_tiles, m // PMAX)
     held = held_row_tiles(m, m_tiles, target)
@@ -75,7 +77,9 @@ def aws_matmul(
 def aws_twice(
     t: int, k: int, r: int, n: int, target: Target = TRN1, constants: Constants = CALIBRATED
 ) -> Estimate:
-    """The same kernel on the factors, one after the other: z^T from U and x^T, which is lhsT of the second."""
+    """The same kernel on the factors, one after the other: z^T from U and x^T, which is lhsT of the
+    second.
+    """
     return aws_matmul(r, k, t, target, constants) + aws_matmul(t, r, n, target, constants)
 
 

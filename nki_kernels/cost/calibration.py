@@ -67,7 +67,9 @@ class Judged:
 
 
 def copy_row_block(src: object) -> object:
-    """Four rows of 8 KiB from HBM into four partitions: the transfer that AWS's profile shows on one engine."""
+    """Four rows of 8 KiB from HBM into four partitions: the transfer that AWS's profile shows on one
+    engine.
+    """
     tile = nl.ndarray((4, 4096), dtype=nl.bfloat16, buffer=nl.sbuf)
     out = nl.ndarray((4, 4096), dtype=nl.bfloat16, buffer=nl.shared_hbm)
     nisa.dma_copy(dst=tile, src=src)

@@ -5,12 +5,12 @@ ring   [runtime] "per-hop latency of Ring/KangaRing is about 1-2 us", (n - 1) ho
        reduce-scatter of n cores, twice that for an all-reduce. The runtime calls it its fallback.
 mesh   [runtime] O(1) latency below 1 MB, above it recursive doubling in log2(n) hops. One step of it takes the
        shortest time that nccom-test's guide prints for 8 cores (all-gather of 1 KiB: 10.0 us; 6.2 us for 32
-       cores), at any number of cores; a small all-reduce is one such step, in which every core sends its whole
-       buffer to all others ("single-step mesh").
+       cores), at any number of cores; a small all-reduce is one such step, in which every core sends its
+       whole buffer to all others ("single-step mesh").
 
 [runtime] neuron-runtime/explore/intranode-collective-comm, [nccom] tools/neuron-sys-tools/nccom-test, both of
-the Neuron documentation, SDK 2.32. The guide prints 58 to 300 us elsewhere, by older versions of the tool, for
-sizes where nothing but the launch can take that long; we take the shortest.
+the Neuron documentation, SDK 2.32. The guide prints 58 to 300 us elsewhere, by older versions of the tool,
+for sizes where nothing but the launch can take that long; we take the shortest.
 """
 
 from __future__ import annotations

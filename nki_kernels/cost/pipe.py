@@ -1,4 +1,6 @@
-"""All DMA queues together, as one pipe that is shared in program order and never idle while someone is ready."""
+"""All DMA queues together, as one pipe that is shared in program order and never idle while someone is
+ready.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""How long one core of a tensor-parallel MLP takes: its launches by their kernels, the collectives between and
-behind them by formulas. Nothing overlaps.
+"""How long one core of a tensor-parallel MLP takes: its launches by their kernels, the collectives between
+and behind them by formulas. Nothing overlaps.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ def _module(where: str) -> ModuleType:
         return _from_file(path) if path.suffix == ".py" else importlib.import_module(where)
     except SyntaxError as error:
         raise LoadError(
-            f"{error.filename or where}:{error.lineno}: expected Python, found {error.msg}; mend the file first."
+            f"{error.filename or where}:{error.lineno}: expected Python, found {error.msg}; mend the file "
+            "first."
         ) from error
     except Exception as error:  # whatever the file does when it is imported
         raise LoadError(

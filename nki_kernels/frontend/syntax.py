@@ -1,4 +1,5 @@
-"""Stage S: the words and forms of what was gathered. Follows KLR's KLR/NKI/Simplify.lean and Annotations.lean.
+"""Stage S: the words and forms of what was gathered. Follows KLR's KLR/NKI/Simplify.lean and
+Annotations.lean.
 
 Where KLR stops at the first refusal, this goes on, so that one run shows all of them.
 """

@@ -40,8 +40,8 @@ REFERENCE = "0.2"  # the last that the vendor documents for trn1
 
 
 def read_as(installed: str) -> str:
-    """The row whose rules stand for an installed nki that cannot be asked: its own, the last that reads source
-    where Python is traced, and the reference's where the table has none.
+    """The row whose rules stand for an installed nki that cannot be asked: its own, the last that reads
+    source where Python is traced, and the reference's where the table has none.
     """
     short = ".".join(installed.split(".")[:2])
     if short not in VERSIONS:

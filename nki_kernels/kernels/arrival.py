@@ -21,9 +21,9 @@ Tensor = Any
 def product_on_arrival(work: Workspace, src: Tensor, tokens: int) -> None:
     """z of down for the launch's first block, from src `[features, T]` in HBM, which stays on chip as h.
 
-    Rows of x^T are short and so slow to come, and a sum needs all of them. So `plan.early_tiles` column tiles are
-    summed side by side, in all banks of PSUM, a chunk of each at a time as the rows for it come. Every sum has
-    the terms and the order that it has in `transposed_product`.
+    Rows of x^T are short and so slow to come, and a sum needs all of them. So `plan.early_tiles` column tiles
+    are summed side by side, in all banks of PSUM, a chunk of each at a time as the rows for it come. Every
+    sum has the terms and the order that it has in `transposed_product`.
     """
     matrix = work.plan.products.down_first
     widths = pieces(tokens, work.plan.moving_tokens)

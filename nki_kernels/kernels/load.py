@@ -136,8 +136,8 @@ def load_gathered_natural(work: Workspace, dst: Tensor, src: Tensor, share: tupl
 def store_natural(
     work: Workspace, dst: Tensor, src: Tensor, channels: tuple, first_col: int, where: tuple
 ) -> None:
-    """dst[rows, first_col : first_col + count] from channels (first, count) of src `[128, row tiles, tokens]`,
-    transposed on TensorE; where = (first row of dst, tokens).
+    """dst[rows, first_col : first_col + count] from channels (first, count) of src `[128, row tiles,
+    tokens]`, transposed on TensorE; where = (first row of dst, tokens).
     """
     first, count = channels
     first_row, tokens = where
@@ -183,8 +183,8 @@ def natural_bank(work: Workspace, src: Tensor, channels: tuple, tokens: tuple) -
 
 
 def store_transposed(dst: Tensor, first_row: int, src: Tensor, features: int, where: tuple) -> None:
-    """dst[first_row : first_row + features, tokens] from src `[128, row tiles, tokens]`; where = (first token,
-    tokens).
+    """dst[first_row : first_row + features, tokens] from src `[128, row tiles, tokens]`; where = (first
+    token, tokens).
     """
     first_token, tokens = where
     for k in range(tile_count(features, PMAX)):

@@ -86,7 +86,8 @@ def matmul_blocked(
     lhs_t: Tensor, rhs: Tensor, m_tiles: int = 16, n_tiles: int = 2, k_tiles: int = 8
 ) -> Tensor:
     """Blocked in all three dimensions; the sums over blocks of K are kept in SBUF, in the inputs' element
-    type, as the tutorial does. Fewer columns than a moving tile are one narrower tile, as in the paper's copy.
+    type, as the tutorial does. Fewer columns than a moving tile are one narrower tile, as in the paper's
+    copy.
 
     The tutorial keeps all M rows of a block of columns on chip and relies on spilling where they do not fit.
     Here M is cut into as many passes as SBUF needs instead, which is kinder to it.

@@ -20,8 +20,8 @@ Tensor = Any
 
 
 def evict(work: Workspace, matrix: Matrix, n: int, dst: Tensor, data: Tensor, op: Any) -> None:
-    """dst = op(column tile `n` of a transposed product), times the scales of int8 weights: both free on the way
-    out of PSUM.
+    """dst = op(column tile `n` of a transposed product), times the scales of int8 weights: both free on the
+    way out of PSUM.
     """
     cols = matrix.tile_width(n)
     bias = work.zero[0:cols, :]
@@ -65,8 +65,8 @@ def transposed_banks(work: Workspace, matrix: Matrix, n: int, widths: list) -> l
 def add_transposed(
     work: Workspace, blocks: list, begins: bool, sums: list, source: Tensor, widths: list, owner: int
 ) -> None:
-    """The products with some blocks of a column tile into its sums; the first one begins them, if they are the
-    tile's first blocks.
+    """The products with some blocks of a column tile into its sums; the first one begins them, if they are
+    the tile's first blocks.
     """
     cols = sums[0].shape[0]
     for i in range(len(blocks)):
@@ -102,8 +102,8 @@ def column_tile(work: Workspace, matrix: Matrix, n: int, source: Tensor, widths:
 def transposed_product(
     work: Workspace, matrix: Matrix, first: int, source: Tensor, dst: Tensor, widths: list
 ) -> None:
-    """dst `[128, column tiles, tokens]` = (source W)^T from column tile `first` on, rounded once to its element
-    type.
+    """dst `[128, column tiles, tokens]` = (source W)^T from column tile `first` on, rounded once to its
+    element type.
     """
     for n in range(first, matrix.col_tiles()):
         sums = transposed_tile(work, matrix, n, source, widths, -1)

@@ -2,9 +2,9 @@
 measured, on either side.
 
 `matmul_spilling` is AWS's fully optimised matmul (as `plain_matmul.matmul_blocked`) where the running sums of
-a block of columns do not fit on chip: a compiler then keeps what does not fit in HBM, in fp32, and every block
-of K reads, adds and writes it (published traffic: docs/cost_model.md). `matmul_wide` is the tutorial's step
-before it. `blocked_xuv` is the paper's fused kernel: x^T U
+a block of columns do not fit on chip: a compiler then keeps what does not fit in HBM, in fp32, and every
+block of K reads, adds and writes it (published traffic: docs/cost_model.md). `matmul_wide` is the tutorial's
+step before it. `blocked_xuv` is the paper's fused kernel: x^T U
 of a block of tokens cached on chip, sums over blocks of K and R kept in SBUF in bf16. Sizes must be multiples
 of the blocks.
 """
@@ -100,8 +100,8 @@ def matmul_spilling(
 
 
 def spilling_columns(lhs_t: Tensor, rhs: Tensor, to: tuple, col: int, block: tuple) -> None:
-    """One block of columns: to = (out, home), block = (m_tiles, k_tiles, held_tiles). A function of its own so
-    that its sums are let go before the next block's. Operands have one place each: the sums take the rest.
+    """One block of columns: to = (out, home), block = (m_tiles, k_tiles, held_tiles). A function of its own
+    so that its sums are let go before the next block's. Operands have one place each: the sums take the rest.
     """
     out, home = to
     m_tiles, k_tiles, held_tiles = block

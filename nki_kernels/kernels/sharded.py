@@ -35,8 +35,8 @@ Tensor = Any
 def first_factors(
     x: Tensor, weights: Tensor, plan: Plan, norm_weight: Tensor = None, scales: Tensor = None
 ) -> Tensor:
-    """x `[T, H]` -> this core's z `[slots of gate + slots of up, T]` (`[T, slots]` if `plan.natural_z`). Plan:
-    of `first_stage(layout)`.
+    """x `[T, H]` -> this core's z `[slots of gate + slots of up, T]` (`[T, slots]` if `plan.natural_z`).
+    Plan: of `first_stage(layout)`.
     """
     gate_slots = plan.products.gate_first.cols if plan.runs_gate_first else 0
     up_slots = plan.products.up_first.cols if plan.runs_up_first else 0

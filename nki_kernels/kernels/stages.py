@@ -75,7 +75,9 @@ def gated_product(work: Workspace, tokens: int) -> None:
 
 
 def down_first_product(work: Workspace, tokens: int) -> None:
-    """z of down, from h; the pivots of a compact projection are added to the sum in PSUM, as identity blocks."""
+    """z of down, from h; the pivots of a compact projection are added to the sum in PSUM, as identity
+    blocks.
+    """
     widths = pieces(tokens, work.plan.moving_tokens)
     transposed_product(work, work.plan.products.down_first, 0, work.h, work.down_z, widths)
 

@@ -20,7 +20,9 @@ def tensor_at(address: int, shape: tuple, dtype: Any) -> Tensor:
 
 
 class Banks(nl.NKIObject):
-    """PSUM, bank after bank in turn: while one product fills its banks, the engines empty those of the last."""
+    """PSUM, bank after bank in turn: while one product fills its banks, the engines empty those of the
+    last.
+    """
 
     def __init__(self) -> None:
         self.turn = 0
@@ -90,8 +92,8 @@ class Scales(nl.NKIObject):
                 self.scaled.append(tensor_at(address, (PMAX, MOVING_COLS), nl.float32))
 
     def load(self, work: Workspace) -> None:
-        """Once, behind the first activations and before the first weights: what is needed first comes first, and
-        the engines have nothing to cast yet.
+        """Once, behind the first activations and before the first weights: what is needed first comes first,
+        and the engines have nothing to cast yet.
         """
         if not work.plan.is_int8 or self.is_loaded:
             return
@@ -101,7 +103,9 @@ class Scales(nl.NKIObject):
             self.spread_rows(work, work.plan.products.down_second)
 
     def spread_rows(self, work: Workspace, matrix: Matrix) -> None:
-        """The scales of natural output on every partition: ones^T diag(scales), whose sums have one term each."""
+        """The scales of natural output on every partition: ones^T diag(scales), whose sums have one term
+        each.
+        """
         at = work.plan.at
         ones = tensor_at(at.small, (PMAX, PMAX), nl.float32)
         nisa.memset(ones, 1.0)

@@ -1,8 +1,8 @@
 """The memories of one simulated core: who holds what, up to the capacity of the target.
 
-A tensor lies where the kernel puts it (`address`), or wherever there is room. Tensors that were put on the same
-bytes may not be in use together: the first write to one destroys the others, and who uses a destroyed tensor
-is refused.
+A tensor lies where the kernel puts it (`address`), or wherever there is room. Tensors that were put on the
+same bytes may not be in use together: the first write to one destroys the others, and who uses a destroyed
+tensor is refused.
 """
 
 from __future__ import annotations
@@ -203,7 +203,8 @@ class Machine:
             storage.banks = (first // size, -(-end // size))
             if storage.banks[1] > total:
                 raise CapacityError(
-                    f"PSUM on {self.target.name}: expected banks below {total}, found '{storage.name}' in banks "
+                    f"PSUM on {self.target.name}: expected banks below {total}, found '{storage.name}' in "
+                    "banks "
                     f"{storage.banks[0]} to {storage.banks[1] - 1}; put it lower."
                 )
         placed = self._placed[storage.space]
@@ -267,7 +268,8 @@ class Machine:
         usable = self.target.sbuf_usable_bytes
         if wanted > usable:
             raise CapacityError(
-                f"SBUF on {self.target.name}: expected at most {usable} bytes per partition, found {wanted} with '{storage.name}' "
+                f"SBUF on {self.target.name}: expected at most {usable} bytes per partition, found {wanted} "
+                f"with '{storage.name}' "
                 f"({storage.bytes_per_partition}); shrink a tile of the plan. Held: {self.holders(SBUF)}"
             )
         self.sbuf_live_bytes += more
@@ -290,7 +292,8 @@ class Machine:
                 )
                 return
         raise CapacityError(
-            f"PSUM on {self.target.name}: expected {count} free banks in a row for '{storage.name}', found none of {total}; "
+            f"PSUM on {self.target.name}: expected {count} free banks in a row for '{storage.name}', found "
+            f"none of {total}; "
             f"let a tile go first. Held: {self.holders(PSUM)}"
         )
 

@@ -1,4 +1,6 @@
-"""How the simulator refuses: one exception, one sentence. Where the vendor's own wording is known it is kept."""
+"""How the simulator refuses: one exception, one sentence. Where the vendor's own wording is known it is
+kept.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ from typing import NoReturn
 
 
 class NkiValidationError(AssertionError):
-    """The hardware or its compiler would refuse this. An AssertionError, as most of the vendor's checks are."""
+    """The hardware or its compiler would refuse this. An AssertionError, as most of the vendor's checks
+    are.
+    """
 
 
 class CapacityError(NkiValidationError):

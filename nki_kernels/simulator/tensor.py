@@ -195,7 +195,8 @@ class Tensor:
             if state.min() == UNWRITTEN:
                 where = [int(axis[0]) for axis in np.nonzero(state == UNWRITTEN)]
                 raise UninitializedError(
-                    f"'{self.name}' {self.shape}: expected written memory, found element {where} unwritten; write it before it is read"
+                    f"'{self.name}' {self.shape}: expected written memory, found element {where} unwritten; "
+                    "write it before it is read"
                 )
             if storage.space == PSUM:
                 state[state == BY_MATMUL] = MATMUL_READ

@@ -1,5 +1,5 @@
-"""What docs/cost_model.md says of our kernels, under the calibrated constants: simulated, and deterministic, so a
-bound is a bound. Nothing here is a clock.
+"""What docs/cost_model.md says of our kernels, under the calibrated constants: simulated, and deterministic,
+so a bound is a bound. Nothing here is a clock.
 """
 
 import statistics
@@ -85,8 +85,8 @@ def test_an_int8_prefill_is_no_slower_than_the_bf16_kernel_of_its_form(model):
 
 @pytest.mark.large
 def test_the_chain_against_the_published_kernels():
-    """Slower than the paper's kernel by 1.2 % at 1K tokens, where x^T in rows of 1 KiB arrives more slowly than it is
-    multiplied; ahead everywhere else.
+    """Slower than the paper's kernel by 1.2 % at 1K tokens, where x^T in rows of 1 KiB arrives more slowly
+    than it is multiplied; ahead everywhere else.
     """
     over: dict[str, dict[int, float]] = {"AWS dense": {}, "AWS twice": {}, "paper": {}}
     for tokens in CHAIN_TOKENS:

@@ -15,7 +15,9 @@ from tests.tiny_models import FAMILIES, write_dense, write_mixed
 
 
 class Bigram:
-    """A stream of no layers, whose logits depend on the current token only: its hidden states are the logits."""
+    """A stream of no layers, whose logits depend on the current token only: its hidden states are the
+    logits.
+    """
 
     num_layers, device = 0, torch.device("cpu")
 

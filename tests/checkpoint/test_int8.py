@@ -1,4 +1,6 @@
-"""int8 on disk: what is read is what was rounded, and every contradiction of FORMAT.md ("int8") is refused."""
+"""int8 on disk: what is read is what was rounded, and every contradiction of FORMAT.md ("int8") is
+refused.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,9 @@ RANKS = {"gate": 11, "up": 13, "down": 17}
 
 @pytest.fixture
 def published(tmp_path):
-    """A dense folder whose MLPs (all but the last layer's) are replaced by factors under the published names."""
+    """A dense folder whose MLPs (all but the last layer's) are replaced by factors under the published
+    names.
+    """
     folder = write_dense(tmp_path / "published", "llama")
     tensors = load_file(folder / "model.safetensors")
     for layer in range(SHAPE.num_layers - 1):

@@ -103,7 +103,8 @@ def test_contradictions_are_refused(path, value, message):
         (
             ["groups"],
             16,
-            r"layers\[0\]\.down_proj: expected a rank from 1 to 11 for compact of 128 x 192 in 16 groups, found 13",
+            r"layers\[0\]\.down_proj: expected a rank from 1 to 11 for compact of 128 x 192 in 16 groups, "
+            r"found 13",
         ),
         (["layers", 1, "intermediate_size"], 200, r"layers\[1\]: expected intermediate_size from 1 to 192"),
         (["layers", 1, "intermediate_size"], 126, "that 4 groups divide, found 126"),

@@ -124,7 +124,9 @@ def test_a_quarter_of_8b_takes_a_quarter_of_the_memory(tmp_path):
 @pytest.mark.large
 @pytest.mark.timeout(10000)
 def test_two_layers_of_8b_stay_below_16_gb(tmp_path):
-    """The fewest tokens that the plan allows (twice I); their number adds 16 KB each, which the plan counts."""
+    """The fewest tokens that the plan allows (twice I); their number adds 16 KB each, which the plan
+    counts.
+    """
     shape = dataclasses.replace(LLAMA_8B, num_layers=2)
     check_peak(
         tmp_path, shape, 16 * GB, {"tokens": 28672, "metric_tokens": 4096, "judge_tokens": 2048, "samples": 2}

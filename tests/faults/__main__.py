@@ -1,5 +1,5 @@
-"""Kill commands on a tiny model with SIGKILL, before each file that they write gets its name and at random moments,
-and see that the same command goes on to the same bytes.
+"""Kill commands on a tiny model with SIGKILL, before each file that they write gets its name and at random
+moments, and see that the same command goes on to the same bytes.
 
     python -m tests.faults --random 50 --seed 0
 """

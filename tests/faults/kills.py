@@ -1,4 +1,5 @@
-"""Kill a command at a chosen moment, run it again, and compare the folder with that of a run that nobody killed.
+"""Kill a command at a chosen moment, run it again, and compare the folder with that of a run that nobody
+killed.
 
 Commands run in forked processes of one that has imported everything, so that a round takes about a second.
 """
@@ -26,7 +27,9 @@ Files = dict[str, bytes]
 
 
 class Bench:
-    """A tiny model, text, and for each command its arguments; `home/whole-COMMAND` is what nobody interrupted."""
+    """A tiny model, text, and for each command its arguments; `home/whole-COMMAND` is what nobody
+    interrupted.
+    """
 
     def __init__(self, home: pathlib.Path) -> None:
         self.home = home
@@ -61,8 +64,9 @@ class Bench:
         return self.home / "out"
 
     def round(self, command: str, *, at_file: int | None = None, after_s: float | None = None) -> bool:
-        """Kill before the file `at_file` gets its name, or after some seconds; run again until it is done. Whether
-        the kill came before the end. Raises AssertionError where something was lost, or is plausible and wrong.
+        """Kill before the file `at_file` gets its name, or after some seconds; run again until it is done.
+        Whether the kill came before the end. Raises AssertionError where something was lost, or is plausible
+        and wrong.
         """
         whole, out = self.made(command), self.home / "out"
         arguments = self.arguments(command, out)
@@ -110,7 +114,9 @@ def run(arguments: list[str], at_file: int | None = None, after_s: float | None 
 
 
 def _kill_self_before(file: int | None) -> None:
-    """Have this process killed before the renaming of so many files: a stage is done when its file has its name."""
+    """Have this process killed before the renaming of so many files: a stage is done when its file has its
+    name.
+    """
     seen: list[object] = []
     for name in ("replace", "rename"):
         real = getattr(pathlib.Path, name)

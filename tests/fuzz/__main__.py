@@ -3,7 +3,8 @@
     python -m tests.fuzz --count 1000 --seed 0                       # of every target
     python -m tests.fuzz --target config --seed 0 --only 17          # one input again, with its traceback
 
-Exit code 1 where an input ended in an exception that is not ours, took over two seconds, or left a file outside.
+Exit code 1 where an input ended in an exception that is not ours, took over two seconds, or left a file
+outside.
 """
 
 from __future__ import annotations

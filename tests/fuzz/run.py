@@ -38,8 +38,8 @@ class _Hung(BaseException):
 
 
 def run_target(name: str, seed: int, numbers: Iterable[int], bounded: bool = False) -> Found:
-    """Inputs `numbers` of a target. `bounded` limits the time of each and the memory of this process, for good: not in
-    a process that does anything else.
+    """Inputs `numbers` of a target. `bounded` limits the time of each and the memory of this process, for
+    good: not in a process that does anything else.
     """
     target, found = TARGETS[name], Found()
     if bounded:

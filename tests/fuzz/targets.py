@@ -1,4 +1,6 @@
-"""What is fed: for each kind of input a folder in which one file at a time is wrong, and what a user does with it."""
+"""What is fed: for each kind of input a folder in which one file at a time is wrong, and what a user does
+with it.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,8 @@ PIECES = (
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """`files` of the prepared folder are changed, each by `change`; then `use` is called with the folder. Where that
-    is dear, only a `share` of the inputs is fed.
+    """`files` of the prepared folder are changed, each by `change`; then `use` is called with the folder.
+    Where that is dear, only a `share` of the inputs is fed.
     """
 
     prepare: Callable[[pathlib.Path], None]

@@ -1,4 +1,6 @@
-"""Rounding that makes up for itself: never worse where nothing is shared, and clearly better where much is."""
+"""Rounding that makes up for itself: never worse where nothing is shared, and clearly better where much
+is.
+"""
 
 from __future__ import annotations
 

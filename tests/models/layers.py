@@ -56,7 +56,9 @@ def random_modules(layer: MLPLayer, seed: int = 0) -> dict[str, torch.nn.Module]
 
 
 def stored_tensors(layer: MLPLayer, modules: Mapping[str, torch.nn.Module]) -> dict[str, Tensors]:
-    """What FORMAT.md stores of these numbers, by projection and suffix: int8 and scales where the layer says so."""
+    """What FORMAT.md stores of these numbers, by projection and suffix: int8 and scales where the layer says
+    so.
+    """
     stored = {}
     for name, spec in layer.items():
         tensors = dict(modules[name].state_dict())

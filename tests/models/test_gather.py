@@ -1,5 +1,5 @@
-"""Ranks that share the factors of one group equal the plain MLP, for every mix of forms, and ranks that tp does
-not divide.
+"""Ranks that share the factors of one group equal the plain MLP, for every mix of forms, and ranks that tp
+does not divide.
 """
 
 from __future__ import annotations

@@ -303,7 +303,8 @@ EQUIVALENT: dict[str, str] = {
     "+ 1 in `0` of `if middle > 0:`": "a multiple of 128",
     "+ 1 in `1` of `add_transposed(work, blocks, i == 0, sums[n], work.h, widths, -1)`": NO_OWNER,
     "+ 1 in `1` of `sums = transposed_tile(work, matrix, n, source, widths, -1)`": NO_OWNER,
-    "Add -> Sub in `plan.at.raw + i * plan.raw_bytes` of `raw = nl.ndarray((packed.shape[0], plan.ring_cols), dtype=packed.dtype, "
+    "Add -> Sub in `plan.at.raw + i * plan.raw_bytes` of `raw = nl.ndarray((packed.shape[0], "
+    "plan.ring_cols), dtype=packed.dtype, "
     "buffer=nl.sbuf, name=f'raw{i}', address=(0, plan.at.raw + i * plan.raw_bytes))`": "over small tiles, in turn with them",
     "+ 1 in `1` of `groups = pieces(whole, max(1, MOVING_COLS // size))`": "size is at most 128, so the maximum is never the 1",
     "FloorDiv -> Mult in `MOVING_COLS // size` of `groups = pieces(whole, max(1, MOVING_COLS // size))`": "more banks at once, if free",

@@ -1,4 +1,6 @@
-"""A first product that begins before its operand is there: the same digits, from fewer instructions in a row."""
+"""A first product that begins before its operand is there: the same digits, from fewer instructions in a
+row.
+"""
 
 import dataclasses
 

@@ -22,7 +22,8 @@ MIXES = [
     ("uv", "dense", "compact"),
     ("compact", "uv", "dense"),
 ]
-# I, and a rank for each projection: tails of more and of fewer than 64 rows, whole tiles, groups off the tiles.
+# I, and a rank for each projection: tails of more and of fewer than 64 rows, whole tiles, groups off the
+# tiles.
 SIZES = {
     1: (640, (140, 300, 128)),
     2: (640, (37, 150, 130)),
@@ -99,8 +100,8 @@ def test_packing_and_unpacking_are_inverse(groups, forms):
 
 
 def test_zero_blocks_are_neither_stored_nor_multiplied():
-    """g groups of rank R / g read what one of rank R / g on a g-th of the channels reads, g times over; a dense
-    second factor would be g times as large.
+    """g groups of rank R / g read what one of rank R / g on a g-th of the channels reads, g times over; a
+    dense second factor would be g times as large.
     """
     grouped = mlp_layout(512, 4096, *(Projection.whole("uv", 128, 4),) * 3)
     alone = mlp_layout(512, 1024, *(Projection.whole("uv", 128),) * 3)

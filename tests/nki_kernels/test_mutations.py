@@ -47,8 +47,8 @@ SMALL = (
 
 ROOM_BYTES = 2 << 30  # a judge takes some 50 MiB
 TOKENS = 530
-# Tokens (few: z crosses as [T, channels]), form of gate and of up, H, rank of down, cores, and the slots of gate
-# and up on each core.
+# Tokens (few: z crosses as [T, channels]), form of gate and of up, H, rank of down, cores, and the slots of
+# gate and up on each core.
 SHARDS = (
     (TOKENS, "uv", "uv", 160, 140, 2, 70, 90),
     (TOKENS, "dense", "uv", 100, 90, 1, 0, 1),
@@ -58,7 +58,9 @@ SHARDS = (
 
 
 class Work:
-    """Counts what a run does: FLOPs, bytes moved, elements that each engine writes, the most SBUF alive at once."""
+    """Counts what a run does: FLOPs, bytes moved, elements that each engine writes, the most SBUF alive at
+    once.
+    """
 
     def __init__(self) -> None:
         self.flops, self.moved_bytes, self.peak = 0, 0, Peak()
@@ -273,6 +275,7 @@ def test_mistakes_made_by_rule_are_caught(module):
     mutants = list(by_rule(module))
     missed = [mutant for mutant in mutants if catcher(mutant) is None]
     print(
-        f"{module}: {len(mutants) - len(missed)} of {len(mutants)} caught; missed: {[str(mutant) for mutant in missed]}"
+        f"{module}: {len(mutants) - len(missed)} of {len(mutants)} caught; missed: "
+        f"{[str(mutant) for mutant in missed]}"
     )
     assert {mutant.told for mutant in missed} <= EQUIVALENT.keys()

@@ -1,4 +1,6 @@
-"""A user's own file of plans: found by an exact key, followed only where it fits, part of the program's digest."""
+"""A user's own file of plans: found by an exact key, followed only where it fits, part of the program's
+digest.
+"""
 
 import json
 

@@ -39,7 +39,9 @@ def test_equals_the_reference_at_shapes_of_real_models(case):
 
 
 def test_bf16_is_as_close_to_exact_arithmetic_as_storing_in_bf16_allows():
-    """Sums in fp32: what remains is the rounding of z, h and y, about 2^-9 each, however long the sums are."""
+    """Sums in fp32: what remains is the rounding of z, h and y, about 2^-9 each, however long the sums
+    are.
+    """
     case = MLPCase(33, 512, 1536, ("uv", "compact", "uv"), (300, 260, 310))
     weights = random_weights(case)
     exact = reference.svd_mlp(inputs(case)[0].astype(np.float32), _as_fp32(weights))

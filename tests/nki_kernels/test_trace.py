@@ -186,7 +186,9 @@ def test_the_tutorial_kernels_move_what_theirs_move(kernel, expected_gb):
 
 
 def test_listeners_do_not_keep_memory_alive():
-    """Records name buffers, they do not hold them: 64 tiles of 100 KiB per partition would not fit otherwise."""
+    """Records name buffers, they do not hold them: 64 tiles of 100 KiB per partition would not fit
+    otherwise.
+    """
 
     def kernel(x):
         out = nl.ndarray((1, 1), dtype=x.dtype, buffer=nl.shared_hbm)

@@ -46,7 +46,9 @@ def first_release_report() -> dict[str, Any]:
 
 
 def full_report() -> dict[str, Any]:
-    """Every optional key, with an int8 matrix, a fallback, and hostile text wherever text comes from outside."""
+    """Every optional key, with an int8 matrix, a fallback, and hostile text wherever text comes from
+    outside.
+    """
     report = first_release_report()
     report["block"]["layers"][1]["up_proj"]["dtype"] = "int8"
     report["block"]["provenance"] |= {

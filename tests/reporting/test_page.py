@@ -72,7 +72,10 @@ def test_names_inside_the_page_are_unique_and_links_lead_somewhere(page):
 
 
 def test_every_process_makes_the_same_bytes(page):
-    program = "import sys; from tests.reporting.reports import full_report; from neuronmlp_plugin.reporting.page import render_page;"
+    program = (
+        "import sys; from tests.reporting.reports import full_report; from neuronmlp_plugin.reporting.page "
+        "import render_page;"
+    )
     program += "sys.stdout.buffer.write(render_page(full_report()).encode())"
     done = subprocess.run(
         [sys.executable, "-c", program],

@@ -1,5 +1,5 @@
-"""Small matrix products that run in one call of `product.c`, stage after stage, nothing concatenated or sliced in
-between.
+"""Small matrix products that run in one call of `product.c`, stage after stage, nothing concatenated or
+sliced in between.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ NOWHERE = Place(NOTHING)
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
-    """`[N, K]` -> panels of 16 rows, the last one padded with zeros: fp32 and int8 `[ceil(N / 16), K, 16]`, bf16
-    `[ceil(N / 16), K' / 2, 16, 2]` with K' = K rounded up to 32 with zeros.
+    """`[N, K]` -> panels of 16 rows, the last one padded with zeros: fp32 and int8 `[ceil(N / 16), K, 16]`,
+    bf16 `[ceil(N / 16), K' / 2, 16, 2]` with K' = K rounded up to 32 with zeros.
     """
     n, k = weight.shape
     if weight.dtype is torch.bfloat16:
@@ -50,8 +50,8 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 class Chain:
     """Products that are added one by one, then run by what `finish` returns.
 
-    x `[..., in]` -> `[..., out]`, both of `dtype`; what a stage leaves for the next is of `dtype` too, sums are
-    fp32.
+    x `[..., in]` -> `[..., out]`, both of `dtype`; what a stage leaves for the next is of `dtype` too, sums
+    are fp32.
     """
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
@@ -129,7 +129,9 @@ _MEMORY = threading.local()
 
 
 def _scratch(bytes_needed: int) -> int:
-    """Address of memory that this thread's chains share: its pages are there once, and not for every call anew."""
+    """Address of memory that this thread's chains share: its pages are there once, and not for every call
+    anew.
+    """
     memory: torch.Tensor | None = getattr(_MEMORY, "bytes", None)
     if memory is None or memory.numel() < bytes_needed:
         memory = _MEMORY.bytes = torch.empty(bytes_needed, dtype=torch.uint8)

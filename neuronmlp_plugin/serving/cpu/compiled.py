@@ -43,7 +43,8 @@ def load_products() -> Callable[..., None] | None:
     compiler = find_compiler()
     if compiler is None:
         logger.warning(
-            "neuronmlp: no C compiler found, so the products of an MLP run one by one through vLLM; install gcc for the fast path"
+            "neuronmlp: no C compiler found, so the products of an MLP run one by one through vLLM; install "
+            "gcc for the fast path"
         )
         return None
     try:

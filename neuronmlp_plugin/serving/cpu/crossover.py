@@ -1,8 +1,8 @@
 """From how many tokens on vLLM's own products beat ours on this machine: measured when a model is loaded.
 
 Few tokens are bound by reading weights, many by arithmetic, and who is quicker depends on the processor, the
-compiler and the libraries that vLLM brought. One matrix in a few copies (so that it is not read from the nearest
-cache) is multiplied both ways in turns, which takes some 20 ms a dtype.
+compiler and the libraries that vLLM brought. One matrix in a few copies (so that it is not read from the
+nearest cache) is multiplied both ways in turns, which takes some 20 ms a dtype.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ MARGIN = (
 
 @functools.cache
 def limit_of(dtype: torch.dtype) -> float:
-    """The fewest tokens that vLLM's products multiply faster by MARGIN; infinity where there is no such number
-    among TOKENS, 1 where a chain should not be used at all.
+    """The fewest tokens that vLLM's products multiply faster by MARGIN; infinity where there is no such
+    number among TOKENS, 1 where a chain should not be used at all.
     """
     weights = [torch.randn(SIZE, SIZE, dtype=dtype) for _ in range(COPIES)]
     ours, theirs = [_alone(weight) for weight in weights], [prepacked_linear(weight) for weight in weights]

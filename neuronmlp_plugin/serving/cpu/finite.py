@@ -1,8 +1,9 @@
-"""Only finite numbers are served: every tensor is looked at as it is served, and a request whose logits are not
-finite ends with an error instead of a sample.
+"""Only finite numbers are served: every tensor is looked at as it is served, and a request whose logits are
+not finite ends with an error instead of a sample.
 
-Three of vLLM's own seams: the method of the embeddings and the head, which our quantization config chooses; its count
-of NaN logits (VLLM_COMPUTE_NANS_IN_LOGITS; a 0 in the environment turns all of this off); and `scheduler_cls`.
+Three of vLLM's own seams: the method of the embeddings and the head, which our quantization config chooses;
+its count of NaN logits (VLLM_COMPUTE_NANS_IN_LOGITS; a 0 in the environment turns all of this off); and
+`scheduler_cls`.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ _CHECKED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class CheckedEmbedding(UnquantizedEmbeddingMethod):
-    """vLLM's method of the embedding and the head. It is called when all weights have been loaded, and first of all
-    layers, which is when the whole model is looked at.
+    """vLLM's method of the embedding and the head. It is called when all weights have been loaded, and first
+    of all layers, which is when the whole model is looked at.
     """
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -48,7 +49,8 @@ def check_model(model: nn.Module) -> None:
         for name, tensor in tensors:
             if tensor.is_floating_point() and not is_finite(tensor):
                 raise NonFiniteError(
-                    f"checkpoint: {name}: expected finite values in {tensor.dtype}, as it is served, found NaN or Inf; "
+                    f"checkpoint: {name}: expected finite values in {tensor.dtype}, as it is served, found "
+                    "NaN or Inf; "
                     "serve in another --dtype, or copy the file again."
                 )
 
@@ -61,9 +63,9 @@ def marked(logits: torch.Tensor) -> torch.Tensor:
 
 
 def watch_logits(vllm_config: Any) -> None:
-    """Have vLLM count NaN logits, and end their requests: by our scheduler where it was asked for, or where it runs in
-    this process and can be put in; else by stopping the engine, which ends all of them. Called before vLLM chooses its
-    scheduler and reads its environment.
+    """Have vLLM count NaN logits, and end their requests: by our scheduler where it was asked for, or where
+    it runs in this process and can be put in; else by stopping the engine, which ends all of them. Called
+    before vLLM chooses its scheduler and reads its environment.
     """
     if os.environ.setdefault(COUNT, "1") == "0":
         return
@@ -79,7 +81,9 @@ def watch_logits(vllm_config: Any) -> None:
 
 
 def watch_parents() -> None:
-    """Have torch say, from now on, which module each became a part of: vLLM hands us layers without their model."""
+    """Have torch say, from now on, which module each became a part of: vLLM hands us layers without their
+    model.
+    """
     if not _WATCHING:
         _WATCHING.append(register_module_module_registration_hook(_registered))
 

@@ -1,5 +1,5 @@
-"""The projections of an MLP, or all of it, as one chain: both products of a low-rank matrix, gate beside up, and
-silu between them and down.
+"""The projections of an MLP, or all of it, as one chain: both products of a low-rank matrix, gate beside up,
+and silu between them and down.
 
 Used where a rank owns whole groups of the MLP. Where ranks share one group's factors (models/gather.py) the
 stages are parted by collectives, and `gemm.py` serves them.

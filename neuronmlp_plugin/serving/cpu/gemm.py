@@ -12,8 +12,8 @@ from neuronmlp_plugin.models.definition import Linear, plain_linear
 
 
 def prepacked_linear(weight: torch.Tensor, blocks: int = 1) -> Linear:
-    """vLLM's CPU dispatch (oneDNN or another prepacked kernel) for a weight `[out, in]`, or one for each of its
-    blocks; plain torch on other platforms.
+    """vLLM's CPU dispatch (oneDNN or another prepacked kernel) for a weight `[out, in]`, or one for each of
+    its blocks; plain torch on other platforms.
     """
     if not current_platform.is_cpu():
         return plain_linear(weight, blocks)

@@ -1,9 +1,10 @@
-"""`product.c` as a shared library in the user's cache, compiled once for a source, compiler, processor and OpenMP
-runtime, and trusted only as far as it was checked.
+"""`product.c` as a shared library in the user's cache, compiled once for a source, compiler, processor and
+OpenMP runtime, and trusted only as far as it was checked.
 
-The last 32 bytes of a file are the SHA-256 of those before: a loader of ELF never reads them, and whatever was cut
-short or overwritten is compiled again. Files and their folder must belong to this user, and nobody else may write
-them; links are not followed. Where no such folder can be had, the library is compiled into a private one, every time.
+The last 32 bytes of a file are the SHA-256 of those before: a loader of ELF never reads them, and whatever
+was cut short or overwritten is compiled again. Files and their folder must belong to this user, and nobody
+else may write them; links are not followed. Where no such folder can be had, the library is compiled into a
+private one, every time.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def _from_cache(library: pathlib.Path, command: list[str]) -> ctypes.CDLL:
 
 
 def _cache() -> pathlib.Path | None:
-    """Where caches belong: XDG_CACHE_HOME if it is a whole path (the standard has others ignored), or ~/.cache."""
+    """Where caches belong: XDG_CACHE_HOME if it is a whole path (the standard has others ignored), or
+    ~/.cache.
+    """
     named = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(named):
         return pathlib.Path(named)
@@ -86,8 +89,8 @@ def _private_folder(cache: pathlib.Path | None) -> pathlib.Path | None:
 
 
 def _load_checked(library: pathlib.Path) -> ctypes.CDLL | None:
-    """The library at this path if it is a whole regular file of ours that has the symbol, else None. It is loaded
-    through the descriptor that was checked, so that nobody can exchange it in between.
+    """The library at this path if it is a whole regular file of ours that has the symbol, else None. It is
+    loaded through the descriptor that was checked, so that nobody can exchange it in between.
     """
     try:
         descriptor = os.open(library, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

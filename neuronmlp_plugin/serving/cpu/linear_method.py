@@ -141,7 +141,8 @@ class LowRankMethod(LinearMethodBase):
         for suffix, weight in served.items():
             if weight.dtype is not tensors[suffix].dtype and not is_finite(weight):
                 raise NonFiniteError(
-                    f"checkpoint: {where}.{suffix}: expected finite values in {self.dtype}, as it is served, found "
+                    f"checkpoint: {where}.{suffix}: expected finite values in {self.dtype}, as it is served, "
+                    "found "
                     "NaN or Inf; serve in another --dtype."
                 )
         return served
@@ -161,7 +162,8 @@ class LowRankMethod(LinearMethodBase):
         ]
         if missing:
             raise CheckpointError(
-                f"checkpoint: expected a tensor {missing[0]} ({len(missing)} of this layer are missing), found none."
+                f"checkpoint: expected a tensor {missing[0]} ({len(missing)} of this layer are missing), "
+                "found none."
             )
         make_linear = prepacked_linear if self.options.fast_path else plain_linear
         if self.fuses:
@@ -178,8 +180,8 @@ class LowRankMethod(LinearMethodBase):
         return self.stored.share(self.collectives.size).matrix(projection), self.owned[projection]
 
     def _large(self) -> Large:
-        """vLLM's products for the numbers of tokens at which this machine runs them faster, a second copy of the
-        weights; None where the chain is as fast.
+        """vLLM's products for the numbers of tokens at which this machine runs them faster, a second copy of
+        the weights; None where the chain is as fast.
         """
         limit = limit_of(self.dtype)
         return None if limit == float("inf") else (limit, self._one_by_one(prepacked_linear))
@@ -265,8 +267,8 @@ def _unchanged(x: torch.Tensor) -> torch.Tensor:
 
 
 def silu_mlp(mlp: nn.Module | None) -> Any:
-    """The module if it is a gated MLP of vLLM's with both its layers ours and fused, and nothing else in it that
-    a chain would leave out; else None.
+    """The module if it is a gated MLP of vLLM's with both its layers ours and fused, and nothing else in it
+    that a chain would leave out; else None.
     """
     children = dict(mlp.named_children()) if mlp is not None else {}
     if set(children) != {"gate_up_proj", "act_fn", "down_proj"}:

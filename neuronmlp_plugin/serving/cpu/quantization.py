@@ -114,7 +114,8 @@ class NeuronMLPConfig(QuantizationConfig):
         vllm_config = get_current_vllm_config()
         if vllm_config.lora_config is not None:
             raise UsageError(
-                "--enable-lora: expected no adapters over low-rank MLPs, whose channels may stand in another order, found it on; "
+                "--enable-lora: expected no adapters over low-rank MLPs, whose channels may stand in another "
+                "order, found it on; "
                 "merge the adapter into the dense model and compress that."
             )
         options = parse_options(vllm_config.additional_config)
@@ -124,7 +125,8 @@ class NeuronMLPConfig(QuantizationConfig):
         if self.block is not None:
             if options.factors is not None:
                 raise CheckpointError(
-                    f"{folder}: expected a dense model under the factor file {options.factors}, found a factored one; drop `factors`."
+                    f"{folder}: expected a dense model under the factor file {options.factors}, found a "
+                    "factored one; drop `factors`."
                 )
             config = read_config(folder) if folder.is_dir() else vllm_config.model_config.hf_config.to_dict()
             return parse_block(self.block, config, f"{folder}/config.json"), None, options
@@ -136,7 +138,9 @@ class NeuronMLPConfig(QuantizationConfig):
 
 
 def _verify(folder: pathlib.Path, options: Options) -> None:
-    """Compare all files with their records, in one process of them all. Raises CheckpointError, UsageError."""
+    """Compare all files with their records, in one process of them all. Raises CheckpointError,
+    UsageError.
+    """
     if get_tensor_model_parallel_rank():
         return
     if not folder.is_dir():

@@ -37,7 +37,9 @@ def register() -> None:
 
 
 def install(model_types: dict[str, dict[str, Any]]) -> None:
-    """Replace the causal-lm class of each family by its low-rank subclass, in NxDI's own table. Idempotent."""
+    """Replace the causal-lm class of each family by its low-rank subclass, in NxDI's own table.
+    Idempotent.
+    """
     from neuronmlp_plugin.serving.trainium.application import low_rank_application
 
     stock = {key: dict(tasks) for key, tasks in model_types.items()}

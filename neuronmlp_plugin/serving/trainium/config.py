@@ -5,8 +5,9 @@ A user's options travel as `NeuronConfig.neuronmlp`; what was decided from them 
 enter the md5 by which vllm-neuron names compiled artifacts. Neither attribute exists for a model without our
 block: its JSON, and so its key, is that of the base class.
 
-An artifact read back is held against what is asked for now: against its own folder always (StaleArtifactError),
-and, where vllm-neuron is loading a model, against the folder and the sizes of that request (ArtifactError).
+An artifact read back is held against what is asked for now: against its own folder always
+(StaleArtifactError), and, where vllm-neuron is loading a model, against the folder and the sizes of that
+request (ArtifactError).
 """
 
 from __future__ import annotations
@@ -138,8 +139,8 @@ def source_of(config: Any) -> str:
 
 @dataclasses.dataclass
 class _Request:
-    """One call of vllm-neuron's `get_neuron_model`: the config that it makes from the folder asked for, before
-    it looks for artifacts.
+    """One call of vllm-neuron's `get_neuron_model`: the config that it makes from the folder asked for,
+    before it looks for artifacts.
     """
 
     asked: Any = None
@@ -205,12 +206,14 @@ def check_artifact(asked: Any, saved: dict[str, Any]) -> None:
         want, has = getattr(asked.neuron_config, name, None), getattr(compiled, name, None)
         if want != has:
             raise ArtifactError(
-                f"{where}: expected an artifact compiled for {option} {want}, found {has}; serve with {has}, or {instead}"
+                f"{where}: expected an artifact compiled for {option} {want}, found {has}; serve with {has}, "
+                f"or {instead}"
             )
     given, has = getattr(asked.neuron_config, KEY, None), getattr(compiled, KEY, None)
     if given is not None and given != (has or Options().to_json()):
         raise ArtifactError(
-            f"{where}: expected an artifact compiled with {KEY} {given}, found {has}; serve with that, or {instead}"
+            f"{where}: expected an artifact compiled with {KEY} {given}, found {has}; serve with that, or "
+            f"{instead}"
         )
 
 
@@ -248,7 +251,8 @@ def _attach_record(config: Any) -> None:
     changed = [key for key in record if saved is not None and saved.get(key) != record[key]]
     if changed:
         raise StaleArtifactError(
-            f"{source_of(config)}: expected compiled artifacts of the present model and kernels, found another "
+            f"{source_of(config)}: expected compiled artifacts of the present model and kernels, found "
+            "another "
             f"{', '.join(changed)}; compile again into an empty folder."
         )
     setattr(config, KEY, {**(saved or {}), **record})
@@ -267,7 +271,8 @@ def _find_block(config: Any) -> FormatBlock | None:
     factors = options_of(config).factors
     if own and factors:
         raise UsageError(
-            f"{source_of(config)}: expected a dense model under the factor file {factors}, found a factored one; "
+            f"{source_of(config)}: expected a dense model under the factor file {factors}, found a factored "
+            "one; "
             "drop the file."
         )
     if own:
@@ -276,7 +281,8 @@ def _find_block(config: Any) -> FormatBlock | None:
         return FactorFile(factors, config.__dict__).block
     if hasattr(config.neuron_config, KEY):
         raise UsageError(
-            f"{source_of(config)}: expected a factored model for override_neuron_config.{KEY}, found a dense one; "
+            f"{source_of(config)}: expected a factored model for override_neuron_config.{KEY}, found a dense "
+            "one; "
             f'name a factor file ("factors") or serve a folder that `neuronmlp compress` wrote.'
         )
     return None

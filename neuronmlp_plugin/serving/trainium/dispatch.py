@@ -1,5 +1,5 @@
-"""Kernels or torch, for each layer and phase: the decision, the trial launch before it, and the record of what
-was compiled and how often it ran, so that a fallback cannot pass for a kernel run.
+"""Kernels or torch, for each layer and phase: the decision, the trial launch before it, and the record of
+what was compiled and how often it ran, so that a fallback cannot pass for a kernel run.
 """
 
 from __future__ import annotations
@@ -78,11 +78,13 @@ def decide(
     why_not = unavailable or declined
     if options.kernels == "require" and why_not:
         raise UsageError(
-            f"layer {layer}: expected a kernel (kernels: require), found none: {why_not}; use kernels: auto to fall back."
+            f"layer {layer}: expected a kernel (kernels: require), found none: {why_not}; use kernels: auto "
+            "to fall back."
         )
     if options.kernels == "require" and readings["kernel"].why:
         raise UsageError(
-            f"layer {layer}: expected int8 weights that the kernels read as they are (kernels: require), found "
+            f"layer {layer}: expected int8 weights that the kernels read as they are (kernels: require), "
+            "found "
             f"{readings['kernel'].why}; use kernels: auto to have them expanded at load."
         )
     decisions = {}
@@ -144,14 +146,16 @@ def _one_language(config: Any) -> None:
     for name in _BETA_1_SWITCHES:
         if getattr(neuron, name, None):
             raise UsageError(
-                f"{source_of(config)}: expected {name} off beside the kernels of nki {nki}, found it on: NxD Inference's "
+                f"{source_of(config)}: expected {name} off beside the kernels of nki {nki}, found it on: NxD "
+                "Inference's "
                 f'own kernel is of the older NKI language and a graph takes one; set it to false, or "{KEY}": {{"kernels": "off"}}.'
             )
     if getattr(neuron, "attn_kernel_enabled", None) is None:
         neuron.attn_kernel_enabled = False
         if neuron.max_context_length >= FLASH_FROM:
             logger.warning(
-                "neuronmlp: attn_kernel_enabled is set to false: NxD Inference would take its flash kernel, of the older "
+                "neuronmlp: attn_kernel_enabled is set to false: NxD Inference would take its flash kernel, "
+                "of the older "
                 'NKI language, from %d tokens on; to keep it, set "%s": {"kernels": "off"}',
                 FLASH_FROM,
                 KEY,
@@ -254,8 +258,8 @@ class DispatchRecord:
         return self.summary()
 
     def totals(self) -> dict[str, list[list[Any]]]:
-        """Counts by [phase, path, reason, weights], as JSON for other processes: how many layers, and how many runs of
-        one layer.
+        """Counts by [phase, path, reason, weights], as JSON for other processes: how many layers, and how
+        many runs of one layer.
         """
         return {
             "layers": [[phase, *dataclasses.astuple(decision), n] for phase, decision, n in self.layers()],

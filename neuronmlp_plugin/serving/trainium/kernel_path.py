@@ -1,9 +1,9 @@
-"""The MLP of one rank by NKI kernels: one launch for all of it where the layer fits the ranks, or three between
-the collectives of scheme `gather`.
+"""The MLP of one rank by NKI kernels: one launch for all of it where the layer fits the ranks, or three
+between the collectives of scheme `gather`.
 
-For that scheme NxDI compiles one graph for all ranks, while a rank's pivots sit at its own place in the gathered z. So the z
-that a launch gets and gives begins with the rank's own share (`own_first`), its weights are packed for that
-order, and the rank is data: NxDI's SPMDRank.
+For that scheme NxDI compiles one graph for all ranks, while a rank's pivots sit at its own place in the
+gathered z. So the z that a launch gets and gives begins with the rank's own share (`own_first`), its weights
+are packed for that order, and the rank is data: NxDI's SPMDRank.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def _pack(layout: Layout, matrices: Mapping[str, Weight]) -> Weight:
 def _rank_matrices(
     stored: MLPLayer, whole: Mapping[str, Mapping[str, Weight]], tp: int, rank: int
 ) -> dict[str, Weight]:
-    """One rank's matrices `[out, in]` by the names that `nki_kernels.layout` gives them, under `gather` with z
-    in own-first order.
+    """One rank's matrices `[out, in]` by the names that `nki_kernels.layout` gives them, under `gather` with
+    z in own-first order.
     """
     matrices, gathers, turns = {}, stored.gathers(tp), turned(stored)
     for name, matrix in stored.matrices.items():
@@ -144,8 +144,8 @@ def _turned_back(weight: Weight, tp: int, rank: int, dim: int) -> Weight:
 
 
 def own_first(z: torch.Tensor, rank: torch.Tensor, tp: int) -> torch.Tensor:
-    """Rank-major z, `[tp n, T]` or `[tp T, n]` -> the same with the share of `rank` `[1]` first, then those of
-    rank + 1, ... around the ring.
+    """Rank-major z, `[tp n, T]` or `[tp T, n]` -> the same with the share of `rank` `[1]` first, then those
+    of rank + 1, ... around the ring.
     """
     order = (torch.arange(tp, device=z.device) + rank) % tp
     return z.reshape(tp, -1, z.shape[-1]).index_select(0, order).reshape(z.shape)
@@ -157,7 +157,9 @@ def rank_major(z: torch.Tensor, rank: torch.Tensor, tp: int) -> torch.Tensor:
 
 
 def call(kernel: Callable[..., Any], *arguments: Any) -> Any:
-    """Launch a kernel on the tensors as they are: inside NxDI's trace, `nki.jit` makes it part of the graph."""
+    """Launch a kernel on the tensors as they are: inside NxDI's trace, `nki.jit` makes it part of the
+    graph.
+    """
     return kernel(*arguments)
 
 

@@ -1,12 +1,12 @@
 """Each projection as one or two tensors whose contiguous slices are the ranks' shards, since NxDI slices
 contiguously.
 
-A layer that fits the ranks (`MLPLayer.fits`) is stored that way already. Under `gather` the shards are those of
-`models/gather.py` with one thing added: NxDI compiles a single graph for all ranks, so nothing in a shard's
-shape may depend on the rank. Where tp does not divide the rank R of a `compact` matrix, some ranks own one
-pivot more than others; that odd pivot is moved among the rest as a unit row (gate, up) or unit column (down),
-which changes no value. A unit row has scale 1 where the matrix is int8; a unit column, whose rows have
-scales of their own, asks for a matrix that is expanded (storage.py).
+A layer that fits the ranks (`MLPLayer.fits`) is stored that way already. Under `gather` the shards are those
+of `models/gather.py` with one thing added: NxDI compiles a single graph for all ranks, so nothing in a
+shard's shape may depend on the rank. Where tp does not divide the rank R of a `compact` matrix, some ranks
+own one pivot more than others; that odd pivot is moved among the rest as a unit row (gate, up) or unit column
+(down), which changes no value. A unit row has scale 1 where the matrix is int8; a unit column, whose rows
+have scales of their own, asks for a matrix that is expanded (storage.py).
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def laid_out_shapes(matrix: Matrix, tp: int, gathers: bool) -> dict[str, tuple[i
 
 
 def lay_out(matrix: Matrix, tensors: Tensors, tp: int, gathers: bool) -> dict[str, Weight]:
-    """Part -> the tensor of `laid_out_shapes`, from one projection's tensors of FORMAT.md by suffix; int8 with
-    its scales, which are cut as the rows are.
+    """Part -> the tensor of `laid_out_shapes`, from one projection's tensors of FORMAT.md by suffix; int8
+    with its scales, which are cut as the rows are.
     """
     if not gathers:
         named = zip(PARTS, factors_of(matrix, tensors), strict=True)

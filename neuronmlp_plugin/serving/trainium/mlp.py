@@ -72,7 +72,9 @@ class LowRankMLP(nn.Module):
     def _summand(
         self, x: torch.Tensor, rmsnorm: Callable[[torch.Tensor], torch.Tensor] | None
     ) -> torch.Tensor:
-        """This rank's summand of y, from the whole x `[B, S, H]`, by the path that was decided for the phase."""
+        """This rank's summand of y, from the whole x `[B, S, H]`, by the path that was decided for the
+        phase.
+        """
         prefill = x.shape[1] > 1 if self.prefill is None else self.prefill
         phase = PREFILL if prefill else DECODE
         decision = self.decisions[phase]

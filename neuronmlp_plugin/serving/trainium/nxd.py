@@ -45,8 +45,8 @@ class Int8Slice(BaseParallelLinear):  # type: ignore[misc]
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """As torch's, but scales stay fp32 when a model is brought to bf16: NxDI does so and then restores, by
-        their names, only those of the models that it traces.
+        """As torch's, but scales stay fp32 when a model is brought to bf16: NxDI does so and then restores,
+        by their names, only those of the models that it traces.
         """
         scale = self.scale.data
         super()._apply(fn, recurse)

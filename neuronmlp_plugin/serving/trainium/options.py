@@ -79,8 +79,9 @@ def parse_options(given: Any) -> Options:
 
 
 def check_placement(additional_config: Any, low_rank: bool) -> None:
-    """Refuse options that vllm-neuron would not read: ours beside `override_neuron_config`, and that name with
-    hyphens, as the vendor's guide prints it (for a low-rank model, or with our key in it). Raises UsageError.
+    """Refuse options that vllm-neuron would not read: ours beside `override_neuron_config`, and that name
+    with hyphens, as the vendor's guide prints it (for a low-rank model, or with our key in it). Raises
+    UsageError.
     """
     given = additional_config if isinstance(additional_config, dict) else {}
     if KEY in given:
@@ -92,7 +93,8 @@ def check_placement(additional_config: Any, low_rank: bool) -> None:
         misspelt = name != OVERRIDE and name.replace("-", "_") == OVERRIDE
         if misspelt and (low_rank or (isinstance(value, dict) and KEY in value)):
             raise UsageError(
-                f"additional_config: expected the key {OVERRIDE!r}, found {name!r}, which vllm-neuron does not "
+                f"additional_config: expected the key {OVERRIDE!r}, found {name!r}, which vllm-neuron does "
+                "not "
                 "read; write underscores."
             )
 
@@ -113,7 +115,8 @@ def check_supported(config: Any) -> None:
     own_block = getattr(config, "quantization_config", None)
     if own_block and not pathlib.Path(where).is_dir():
         raise UsageError(
-            f"{where}: expected a local folder of factors, found a hub id: vllm-neuron would load and save it "
+            f"{where}: expected a local folder of factors, found a hub id: vllm-neuron would load and save "
+            "it "
             "through transformers, which drops every factor; download it first and serve the folder."
         )
 
@@ -126,7 +129,9 @@ def check_attention(config: Any, base: type) -> None:
     stands_in = getattr(config, "model_type", None) == "mistral" and "Mistral" not in base.__name__
     if stands_in and window is not None and window < config.neuron_config.seq_len:
         raise UnsupportedModelError(
-            f"{getattr(config, '_name_or_path', 'model config')}: expected no sliding window below the sequence "
-            f"length {config.neuron_config.seq_len}, found {window}: NxD Inference before 0.9 has no Mistral and "
+            f"{getattr(config, '_name_or_path', 'model config')}: expected no sliding window below the "
+            "sequence "
+            f"length {config.neuron_config.seq_len}, found {window}: NxD Inference before 0.9 has no Mistral "
+            "and "
             "its Llama would attend to all tokens; serve at most as many tokens as the window has."
         )

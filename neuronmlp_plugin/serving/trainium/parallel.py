@@ -50,9 +50,9 @@ class Parallel(Collectives, abc.ABC):
 
     @abc.abstractmethod
     def int8(self, size: tuple[int, int], dim: int, scale_size: tuple[int, ...]) -> nn.Module:
-        """A module that multiplies nothing: `weight`, int8, is a slice along `dim` of a whole `[out, in]` of this
-        size; `scale`, fp32 whatever the model's dtype, one along its first dimension where `dim` is OUT, and
-        the whole of it where not.
+        """A module that multiplies nothing: `weight`, int8, is a slice along `dim` of a whole `[out, in]` of
+        this size; `scale`, fp32 whatever the model's dtype, one along its first dimension where `dim` is OUT,
+        and the whole of it where not.
         """
 
     @abc.abstractmethod

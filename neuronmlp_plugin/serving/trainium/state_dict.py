@@ -55,8 +55,8 @@ def lay_out_state(
     Raises CheckpointError.
 
     `plan[i]` names the paths that layer i takes in any phase. int8 stays int8, with fp32 scales beside it,
-    wherever the path reads it so (storage.py); elsewhere it is expanded to `dtype`, the model's. NxDI casts all
-    that is floating point but for names that end in "scale".
+    wherever the path reads it so (storage.py); elsewhere it is expanded to `dtype`, the model's. NxDI casts
+    all that is floating point but for names that end in "scale".
     """
     check_names(
         {**block.expected_tensors(), **block.expected_scales()},

@@ -1,4 +1,5 @@
-"""How a path reads the int8 matrices of a layer: as they are, one byte a weight, or expanded at load, and why.
+"""How a path reads the int8 matrices of a layer: as they are, one byte a weight, or expanded at load, and
+why.
 
 Torch operations multiply each matrix by itself. A launch of the kernels reads one packed array, so there all
 three are int8 or none is.
@@ -18,7 +19,9 @@ FLOATING, IN_PART, EXPANDED = "floating point", "int8 in part", "int8 expanded"
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """`int8`: the projections that are read as int8; `why`: why others, stored so, are expanded, if any is."""
+    """`int8`: the projections that are read as int8; `why`: why others, stored so, are expanded, if any
+    is.
+    """
 
     int8: frozenset[str] = frozenset()
     why: str | None = None

@@ -72,7 +72,8 @@ def dma_copy(
     _check_mode("dma_copy", dge_mode, oob_mode, priority)
     require(
         dst.size == src.size,
-        f"dma_copy requires src and dst to have the same number of elements, got src={src.size}, dst={dst.size}",
+        f"dma_copy requires src and dst to have the same number of elements, got src={src.size}, "
+        f"dst={dst.size}",
     )
     same = dst.dtype == src.dtype
     require(

@@ -32,7 +32,8 @@ def check_operand(op: str, name: str, tensor: object, spaces: tuple[str, ...] = 
     elements, limit = tensor.size // count, FREE_ELEMENTS_MAX[tensor.buffer]
     if elements > limit:
         refuse(
-            f"{op} {name} has {elements} elements per partition, at most {limit} are possible in {tensor.buffer}"
+            f"{op} {name} has {elements} elements per partition, at most {limit} are possible in "
+            f"{tensor.buffer}"
         )
     _check_access_pattern(op, name, tensor.shape[1:], tensor.strides[1:])
     return tensor
@@ -56,16 +57,19 @@ def _check_access_pattern(op: str, name: str, sizes: tuple[int, ...], strides: t
     dims = merged_dims(sizes, strides)
     if len(dims) > FREE_DIMS_MAX:
         refuse(
-            f"{op} {name} needs {len(dims)} free dimensions in its access pattern, at most {FREE_DIMS_MAX} are possible"
+            f"{op} {name} needs {len(dims)} free dimensions in its access pattern, at most {FREE_DIMS_MAX} "
+            "are possible"
         )
     size, stride = max(size for size, _ in dims), max(stride for _, stride in dims)
     if size > DIM_SIZE_MAX:
         refuse(
-            f"{op} {name} has a free dimension of {size} elements in its access pattern, at most {DIM_SIZE_MAX} are possible"
+            f"{op} {name} has a free dimension of {size} elements in its access pattern, at most "
+            f"{DIM_SIZE_MAX} are possible"
         )
     if stride > STRIDE_MAX:
         refuse(
-            f"{op} {name} has a stride of {stride} elements in its access pattern, at most {STRIDE_MAX} are possible"
+            f"{op} {name} has a stride of {stride} elements in its access pattern, at most {STRIDE_MAX} are "
+            "possible"
         )
 
 
@@ -82,7 +86,8 @@ def check_same_partitions(op: str, dst: Tensor, *sources: tuple[str, Tensor]) ->
     for name, source in sources:
         require(
             source.shape[0] == dst.shape[0],
-            f"{op} operands must have the same number of partitions, got {name}={source.shape[0]}, dst={dst.shape[0]}",
+            f"{op} operands must have the same number of partitions, got {name}={source.shape[0]}, "
+            f"dst={dst.shape[0]}",
         )
 
 
@@ -91,7 +96,8 @@ def check_same_free_size(op: str, dst: Tensor, *sources: tuple[str, Tensor]) -> 
         have, want = source.size // source.shape[0], dst.size // dst.shape[0]
         require(
             have == want,
-            f"{op} operands must have the same number of elements per partition, got {name}={have}, dst={want}",
+            f"{op} operands must have the same number of elements per partition, got {name}={have}, "
+            f"dst={want}",
         )
 
 
@@ -114,7 +120,8 @@ def _refuse_destroyed(op: str, operand: Tensor) -> NoReturn:
     """Two tensors on the same bytes are in use together."""
     storage = operand.storage
     refuse(
-        f"{op} uses '{storage.name}' in {storage.space} from byte {storage.address} on, but '{storage.destroyed_by}' "
+        f"{op} uses '{storage.name}' in {storage.space} from byte {storage.address} on, but "
+        f"'{storage.destroyed_by}' "
         "lies on the same bytes and was written since; put one of them elsewhere, or use the first up before"
     )
 

@@ -122,7 +122,8 @@ def _accumulates(dst: Tensor, accumulate: bool | None) -> bool:
     )
     require(
         clean,
-        f"nc_matmul accumulates onto '{dst.name}': expected elements last written by nc_matmul, found {told}; "
+        f"nc_matmul accumulates onto '{dst.name}': expected elements last written by nc_matmul, found "
+        f"{told}; "
         "start a sum with accumulate=False or in a fresh tile",
     )
     return True
@@ -152,7 +153,8 @@ def nc_transpose(
     expected = data.dtype if on_vector or machine.target.generation > 2 else float32
     require(
         dst.dtype == expected,
-        f"nc_transpose dst dtype must be {expected.name} on gen{machine.target.generation}, got {dst.dtype.name}",
+        f"nc_transpose dst dtype must be {expected.name} on gen{machine.target.generation}, got "
+        f"{dst.dtype.name}",
     )
     _check_one_bank("nc_transpose", machine, dst)
     if not machine.dry:

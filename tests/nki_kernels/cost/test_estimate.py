@@ -149,8 +149,8 @@ def test_dense_traffic_at_32k_is_at_least_four_times_the_fused_one():
 
 
 def test_sums_spill_in_part_where_sbuf_does_not_hold_them():
-    """8192 rows: 256 KiB of fp32 sums a partition, of which 128 KiB fit beside one turn of the operands; every
-    block of K writes the others, the first does not read them, and the last pass reads them again.
+    """8192 rows: 256 KiB of fp32 sums a partition, of which 128 KiB fit beside one turn of the operands;
+    every block of K writes the others, the first does not read them, and the last pass reads them again.
     """
     assert baselines.held_row_tiles(4096, 8, TRN1) is None and baselines.held_row_tiles(8192, 8, TRN1) == 32
     small, large = (baselines.aws_matmul(m, 2048, 1024).counters for m in (4096, 8192))

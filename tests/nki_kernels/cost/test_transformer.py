@@ -31,7 +31,9 @@ def test_collectives_follow_the_ring():
 
 
 def test_a_mesh_takes_as_long_on_two_cores_as_on_thirty_two():
-    """But for the wire; a small all-reduce is one step, a large one two, by recursive doubling beyond 1 MiB."""
+    """But for the wire; a small all-reduce is one step, a large one two, by recursive doubling beyond 1
+    MiB.
+    """
     assert MESH.gather_us(0, 2) == MESH.gather_us(0, 32) == MESH_US
     assert MESH.all_reduce_us(19_200, 8) == pytest.approx(MESH_US + 7 * 19_200 / 192e3)
     assert MESH.all_reduce_us(1 << 20, 32) == 2 * MESH.gather_us(1 << 20, 32)
@@ -70,7 +72,9 @@ def parameters(blend):
 @pytest.mark.parametrize("name", ["groups uv", "groups compact", "narrow"])
 @pytest.mark.parametrize("tp", [1, 8, 32])
 def test_what_ends_on_tiles_meets_the_budget_exactly(name, tp):
-    """Ranks of a group are whole row tiles, and layers share them so that the parameters are those asked for."""
+    """Ranks of a group are whole row tiles, and layers share them so that the parameters are those asked
+    for.
+    """
     shape = MODELS["Llama-3.1-8B"]
     blend = FORMS[name](shape, tp, 0.2)
     asked = 0.8 * 3 * shape.hidden * shape.intermediate / tp

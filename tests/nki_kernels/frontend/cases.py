@@ -51,7 +51,10 @@ def _with_helper(helper: str, call: str) -> str:
 
 
 PAIR = "def helper(a, b=1):\n    return a + b"
-BOX = "class Box(nl.NKIObject):\n    def __init__(self):\n        self.size = 4\n\n\nclass Outer(nl.NKIObject):\n"
+BOX = (
+    "class Box(nl.NKIObject):\n    def __init__(self):\n        self.size = 4\n\n\nclass "
+    "Outer(nl.NKIObject):\n"
+)
 BOX += "    def __init__(self):\n        self.box = Box()"
 TILE = "t = nl.ndarray((128, 4, 8), dtype=x.dtype, buffer=nl.sbuf)\n"
 JITTED = "@nki.jit\ndef inner(x):\n    return x"

@@ -1,4 +1,6 @@
-"""For every rule a kernel that obeys and one that breaks it; the second is refused by that rule, at its line."""
+"""For every rule a kernel that obeys and one that breaks it; the second is refused by that rule, at its
+line.
+"""
 
 import importlib.util
 import itertools

@@ -1,5 +1,5 @@
-"""Real vLLM on this CPU at one, two and four ranks gives the logits of the torch forward for folders of groups
-and narrow layers, int8 among them.
+"""Real vLLM on this CPU at one, two and four ranks gives the logits of the torch forward for folders of
+groups and narrow layers, int8 among them.
 """
 
 from __future__ import annotations

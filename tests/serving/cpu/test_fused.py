@@ -84,7 +84,9 @@ def test_chains_equal_the_definition(forms, hidden, width, groups, tokens, dtype
 
 
 def close(got, expected, dtype):
-    """Within the rounding of some stages, beside the largest output: bf16 rounds what it leaves in between."""
+    """Within the rounding of some stages, beside the largest output: bf16 rounds what it leaves in
+    between.
+    """
     assert got.dtype is dtype
     bound = (2e-5 if dtype is torch.float32 else 0.03) * float(expected.abs().max() + 1)
     assert float((got.double() - expected).abs().max()) <= bound
@@ -109,7 +111,9 @@ def test_packing_pads_the_last_panel_with_zeros():
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """The module that compiles, as if nothing had been compiled yet, and with its log where caplog sees it."""
+    """The module that compiles, as if nothing had been compiled yet, and with its log where caplog sees
+    it.
+    """
     from neuronmlp_plugin.serving.cpu import compiled
 
     monkeypatch.setattr(compiled.logger, "propagate", True)

@@ -1,5 +1,5 @@
-"""The compiled library is loaded only whole, ours and from a place that is ours; whatever is amiss ends in a build
-or in the slow path with a warning, never in the end of the process.
+"""The compiled library is loaded only whole, ours and from a place that is ours; whatever is amiss ends in a
+build or in the slow path with a warning, never in the end of the process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ pytestmark = [
     ),
     pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler"),
 ]
-_LOAD = "from neuronmlp_plugin.serving.cpu.compiled import load_products as load; print('LOADED', load() is not None)"
+_LOAD = (
+    "from neuronmlp_plugin.serving.cpu.compiled import load_products as load; print('LOADED', load() is not "
+    "None)"
+)
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
-"""product.c, compiled for processors of every width of vectors and checked against sums in double: those that this
-machine can run, and a 64-bit Arm under an emulator where one is installed.
+"""product.c, compiled for processors of every width of vectors and checked against sums in double: those that
+this machine can run, and a 64-bit Arm under an emulator where one is installed.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Import-time stand-ins for the closed Neuron wheels, so that the real public sources of NxD Inference and NxD
-can be imported and run in NxDI's own CPU mode.
+"""Import-time stand-ins for the closed Neuron wheels, so that the real public sources of NxD Inference and
+NxD can be imported and run in NxDI's own CPU mode.
 
 They are honest: whatever nobody needs on a CPU may be named, indexed (`kernel[grid]`) and subclassed, and
 raises WheelCalledError when it is called. What importing or the CPU mode does call stands in `_NEEDED`, each
 with the least that it takes. A wheel that is really installed is left alone.
 
-One method of NxDI is lent, too: the CPU mode of 0.8 calls `_get_captured_tensors_offset`, which its text models
-lack (0.9 gives it to them: 0 where no tensors are captured). No device path calls it.
+One method of NxDI is lent, too: the CPU mode of 0.8 calls `_get_captured_tensors_offset`, which its text
+models lack (0.9 gives it to them: 0 where no tensors are captured). No device path calls it.
 """
 
 from __future__ import annotations
@@ -152,7 +152,9 @@ def _lend_offset(model_base: types.ModuleType) -> None:
 
 
 def install() -> None:
-    """Put the stand-ins in place of every wheel that is not installed. Before NxDI is imported; idempotent."""
+    """Put the stand-ins in place of every wheel that is not installed. Before NxDI is imported;
+    idempotent.
+    """
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     absent = [name for name in WHEELS if importlib.util.find_spec(name) is None]

@@ -103,8 +103,8 @@ def run(case: Case) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def check_storage(model, case: Case) -> None:
-    """What each submodel of NxDI holds of its MLPs after its own loading: the dtypes that the case claims, and
-    fp32 scales beside int8.
+    """What each submodel of NxDI holds of its MLPs after its own loading: the dtypes that the case claims,
+    and fp32 scales beside int8.
     """
     if case.mlp_dtypes is None:
         return

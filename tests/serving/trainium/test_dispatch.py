@@ -70,8 +70,8 @@ def test_nothing_stands_against_a_kernel_on_the_reference_stack():
 
 @pytest.fixture
 def on_a_device(tmp_path, monkeypatch):
-    """Function (options, nki version, **neuron) -> the settled config of a low-rank model, as if with `nki`; the
-    trial's verdict is `dispatch.refusal`'s.
+    """Function (options, nki version, **neuron) -> the settled config of a low-rank model, as if with `nki`;
+    the trial's verdict is `dispatch.refusal`'s.
     """
 
     def settled(options, nki="0.2.0", **neuron):
@@ -173,7 +173,8 @@ def test_runs_are_counted_by_the_bucket_that_holds_them():
 def test_the_log_line_names_every_path():
     line = traced_record().summary()
     assert line == (
-        "neuronmlp: decode: 3 layers by kernel (planned); prefill: 2 layers by kernel (planned); prefill: 1 layers by torch (too large)"
+        "neuronmlp: decode: 3 layers by kernel (planned); prefill: 2 layers by kernel (planned); prefill: 1 "
+        "layers by torch (too large)"
     )
 
 

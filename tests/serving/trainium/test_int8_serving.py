@@ -1,5 +1,5 @@
-"""int8 folders on Trainium: every rank gives the answer of the dequantised weights from one byte a weight, and
-where a weight must be expanded the decision says so.
+"""int8 folders on Trainium: every rank gives the answer of the dequantised weights from one byte a weight,
+and where a weight must be expanded the decision says so.
 """
 
 from __future__ import annotations
@@ -294,7 +294,8 @@ def test_log_and_metrics_name_the_weights():
     record.add(0, "decode", 1, decisions["decode"])
     record.add(1, "decode", 1, Decision("torch", "kernels: prefill"))
     assert record.summary() == (
-        "neuronmlp: decode: 1 layers by torch (kernels: prefill); decode: 1 layers by torch, int8 (kernels: prefill); "
+        "neuronmlp: decode: 1 layers by torch (kernels: prefill); decode: 1 layers by torch, int8 (kernels: "
+        "prefill); "
         "prefill: 1 layers by kernel, int8 (planned)"
     )
     assert record.totals()["layers"] == [

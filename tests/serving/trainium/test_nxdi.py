@@ -116,7 +116,9 @@ def test_every_family_and_batch_equals_the_torch_forward(tp, folders, tmp_path):
 
 @pytest.fixture(scope="module")
 def grouped_folders(tmp_path_factory) -> dict[str, str]:
-    """1, 2, 4 and 8 groups; all layers narrow but one, forms mixed, one layer dense throughout; fp32 and int8."""
+    """1, 2, 4 and 8 groups; all layers narrow but one, forms mixed, one layer dense throughout; fp32 and
+    int8.
+    """
     root = tmp_path_factory.mktemp("grouped")
     dense = write_dense(root / "dense", "llama")
     made = {}
@@ -233,7 +235,9 @@ def test_required_kernels_that_would_expand_int8_are_refused_by_nxdi_at_once(int
 
 
 def test_factors_over_a_dense_folder_that_transformers_5_saved(tmp_path):
-    """Its config has `rope_parameters` alone, its theta is not the default, and the venv has transformers 4."""
+    """Its config has `rope_parameters` alone, its theta is not the default, and the venv has transformers
+    4.
+    """
     dense = write_dense(tmp_path / "dense", "llama")
     mixed = Checkpoint(write_mixed(tmp_path / "mixed", dense))
     names = mixed.block.expected_tensors(only_changed=True)

@@ -1,4 +1,6 @@
-"""Registration: cheap, idempotent, silent without NxDI, and complete as soon as someone imports NxDI's table."""
+"""Registration: cheap, idempotent, silent without NxDI, and complete as soon as someone imports NxDI's
+table.
+"""
 
 from __future__ import annotations
 

@@ -103,6 +103,7 @@ class RefinePlan:
         """What is printed before the run."""
         s = self.settings
         by = "perplexity" if s.loss == "next-token" else "KL"
+        rate = f"{s.learning_rate:g}" if s.learning_rate else "by how far the model is from the dense one"
         return [
             ("refine", f"{self.source.folder}, made from {self.dense.folder}"),
             ("how", s.describe()),
@@ -111,10 +112,7 @@ class RefinePlan:
                 f"{s.tokens:,} tokens, of a text of {self.windows.numel():,}; {s.batch * s.window:,} a step, "
                 f"{s.arithmetic} products",
             ),
-            (
-                "learning rate",
-                f"{s.learning_rate:g}" if s.learning_rate else "by how far the model is from the dense one",
-            ),
+            ("learning rate", rate),
             (
                 "judged on",
                 f"{self.judge.numel():,} tokens that are not trained on; the best by {by} of before and "

@@ -54,7 +54,8 @@ def ranks_of(choices) -> list[int]:
 def test_prices_rise_by_row_tiles(prices):
     for name in PROJECTIONS:
         step = np.diff(prices[name][:-1])
-        inside, across = step[256 : 256 + 126].mean(), prices[name][257] - prices[name][256]
+        # The median: half a tile on there is an edge of its own, where a block is no longer shared.
+        inside, across = np.median(step[256 : 256 + 126]), prices[name][257] - prices[name][256]
         assert across > 5 * abs(inside), name
 
 

@@ -45,9 +45,9 @@ def sampled_digest(path: pathlib.Path) -> str:
 @functools.lru_cache(maxsize=4096)
 def _sampled(path: pathlib.Path, size: int, _written_ns: int) -> str:
     sha = hashlib.sha256(str(size).encode())
-    step, length = (_CHUNK, SAMPLE) if size > WHOLE else (_CHUNK, _CHUNK)
+    length = SAMPLE if size > WHOLE else _CHUNK
     with path.open("rb") as file:
-        for start in [*range(0, size, step), max(0, size - length)]:
+        for start in [*range(0, size, _CHUNK), max(0, size - length)]:
             file.seek(start)
             sha.update(file.read(length))
     return sha.hexdigest()
@@ -76,6 +76,12 @@ def check_record(folder: pathlib.Path) -> int | None:
             f"{len(recorded)} files differ); copy or make the folder again."
         )
     return len(recorded)
+
+
+def compared(folder: pathlib.Path) -> str:
+    """What `check_record` finds, in words, for whoever asked to have a folder verified."""
+    count = check_record(folder)
+    return f"{count} files are as they were written" if count else f"no {RECORD}, so nothing to compare with"
 
 
 def is_whole(folder: pathlib.Path) -> bool:

@@ -50,17 +50,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _verify(model: pathlib.Path) -> int:
-    from neuronmlp_plugin.checkpoint.digests import RECORD, check_record
+    from neuronmlp_plugin.checkpoint.digests import compared
     from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint
 
     Checkpoint(model)
-    found = {
-        folder: check_record(folder) for folder in (model, (model / FACTOR_FILE).parent) if folder.is_dir()
-    }
-    for folder, count in found.items():
-        said = (
-            f"{count} files are as they were written" if count else f"no {RECORD}, so nothing to compare with"
-        )
+    found = {folder: compared(folder) for folder in (model, (model / FACTOR_FILE).parent) if folder.is_dir()}
+    for folder, said in found.items():
         print(f"{printable(str(folder))}: {said}")
     return 0
 

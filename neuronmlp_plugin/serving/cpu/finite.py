@@ -8,6 +8,7 @@ its count of NaN logits (VLLM_COMPUTE_NANS_IN_LOGITS; a 0 in the environment tur
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
 from typing import Any
@@ -80,15 +81,12 @@ def watch_logits(vllm_config: Any) -> None:
         os.environ.setdefault(RAISE, "1")
 
 
+@functools.cache
 def watch_parents() -> None:
     """Have torch say, from now on, which module each became a part of: vLLM hands us layers without their
     model.
     """
-    if not _WATCHING:
-        _WATCHING.append(register_module_module_registration_hook(_registered))
-
-
-_WATCHING: list[Any] = []
+    register_module_module_registration_hook(_registered)
 
 
 def parent_of(module: nn.Module) -> nn.Module | None:

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
-from neuronmlp_plugin.checkpoint.digests import RECORD, check_record
+from neuronmlp_plugin.checkpoint.digests import compared
 from neuronmlp_plugin.checkpoint.files import read_config
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, FactorFile
 from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, parse_block
@@ -149,11 +149,7 @@ def _verify(folder: pathlib.Path, options: Options) -> None:
         )
     beside = (options.factors or folder / FACTOR_FILE).parent
     for place in (folder, *([beside] if beside.is_dir() else [])):
-        count = check_record(place)
-        said = (
-            f"{count} files are as they were written" if count else f"no {RECORD}, so nothing to compare with"
-        )
-        logger.info("neuronmlp: %s: %s", place, said)
+        logger.info("neuronmlp: %s: %s", place, compared(place))
 
 
 def _path(options: Options, block: FormatBlock) -> str:

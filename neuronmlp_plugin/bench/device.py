@@ -89,8 +89,7 @@ def measure_us(core: Core, clock: Callable[[], float] = time.perf_counter) -> fl
     if median <= 0:
         raise UsageError(
             f"bench tune --measure: expected {LAUNCHES} launches to take longer than one, found a launch of "
-            f"{median:.1f} us; "
-            "measure while nothing else runs on the device and its host."
+            f"{median:.1f} us; measure while nothing else runs on the device and its host."
         )
     return median
 

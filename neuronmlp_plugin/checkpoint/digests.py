@@ -72,8 +72,7 @@ def check_record(folder: pathlib.Path) -> int | None:
     if wrong:
         raise CheckpointError(
             f"{folder / wrong[0]}: expected the contents that {RECORD} records, found others or none "
-            f"({len(wrong)} of "
-            f"{len(recorded)} files differ); copy or make the folder again."
+            f"({len(wrong)} of {len(recorded)} files differ); copy or make the folder again."
         )
     return len(recorded)
 
@@ -99,8 +98,7 @@ def _read(folder: pathlib.Path) -> dict[str, Any]:
     if version != 1 or not isinstance(files, dict) or not files or not all(map(_is_inside, files)):
         raise CheckpointError(
             f"{folder / RECORD}: expected record_version 1 and digests of files of this folder, found "
-            "others; "
-            "remove it to go without."
+            "others; remove it to go without."
         )
     return files
 

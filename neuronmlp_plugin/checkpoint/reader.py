@@ -80,8 +80,7 @@ class Checkpoint:
         if found != QUANT_METHOD or not isinstance(block, dict):
             raise CheckpointError(
                 f"{where}: expected no quantization_config, or quant_method {QUANT_METHOD!r}, found "
-                f"{found!r}; "
-                "compress the unquantised model."
+                f"{found!r}; compress the unquantised model."
             )
         return parse_block(block, self.config, where)
 

@@ -221,8 +221,7 @@ def _check_ratio(claimed: Any, block: FormatBlock, source: str) -> None:
     if not found or not abs(claimed - block.removed_ratio) <= 1e-3:
         raise CheckpointError(
             f"{source}: expected removed_ratio {block.removed_ratio:.4f} (what the forms and ranks give), "
-            f"found {shown(claimed)}; "
-            "the block was edited or damaged."
+            f"found {shown(claimed)}; the block was edited or damaged."
         )
 
 

@@ -122,8 +122,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         "--form",
         choices=FORMS,
         help="compact (default): pivoted factors, no break-even rank; uv: the paper's; narrow: fewer "
-        "channels, no factors, "
-        "and with --allocation uniform an ordinary folder that any engine loads",
+        "channels, no factors, and with --allocation uniform an ordinary folder that any engine loads",
     )
     method.add_argument(
         "--groups",
@@ -131,8 +130,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         metavar="auto|N",
         default=None,
         help="factorise N groups of channels apart: tensor parallel sizes that divide N communicate no more "
-        "than a dense model "
-        "(default auto: what makes the slices nearest to square; 1 for the baselines)",
+        "than a dense model (default auto: what makes the slices nearest to square; 1 for the baselines)",
     )
     method.add_argument(
         "--tp",

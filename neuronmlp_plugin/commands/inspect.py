@@ -79,8 +79,7 @@ def _print_table(block) -> None:  # type: ignore[no-untyped-def]
         table.add_row(str(index), str(layer.channels), *cells, f"{layer.weight_bytes / dense:.1%}")
     table.caption = (
         f"{block.weight_bytes / 1e6:.1f} MB with floating point in bf16: {block.bytes_ratio:.1%} of the "
-        "dense MLPs; "
-        f"tensor-parallel sizes at full speed: {', '.join(map(str, block.full_speed_sizes))}"
+        f"dense MLPs; tensor-parallel sizes at full speed: {', '.join(map(str, block.full_speed_sizes))}"
     )
     Console().print(table)
 

@@ -264,8 +264,7 @@ def _check_enough(settings: Settings, shape: MLPShape, found: int) -> None:
     if found < needed:
         raise CalibrationError(
             f"{settings.text}: expected at least {needed:,} calibration tokens (twice the intermediate "
-            f"size), found {found:,}; "
-            "give more text or raise --tokens."
+            f"size), found {found:,}; give more text or raise --tokens."
         )
 
 
@@ -280,8 +279,7 @@ def _groups(settings: Settings, shape: MLPShape) -> int:
         if channels % asked or asked % tp:
             raise UsageError(
                 f"--groups {asked}: expected a divisor of the {channels} intermediate channels that is a "
-                f"multiple of --tp {tp}, "
-                f"found {asked}; choose one, or auto."
+                f"multiple of --tp {tp}, found {asked}; choose one, or auto."
             )
         return asked
     if settings.method != "two-sided" or settings.form == "narrow":

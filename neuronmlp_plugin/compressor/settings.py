@@ -120,8 +120,7 @@ class Settings:
         if narrow != (self.method == "modegpt") and self.method != "two-sided":
             raise UsageError(
                 f"--method {self.method}: expected --form {'narrow' if not narrow else 'compact or uv'}, "
-                f"found {self.form}; "
-                "modegpt removes channels, whitened and plain make factors."
+                f"found {self.form}; modegpt removes channels, whitened and plain make factors."
             )
         if narrow and self.channels == "keep":
             raise UsageError(

@@ -144,8 +144,7 @@ def check_artifacts(env: Environment) -> Iterator[Finding]:
     elif pathlib.Path(folder, "neuron_config.json").is_file():
         what = (
             f"what was compiled into {folder} is in force: another model, other sizes or other options of "
-            "ours are refused, "
-            "NxD Inference's own options of the command line are ignored"
+            "ours are refused, NxD Inference's own options of the command line are ignored"
         )
         yield Finding(NOTE, what, "name another folder after changing the model, its factors or an option")
 
@@ -164,8 +163,7 @@ def check_sampling(env: Environment) -> Iterator[Finding]:
     yield Finding(
         NOTE,
         "on-device sampling gave wrong text for Qwen2 and Qwen3 at tensor parallel 2 with continuous "
-        "batching, with HTTP 200 "
-        "(optimum-neuron pull request 886)",
+        "batching, with HTTP 200 (optimum-neuron pull request 886)",
         "run examples/trn1/smoke_test.py, which compares every sequence, before you serve with "
         "--max-num-seqs above 1",
     )

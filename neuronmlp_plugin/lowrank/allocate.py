@@ -142,8 +142,7 @@ def check_removable(
     if least > keep:
         raise UsageError(
             f"size: expected at most {1 - least:.2f} of the {what} taken away at rank multiple {multiple}, "
-            f"form {form}, "
-            f"found {1 - keep:.2f} asked for; ask for less, or for a smaller --rank-multiple."
+            f"form {form}, found {1 - keep:.2f} asked for; ask for less, or for a smaller --rank-multiple."
         )
 
 

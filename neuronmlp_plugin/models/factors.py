@@ -253,8 +253,7 @@ class MLPLayer(Mapping[str, ProjectionSpec]):
             return True
         raise UsageError(
             f"tensor parallel size {tp}: expected a size that serves this MLP ({self.sizes()}), found "
-            "another; "
-            f"choose one of those, or compress again with --tp {tp}."
+            f"another; choose one of those, or compress again with --tp {tp}."
         )
 
     def sizes(self) -> str:

@@ -204,8 +204,7 @@ class Machine:
             if storage.banks[1] > total:
                 raise CapacityError(
                     f"PSUM on {self.target.name}: expected banks below {total}, found '{storage.name}' in "
-                    "banks "
-                    f"{storage.banks[0]} to {storage.banks[1] - 1}; put it lower."
+                    f"banks {storage.banks[0]} to {storage.banks[1] - 1}; put it lower."
                 )
         placed = self._placed[storage.space]
         for reference in list(placed.values()):
@@ -293,8 +292,7 @@ class Machine:
                 return
         raise CapacityError(
             f"PSUM on {self.target.name}: expected {count} free banks in a row for '{storage.name}', found "
-            f"none of {total}; "
-            f"let a tile go first. Held: {self.holders(PSUM)}"
+            f"none of {total}; let a tile go first. Held: {self.holders(PSUM)}"
         )
 
     def holders(self, space: str) -> str:

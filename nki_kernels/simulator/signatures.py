@@ -34,8 +34,7 @@ _TABLES = {
     "0.6": {
         **_ELEMENTWISE,
         "nc_matmul": "dst stationary moving is_stationary_onezero is_moving_onezero is_transpose accumulate "
-        "tile_position tile_size "
-        "perf_mode name",
+        "tile_position tile_size perf_mode name",
         "dma_copy": "dst src priority oob_mode dge_mode engine name",
         "dma_transpose": "dst src axes priority dge_mode oob_mode name",
     },

@@ -51,8 +51,7 @@ def check_model(model: nn.Module) -> None:
             if tensor.is_floating_point() and not is_finite(tensor):
                 raise NonFiniteError(
                     f"checkpoint: {name}: expected finite values in {tensor.dtype}, as it is served, found "
-                    "NaN or Inf; "
-                    "serve in another --dtype, or copy the file again."
+                    "NaN or Inf; serve in another --dtype, or copy the file again."
                 )
 
 

@@ -142,8 +142,7 @@ class LowRankMethod(LinearMethodBase):
             if weight.dtype is not tensors[suffix].dtype and not is_finite(weight):
                 raise NonFiniteError(
                     f"checkpoint: {where}.{suffix}: expected finite values in {self.dtype}, as it is served, "
-                    "found "
-                    "NaN or Inf; serve in another --dtype."
+                    "found NaN or Inf; serve in another --dtype."
                 )
         return served
 

@@ -115,8 +115,7 @@ class NeuronMLPConfig(QuantizationConfig):
         if vllm_config.lora_config is not None:
             raise UsageError(
                 "--enable-lora: expected no adapters over low-rank MLPs, whose channels may stand in another "
-                "order, found it on; "
-                "merge the adapter into the dense model and compress that."
+                "order, found it on; merge the adapter into the dense model and compress that."
             )
         options = parse_options(vllm_config.additional_config)
         folder = pathlib.Path(vllm_config.model_config.model)

@@ -252,8 +252,7 @@ def _attach_record(config: Any) -> None:
     if changed:
         raise StaleArtifactError(
             f"{source_of(config)}: expected compiled artifacts of the present model and kernels, found "
-            "another "
-            f"{', '.join(changed)}; compile again into an empty folder."
+            f"another {', '.join(changed)}; compile again into an empty folder."
         )
     setattr(config, KEY, {**(saved or {}), **record})
 
@@ -272,8 +271,7 @@ def _find_block(config: Any) -> FormatBlock | None:
     if own and factors:
         raise UsageError(
             f"{source_of(config)}: expected a dense model under the factor file {factors}, found a factored "
-            "one; "
-            "drop the file."
+            "one; drop the file."
         )
     if own:
         return parse_block(own, config.__dict__, source_of(config))

@@ -84,8 +84,7 @@ def decide(
     if options.kernels == "require" and readings["kernel"].why:
         raise UsageError(
             f"layer {layer}: expected int8 weights that the kernels read as they are (kernels: require), "
-            "found "
-            f"{readings['kernel'].why}; use kernels: auto to have them expanded at load."
+            f"found {readings['kernel'].why}; use kernels: auto to have them expanded at load."
         )
     decisions = {}
     for phase in PHASES:

@@ -94,8 +94,7 @@ def check_placement(additional_config: Any, low_rank: bool) -> None:
         if misspelt and (low_rank or (isinstance(value, dict) and KEY in value)):
             raise UsageError(
                 f"additional_config: expected the key {OVERRIDE!r}, found {name!r}, which vllm-neuron does "
-                "not "
-                "read; write underscores."
+                "not read; write underscores."
             )
 
 
@@ -116,8 +115,7 @@ def check_supported(config: Any) -> None:
     if own_block and not pathlib.Path(where).is_dir():
         raise UsageError(
             f"{where}: expected a local folder of factors, found a hub id: vllm-neuron would load and save "
-            "it "
-            "through transformers, which drops every factor; download it first and serve the folder."
+            "it through transformers, which drops every factor; download it first and serve the folder."
         )
 
 
@@ -132,6 +130,5 @@ def check_attention(config: Any, base: type) -> None:
             f"{getattr(config, '_name_or_path', 'model config')}: expected no sliding window below the "
             "sequence "
             f"length {config.neuron_config.seq_len}, found {window}: NxD Inference before 0.9 has no Mistral "
-            "and "
-            "its Llama would attend to all tokens; serve at most as many tokens as the window has."
+            "and its Llama would attend to all tokens; serve at most as many tokens as the window has."
         )

@@ -123,8 +123,7 @@ def _accumulates(dst: Tensor, accumulate: bool | None) -> bool:
     require(
         clean,
         f"nc_matmul accumulates onto '{dst.name}': expected elements last written by nc_matmul, found "
-        f"{told}; "
-        "start a sum with accumulate=False or in a fresh tile",
+        f"{told}; start a sum with accumulate=False or in a fresh tile",
     )
     return True
 

@@ -295,8 +295,7 @@ def test_log_and_metrics_name_the_weights():
     record.add(1, "decode", 1, Decision("torch", "kernels: prefill"))
     assert record.summary() == (
         "neuronmlp: decode: 1 layers by torch (kernels: prefill); decode: 1 layers by torch, int8 (kernels: "
-        "prefill); "
-        "prefill: 1 layers by kernel, int8 (planned)"
+        "prefill); prefill: 1 layers by kernel, int8 (planned)"
     )
     assert record.totals()["layers"] == [
         ["decode", "torch", "kernels: prefill", FLOATING, 1],

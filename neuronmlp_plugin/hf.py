@@ -1,7 +1,7 @@
 """`import neuronmlp_plugin.hf`: transformers then loads factored folders as it loads any other model.
 
     import neuronmlp_plugin.hf
-    model = AutoModelForCausalLM.from_pretrained(DIR)      # device_map, dtype, generate, Trainer and PEFT as usual
+    model = AutoModelForCausalLM.from_pretrained(DIR)  # device_map, dtype, generate, Trainer, PEFT as usual
 
 A folder's weights are found through INDEX_FILE, which transformers looks at only when the quantizer below
 says so. Without this import a folder of factors has no weights that transformers finds, and it stops with an

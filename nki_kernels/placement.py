@@ -62,14 +62,9 @@ def place(room: Room) -> dict[str, Any]:
     z_row_bytes = aligned(_z_row_cols(room.request) * itemsize)
     activated = z_rows + 2 * z_row_bytes
     activated_bytes = aligned(room.moving_tokens * 4) if layout.gate_second is not None else 0
-    identity = activated + 2 * activated_bytes
-    zero = identity + aligned(PMAX * itemsize)
-    norm_weight = zero + ALIGN_BYTES
-    norm_eps = norm_weight + aligned(tile_count(layout.hidden) * 4)
-    norm_sums = norm_eps + ALIGN_BYTES
-    scales = norm_sums + 2 * ALIGN_BYTES if room.request.norm_eps is not None else norm_weight
-    after = _int8(room, scales)
-    ring, raw_bytes = after.pop("ring"), after.pop("raw_bytes")
+    small = _small(room, activated + 2 * activated_bytes)
+    after = _int8(room, small.pop("end"))
+    raw_bytes = after.pop("raw_bytes")
     at = Addresses(
         **wide,
         gate_z=z,
@@ -77,13 +72,8 @@ def place(room: Room) -> dict[str, Any]:
         down_z=z,
         z_rows=z_rows,
         activated=activated,
-        identity=identity,
-        zero=zero,
-        norm_weight=norm_weight,
-        norm_eps=norm_eps,
-        norm_sums=norm_sums,
+        **small,
         **after,
-        ring=ring,
     )
     return {
         "at": at,
@@ -95,6 +85,19 @@ def place(room: Room) -> dict[str, Any]:
         "align_bytes": ALIGN_BYTES,
         "raw_bytes": raw_bytes,
     }
+
+
+def _small(room: Room, start: int) -> dict[str, int]:
+    """Addresses of the small tiles, from `start` on, and where the last of them ends; those of the norm take
+    room only where the launch has one.
+    """
+    zero = start + aligned(PMAX * room.request.dtype.itemsize)
+    norm_weight = zero + ALIGN_BYTES
+    norm_eps = norm_weight + aligned(tile_count(room.request.layout.hidden) * 4)
+    norm_sums = norm_eps + ALIGN_BYTES
+    end = norm_sums + 2 * ALIGN_BYTES if room.request.norm_eps is not None else norm_weight
+    addresses = {"identity": start, "zero": zero, "norm_weight": norm_weight}
+    return {**addresses, "norm_eps": norm_eps, "norm_sums": norm_sums, "end": end}
 
 
 def _int8(room: Room, start: int) -> dict[str, int]:

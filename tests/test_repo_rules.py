@@ -54,6 +54,7 @@ CONFINED = {
     "torch_xla": ("neuronmlp_plugin/bench/device.py",),
     "torch_neuronx": ("neuronmlp_plugin/bench/device.py",),
 }
+LONG_LINES = {"neuronmlp_plugin/bench/int8_cases.py"}  # one line, of a table
 
 
 def name_of(path: pathlib.Path) -> str:
@@ -180,17 +181,19 @@ def functions(path: pathlib.Path):
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_budgets_hold(path):
-    limit = 100 if "nki_kernels/kernels" in name_of(path) else 60
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, "a file has at most 400 lines"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 400, "a file has at most 400 lines"
+    for number, line in enumerate(lines, 1):
+        assert len(line) <= 110 or name_of(path) in LONG_LINES, f"{name_of(path)}:{number}: over 110 columns"
     for function in functions(path):
         length = (function.end_lineno or 0) - function.lineno + 1
-        assert length <= limit, f"{name_of(path)}: {function.name} has {length} lines, at most {limit}"
+        assert length <= 40, f"{name_of(path)}: {function.name} has {length} lines, at most 40"
 
 
 def test_most_functions_are_short():
     lengths = sorted((f.end_lineno or 0) - f.lineno + 1 for path in MODULES for f in functions(path))
     assert lengths[len(lengths) // 2] <= 12, "the median function has at most 12 lines"
-    assert lengths[len(lengths) * 9 // 10] <= 40, "nine functions in ten have at most 40 lines"
+    assert lengths[len(lengths) * 9 // 10] <= 25, "nine functions in ten have at most 25 lines"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=name_of)

@@ -5,6 +5,7 @@ files.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -93,7 +94,7 @@ def engines(models: Mapping[str, pathlib.Path], settings: EngineSettings) -> Ite
             pipes[name] = ours
             processes.append(process)
             _answer(name, ours)  # ready
-        yield {name: lambda job, name=name: _ask(name, pipes[name], job) for name in models}  # type: ignore[misc]
+        yield {name: functools.partial(_ask, name, pipe) for name, pipe in pipes.items()}
     finally:
         for pipe in pipes.values():
             pipe.close()

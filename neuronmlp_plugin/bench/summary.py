@@ -33,46 +33,45 @@ def _gains(results: list[Result], name: str) -> list[float]:
 
 def against_what_was_asked(results: list[Result], write: Write) -> None:
     """What the kernels are asked to reach, and what they do."""
-
-    def line(what: str, asked: str, reached: str) -> None:
+    head = ("", "asked", "reached (simulated, constants calibrated)")
+    for what, asked, reached in (head, *_reached_by_chain(results), *_reached_by_mlps(results)):
         write(f"{what:<66}{asked:>9}  {reached}")
 
-    long = _chain(results, 4096, 32768)
-    line("", "asked", "reached (simulated, constants calibrated)")
-    line(
-        "chain, T = 4K ... 32K, over the TensorE bound",
-        "<= 1.06",
-        _listed(r.simulated_us / r.tensor_bound_us for r in long),
-    )
+
+def _reached_by_chain(results: list[Result]) -> Iterator[tuple[str, str, str]]:
+    """(what, asked, reached)"""
+    over_bound = [r.simulated_us / r.tensor_bound_us for r in _chain(results, 4096, 32768)]
+    yield "chain, T = 4K ... 32K, over the TensorE bound", "<= 1.06", _listed(over_bound)
     twice = _gains(_chain(results, 8192, 32768), "AWS twice")
-    line(
-        "chain over AWS twice, mean of 8K ... 32K",
-        ">= 1.45",
-        f"{statistics.mean(twice):.2f} ({_listed(twice)})",
-    )
-    line("chain over AWS dense at 32K", ">= 2.4", _listed(_gains(_chain(results, 32768, 32768), "AWS dense")))
+    mean = f"{statistics.mean(twice):.2f} ({_listed(twice)})"
+    yield "chain over AWS twice, mean of 8K ... 32K", ">= 1.45", mean
+    dense = _gains(_chain(results, 32768, 32768), "AWS dense")
+    yield "chain over AWS dense at 32K", ">= 2.4", _listed(dense)
     every = _chain(results, 128, 32768)
     for name in ("AWS twice", "paper"):
         slowest = min((r for r in every if name in r.others), key=lambda r: r.others[name] / r.simulated_us)
         gain = slowest.others[name] / slowest.simulated_us
-        line(
-            f"chain, T = 128 ... 32K, over {name}, the least",
-            ">= 1.00",
-            f"{gain:.3f} at T = {slowest.tokens}",
-        )
+        what = f"chain, T = 128 ... 32K, over {name}, the least"
+        yield what, ">= 1.00", f"{gain:.3f} at T = {slowest.tokens}"
+
+
+def _reached_by_mlps(results: list[Result]) -> Iterator[tuple[str, str, str]]:
+    """(what, asked, reached)"""
     mlps = [r for r in results if r.case != "chain"]
-    few = [r for r in mlps if r.tokens <= 64]
-    line("MLP decode, over the bandwidth bound, the most", "<= 1.02", f"{max(r.over_bound for r in few):.3f}")
-    many = [r for r in mlps if r.tokens > 64]
+    few, many = [r for r in mlps if r.tokens <= 64], [r for r in mlps if r.tokens > 64]
+    most = max(r.over_bound for r in few)
+    yield "MLP decode, over the bandwidth bound, the most", "<= 1.02", f"{most:.3f}"
     traffic = [r.best.estimate.counters.hbm_bytes / r.best.estimate.counters.hbm_unique_bytes for r in many]
-    line("MLP prefill, traffic over compulsory, T = 512 / beyond", "<= 1.15",
-         f"{max(x for x, r in zip(traffic, many, strict=True) if r.tokens == 512):.2f} / {max(traffic):.2f}")  # fmt: skip
+    at_512 = max(x for x, r in zip(traffic, many, strict=True) if r.tokens == 512)
+    what = "MLP prefill, traffic over compulsory, T = 512 / beyond"
+    yield what, "<= 1.15", f"{at_512:.2f} / {max(traffic):.2f}"
     least = min(few, key=lambda r: r.others["dense"] / r.simulated_us)
-    line("MLP decode at removed_ratio 0.20 over dense, the least", ">= 1.20",
-         f"{least.others['dense'] / least.simulated_us:.2f} ({least.case}, T = {least.tokens})")  # fmt: skip
+    gain = least.others["dense"] / least.simulated_us
+    what = "MLP decode at removed_ratio 0.20 over dense, the least"
+    yield what, ">= 1.20", f"{gain:.2f} ({least.case}, T = {least.tokens})"
 
 
-def _listed(values: Iterator[float] | list[float]) -> str:
+def _listed(values: list[float]) -> str:
     return ", ".join(f"{value:.3f}" for value in values)
 
 

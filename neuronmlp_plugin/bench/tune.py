@@ -45,6 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=pathlib.Path, required=True, help="table to write; one that exists is added to"
     )
+    _add_launches(parser)
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="time plans on this machine's Neuron device (never tried on one)",
+    )
+    add_model_arguments(parser)
+
+
+def _add_launches(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--remove",
         type=share,
@@ -68,12 +78,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="per launch (default: 1 ... 8192)",
     )
     parser.add_argument("--tp", type=positive, nargs="+", default=[1, 8], help="cores (default 1 8)")
-    parser.add_argument(
-        "--measure",
-        action="store_true",
-        help="time plans on this machine's Neuron device (never tried on one)",
-    )
-    add_model_arguments(parser)
 
 
 def _requests(args: argparse.Namespace, model: str) -> Iterator[tuple[int, Request]]:

@@ -81,12 +81,14 @@ def _decode(args: argparse.Namespace) -> int:
             folders, args.batch, new_tokens=args.new_tokens, rounds=args.rounds, dtype=args.dtype, tick=tick
         )
     print(
-        f"{'model':<16}{'batch':>6}{'tokens/s':>10}{'speed-up':>10}{'ideal':>8}{'share of the ideal gain':>25}   (measured, {args.dtype})"
+        f"{'model':<16}{'batch':>6}{'tokens/s':>10}{'speed-up':>10}{'ideal':>8}"
+        f"{'share of the ideal gain':>25}   (measured, {args.dtype})"
     )
     for r in results:
         share = f"{r.share_of_ideal:.0%}" if r.ideal > 1 else "-"
         print(
-            f"{r.model:<16}{r.batch:>6}{r.tokens_per_second:>10.1f}{r.speedup:>10.3f}{r.ideal:>8.3f}{share:>25}"
+            f"{r.model:<16}{r.batch:>6}{r.tokens_per_second:>10.1f}{r.speedup:>10.3f}"
+            f"{r.ideal:>8.3f}{share:>25}"
         )
     if args.csv:
         metrics = (("tokens_per_second", "1/s"), ("speedup", "ratio"), ("ideal", "ratio"))

@@ -105,8 +105,9 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--target",
         metavar="QUALITY",
-        help='as much as keeps this quality on the judged text: "ppl+2%%", "kl<0.05" or "top1>95%%"; --judge-tokens decide how fine '
-        "a target can be told apart: a few per cent of perplexity with 8192, less with more",
+        help='as much as keeps this quality on the judged text: "ppl+2%%", "kl<0.05" or "top1>95%%"; '
+        "--judge-tokens decide how fine a target can be told apart: a few per cent of perplexity with "
+        "8192, less with more",
     )
     size.add_argument(
         "--faster",
@@ -238,9 +239,26 @@ def channels_row(report: dict[str, Any]) -> str:
     return f"{min(kept)} to {max(kept)} a layer; full speed at tensor parallel size {sizes}"
 
 
+def forms_row(report: dict[str, Any]) -> str:
+    """How many matrices are stored in each form."""
+    forms = [row["form"] for row in report["matrices"]]
+    known = dict.fromkeys(("dense", *FORMS))
+    return ", ".join(f"{forms.count(form)} {form}" for form in known if form in forms)
+
+
+def quality_rows(quality: dict[str, float] | None) -> list[tuple[str, str]]:
+    """What the judged text says; no rows where none was kept."""
+    if not quality:
+        return []
+    perplexity = (
+        "{candidate_perplexity:.2f} against {reference_perplexity:.2f} dense (x {perplexity_ratio:.3f})"
+    )
+    agreement = "{top1_agreement:.1%} of the top tokens; KL {kl_divergence:.4f} nats a token"
+    return [("perplexity", perplexity.format(**quality)), ("agreement", agreement.format(**quality))]
+
+
 def summary_rows(report: dict[str, Any], target: pathlib.Path) -> list[tuple[str, str]]:
     """What was reached, in a few lines."""
-    forms = [row["form"] for row in report["matrices"]]
     rows = [
         ("removed", f"{report['block']['removed_ratio']:.2%} of the MLP parameters"),
         ("channels", channels_row(report)),
@@ -248,28 +266,9 @@ def summary_rows(report: dict[str, Any], target: pathlib.Path) -> list[tuple[str
             "bytes",
             f"{report['weight_bytes'] / 1e6:.1f} MB in bf16, {report['bytes_ratio']:.1%} of the dense MLPs",
         ),
-        (
-            "forms",
-            ", ".join(
-                f"{forms.count(form)} {form}" for form in dict.fromkeys(("dense", *FORMS)) if form in forms
-            ),
-        ),
+        ("forms", forms_row(report)),
+        *quality_rows(report["quality"]),
     ]
-    quality = report["quality"]
-    if quality:
-        rows += [
-            (
-                "perplexity",
-                "{candidate_perplexity:.2f} against {reference_perplexity:.2f} dense (x {perplexity_ratio:.3f})".format(
-                    **quality
-                ),
-            ),
-            (
-                "agreement",
-                f"{quality['top1_agreement']:.1%} of the top tokens; KL {quality['kl_divergence']:.4f} nats "
-                "a token",
-            ),
-        ]
     if "target" in report:
         asked = report["target"]
         rows.append(("target", f"{asked['asked']}: met as stored, after {len(asked['probes'])} probes"))

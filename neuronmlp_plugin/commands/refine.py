@@ -23,6 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the calibration text; its end judges and is not trained on",
     )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write; must not exist yet")
+    _add_training(parser)
+    _add_steps(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--quiet", action="store_true", help="no plan, no progress bars")
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stages",
         type=lambda text: tuple(text.split(",")),
@@ -56,9 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULTS["tokens"],
         help="to train on; a shorter text is gone through again (default %(default)s)",
     )
-    _add_steps(parser)
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    parser.add_argument("--quiet", action="store_true", help="no plan, no progress bars")
 
 
 def _add_steps(parser: argparse.ArgumentParser) -> None:

@@ -46,5 +46,6 @@ def parse_target(text: str) -> Target:
         if number > 0 and (metric != "top1_agreement" or bound < 1):
             return Target(metric, bound)
     raise UsageError(
-        f'--target: expected "ppl+2%", "kl<0.05" or "top1>95%" with a number that leaves room, found {text!r}; quote it.'
+        '--target: expected "ppl+2%", "kl<0.05" or "top1>95%" with a number that leaves room, found '
+        f"{text!r}; quote it."
     )

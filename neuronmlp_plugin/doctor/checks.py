@@ -129,7 +129,8 @@ def check_kernels(env: Environment) -> Iterator[Finding]:
         yield Finding(
             PROBLEM,
             f"nki {env.versions['nki']}, asked with a small layer: {env.kernels_refused}",
-            'MLPs run by torch operations under "kernels": "auto"; report the sentence, or use the reference stack (docs/trainium.md)',
+            'MLPs run by torch operations under "kernels": "auto"; report the sentence, or use the '
+            "reference stack (docs/trainium.md)",
         )
 
 

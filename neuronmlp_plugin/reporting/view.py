@@ -157,9 +157,10 @@ def choice(report: dict[str, Any]) -> str:
     """How the ranks were chosen, and what the predicted loss that they are told with is."""
     settings = _provenance(report)
     allocation = settings.get("allocation", "unknown")
+    least = "The ranks were chosen across all matrices for the least predicted loss"
     known = {
-        "global": "The ranks were chosen across all matrices for the least predicted loss",
-        "measured": "The ranks were chosen across all matrices for the least predicted loss, corrected by what each proved to be worth",
+        "global": least,
+        "measured": f"{least}, corrected by what each proved to be worth",
         "uniform": "Every matrix was cut by the same share, whatever its predicted loss",
     }
     weighted = (

@@ -142,7 +142,8 @@ def _paper_rows() -> list[Published]:
         return lambda c: paper_estimate(kernel, tokens, c)
 
     rows = [
-        Published(f"{kernel}, T = {tokens}", source, us, SEEN if tokens == 8_192 else UNSEEN, 0.20, predict(kernel, tokens))
+        Published(f"{kernel}, T = {tokens}", source, us,
+                  SEEN if tokens == 8_192 else UNSEEN, 0.20, predict(kernel, tokens))
         for tokens, values in PAPER_US.items()
         for kernel, us in zip(PAPER_KERNELS, values, strict=True)
     ]  # fmt: skip
@@ -161,7 +162,8 @@ def _other_rows() -> list[Published]:
         Published("one DMA, 4 rows of 8 KiB", "AWS profile, trn2", 1.416, SEEN, 0.15, _transfer_alone),
         Published("dense MLP T = 8192, H = 8192, I = 448", library, 3_785, OTHER_KERNEL, None,
                   lambda c: _dense_mlp(8192, 8192, 448, TRN2, c)),
-        Published("dense MLP T = 512, H = 1024, I = 448", library, 80, OTHER_KERNEL, None, lambda c: _dense_mlp(512, 1024, 448, TRN2, c)),
+        Published("dense MLP T = 512, H = 1024, I = 448", library, 80, OTHER_KERNEL, None,
+                  lambda c: _dense_mlp(512, 1024, 448, TRN2, c)),
     ]  # fmt: skip
 
 

@@ -3,7 +3,7 @@ wire cost the same under both.
 
 ring   [runtime] "per-hop latency of Ring/KangaRing is about 1-2 us", (n - 1) hops for an all-gather or a
        reduce-scatter of n cores, twice that for an all-reduce. The runtime calls it its fallback.
-mesh   [runtime] O(1) latency below 1 MB, above it recursive doubling in log2(n) hops. One step of it takes the
+mesh   [runtime] O(1) latency below 1 MB, above it recursive doubling in log2(n) hops. One step takes the
        shortest time that nccom-test's guide prints for 8 cores (all-gather of 1 KiB: 10.0 us; 6.2 us for 32
        cores), at any number of cores; a small all-reduce is one such step, in which every core sends its
        whole buffer to all others ("single-step mesh").

@@ -22,9 +22,11 @@ def _events(slots: Sequence[Slot]) -> Iterator[dict[str, Any]]:
             track = len(ENGINES) + lane
         else:
             track = ENGINES.index(slot.engine)
+        start_us, took_us = slot.start_ns / 1000, (slot.end_ns - slot.start_ns) / 1000
+        about = {"instruction": number, "waited_for": slot.cause}
         yield {
-            "name": slot.op, "cat": slot.engine, "ph": "X", "pid": 0, "tid": track, "ts": slot.start_ns / 1000,
-            "dur": (slot.end_ns - slot.start_ns) / 1000, "args": {"instruction": number, "waited_for": slot.cause},
+            "name": slot.op, "cat": slot.engine, "ph": "X", "pid": 0, "tid": track,
+            "ts": start_us, "dur": took_us, "args": about,
         }  # fmt: skip
 
 

@@ -27,7 +27,8 @@ _ELEMENTWISE = {
 _TABLES = {
     "0.2": {
         **_ELEMENTWISE,
-        "nc_matmul": "dst stationary moving is_stationary_onezero is_moving_onezero is_transpose tile_position tile_size perf_mode name",
+        "nc_matmul": "dst stationary moving is_stationary_onezero is_moving_onezero is_transpose "
+        "tile_position tile_size perf_mode name",
         "dma_copy": "dst src dst_rmw_op oob_mode dge_mode unique_indices name",
         "dma_transpose": "dst src axes dge_mode oob_mode name",
     },

@@ -146,8 +146,8 @@ def _one_language(config: Any) -> None:
         if getattr(neuron, name, None):
             raise UsageError(
                 f"{source_of(config)}: expected {name} off beside the kernels of nki {nki}, found it on: NxD "
-                "Inference's "
-                f'own kernel is of the older NKI language and a graph takes one; set it to false, or "{KEY}": {{"kernels": "off"}}.'
+                "Inference's own kernel is of the older NKI language and a graph takes one; set it to false, "
+                f'or "{KEY}": {{"kernels": "off"}}.'
             )
     if getattr(neuron, "attn_kernel_enabled", None) is None:
         neuron.attn_kernel_enabled = False

@@ -137,5 +137,14 @@ def record(
     if dst.storage.neighbours or not dst.storage.written:
         dst.storage.note_write(*dst.access.span)
     reads = tuple(source.access for source in sources if source is not None)
-    where = machine.instructions
-    machine.emit(Instruction(where, engine, op, reads, (dst.access,), function=function, **figures))  # type: ignore[arg-type]
+    where, writes = machine.instructions, (dst.access,)
+    instruction = Instruction(
+        where,
+        engine,
+        op,
+        reads,
+        writes,
+        function=function,
+        **figures,  # type: ignore[arg-type]
+    )
+    machine.emit(instruction)

@@ -46,11 +46,7 @@ def nc_matmul(
     if perf_mode is not matmul_perf_mode.none:
         refuse(f"nc_matmul perf_mode {perf_mode.name} is not modelled")
     machine = current()
-    operands = dst, stationary, moving
-    seen = tuple(geometry(operand) for operand in operands if isinstance(operand, Tensor))
-    if len(seen) < 3 or seen not in machine.passed:
-        _check_matmul(machine, *operands)
-        machine.passed.add(seen)
+    _check_once(machine, dst, stationary, moving)
     k, m, n = stationary.shape[0], stationary.size // stationary.shape[0], moving.size // moving.shape[0]
     adds = bool(accumulate)
     if not machine.dry:
@@ -60,6 +56,16 @@ def nc_matmul(
             product += dst.read().astype(np.float32).reshape(m, n)
         dst.write(product.astype(dst.dtype, copy=False), BY_MATMUL)
     record(TENSOR, "nc_matmul", dst, stationary, moving, accumulate=adds, flops=2 * k * m * n)
+
+
+def _check_once(machine: Machine, *operands: Tensor) -> None:
+    """Check operands of this geometry, unless a matmul with such operands has passed: kernels repeat
+    themselves.
+    """
+    seen = tuple(geometry(operand) for operand in operands if isinstance(operand, Tensor))
+    if len(seen) < 3 or seen not in machine.passed:
+        _check_matmul(machine, *operands)
+        machine.passed.add(seen)
 
 
 def _check_matmul(machine: Machine, dst: Tensor, stationary: Tensor, moving: Tensor) -> None:

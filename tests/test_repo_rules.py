@@ -228,6 +228,12 @@ def test_no_bare_except_and_no_pickle():
         assert not re.search(r"torch\.load\(|pickle\.load|trust_remote_code=True", text), name_of(path)
 
 
+def test_the_readme_is_read_in_a_minute():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= 900, "the README has at most 900 words; the rest has a page in docs/"
+    assert len(text.splitlines()) <= 110, "the README has at most 110 lines"
+
+
 def readme_commands() -> list[str]:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)

@@ -67,7 +67,7 @@ def _decode(args: argparse.Namespace) -> int:
 
     from neuronmlp_plugin.bench.decode import measure_decode
     from neuronmlp_plugin.bench.rows import Row, append_rows
-    from neuronmlp_plugin.compressor.progress import ProgressBars
+    from neuronmlp_plugin.compressor.job import ProgressBars
 
     folders = named_folders("decode", args.models)
     if args.new_tokens < 2:

@@ -69,7 +69,7 @@ def _mlp(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from neuronmlp_plugin.bench.one_mlp import measure_mlp
-    from neuronmlp_plugin.compressor.progress import ProgressBars
+    from neuronmlp_plugin.compressor.job import ProgressBars
 
     models = named_folders("mlp", args.models)
     with ProgressBars(Console(stderr=True)).stage("timing", args.rounds * len(args.tokens)) as tick:
@@ -94,7 +94,7 @@ def _serve(args: argparse.Namespace) -> int:
     from neuronmlp_plugin.bench.engines import EngineSettings
     from neuronmlp_plugin.bench.rows import Row, append_rows
     from neuronmlp_plugin.bench.serve import DECODE_PROMPT, Cell, measure_serving
-    from neuronmlp_plugin.compressor.progress import ProgressBars
+    from neuronmlp_plugin.compressor.job import ProgressBars
 
     if args.new_tokens < 2:
         raise UsageError(f"--new-tokens: expected at least 2, found {args.new_tokens}.")

@@ -207,8 +207,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from neuronmlp_plugin.calibration.workers import Workers
+    from neuronmlp_plugin.compressor.job import ProgressBars
     from neuronmlp_plugin.compressor.plan import make_plan
-    from neuronmlp_plugin.compressor.progress import ProgressBars
     from neuronmlp_plugin.compressor.run import compress
 
     console = Console(quiet=args.quiet or not Workers().is_first, highlight=False)

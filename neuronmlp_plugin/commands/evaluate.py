@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from neuronmlp_plugin.calibration.text import held_out_windows
     from neuronmlp_plugin.checkpoint.loader import open_folder
     from neuronmlp_plugin.checkpoint.reader import open_dense
-    from neuronmlp_plugin.compressor.progress import ProgressBars
+    from neuronmlp_plugin.compressor.job import ProgressBars
     from neuronmlp_plugin.errors import UsageError
 
     if args.factors is not None and len(args.model) > 1:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from neuronmlp_plugin.calibration.quality import Judge
     from neuronmlp_plugin.checkpoint.reader import Checkpoint
-    from neuronmlp_plugin.compressor.progress import ProgressBars
+    from neuronmlp_plugin.compressor.job import ProgressBars
 
 
 WINDOW = 1024  # tokens
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from neuronmlp_plugin.checkpoint.reader import open_dense
-    from neuronmlp_plugin.compressor.progress import ProgressBars
+    from neuronmlp_plugin.compressor.job import ProgressBars
     from neuronmlp_plugin.compressor.quantize import quantize_folder
     from neuronmlp_plugin.errors import UsageError
     from neuronmlp_plugin.reporting.folder import REPORT_FILE

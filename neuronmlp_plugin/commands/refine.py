@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from neuronmlp_plugin.commands.compress import print_rows
-    from neuronmlp_plugin.compressor.progress import ProgressBars
+    from neuronmlp_plugin.compressor.job import ProgressBars
     from neuronmlp_plugin.refinement.run import make_plan, refine
 
     console = Console(quiet=args.quiet, highlight=False)

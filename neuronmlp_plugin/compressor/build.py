@@ -8,9 +8,9 @@ import math
 import torch
 
 from neuronmlp_plugin.compressor.analyse import layer_name
-from neuronmlp_plugin.compressor.factor import FactoredLayer, Pair
+from neuronmlp_plugin.compressor.job import Workspace
+from neuronmlp_plugin.compressor.offers import FactoredLayer, Pair
 from neuronmlp_plugin.compressor.plan import Plan
-from neuronmlp_plugin.compressor.workspace import Workspace
 from neuronmlp_plugin.errors import NonFiniteError
 from neuronmlp_plugin.lowrank.allocate import Choice, cost
 from neuronmlp_plugin.lowrank.decompose import metric_norm

@@ -21,9 +21,8 @@ from neuronmlp_plugin.calibration.quality import last_hidden
 from neuronmlp_plugin.calibration.statistics import backward_in_place, run_in_place
 from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
-from neuronmlp_plugin.compressor.factor import FactoredLayer
-from neuronmlp_plugin.compressor.progress import ProgressBars
-from neuronmlp_plugin.compressor.workspace import Workspace
+from neuronmlp_plugin.compressor.job import ProgressBars, Workspace
+from neuronmlp_plugin.compressor.offers import FactoredLayer
 from neuronmlp_plugin.lowrank.allocate import Choice, Layer, Level, parts
 from neuronmlp_plugin.models.factors import PROJECTIONS
 

@@ -18,7 +18,7 @@ from neuronmlp_plugin.calibration.workers import Workers
 from neuronmlp_plugin.checkpoint.reader import Checkpoint, dense_block
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
 from neuronmlp_plugin.checkpoint.writer import layer_prefix, whole_folder, write_layer, write_rest
-from neuronmlp_plugin.compressor.progress import ProgressBars
+from neuronmlp_plugin.compressor.job import ProgressBars
 from neuronmlp_plugin.errors import CheckpointError
 from neuronmlp_plugin.lowrank.rounding import refit, round_under
 from neuronmlp_plugin.models.definition import LIMIT, Weight, scales_of, tensors_of

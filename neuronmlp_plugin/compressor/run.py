@@ -37,16 +37,21 @@ from neuronmlp_plugin.checkpoint.writer import (
 from neuronmlp_plugin.compressor.analyse import analyse
 from neuronmlp_plugin.compressor.build import BuiltLayer, build_layer, layer_of, matrix_errors, untouched
 from neuronmlp_plugin.compressor.decode_time import dense_us, level_prices, model_us, priced_launches
-from neuronmlp_plugin.compressor.factor import FactoredLayer, factor_layer
+from neuronmlp_plugin.compressor.exhibits import loss_by_size, sample_texts, spectra
+from neuronmlp_plugin.compressor.job import ProgressBars, Workspace, refuse_anothers
 from neuronmlp_plugin.compressor.marginal import TruncatedStream, measured_gains, scaled
-from neuronmlp_plugin.compressor.offers import make_offers, priced, read_layers, read_mlp, read_offer
+from neuronmlp_plugin.compressor.offers import (
+    FactoredLayer,
+    factor_layer,
+    make_offers,
+    priced,
+    read_layers,
+    read_mlp,
+    read_offer,
+)
 from neuronmlp_plugin.compressor.plan import Plan, describe, digest
-from neuronmlp_plugin.compressor.progress import ProgressBars
-from neuronmlp_plugin.compressor.report import loss_by_size, spectra
-from neuronmlp_plugin.compressor.samples import sample_texts
-from neuronmlp_plugin.compressor.search import SIZES, Search
-from neuronmlp_plugin.compressor.target import parse_target
-from neuronmlp_plugin.compressor.workspace import Workspace, refuse_anothers
+from neuronmlp_plugin.compressor.settings import parse_target
+from neuronmlp_plugin.compressor.target import SIZES, Search
 from neuronmlp_plugin.lowrank.allocate import CHOOSERS, Choice, Layer, most_removable
 from neuronmlp_plugin.models.factors import PROJECTIONS, MLPLayer, ProjectionSpec
 from neuronmlp_plugin.reporting.card import base_facts

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
+from collections.abc import Mapping
 from typing import Any
 
-from neuronmlp_plugin.compressor.target import parse_target
 from neuronmlp_plugin.errors import UsageError
 
 METHODS = ("two-sided", "whitened", "plain", "modegpt")
@@ -14,6 +15,11 @@ FORMS = ("compact", "uv", "narrow")
 CHANNELS = ("remove", "keep")
 ALLOCATIONS = ("global", "measured", "uniform")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+_QUALITIES = (
+    (re.compile(r"ppl\+(\d+\.?\d*)%"), "perplexity_ratio"),
+    (re.compile(r"kl<(\d+\.?\d*)"), "kl_divergence"),
+    (re.compile(r"top1>(\d+\.?\d*)%"), "top1_agreement"),
+)
 
 
 def default_allocation(method: str, target: str | None) -> str:
@@ -32,6 +38,42 @@ def check_seed(seed: int) -> None:
     """UsageError for a seed that torch's generators do not take."""
     if not 0 <= seed < 2**63:
         raise UsageError(f"--seed: expected a number from 0 to 2^63 - 1, found {seed}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A quality asked for in place of a size: `ppl+2%`, `kl<0.05`, `top1>95%`. `metric` is a key of
+    `Quality.to_json`: agreement has to reach `bound`, a perplexity ratio or KL (nats a token) to stay within.
+    """
+
+    metric: str
+    bound: float
+
+    def met(self, quality: Mapping[str, float]) -> bool:
+        found = quality[self.metric]
+        return found >= self.bound if self.metric == "top1_agreement" else found <= self.bound
+
+
+def parse_target(text: str) -> Target:
+    """Raises UsageError for what is none of the three, or bounds nothing (`kl<0`, `top1>100%`: only the dense
+    model would do).
+    """
+    for pattern, metric in _QUALITIES:
+        match = pattern.fullmatch(text.replace(" ", ""))
+        if match is None:
+            continue
+        number = float(match[1])
+        bound = {
+            "perplexity_ratio": 1 + number / 100,
+            "kl_divergence": number,
+            "top1_agreement": number / 100,
+        }[metric]
+        if number > 0 and (metric != "top1_agreement" or bound < 1):
+            return Target(metric, bound)
+    raise UsageError(
+        '--target: expected "ppl+2%", "kl<0.05" or "top1>95%" with a number that leaves room, found '
+        f"{text!r}; quote it."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

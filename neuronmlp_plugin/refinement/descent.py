@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from neuronmlp_plugin.compressor.workspace import Workspace
+from neuronmlp_plugin.compressor.job import Workspace
 from neuronmlp_plugin.errors import NonFiniteError
 
 WARM_UP = 5  # steps: Adam's first ones have no history, and the factors are good already

@@ -16,7 +16,7 @@ from neuronmlp_plugin.calibration.output_loss import (
 )
 from neuronmlp_plugin.calibration.quality import last_hidden
 from neuronmlp_plugin.calibration.stream import LayerStream, best_device
-from neuronmlp_plugin.compressor.workspace import Workspace
+from neuronmlp_plugin.compressor.job import Workspace
 from neuronmlp_plugin.refinement.descent import descend, products
 from neuronmlp_plugin.refinement.settings import RefineSettings
 from neuronmlp_plugin.refinement.trainable import trainable

@@ -38,11 +38,10 @@ from neuronmlp_plugin.checkpoint.writer import (
     write_layer,
     write_rest,
 )
+from neuronmlp_plugin.compressor.exhibits import sample_texts
+from neuronmlp_plugin.compressor.job import ProgressBars, Workspace
 from neuronmlp_plugin.compressor.plan import base_digest, digest, weights_digest
-from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.compressor.quantize import MOMENT_TOKENS, int8_block, write_int8
-from neuronmlp_plugin.compressor.samples import sample_texts
-from neuronmlp_plugin.compressor.workspace import Workspace
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, UsageError
 from neuronmlp_plugin.models.definition import quantize
 from neuronmlp_plugin.models.factors import SCALE

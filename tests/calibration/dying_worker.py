@@ -8,7 +8,7 @@ import os
 import sys
 
 from neuronmlp_plugin.cli import main
-from neuronmlp_plugin.compressor import analyse, backward
+from neuronmlp_plugin.compressor import analyse
 
 
 def mortal(module, name: str) -> None:
@@ -24,5 +24,5 @@ def mortal(module, name: str) -> None:
 
 
 if __name__ == "__main__":
-    mortal(backward if hasattr(backward, sys.argv[1]) else analyse, sys.argv[1])
+    mortal(analyse, sys.argv[1])
     sys.exit(main(sys.argv[2:]))

@@ -9,7 +9,7 @@ import pytest
 from neuronmlp_plugin.calibration import template as template_module
 from neuronmlp_plugin.calibration.documents import documents_of
 from neuronmlp_plugin.calibration.template import ChatTemplate
-from neuronmlp_plugin.compressor.samples import _rendered
+from neuronmlp_plugin.compressor.exhibits import _rendered
 from neuronmlp_plugin.errors import CalibrationError
 from tests.letters import write_tokenizer
 from tests.tiny_models import write_dense

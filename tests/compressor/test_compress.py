@@ -19,12 +19,11 @@ from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint
 from neuronmlp_plugin.compressor import analyse as analyse_module
-from neuronmlp_plugin.compressor import backward as backward_module
 from neuronmlp_plugin.compressor import marginal as marginal_module
 from neuronmlp_plugin.compressor import offers as offers_module
 from neuronmlp_plugin.compressor import run as run_module
+from neuronmlp_plugin.compressor.job import ProgressBars
 from neuronmlp_plugin.compressor.plan import make_plan
-from neuronmlp_plugin.compressor.progress import ProgressBars
 from neuronmlp_plugin.compressor.quantize import quantize_folder
 from neuronmlp_plugin.compressor.run import compress
 from neuronmlp_plugin.compressor.settings import Settings
@@ -162,10 +161,10 @@ def test_a_rerun_gives_the_same_bytes(home):
 @pytest.mark.parametrize(("module", "function", "call"), [
     (marginal_module, "_layer_gains", 3),
     (analyse_module, "layer_moments", 2),
-    (backward_module, "run_in_place", 2),
-    (backward_module, "loss_gradient", 1),
-    (backward_module, "layer_metrics", 1),
-    (backward_module, "layer_metrics", 3),
+    (analyse_module, "run_in_place", 2),
+    (analyse_module, "loss_gradient", 1),
+    (analyse_module, "layer_metrics", 1),
+    (analyse_module, "layer_metrics", 3),
     (offers_module, "deal", 2),
     (run_module, "factor_layer", 3),
     (run_module, "build_layer", 3),
@@ -260,7 +259,7 @@ def test_finished_layers_are_not_done_again(home, monkeypatch):
 
 def test_the_backward_pass_goes_on_where_it_stopped(home, monkeypatch):
     """Stopped in the second layer from the top: neither the forward pass nor the top layer is done again."""
-    done, real = [], backward_module.layer_metrics
+    done, real = [], analyse_module.layer_metrics
 
     def interrupted(*args):
         if done:
@@ -268,11 +267,11 @@ def test_the_backward_pass_goes_on_where_it_stopped(home, monkeypatch):
         done.append(1)
         return real(*args)
 
-    monkeypatch.setattr(backward_module, "layer_metrics", interrupted)
+    monkeypatch.setattr(analyse_module, "layer_metrics", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compress(make_plan(settings_for(home)), QUIET)
-    monkeypatch.setattr(backward_module, "layer_metrics", lambda *args: (done.append(1), real(*args))[1])
-    monkeypatch.setattr(backward_module, "run_in_place", lambda *_: pytest.fail("forward again"))
+    monkeypatch.setattr(analyse_module, "layer_metrics", lambda *args: (done.append(1), real(*args))[1])
+    monkeypatch.setattr(analyse_module, "_forward", lambda *_: pytest.fail("forward again"))
     compress(make_plan(settings_for(home)), QUIET)
     assert len(done) == 3
 

@@ -11,8 +11,7 @@ import torch
 from neuronmlp_plugin.calibration.quality import compare
 from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.checkpoint.loader import load_model, open_folder
-from neuronmlp_plugin.compressor.report import spectra
-from neuronmlp_plugin.compressor.samples import sample_texts
+from neuronmlp_plugin.compressor.exhibits import sample_texts, spectra
 from neuronmlp_plugin.lowrank.allocate import Curve, Level
 from tests.letters import write_tokenizer
 from tests.tiny_models import write_dense, write_mixed

@@ -15,8 +15,8 @@ from neuronmlp_plugin.compressor import run as run_module
 from neuronmlp_plugin.compressor.marginal import TruncatedStream
 from neuronmlp_plugin.compressor.plan import make_plan
 from neuronmlp_plugin.compressor.run import compress
-from neuronmlp_plugin.compressor.search import Search, largest
-from neuronmlp_plugin.compressor.target import Target, parse_target
+from neuronmlp_plugin.compressor.settings import Target, parse_target
+from neuronmlp_plugin.compressor.target import Search, largest
 from neuronmlp_plugin.errors import UsageError
 from tests.compressor.test_compress import QUIET, files, home, settings_for  # noqa: F401 (home is a fixture)
 

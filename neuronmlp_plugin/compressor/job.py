@@ -1,12 +1,25 @@
-"""The folder of an unfinished run: what is done, and whether this run may go on from it."""
+"""A run that can be interrupted: the folder that says what is done and whether this run may go on from it,
+and its progress bars.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import zlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from neuronmlp_plugin.checkpoint.files import open_safetensors, read_object
 from neuronmlp_plugin.checkpoint.writer import save_json, save_tensors, told_when_unwritable
@@ -91,3 +104,30 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> int:
         raw = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         value = zlib.crc32(raw.numpy().data, zlib.crc32(name.encode(), value))
     return value
+
+
+class ProgressBars:
+    """One bar per stage; `quiet` shows nothing."""
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self.console, self.quiet = console, quiet
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar of `total` steps; yields the function that advances it."""
+        columns = (
+            TextColumn("{task.description:<24}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(
+            *columns, console=self.console, disable=self.quiet or not self.console.is_terminal
+        ) as progress:
+            task = progress.add_task(name, total=total)
+            yield lambda steps: progress.advance(task, steps)
+            progress.update(task, completed=total)
+        if not self.quiet and not self.console.is_terminal:
+            self.console.print(f"{name}: done")

@@ -12,7 +12,7 @@ import os
 import pathlib
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
@@ -191,3 +191,13 @@ def _run_llama(llm: Any, job: Job, clock: Callable[[], float]) -> float:
         for _ in range(job.new - 1):
             llm.eval([llm.sample(temp=0.0)])
     return clock() - begin
+
+
+def named_folders(kind: str, models: Sequence[str]) -> dict[str, pathlib.Path]:
+    """Name -> folder, in the order given; raises UsageError for a model without a name, or two of one."""
+    pairs = [model.partition("=") for model in models]
+    if any(not sep for _, sep, _ in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
+        raise UsageError(
+            f"bench {kind}: expected models as NAME=FOLDER with different names, found {' '.join(models)}."
+        )
+    return {name: pathlib.Path(folder) for name, _, folder in pairs}

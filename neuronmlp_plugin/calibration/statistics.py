@@ -15,7 +15,7 @@ from torch import nn
 
 from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.calibration.workers import Workers
-from neuronmlp_plugin.lowrank.moments import SecondMoment
+from neuronmlp_plugin.lowrank.decompose import SecondMoment
 from neuronmlp_plugin.models.factors import PROJECTIONS
 
 BATCH = 4  # windows per forward call: large enough for full-speed matmuls, small enough to bound memory

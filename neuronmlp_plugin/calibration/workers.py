@@ -14,7 +14,7 @@ import datetime
 import torch
 
 from neuronmlp_plugin.errors import UsageError
-from neuronmlp_plugin.lowrank.moments import BLOCK, SecondMoment
+from neuronmlp_plugin.lowrank.decompose import BLOCK, SecondMoment
 
 # The others wait while the first decomposes a layer: minutes at 8B, where the default of half an hour could
 # run out on a busy machine.

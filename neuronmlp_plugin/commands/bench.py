@@ -9,9 +9,146 @@ import pathlib
 from typing import Any
 
 from neuronmlp_plugin.arguments import positive
-from neuronmlp_plugin.bench.folders import named_folders
-from neuronmlp_plugin.commands import bench_serve
+from neuronmlp_plugin.bench.engines import named_folders
 from neuronmlp_plugin.errors import UsageError
+
+
+def add_kinds(kinds: Any) -> None:
+    _add_serve(
+        kinds.add_parser(
+            "serve", help="time to first token and decoding on this machine, models in turns (measured)"
+        )
+    )
+    _add_mlp(kinds.add_parser("mlp", help="one MLP on this CPU, ours against vLLM's dense one (measured)"))
+    rivals = kinds.add_parser("rivals", help="the dense model as int8 for vLLM and as Q8_0 for llama.cpp")
+    rivals.add_argument("dense", type=pathlib.Path)
+    rivals.add_argument(
+        "--w8a8", type=pathlib.Path, metavar="FOLDER", help="write compressed-tensors int8 here"
+    )
+    rivals.add_argument(
+        "--gguf", type=pathlib.Path, metavar="FILE", help="write Q8_0 here (needs pip install gguf)"
+    )
+    rivals.set_defaults(run_kind=_rivals)
+
+
+def _add_serve(serve: argparse.ArgumentParser) -> None:
+    what = "checkpoints, or .gguf files for llama-cpp-python; the first is what the others are compared with"
+    serve.add_argument("models", nargs="+", metavar="NAME=FOLDER", help=what)
+    serve.add_argument(
+        "--first", type=positive, nargs="*", default=[128, 1024], help="tokens of prompt (128 1024)"
+    )
+    serve.add_argument(
+        "--batch", type=positive, nargs="*", default=[1, 8, 32], help="sequences (default 1 8 32)"
+    )
+    serve.add_argument("--new-tokens", type=positive, default=33)
+    serve.add_argument("--rounds", type=positive, default=5, help="(default %(default)s)")
+    serve.add_argument("--dtype", default="bfloat16", help="as for `vllm serve` (default %(default)s)")
+    serve.add_argument(
+        "--compile", action="store_true", help="with torch.compile, vLLM's default (else eager)"
+    )
+    serve.add_argument("--avx2", action="store_true", help="hold vLLM, torch and our products to AVX2")
+    serve.add_argument(
+        "--processor-time", action="store_true", help="one thread and its processor time, for a busy machine"
+    )
+    serve.add_argument("--log", type=pathlib.Path, help="keep rounds here, and go on from those in it")
+    serve.add_argument("--csv", type=pathlib.Path, help="append the rows to this file")
+    serve.set_defaults(run_kind=_serve)
+
+
+def _add_mlp(mlp: argparse.ArgumentParser) -> None:
+    mlp.add_argument("models", nargs="+", metavar="NAME=FOLDER", help="the first is dense")
+    mlp.add_argument("--tokens", type=positive, nargs="+", default=[1, 8, 32, 128, 1024])
+    mlp.add_argument("--layers", type=positive, default=12, help="MLPs that take turns (default %(default)s)")
+    mlp.add_argument("--rounds", type=positive, default=10, help="(default %(default)s)")
+    mlp.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    mlp.set_defaults(run_kind=_mlp)
+
+
+def _mlp(args: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+
+    from neuronmlp_plugin.bench.one_mlp import measure_mlp
+    from neuronmlp_plugin.compressor.job import ProgressBars
+
+    models = named_folders("mlp", args.models)
+    with ProgressBars(Console(stderr=True)).stage("timing", args.rounds * len(args.tokens)) as tick:
+        results = measure_mlp(
+            models,
+            args.tokens,
+            dtype=getattr(torch, args.dtype),
+            layers=args.layers,
+            rounds=args.rounds,
+            tick=tick,
+        )
+    heads = f"{'tokens':>6}  {'model':<12}{'us':>10}{'speed-up':>10}"
+    print(f"{heads}   (measured, {args.dtype}, one thread's processor time, least of {args.rounds})")
+    for r in results:
+        print(f"{r.tokens:>6}  {r.model:<12}{r.us:>10.0f}{r.speedup:>10.2f}")
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from neuronmlp_plugin.bench.engines import EngineSettings
+    from neuronmlp_plugin.bench.rows import Row, append_rows
+    from neuronmlp_plugin.bench.serve import DECODE_PROMPT, Cell, measure_serving
+    from neuronmlp_plugin.compressor.job import ProgressBars
+
+    if args.new_tokens < 2:
+        raise UsageError(f"--new-tokens: expected at least 2, found {args.new_tokens}.")
+    cells = [*(Cell("first", n) for n in args.first), *(Cell("decode", n) for n in args.batch)]
+    length = max([DECODE_PROMPT + args.new_tokens, *(n + 1 for n in args.first)])
+    settings = EngineSettings(
+        args.dtype, max([1, *args.batch]), length, args.compile, args.avx2, args.processor_time
+    )
+    models = named_folders("serve", args.models)
+    with ProgressBars(Console(stderr=True)).stage("timing", args.rounds * len(cells) * len(models)) as tick:
+        results = measure_serving(
+            models,
+            settings,
+            cells=cells,
+            new_tokens=args.new_tokens,
+            rounds=args.rounds,
+            log=args.log,
+            tick=tick,
+        )
+    how = f"{args.dtype}, {'compiled' if args.compile else 'eager'}{', AVX2' if args.avx2 else ''}"
+    how += ", one thread's processor time" if args.processor_time else ""
+    _print_serving(results, how)
+    if args.csv:
+        metrics = (("seconds", "s"), ("speedup", "ratio"), ("ideal", "ratio"), ("peak_bytes", "bytes"))
+        cases = [(f"serve {how} {r.model} {r.cell}", r) for r in results]
+        append_rows(
+            args.csv,
+            [Row(case, m, unit, getattr(r, m), "measured") for case, r in cases for m, unit in metrics],
+        )
+    return 0
+
+
+def _print_serving(results: list[Any], how: str) -> None:
+    heads = f"{'cell':<20}{'model':<12}{'ms':>10}{'speed-up':>10}{'ideal':>8}{'share':>8}{'peak GiB':>10}"
+    print(f"{heads}   (measured, {how})")
+    for r in results:
+        ideal, share = (f"{r.ideal:.3f}", f"{r.share_of_ideal:.0%}") if r.ideal > 1 else ("-", "-")
+        gain = f"{1e3 * r.seconds:>10.1f}{r.speedup:>10.3f}{ideal:>8}{share:>8}"
+        print(f"{r.cell!s:<20}{r.model:<12}{gain}{r.peak_bytes / 2**30:>10.2f}")
+
+
+def _rivals(args: argparse.Namespace) -> int:
+    from neuronmlp_plugin.bench.serve import write_q8_0, write_w8a8
+
+    if args.w8a8 is None and args.gguf is None:
+        raise UsageError("bench rivals: expected --w8a8 or --gguf, found neither.")
+    for out in (args.w8a8, args.gguf):
+        if out is not None and out.exists():
+            raise UsageError(f"{out}: expected a path that is free, found something there.")
+    if args.w8a8 is not None:
+        print(f"written  {write_w8a8(args.dense, args.w8a8)}")
+    if args.gguf is not None:
+        print(f"written  {write_q8_0(args.dense, args.gguf)}")
+    return 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +172,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decode.add_argument("--dtype", default="float32", help="as for `vllm serve` (default %(default)s)")
     decode.add_argument("--csv", type=pathlib.Path, help="append the rows to this file")
     decode.set_defaults(run_kind=_decode)
-    bench_serve.add_kinds(kinds)
+    add_kinds(kinds)
     _add_simulated(kinds)
 
 

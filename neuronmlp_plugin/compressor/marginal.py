@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from neuronmlp_plugin.calibration.output_loss import kl_gradient
-from neuronmlp_plugin.calibration.quality import last_hidden
+from neuronmlp_plugin.calibration.quality import kl_gradient, last_hidden
 from neuronmlp_plugin.calibration.statistics import backward_in_place, run_in_place
 from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.checkpoint.reader import Checkpoint

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from neuronmlp_plugin.calibration.quality import POSITIONS
 from neuronmlp_plugin.calibration.statistics import BATCH
-from neuronmlp_plugin.lowrank.moments import BLOCK
+from neuronmlp_plugin.lowrank.decompose import BLOCK
 from neuronmlp_plugin.models.factors import MLPShape
 
 _FP32, _FP64 = 4, 8

@@ -17,9 +17,8 @@ from neuronmlp_plugin.compressor.job import ProgressBars, Workspace
 from neuronmlp_plugin.compressor.plan import Plan, digest
 from neuronmlp_plugin.lowrank.allocate import Choice, Curve, Layer, Level, rank_for_share
 from neuronmlp_plugin.lowrank.dealing import balanced, deal
-from neuronmlp_plugin.lowrank.mlp import MLP
 from neuronmlp_plugin.lowrank.removal import eliminate, leverage_order
-from neuronmlp_plugin.lowrank.slices import REFIT_GAIN, factor_inputs, factor_outputs
+from neuronmlp_plugin.lowrank.slices import MLP, REFIT_GAIN, factor_inputs, factor_outputs
 from neuronmlp_plugin.models.factors import PROJECTIONS
 
 # A deal is made for slices that keep this share of their parameters, whatever size is asked for: it serves

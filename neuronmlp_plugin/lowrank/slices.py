@@ -1,13 +1,129 @@
-"""A matrix of an MLP factorised group by group, and down's second factors fitted again, all together."""
+"""A gated MLP with its statistics: what it loses in every rank, as it is or with channels removed; and its
+matrices factorised group by group, down's second factors fitted again, all together.
+
+W_down (silu(W_gate x) * W_up x), with I channels in the middle. Losses are those of `decompose`: comparable
+across matrices and layers, and added up.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
 
 from neuronmlp_plugin.lowrank.decompose import decompose
-from neuronmlp_plugin.lowrank.removal import ridged
+from neuronmlp_plugin.lowrank.removal import repaired, ridged
+
+ROOT_RIDGE = 1e-5  # share of the mean diagonal added to C_x or G before its root is taken
+
+
+@dataclasses.dataclass(frozen=True)
+class MLP:
+    """Weights `gate, up [I, H]`, `down [H, I]`; E[x x^T] of its input, `inputs [H, H]`, and of down's,
+    `channels [I, I]`; the output metrics, `gate_metric, up_metric [I]` and `down_metric [H, H]`.
+    """
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+    inputs: torch.Tensor
+    channels: torch.Tensor
+    gate_metric: torch.Tensor
+    up_metric: torch.Tensor
+    down_metric: torch.Tensor
+
+    @property
+    def width(self) -> int:
+        """I, or what is left of it."""
+        return len(self.gate)
+
+    def to(self, device: torch.device) -> MLP:
+        return MLP(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
+
+    def keep(self, kept: torch.Tensor) -> MLP:
+        """Only the channels `kept [k]`, in that order, with down repaired.
+
+        A channel's gate and up matter as much as what down makes of it, and the repair makes more of those
+        that stay, so their metrics grow with the energy of down's columns.
+        """
+        whole = len(kept) == self.width
+        down = self.down[:, kept].double() if whole else repaired(self.down, self.channels, kept)
+        grown = _energies(down, self.down_metric) / _energies(self.down[:, kept], self.down_metric).clamp_min(
+            1e-30
+        )
+        slim = MLP(
+            self.gate[kept],
+            self.up[kept],
+            down,
+            self.inputs,
+            self.channels[kept][:, kept],
+            self.gate_metric[kept] * grown,
+            self.up_metric[kept] * grown,
+            self.down_metric,
+        )
+        vars(slim).update(
+            {name: root for name, root in vars(self).items() if name.endswith("_root")}
+        )  # the same
+        return slim
+
+    @functools.cached_property
+    def input_root(self) -> torch.Tensor:
+        """C_x^1/2 `[H, H]`."""
+        return root(self.inputs)
+
+    @functools.cached_property
+    def metric_root(self) -> torch.Tensor:
+        """G^1/2 of down `[H, H]`."""
+        return root(self.down_metric)
+
+    def rows(self) -> torch.Tensor:
+        """`[3, I, H]` fp32: the whitened rows of gate and up, and columns of down, that `deal` is about."""
+        found = [
+            metric.double().sqrt()[:, None] * (weight.double() @ self.input_root)
+            for weight, metric in ((self.gate, self.gate_metric), (self.up, self.up_metric))
+        ]
+        scale = self.channels.diagonal().double().clamp_min(0.0).sqrt()
+        found.append((self.metric_root @ self.down.double()).T * scale[:, None])
+        return torch.stack(found).float()
+
+    def tails(self, groups: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """For gate, up and down: `tail[R] [min(n, H) + 1]` (fp64), the loss of rank R in every group's slice.
+
+        `groups`: the channels `[n]` of each.
+        """
+        rows, weighted = self.rows().double(), self.metric_root @ self.down.double()
+        spectra = [[_spectrum(matrix[group]) for group in groups] for matrix in rows[:2]]
+        spectra.append([])
+        for group in groups:
+            spread = torch.linalg.cholesky(ridged(self.channels[group][:, group]))
+            spectra[2].append(_spectrum((weighted[:, group] @ spread).T))
+        return [_tail(torch.stack(slices).sum(0)) for slices in spectra]
+
+
+def root(symmetric: torch.Tensor) -> torch.Tensor:
+    """The positive square root of a ridged, symmetric matrix, fp64."""
+    values, vectors = torch.linalg.eigh(ridged(symmetric, ROOT_RIDGE))
+    return (vectors * values.clamp_min(float(values[-1]) * 1e-14).sqrt()) @ vectors.T
+
+
+def _energies(down: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
+    """d^T G d of every column of down."""
+    columns = down.double()
+    return (columns * (metric.double() @ columns)).sum(0)
+
+
+def _spectrum(rows: torch.Tensor) -> torch.Tensor:
+    """Squared singular values, descending."""
+    gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0)
+
+
+def _tail(energy: torch.Tensor) -> torch.Tensor:
+    flipped = energy.flip(0).cumsum(0).flip(0)
+    return torch.cat((flipped, flipped.new_zeros(1))).cpu()
+
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # of one group: (first [R, in], second [out, R])
 # What `refit` takes off the loss of down's slices, roughly: 19 to 25 % and a sweep 3 to 4 % more. Assumed in

@@ -18,9 +18,8 @@ from torch import nn
 from neuronmlp_plugin.calibration.statistics import run_in_place
 from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.models.definition import dequantize, quantize
-from neuronmlp_plugin.refinement.descent import descend, products
+from neuronmlp_plugin.refinement.descent import descend, products, trainable
 from neuronmlp_plugin.refinement.settings import RefineSettings
-from neuronmlp_plugin.refinement.trainable import trainable
 
 
 class BlockStreams:

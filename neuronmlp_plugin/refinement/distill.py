@@ -8,18 +8,17 @@ from typing import Any
 
 import torch
 
-from neuronmlp_plugin.calibration.output_loss import (
+from neuronmlp_plugin.calibration.quality import (
     NO_TARGET,
     kl_gradient,
+    last_hidden,
     mixed_gradient,
     next_token_gradient,
 )
-from neuronmlp_plugin.calibration.quality import last_hidden
 from neuronmlp_plugin.calibration.stream import LayerStream, best_device
 from neuronmlp_plugin.compressor.job import Workspace
-from neuronmlp_plugin.refinement.descent import descend, products
+from neuronmlp_plugin.refinement.descent import descend, products, trainable
 from neuronmlp_plugin.refinement.settings import RefineSettings
-from neuronmlp_plugin.refinement.trainable import trainable
 
 Tick = Callable[[int], None]
 

@@ -46,10 +46,9 @@ from neuronmlp_plugin.errors import CalibrationError, CheckpointError, UsageErro
 from neuronmlp_plugin.models.definition import quantize
 from neuronmlp_plugin.models.factors import SCALE
 from neuronmlp_plugin.refinement.blocks import BlockStreams
-from neuronmlp_plugin.refinement.descent import chosen
+from neuronmlp_plugin.refinement.descent import chosen, mlp_linears
 from neuronmlp_plugin.refinement.distill import distill, teacher_states, visits
 from neuronmlp_plugin.refinement.settings import RefineSettings
-from neuronmlp_plugin.refinement.trainable import mlp_linears
 from neuronmlp_plugin.reporting.folder import REPORT_FILE, read_report, write_report
 
 Quality = dict[str, float]

@@ -8,8 +8,7 @@ import math
 import pytest
 
 from neuronmlp_plugin.bench.engines import Answer, EngineSettings
-from neuronmlp_plugin.bench.rivals import write_w8a8
-from neuronmlp_plugin.bench.serve import Cell, ideal_of, measure_serving, prompt_flops
+from neuronmlp_plugin.bench.serve import Cell, ideal_of, measure_serving, prompt_flops, write_w8a8
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from tests.tiny_models import write_dense, write_mixed
 

@@ -10,7 +10,7 @@ import pytest
 
 from neuronmlp_plugin.compressor.plan import make_plan
 from neuronmlp_plugin.compressor.run import compress
-from neuronmlp_plugin.reporting.page import render_page
+from neuronmlp_plugin.reporting.folder import render_page
 from tests.compressor.browser import CHROMIUM, DRIVER, opened
 from tests.compressor.test_compress import QUIET, settings_for
 from tests.letters import write_text, write_tokenizer

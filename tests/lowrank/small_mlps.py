@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from neuronmlp_plugin.lowrank.mlp import MLP
+from neuronmlp_plugin.lowrank.slices import MLP
 
 
 def spread_moment(size: int, generator: torch.Generator) -> torch.Tensor:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from neuronmlp_plugin.errors import CalibrationError, NonFiniteError
-from neuronmlp_plugin.lowrank import moments
-from neuronmlp_plugin.lowrank.moments import SecondMoment
+from neuronmlp_plugin.lowrank import decompose
+from neuronmlp_plugin.lowrank.decompose import SecondMoment
 
 
 def test_a_sum_of_batches_equals_one_big_batch():
@@ -19,7 +19,7 @@ def test_a_sum_of_batches_equals_one_big_batch():
 
 
 def test_blocks_give_the_whole_matrix(monkeypatch):
-    monkeypatch.setattr(moments, "BLOCK", 3)
+    monkeypatch.setattr(decompose, "BLOCK", 3)
     rows, streamed = torch.randn(50, 8), SecondMoment(8)
     streamed.add(rows)
     mean = streamed.mean()

@@ -8,7 +8,7 @@ from torch import nn
 
 from neuronmlp_plugin.models.definition import build_linear, dequantize, quantize
 from neuronmlp_plugin.models.factors import MLPLayer, MLPShape, ProjectionSpec
-from neuronmlp_plugin.refinement.trainable import mlp_linears, trainable
+from neuronmlp_plugin.refinement.descent import mlp_linears, trainable
 
 SHAPE = MLPShape(12, 20, 1)
 

@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies
 
-from neuronmlp_plugin.reporting.differences import common_words, word_differences
+from neuronmlp_plugin.reporting.view import common_words, word_differences
 
 WORDS = strategies.lists(strategies.sampled_from(["a", "b", "c", " ", "\n", " d"]), max_size=14).map("".join)
 

@@ -15,8 +15,7 @@ import pytest
 
 from neuronmlp_plugin.errors import CheckpointError
 from neuronmlp_plugin.reporting import figures, view
-from neuronmlp_plugin.reporting.folder import write_card, write_page
-from neuronmlp_plugin.reporting.page import render_page
+from neuronmlp_plugin.reporting.folder import render_page, write_card, write_page
 from tests.conftest import ROOT
 from tests.reporting.reports import IMAGE, SCRIPT, first_release_report, full_report
 
@@ -73,7 +72,7 @@ def test_names_inside_the_page_are_unique_and_links_lead_somewhere(page):
 
 def test_every_process_makes_the_same_bytes(page):
     program = (
-        "import sys; from tests.reporting.reports import full_report; from neuronmlp_plugin.reporting.page "
+        "import sys; from tests.reporting.reports import full_report; from neuronmlp_plugin.reporting.folder "
         "import render_page;"
     )
     program += "sys.stdout.buffer.write(render_page(full_report()).encode())"

@@ -39,7 +39,7 @@ if HAS_NKI:
 else:
     from nki_kernels.simulator import isa as nisa
     from nki_kernels.simulator import language as nl
-    from nki_kernels.simulator.run import simulate
+    from nki_kernels.simulator.simulation import simulate
 
     TAKES_ACCUMULATE = True
 

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from nki_kernels.layout import FORMS, Projection
-from nki_kernels.reference.mlp import SCALE
+from nki_kernels.reference import SCALE
 
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 # Allowed scale-free error ||a - b|| / ||b|| against the reference, which rounds where the kernel does. It

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 
 from nki_kernels.layout import Layout, layout_of
-from nki_kernels.plan import Plan
 from nki_kernels.targets import PMAX, TURNAROUND_CYCLES, Target
+from nki_kernels.tile_plan import Plan
 from nki_kernels.tiling import MOVING_COLS, pieces
 
 # Of two plans with one bound, prefer the one with less of the other resource. A schedule loses 0.01 to 0.05

@@ -11,9 +11,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from nki_kernels.plan import Addresses, Plan
 from nki_kernels.request import Request, z_is_natural
 from nki_kernels.targets import PMAX
+from nki_kernels.tile_plan import Addresses, Plan
 from nki_kernels.tiling import MOVING_COLS, tile_count
 
 # int8 chunks on their way: one being cast, one there, one arriving; in decode also those that arrive before

@@ -20,10 +20,10 @@ from nki_kernels.casts import Block, scalar_shares
 from nki_kernels.effort import effort_us
 from nki_kernels.layout import Layout, Projection, mlp_layout
 from nki_kernels.placement import Room, largest, place, raw_slots
-from nki_kernels.plan import Plan
 from nki_kernels.plan_file import own_choice
 from nki_kernels.request import Request, z_is_natural
 from nki_kernels.targets import PMAX, PSUM_BANKS, TRN1, Target
+from nki_kernels.tile_plan import Plan
 from nki_kernels.tiling import MOVING_COLS, SHARED, tile_count
 
 SLOT_BYTES = (8 * 1024, 4 * 1024)  # per partition: twice what saturates a DMA queue, and just that

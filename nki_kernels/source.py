@@ -15,12 +15,12 @@ PROGRAM = (
     "effort.py",
     "layout.py",
     "packing.py",
-    "plan.py",
     "placement.py",
     "plan_file.py",
     "planner.py",
     "request.py",
     "targets.py",
+    "tile_plan.py",
     "tiling.py",
     "kernels/*.py",
 )

@@ -12,8 +12,8 @@ import sys
 import pytest
 import torch
 
+from neuronmlp_plugin.calibration.layer_stream import LayerStream
 from neuronmlp_plugin.calibration.quality import Judge, Quality
-from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.calibration.text import held_out_windows
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from nki_kernels.plan import Plan
+    from nki_kernels.tile_plan import Plan
 
 LAUNCHES = 5  # in the larger graph: each makes it longer to compile
 ROUNDS = 20

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 
-from neuronmlp_plugin.arguments import positive, share
+from neuronmlp_plugin.argument_types import positive, share
 from neuronmlp_plugin.bench.arguments import add_collectives, add_csv, add_model_arguments, one_of
 from neuronmlp_plugin.bench.rows import append_rows
 from nki_kernels.cost.models import MODELS

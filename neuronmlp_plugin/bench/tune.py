@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from neuronmlp_plugin.arguments import positive, share
+from neuronmlp_plugin.argument_types import positive, share
 from neuronmlp_plugin.bench.arguments import add_model_arguments, one_of
 from neuronmlp_plugin.errors import UsageError
 from nki_kernels.cost import mlp_forms

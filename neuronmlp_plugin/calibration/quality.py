@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from neuronmlp_plugin.calibration.layer_stream import LayerStream
 from neuronmlp_plugin.calibration.statistics import run_in_place
-from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.errors import NonFiniteError
 
 # whose logits are in memory at a time: 33 MB in fp32 for 128256 tokens; larger pieces cost the kernel's page

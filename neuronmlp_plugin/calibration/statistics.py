@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from neuronmlp_plugin.calibration.stream import LayerStream
+from neuronmlp_plugin.calibration.layer_stream import LayerStream
 from neuronmlp_plugin.calibration.workers import Workers
 from neuronmlp_plugin.lowrank.decompose import SecondMoment
 from neuronmlp_plugin.models.factors import PROJECTIONS

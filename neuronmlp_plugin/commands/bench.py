@@ -8,7 +8,7 @@ import argparse
 import pathlib
 from typing import Any
 
-from neuronmlp_plugin.arguments import positive
+from neuronmlp_plugin.argument_types import positive
 from neuronmlp_plugin.bench.engines import named_folders
 from neuronmlp_plugin.errors import UsageError
 

@@ -208,8 +208,8 @@ def run(args: argparse.Namespace) -> int:
 
     from neuronmlp_plugin.calibration.workers import Workers
     from neuronmlp_plugin.compressor.job import ProgressBars
+    from neuronmlp_plugin.compressor.pipeline import compress
     from neuronmlp_plugin.compressor.plan import make_plan
-    from neuronmlp_plugin.compressor.run import compress
 
     console = Console(quiet=args.quiet or not Workers().is_first, highlight=False)
     plan = make_plan(settings_of(args))

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from neuronmlp_plugin.checkpoint.published import convert_published
+    from neuronmlp_plugin.checkpoint.conversion import convert_published
     from neuronmlp_plugin.checkpoint.writer import whole_folder
 
     with whole_folder(args.out) as folder:

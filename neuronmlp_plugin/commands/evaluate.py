@@ -9,11 +9,11 @@ import json
 import pathlib
 from typing import TYPE_CHECKING
 
-from neuronmlp_plugin.arguments import positive
+from neuronmlp_plugin.argument_types import positive
 
 if TYPE_CHECKING:
+    from neuronmlp_plugin.calibration.layer_stream import LayerStream
     from neuronmlp_plugin.calibration.quality import Quality
-    from neuronmlp_plugin.calibration.stream import LayerStream
     from neuronmlp_plugin.checkpoint.reader import Checkpoint, FactorFile
 
 
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 def _stream(args: argparse.Namespace, checkpoint: Checkpoint, factors: FactorFile | None) -> LayerStream:
     import torch
 
-    from neuronmlp_plugin.calibration.stream import LayerStream, best_device
+    from neuronmlp_plugin.calibration.layer_stream import LayerStream, best_device
 
     return LayerStream(checkpoint, factors, dtype=getattr(torch, args.dtype), device=best_device())
 

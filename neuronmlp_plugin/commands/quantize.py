@@ -7,7 +7,7 @@ import functools
 import pathlib
 from typing import TYPE_CHECKING
 
-from neuronmlp_plugin.arguments import positive
+from neuronmlp_plugin.argument_types import positive
 
 if TYPE_CHECKING:
     import torch
@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from neuronmlp_plugin.checkpoint.reader import open_dense
+    from neuronmlp_plugin.compressor.int8_folder import quantize_folder
     from neuronmlp_plugin.compressor.job import ProgressBars
-    from neuronmlp_plugin.compressor.quantize import quantize_folder
     from neuronmlp_plugin.errors import UsageError
     from neuronmlp_plugin.reporting.folder import REPORT_FILE
 
@@ -103,8 +103,8 @@ def _windows(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _judge(windows: torch.Tensor, checkpoint: Checkpoint, bars: ProgressBars) -> Judge:
+    from neuronmlp_plugin.calibration.layer_stream import LayerStream, best_device
     from neuronmlp_plugin.calibration.quality import Judge
-    from neuronmlp_plugin.calibration.stream import LayerStream, best_device
 
     dense = LayerStream(checkpoint, device=best_device())
     with bars.stage("dense model", dense.num_layers) as tick:

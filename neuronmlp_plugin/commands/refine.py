@@ -6,7 +6,7 @@ import argparse
 import pathlib
 from typing import Any
 
-from neuronmlp_plugin.refinement.settings import ARITHMETIC, LOSSES, STAGES, STORAGES, RefineSettings
+from neuronmlp_plugin.refinement.refine_settings import ARITHMETIC, LOSSES, STAGES, STORAGES, RefineSettings
 
 _DEFAULTS: dict[str, Any] = {
     name: field.default for name, field in RefineSettings.__dataclass_fields__.items()
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
     from neuronmlp_plugin.commands.compress import print_rows
     from neuronmlp_plugin.compressor.job import ProgressBars
-    from neuronmlp_plugin.refinement.run import make_plan, refine
+    from neuronmlp_plugin.refinement.refiner import make_plan, refine
 
     console = Console(quiet=args.quiet, highlight=False)
     plan = make_plan(

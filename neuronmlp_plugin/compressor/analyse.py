@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from neuronmlp_plugin.calibration.layer_stream import LayerStream
 from neuronmlp_plugin.calibration.statistics import (
     LayerMoments,
     hooked,
@@ -20,7 +21,6 @@ from neuronmlp_plugin.calibration.statistics import (
     loss_gradient,
     run_in_place,
 )
-from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.calibration.text import spread
 from neuronmlp_plugin.calibration.workers import Workers
 from neuronmlp_plugin.compressor.job import ProgressBars, Workspace

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from neuronmlp_plugin.calibration.stream import LayerStream
+from neuronmlp_plugin.calibration.layer_stream import LayerStream
 from neuronmlp_plugin.calibration.template import ChatTemplate
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import CalibrationError, UsageError

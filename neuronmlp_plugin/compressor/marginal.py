@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from neuronmlp_plugin.calibration.layer_stream import LayerStream
 from neuronmlp_plugin.calibration.quality import kl_gradient, last_hidden
 from neuronmlp_plugin.calibration.statistics import backward_in_place, run_in_place
-from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.compressor.job import ProgressBars, Workspace
 from neuronmlp_plugin.compressor.offers import FactoredLayer

@@ -24,7 +24,7 @@ from neuronmlp_plugin.calibration.text import (
 from neuronmlp_plugin.checkpoint.digests import sampled_digest
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, dense_block
 from neuronmlp_plugin.checkpoint.writer import check_new, layer_prefix, partial_folder
-from neuronmlp_plugin.compressor.memory import Footprint, available_bytes
+from neuronmlp_plugin.compressor.footprint import Footprint, available_bytes
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, OutputError, UsageError
 from neuronmlp_plugin.lowrank.allocate import Curve, Level, check_removable, most_removable, uniform

@@ -11,13 +11,12 @@ import json
 
 def run(args: argparse.Namespace) -> int:
     """Print all findings (`--json` as JSON); exit code 1 if one of them is a problem."""
-    from neuronmlp_plugin.doctor.checks import PROBLEM, examine
+    from neuronmlp_plugin.doctor.checks import PROBLEM, ask_compiler, examine
     from neuronmlp_plugin.doctor.environment import observe
-    from neuronmlp_plugin.doctor.kernel_verdict import check_kernels
     from neuronmlp_plugin.doctor.stacks import nki_of, stack_of
 
     environment = observe()
-    findings = [*examine(environment), *check_kernels(environment)]
+    findings = [*examine(environment), *ask_compiler(environment)]
     if args.json:
         values = {
             "environment": dataclasses.asdict(environment),

@@ -67,7 +67,7 @@ def _themed(text: str) -> str:
 
 Row = dict[str, Any]  # one entry of report["matrices"]
 
-# Stand-ins that svg.py turns into variables of the page's style sheet, so that one drawing serves the light
+# Stand-ins that `to_svg` turns into variables of the page's style sheet, so that one drawing serves the light
 # and the dark scheme.
 INK, GRID, MARK = "#010101", "#020202", "#030303"
 _COLOURS = {"gate_proj": "#040404", "up_proj": "#050505", "down_proj": "#060606"}

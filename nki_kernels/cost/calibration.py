@@ -13,10 +13,10 @@ from nki_kernels.cost.constants import Constants
 from nki_kernels.cost.estimate import Estimate, price
 from nki_kernels.cost.launches import price_plan
 from nki_kernels.layout import DENSE
-from nki_kernels.plan import Plan
 from nki_kernels.planner import plan_mlp
 from nki_kernels.simulator import Placeholder
 from nki_kernels.targets import TRN1, TRN2, Target
+from nki_kernels.tile_plan import Plan
 
 Predict = Callable[[Constants], Estimate]
 TUTORIAL = (4096, 8192, 8192)

@@ -1,14 +1,36 @@
-"""What a run did, counted exactly from its trace."""
+"""What a run did, counted exactly from its trace. Counts add, subtract and scale field by field: totals of
+several launches, and steady-state extrapolation.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from nki_kernels.cost.additive import Additive
 from nki_kernels.cost.costs import engine_cycles
 from nki_kernels.simulator.trace import DMA, HBM, TENSOR, Access, Allocation, Event, Instruction
 from nki_kernels.targets import PMAX
+
+Self = TypeVar("Self", bound="Additive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Additive:
+    """Base: every field is a number or itself additive."""
+
+    def _combine(self: Self, other: Self, operation: Callable[[Any, Any], Any]) -> Self:
+        names = [field.name for field in dataclasses.fields(self)]
+        return type(self)(*(operation(getattr(self, name), getattr(other, name)) for name in names))
+
+    def __add__(self: Self, other: Self) -> Self:
+        return self._combine(other, lambda a, b: a + b)
+
+    def __sub__(self: Self, other: Self) -> Self:
+        return self._combine(other, lambda a, b: a - b)
+
+    def __mul__(self: Self, count: float) -> Self:
+        return self._combine(self, lambda a, _: a * count)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from nki_kernels.backend import HAS_NKI
-from nki_kernels.cost.additive import Additive
 from nki_kernels.cost.constants import CALIBRATED, Constants
-from nki_kernels.cost.counters import Counters, Counting
+from nki_kernels.cost.counters import Additive, Counters, Counting
 from nki_kernels.cost.schedule import Scheduler, Slot
 from nki_kernels.simulator import simulate
 from nki_kernels.simulator.trace import DMA, GPSIMD, SCALAR, TENSOR, VECTOR

@@ -13,16 +13,14 @@ import numpy as np
 
 from nki_kernels.cost.constants import CALIBRATED, Constants
 from nki_kernels.cost.estimate import Estimate, extrapolate, price
-from nki_kernels.kernels.gated_up import gated_up
 from nki_kernels.kernels.sharded import first_factors, second_factors
-from nki_kernels.kernels.svd_mlp import svd_mlp
-from nki_kernels.kernels.xuv import xuv
+from nki_kernels.kernels.svd_mlp import gated_up, svd_mlp, xuv
 from nki_kernels.layout import Layout, layout_of
-from nki_kernels.plan import Plan
 from nki_kernels.planner import plan_launch
 from nki_kernels.request import Request
 from nki_kernels.simulator import Placeholder
 from nki_kernels.targets import PMAX, TRN1, Target
+from nki_kernels.tile_plan import Plan
 from nki_kernels.tiling import tile_count
 
 Launch = tuple[Callable[..., Any], tuple[Any, ...]]

@@ -17,7 +17,7 @@ import dataclasses
 
 from nki_kernels.cost.models import ModelShape, rank_at
 from nki_kernels.layout import DENSE, Layout, Projection, int8_layout, mlp_layout
-from nki_kernels.staging import gathered_projection, gathered_stages
+from nki_kernels.request import gathered_projection, gathered_stages
 from nki_kernels.targets import PMAX
 
 

@@ -16,9 +16,9 @@ from nki_kernels.cost.estimate import Estimate
 from nki_kernels.cost.launches import PlanRuns, z_rows
 from nki_kernels.effort import OVERLAP_LOSS, tensor_us
 from nki_kernels.layout import MATRICES, Layout, layout_of
-from nki_kernels.plan import Plan
 from nki_kernels.planner import MAX_SLOTS, Choice, Declined, Request, build_plan, choices, why_not
 from nki_kernels.targets import PMAX, TRN1, TURNAROUND_CYCLES, Target
+from nki_kernels.tile_plan import Plan
 from nki_kernels.tiling import MOVING_COLS, tile_count
 
 MAX_TRIED = 4  # a schedule takes up to 2 s; a search should stay below 10 s

@@ -10,13 +10,12 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from nki_kernels.frontend.foreign import LoadError, load
-from nki_kernels.frontend.gather import Gatherer
-from nki_kernels.frontend.refusal import RefusedError
+from nki_kernels.frontend.catalogue import RefusedError
+from nki_kernels.frontend.foreign import LoadError, UnmodelledError, load
+from nki_kernels.frontend.gatherer import Gatherer
 from nki_kernels.frontend.verdict import check
 from nki_kernels.frontend.versions import REFERENCE, VERSIONS, UnknownVersionError
 from nki_kernels.simulator import NkiValidationError, simulate
-from nki_kernels.simulator.standin import UnmodelledError
 
 
 def main(argv: list[str] | None = None) -> int:

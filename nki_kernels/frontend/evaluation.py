@@ -2,7 +2,9 @@
 
 Follows KLR/Trace/NKI.lean, Term.lean, Python.lean and Builtin.lean, and the two rewritings of
 KLR/NKI/Simplify.lean that change what a program means. What only values show (views, names of tensors, sizes)
-is seen while the simulator runs: `simulator.views`.
+is seen while the simulator runs: `simulator.views`. Only functions that a kernel can come to run are
+evaluated. A method is reached where its name is read as an attribute of anything, since the compiler's own
+types are not known before it runs; special methods always are.
 """
 
 from __future__ import annotations
@@ -12,14 +14,122 @@ import builtins
 import types
 from collections.abc import Iterator
 
-from nki_kernels.frontend.calls import check_call
-from nki_kernels.frontend.catalogue import refusal
-from nki_kernels.frontend.definition import Function
-from nki_kernels.frontend.gather import Program
-from nki_kernels.frontend.reach import full_name, methods_by_name, reached
-from nki_kernels.frontend.refusal import Refusal
+from nki_kernels.frontend.catalogue import Refusal, refusal
+from nki_kernels.frontend.definitions import Function
+from nki_kernels.frontend.gatherer import Program
 from nki_kernels.frontend.syntax import Found, dotted, is_entry_mark, is_nki_call
 from nki_kernels.frontend.versions import Version
+
+
+def reached(program: Program) -> list[Function]:
+    """The entry function, then what it reaches, each once."""
+    if program.entry not in program.functions:
+        return []
+    by_method = methods_by_name(program)
+    order: dict[str, Function] = {}
+    waiting = [program.functions[program.entry]]
+    for functions in by_method.values():
+        waiting += [function for function in functions if _is_special(function)]
+    while waiting:
+        function = waiting.pop(0)
+        if function.name not in order:
+            order[function.name] = function
+            waiting += _named_in(function, program, by_method)
+    return list(order.values())
+
+
+def methods_by_name(program: Program) -> dict[str, list[Function]]:
+    """All gathered methods, by the name that a call gives."""
+    found: dict[str, list[Function]] = {}
+    for cls in program.classes.values():
+        for name, method in cls.methods.items():
+            found.setdefault(name, []).append(method)
+    return found
+
+
+def callee(call: ast.Call, program: Program, by_method: dict[str, list[Function]]) -> Function | None:
+    """The function that a call is sure to run, if that can be read off: a function by its name, the
+    `__init__` of a class, or a method that only one class has.
+    """
+    name = full_name(call.func, program)
+    if name in program.functions:
+        return program.functions[name]
+    if name in program.classes:
+        return program.classes[name].methods.get("__init__")
+    if isinstance(call.func, ast.Attribute) and call.func not in program.resolved:
+        methods = by_method.get(call.func.attr, [])
+        return methods[0] if len(methods) == 1 else None
+    return None
+
+
+def full_name(node: ast.expr, program: Program) -> str:
+    """The full name of what a name or dotted name refers to outside the function, or ""."""
+    return program.resolved.get(node, "")
+
+
+def _is_special(function: Function) -> bool:
+    name = function.node.name
+    return name.startswith("__") and name.endswith("__") and name not in ("__init__", "__post_init__")
+
+
+def _named_in(
+    function: Function, program: Program, by_method: dict[str, list[Function]]
+) -> Iterator[Function]:
+    for node in ast.walk(function.node):
+        if not isinstance(node, ast.Name | ast.Attribute):
+            continue
+        name = full_name(node, program)
+        if name in program.functions:
+            yield program.functions[name]
+        elif name in program.classes:
+            methods = program.classes[name].methods
+            yield from (methods[own] for own in ("__init__", "__post_init__") if own in methods)
+        elif isinstance(node, ast.Attribute) and node not in program.resolved:
+            yield from by_method.get(node.attr, [])
+
+
+def check_call(
+    call: ast.Call, program: Program, by_method: dict[str, list[Function]], version: Version
+) -> Iterator[Found]:
+    """What the compiler would say about the arguments; nothing where the function is not known."""
+    function = callee(call, program, by_method)
+    spread = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg is None)]
+    if function is None or (function.owner and function.node.decorator_list):
+        return
+    if any(isinstance(argument, ast.Starred) for argument in spread) or len(spread) != len(call.args):
+        return  # refused as syntax
+    names = _names(function)
+    given = [keyword.arg for keyword in call.keywords if keyword.arg is not None]
+    if len(call.args) + len(given) > len(names):
+        yield "too many arguments", call, ""
+        return
+    for name in given:
+        if name not in names:
+            yield "keyword name", call, name
+    with_default = _defaults(function)
+    for name in names[len(call.args) :]:
+        if name in given:
+            continue
+        if name not in with_default:
+            yield "missing argument", call, name
+        elif version.since_3 and function.name != program.entry:
+            yield "helper default", call, f"{name} of {function.node.name}"
+
+
+def _names(function: Function) -> list[str]:
+    arguments = function.node.args
+    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    return [argument.arg for argument in every][1 if function.owner else 0 :]
+
+
+def _defaults(function: Function) -> set[str]:
+    arguments = function.node.args
+    positional = [argument.arg for argument in [*arguments.posonlyargs, *arguments.args]]
+    keyword_only = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    return set(positional[len(positional) - len(arguments.defaults) :]) | {
+        argument.arg for argument, default in keyword_only if default is not None
+    }
+
 
 # Built-ins that the evaluator has (KLR/Trace/Python.lean); range is known to for loops alone.
 BUILTINS = frozenset(

@@ -9,10 +9,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from nki_kernels.frontend.catalogue import refusal
-from nki_kernels.frontend.definition import Class, Function, Source, is_vendors
-from nki_kernels.frontend.gather import Program
-from nki_kernels.frontend.refusal import Refusal
+from nki_kernels.frontend.catalogue import Refusal, refusal
+from nki_kernels.frontend.definitions import Class, Function, Source, is_vendors
+from nki_kernels.frontend.gatherer import Program
 from nki_kernels.frontend.versions import Version
 
 _BASES = ("NKIObject", "Enum", "NamedTuple")

@@ -23,9 +23,9 @@ from nki_kernels.kernels.stages import (
     gated_product,
     load_input,
 )
+from nki_kernels.kernels.svd_mlp import down
 from nki_kernels.kernels.workspace import Workspace
-from nki_kernels.kernels.xuv import down
-from nki_kernels.plan import Plan
+from nki_kernels.tile_plan import Plan
 from nki_kernels.tiling import pieces
 
 Tensor = Any

@@ -7,6 +7,6 @@ collectives, tfloat32.
 """
 
 from nki_kernels.simulator.rules import CapacityError, NkiValidationError, UninitializedError
-from nki_kernels.simulator.run import Placeholder, simulate
+from nki_kernels.simulator.simulation import Placeholder, simulate
 
 __all__ = ["CapacityError", "NkiValidationError", "Placeholder", "UninitializedError", "simulate"]

@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from nki_kernels.simulator.dtypes import (
+from nki_kernels.simulator.arithmetic import (
+    BINARY,
+    UNARY,
+    Function,
     bfloat16,
     float8_e4m3,
     float8_e5m2,
@@ -22,7 +25,6 @@ from nki_kernels.simulator.dtypes import (
     uint16,
     uint32,
 )
-from nki_kernels.simulator.functions import BINARY, UNARY, Function
 from nki_kernels.simulator.memory import current
 from nki_kernels.simulator.tensor import Tensor
 from nki_kernels.simulator.views import check_sizes

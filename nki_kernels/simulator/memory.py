@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from nki_kernels.simulator import trace
-from nki_kernels.simulator.dtypes import fill_unwritten
+from nki_kernels.simulator.arithmetic import fill_unwritten
 from nki_kernels.simulator.rules import CapacityError, require
 from nki_kernels.simulator.trace import HBM, PSUM, SBUF, Allocation, Listener
 from nki_kernels.simulator.views import Names

@@ -1,5 +1,5 @@
 """The parameter lists of both generations of the `nki` namespace, to which every call of a simulated kernel
-is held.
+is held, and the enumerations of `nki.isa`.
 
 0.2 is the last NKI with documented trn1 support; 0.6 stands for 0.3 and later (the two agree on what our
 kernels use). Kernels must call in a way that both accept: required operands first, the rest by names that
@@ -8,11 +8,56 @@ exist in the version at hand.
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Callable
 from typing import TypeVar
 
 from nki_kernels.simulator.memory import current
+
+
+class engine(enum.Enum):
+    unknown = 0
+    tensor = 1
+    vector = 2
+    scalar = 3
+    gpsimd = 4
+
+
+class dge_mode(enum.Enum):
+    unknown = 0
+    none = 1
+    swdge = 2
+    hwdge = 3
+
+
+class oob_mode(enum.Enum):
+    error = 0
+    skip = 1
+
+
+class matmul_perf_mode(enum.Enum):
+    none = 0
+    double_row = 1
+
+
+class reduce_cmd(enum.Enum):
+    idle = 0
+    reset = 1
+    reduce = 2
+    reset_reduce = 3
+
+
+class nc_version(enum.IntEnum):
+    gen2 = 2
+    gen3 = 3
+    gen4 = 4
+
+
+def get_nc_version() -> nc_version:
+    """NeuronCore version of the running simulation's target."""
+    return nc_version(current().target.generation)
+
 
 _ELEMENTWISE = {
     "activation": "dst op data bias scale reduce_op reduce_res reduce_cmd name",

@@ -8,8 +8,7 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from nki_kernels.frontend.catalogue import refusal
-from nki_kernels.frontend.refusal import RefusedError
+from nki_kernels.frontend.catalogue import RefusedError, refusal
 
 # What a view is made of: nothing yet, slices, slices and at least one integer index, or an access pattern.
 WHOLE, SLICED, INDEXED, PATTERN = 0, 1, 2, 3

@@ -20,8 +20,7 @@ from nki_kernels.backend import HAS_NKI
 from nki_kernels.cost.launches import launch_of
 from nki_kernels.layout import Projection, mlp_layout
 from nki_kernels.planner import plan_launch
-from nki_kernels.request import stage_request
-from nki_kernels.staging import gathered_projection, gathered_stages
+from nki_kernels.request import gathered_projection, gathered_stages, stage_request
 from tests.nki_kernels.cost.programs import BF16
 from tests.serving.trainium.sharded import simulated
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from neuronmlp_plugin.calibration.layer_stream import LayerStream
 from neuronmlp_plugin.calibration.statistics import (
     DAMPING,
     layer_metrics,
@@ -15,7 +16,6 @@ from neuronmlp_plugin.calibration.statistics import (
     loss_gradient,
     run_in_place,
 )
-from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.calibration.workers import Workers
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint

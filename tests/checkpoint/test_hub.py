@@ -11,7 +11,7 @@ import pytest
 from neuronmlp_plugin.checkpoint.hub import COPIED, files_to_copy, hub_name, model_folder
 from neuronmlp_plugin.cli import main
 from neuronmlp_plugin.errors import CheckpointError
-from neuronmlp_plugin.reporting.card import base_facts
+from neuronmlp_plugin.reporting.folder import base_facts
 from tests.letters import write_tokenizer
 from tests.tiny_models import write_dense
 

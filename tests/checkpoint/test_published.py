@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from neuronmlp_plugin.checkpoint.conversion import convert_published
 from neuronmlp_plugin.checkpoint.loader import load_model
-from neuronmlp_plugin.checkpoint.published import convert_published
 from neuronmlp_plugin.cli import main
 from neuronmlp_plugin.errors import CheckpointError
 from tests.tiny_models import SHAPE, write_dense

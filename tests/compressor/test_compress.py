@@ -14,18 +14,18 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from neuronmlp_plugin.calibration.layer_stream import LayerStream
 from neuronmlp_plugin.calibration.statistics import hooked
-from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint
 from neuronmlp_plugin.compressor import analyse as analyse_module
 from neuronmlp_plugin.compressor import marginal as marginal_module
 from neuronmlp_plugin.compressor import offers as offers_module
-from neuronmlp_plugin.compressor import run as run_module
+from neuronmlp_plugin.compressor import pipeline as run_module
+from neuronmlp_plugin.compressor.int8_folder import quantize_folder
 from neuronmlp_plugin.compressor.job import ProgressBars
+from neuronmlp_plugin.compressor.pipeline import compress
 from neuronmlp_plugin.compressor.plan import make_plan
-from neuronmlp_plugin.compressor.quantize import quantize_folder
-from neuronmlp_plugin.compressor.run import compress
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import CheckpointError, NeuronMLPError, NonFiniteError, OutputError, UsageError
 from neuronmlp_plugin.reporting import folder as folder_module

@@ -7,8 +7,8 @@ import pytest
 
 from neuronmlp_plugin.compressor.decode_time import level_prices, model_us, priced_ranks, rank_prices
 from neuronmlp_plugin.compressor.offers import priced
+from neuronmlp_plugin.compressor.pipeline import compress
 from neuronmlp_plugin.compressor.plan import make_plan
-from neuronmlp_plugin.compressor.run import compress
 from neuronmlp_plugin.errors import UsageError
 from neuronmlp_plugin.lowrank.allocate import Curve, Level, allocate, loss
 from neuronmlp_plugin.models.factors import DENSE, PROJECTIONS, MLPLayer, MLPShape, ProjectionSpec

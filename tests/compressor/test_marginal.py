@@ -12,12 +12,12 @@ from neuronmlp_plugin.calibration.workers import Workers
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.cli import build_parser
 from neuronmlp_plugin.commands.compress import settings_of
-from neuronmlp_plugin.compressor import run as run_module
+from neuronmlp_plugin.compressor import pipeline as run_module
 from neuronmlp_plugin.compressor.analyse import analyse
 from neuronmlp_plugin.compressor.marginal import LIMIT, POWER, measured_gains, placed, scaled
 from neuronmlp_plugin.compressor.offers import make_offers
+from neuronmlp_plugin.compressor.pipeline import Run, compress
 from neuronmlp_plugin.compressor.plan import make_plan
-from neuronmlp_plugin.compressor.run import Run, compress
 from neuronmlp_plugin.lowrank.allocate import Choice, Curve, Level
 from neuronmlp_plugin.models.factors import PROJECTIONS
 from tests.compressor.test_compress import QUIET, files, home, settings_for  # noqa: F401 (home is a fixture)

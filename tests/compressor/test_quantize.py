@@ -12,7 +12,7 @@ from neuronmlp_plugin.calibration.text import held_out_windows
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.cli import main
-from neuronmlp_plugin.compressor.quantize import Statistics, round_matrix
+from neuronmlp_plugin.compressor.int8_folder import Statistics, round_matrix
 from neuronmlp_plugin.models.definition import bind, dequantize, factors_of, quantize
 from neuronmlp_plugin.models.factors import PROJECTIONS, Matrix, ProjectionSpec
 from neuronmlp_plugin.reporting.folder import CARD_FILE, PAGE_FILE, read_report

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from neuronmlp_plugin.calibration.layer_stream import LayerStream
 from neuronmlp_plugin.calibration.quality import compare
-from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.checkpoint.loader import load_model, open_folder
 from neuronmlp_plugin.compressor.exhibits import sample_texts, spectra
 from neuronmlp_plugin.lowrank.allocate import Curve, Level

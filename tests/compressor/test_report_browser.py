@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 
+from neuronmlp_plugin.compressor.pipeline import compress
 from neuronmlp_plugin.compressor.plan import make_plan
-from neuronmlp_plugin.compressor.run import compress
 from neuronmlp_plugin.reporting.folder import render_page
 from tests.compressor.browser import CHROMIUM, DRIVER, opened
 from tests.compressor.test_compress import QUIET, settings_for

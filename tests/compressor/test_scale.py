@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neuronmlp_plugin.checkpoint.writer import save_tensors
-from neuronmlp_plugin.compressor.memory import Footprint
+from neuronmlp_plugin.compressor.footprint import Footprint
+from neuronmlp_plugin.compressor.pipeline import compress
 from neuronmlp_plugin.compressor.plan import make_plan
-from neuronmlp_plugin.compressor.run import compress
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import UsageError
 from neuronmlp_plugin.models.factors import MLPShape

@@ -8,13 +8,13 @@ import json
 
 import pytest
 
+from neuronmlp_plugin.calibration.layer_stream import LayerStream
 from neuronmlp_plugin.calibration.quality import compare
-from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
-from neuronmlp_plugin.compressor import run as run_module
+from neuronmlp_plugin.compressor import pipeline as run_module
 from neuronmlp_plugin.compressor.marginal import TruncatedStream
+from neuronmlp_plugin.compressor.pipeline import compress
 from neuronmlp_plugin.compressor.plan import make_plan
-from neuronmlp_plugin.compressor.run import compress
 from neuronmlp_plugin.compressor.settings import Target, parse_target
 from neuronmlp_plugin.compressor.target import Search, largest
 from neuronmlp_plugin.errors import UsageError

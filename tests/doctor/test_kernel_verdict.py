@@ -4,10 +4,9 @@ import types
 
 import pytest
 
-from neuronmlp_plugin.doctor.checks import NOTE, PROBLEM
+from neuronmlp_plugin.doctor.checks import NOTE, PROBLEM, TOKENS, ask_compiler
 from neuronmlp_plugin.doctor.environment import Environment
-from neuronmlp_plugin.doctor.kernel_verdict import TOKENS, check_kernels
-from nki_kernels.frontend import vendor
+from nki_kernels.frontend import verdict as verdict_module
 from nki_kernels.kernels.svd_mlp import svd_mlp
 
 
@@ -23,11 +22,11 @@ def environment(*modules, instance="", variables=None, versions=None):
 
 
 def test_a_machine_without_neuron_is_not_asked():
-    assert list(check_kernels(environment("vllm"))) == []
+    assert list(ask_compiler(environment("vllm"))) == []
 
 
 def test_without_nki_our_front_end_accepts_the_kernels():
-    (finding,) = check_kernels(environment("neuronx_distributed_inference"))
+    (finding,) = ask_compiler(environment("neuronx_distributed_inference"))
     assert finding.severity == NOTE
     assert finding.what == "the NKI kernels are accepted by our front end of nki 0.2 (no nki here)"
 
@@ -40,13 +39,13 @@ def test_the_front_end_reads_as_the_nki_of_the_stack_that_is_found(nxdi, nki):
     env = environment(
         "neuronx_distributed_inference", versions={"neuronx-distributed-inference": f"{nxdi}+abc"}
     )
-    (finding,) = check_kernels(env)
+    (finding,) = ask_compiler(env)
     assert f"our front end of nki {nki} (no nki here)" in finding.what
 
 
 def test_where_python_is_traced_the_last_rules_of_syntax_are_held_to():
     env = environment("nki", versions={"nki": "0.7.0"})
-    (finding,) = check_kernels(env)
+    (finding,) = ask_compiler(env)
     assert "our front end of nki 0.6" in finding.what
 
 
@@ -67,8 +66,8 @@ def test_the_compiler_is_asked_for_this_platform_and_its_refusal_is_a_problem(en
             who="nki 0.2.0 (trn1)", refusals=("load.py:3: expecting simple variable",)
         )
 
-    monkeypatch.setattr(vendor, "verdict", verdict)
-    (finding,) = check_kernels(env)
+    monkeypatch.setattr(verdict_module, "verdict", verdict)
+    (finding,) = ask_compiler(env)
     assert asked == [(svd_mlp, platform, tokens) for tokens in TOKENS]
     assert finding.severity == PROBLEM
     assert finding.what == (

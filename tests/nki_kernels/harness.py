@@ -10,10 +10,10 @@ from nki_kernels.cases import DTYPES, MLPCase, Weights, random_array, random_wei
 from nki_kernels.kernels.svd_mlp import svd_mlp
 from nki_kernels.layout import int8_layout, layout_of, mlp_layout
 from nki_kernels.packing import factors_by_name, pack, pack_norm, pack_scales
-from nki_kernels.plan import Plan
 from nki_kernels.planner import plan_launch
-from nki_kernels.reference.mlp import SCALE
+from nki_kernels.reference import SCALE
 from nki_kernels.request import Request
+from nki_kernels.tile_plan import Plan
 
 EPS = 0.02  # large enough to be seen
 

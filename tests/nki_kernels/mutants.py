@@ -419,7 +419,7 @@ def in_place(mutant: Mutant) -> Iterator[None]:
                 swapped.append((function, function.__code__))
                 function.__code__ = wrong_owner[name].__code__
     try:
-        with mock.patch("nki_kernels.simulator.run.accept"):
+        with mock.patch("nki_kernels.simulator.simulation.accept"):
             yield
     finally:
         for function, code in swapped:

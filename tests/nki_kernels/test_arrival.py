@@ -12,7 +12,7 @@ from nki_kernels.cases import DTYPES, random_array
 from nki_kernels.cost.counters import Counting
 from nki_kernels.cost.estimate import schedule
 from nki_kernels.cost.launches import launch_of
-from nki_kernels.kernels.xuv import xuv
+from nki_kernels.kernels.svd_mlp import xuv
 from nki_kernels.layout import Projection, chain_layout, int8_layout
 from nki_kernels.packing import pack
 from nki_kernels.planner import Choice, build_plan

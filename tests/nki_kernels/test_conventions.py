@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 
 import nki_kernels.kernels
-import nki_kernels.plan
+import nki_kernels.tile_plan
 import nki_kernels.tiling
 from nki_kernels import backend
 from nki_kernels.cases import DTYPES, MAX_ERROR, MLPCase, error, random_array
-from nki_kernels.kernels.plain_matmul import matmul_blocked, matmul_hoisted, matmul_tiled
-from nki_kernels.kernels.simple_xuv import naive_fused_xuv, unfused_xuv
+from nki_kernels.kernels.plain_matmul import (
+    matmul_blocked,
+    matmul_hoisted,
+    matmul_tiled,
+    naive_fused_xuv,
+    unfused_xuv,
+)
 from nki_kernels.simulator import isa as nisa
 from nki_kernels.simulator import language as nl
 from nki_kernels.simulator import simulate
@@ -23,7 +28,7 @@ from tests.nki_kernels.harness import run_svd_mlp
 
 KERNELS = sorted(pathlib.Path(nki_kernels.kernels.__file__).parent.glob("*.py"))
 # What kernels take as arguments, or call, without being kernels.
-SHARED = [pathlib.Path(module.__file__) for module in (nki_kernels.tiling, nki_kernels.plan)]
+SHARED = [pathlib.Path(module.__file__) for module in (nki_kernels.tiling, nki_kernels.tile_plan)]
 
 
 @pytest.fixture(params=["0.2", "0.6"])

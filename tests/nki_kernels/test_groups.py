@@ -85,7 +85,7 @@ def test_a_grouped_matrix_is_the_block_diagonal_one():
         block[7:, 7 * group : 7 * group + 7] = c[17 * group : 17 * group + 17]
         rows.append(block)
     gate = x @ (np.concatenate(rows) @ u).T
-    assert error(reference.mlp.output_projection(x, weights["gate_proj"], 4), gate) < 1e-6
+    assert error(reference.output_projection(x, weights["gate_proj"], 4), gate) < 1e-6
 
 
 @pytest.mark.parametrize("groups", SIZES)

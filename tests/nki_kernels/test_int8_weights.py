@@ -20,7 +20,7 @@ from nki_kernels.cases import (
     random_weights,
 )
 from nki_kernels.kernels.sharded import first_factors, last_factor, second_factors
-from nki_kernels.kernels.xuv import xuv
+from nki_kernels.kernels.svd_mlp import xuv
 from nki_kernels.layout import (
     Projection,
     chain_layout,
@@ -32,7 +32,7 @@ from nki_kernels.layout import (
 )
 from nki_kernels.packing import factors_by_name, pack, pack_norm, pack_scales, unpack
 from nki_kernels.planner import Choice, Request, build_plan, plan_launch
-from nki_kernels.reference.mlp import SCALE
+from nki_kernels.reference import SCALE
 from nki_kernels.request import stage_request
 from nki_kernels.simulator import isa as nisa
 from nki_kernels.simulator import language as nl

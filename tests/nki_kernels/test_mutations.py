@@ -16,11 +16,11 @@ from nki_kernels import reference
 from nki_kernels.backend import simulate
 from nki_kernels.cases import DTYPES, MAX_ERROR, MLPCase, error, quantised, random_array, random_weights
 from nki_kernels.kernels.sharded import first_factors, last_factor, second_factors
-from nki_kernels.kernels.xuv import xuv
+from nki_kernels.kernels.svd_mlp import xuv
 from nki_kernels.layout import chain_layout, first_stage, int8_layout, last_stage, mlp_layout, second_stage
 from nki_kernels.packing import factors_by_name, pack, pack_scales
 from nki_kernels.planner import Choice, Request, build_plan
-from nki_kernels.reference.mlp import silu
+from nki_kernels.reference import silu
 from nki_kernels.request import stage_request, z_is_natural
 from nki_kernels.simulator.trace import Event, Instruction
 from tests.nki_kernels.harness import EPS, run_svd_mlp, scales_by_name, without_scales
@@ -138,9 +138,7 @@ def sharded_case(
     gathered = [np.concatenate([share[core] for share in shares]) for core in range(cores)]
     z = np.concatenate([part.T if z_is_natural(tokens, dtype) else part for part in gathered])
     gate, up = (x if share.size == 0 else share.reshape(-1, tokens).T for share in shares)
-    h = silu(reference.mlp.matmul(gate, factors["gate_second"])) * reference.mlp.matmul(
-        up, factors["up_second"]
-    )
+    h = silu(reference.matmul(gate, factors["gate_second"])) * reference.matmul(up, factors["up_second"])
     h = h.astype(dtype)
     return case, launches, x, z, reference.down(h, random_weights(case)["down_proj"])
 
@@ -152,7 +150,7 @@ def run_pieces(shards: tuple, work: Work) -> float:
     weights = random_weights(case)
     firsts = [weights[name]["u.weight"] for name in ("gate_proj", "up_proj") if "u.weight" in weights[name]]
     own = own if first.natural_z else own.T
-    off = error(own, np.concatenate([reference.mlp.matmul(x, first) for first in firsts], axis=1))
+    off = error(own, np.concatenate([reference.matmul(x, first) for first in firsts], axis=1))
     zd = simulate(second_factors, listeners=[work])(
         x if second.hidden else None, z, (*shards[6:], shards[4] // shards[5]), packed_2, second
     )

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from nki_kernels.cases import DTYPES, MODELS, MLPCase, random_weights
 from nki_kernels.kernels.svd_mlp import svd_mlp
 from nki_kernels.layout import DENSE, FORMS, Projection, chain_layout, first_stage, mlp_layout, second_stage
-from nki_kernels.plan import Plan
 from nki_kernels.planner import Choice, Declined, Request, block_sizes, build_plan, plan_launch, plan_mlp
 from nki_kernels.simulator import Placeholder, simulate
 from nki_kernels.simulator.memory import Machine
 from nki_kernels.simulator.trace import SBUF, Allocation
 from nki_kernels.targets import TARGETS, TRN1
+from nki_kernels.tile_plan import Plan
 from tests.nki_kernels.harness import EPS, plan_case, run_svd_mlp
 
 BF16 = DTYPES["bf16"]

@@ -10,12 +10,11 @@ import pytest
 from nki_kernels import reference
 from nki_kernels.backend import simulate
 from nki_kernels.cases import DTYPES, MAX_ERROR, MLPCase, error, random_array, random_weights
-from nki_kernels.kernels.gated_up import gated_up
-from nki_kernels.kernels.xuv import down, xuv
+from nki_kernels.kernels.svd_mlp import down, gated_up, xuv
 from nki_kernels.layout import FORMS, chain_layout, gated_layout
 from nki_kernels.packing import factors_by_name, pack
-from nki_kernels.plan import Plan
 from nki_kernels.planner import Request, plan_launch
+from nki_kernels.tile_plan import Plan
 
 ORIENTATIONS = list(itertools.product((False, True), repeat=2))
 

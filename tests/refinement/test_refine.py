@@ -13,9 +13,9 @@ import torch
 
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
+from neuronmlp_plugin.compressor.int8_folder import quantize_folder
+from neuronmlp_plugin.compressor.pipeline import compress
 from neuronmlp_plugin.compressor.plan import make_plan as make_compression
-from neuronmlp_plugin.compressor.quantize import quantize_folder
-from neuronmlp_plugin.compressor.run import compress
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import (
     CalibrationError,
@@ -27,11 +27,11 @@ from neuronmlp_plugin.errors import (
 )
 from neuronmlp_plugin.models.factors import DENSE, MLPLayer
 from neuronmlp_plugin.refinement import descent
-from neuronmlp_plugin.refinement import run as refine_module
+from neuronmlp_plugin.refinement import refiner as refine_module
 from neuronmlp_plugin.refinement.descent import chosen
-from neuronmlp_plugin.refinement.distill import visits
-from neuronmlp_plugin.refinement.run import make_plan, refine
-from neuronmlp_plugin.refinement.settings import RefineSettings
+from neuronmlp_plugin.refinement.objectives import visits
+from neuronmlp_plugin.refinement.refine_settings import RefineSettings
+from neuronmlp_plugin.refinement.refiner import make_plan, refine
 from neuronmlp_plugin.reporting.folder import read_report
 from tests.compressor.test_compress import QUIET, files
 from tests.letters import write_text, write_tokenizer
@@ -265,7 +265,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(home, tmp_path, monkeypatc
         refine(make_plan(settings_for(home, tmp_path / "out", **known)), QUIET)
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(
-        "neuronmlp_plugin.refinement.run.teacher_states", lambda *_: pytest.fail("the dense model ran again")
+        "neuronmlp_plugin.refinement.refiner.teacher_states",
+        lambda *_: pytest.fail("the dense model ran again"),
     )
     refine(make_plan(settings_for(home, tmp_path / "out", **known)), QUIET)
     assert seen[36:] == [6, *range(4, 10)]
@@ -347,7 +348,7 @@ def test_an_existing_output_is_refused_and_a_failed_run_leaves_no_output(home, t
     def fail(*_: object) -> None:
         raise NeuronMLPError("no")
 
-    monkeypatch.setattr("neuronmlp_plugin.refinement.run.write_rest", fail)
+    monkeypatch.setattr("neuronmlp_plugin.refinement.refiner.write_rest", fail)
     with pytest.raises(NeuronMLPError):
         refine(plan, QUIET)
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]  # to go on from

@@ -9,7 +9,7 @@ import pathlib
 import pytest
 from huggingface_hub import metadata_load
 
-from neuronmlp_plugin.reporting.card import base_facts, render_card
+from neuronmlp_plugin.reporting.folder import base_facts, render_card
 from tests.reporting.reports import SCRIPT, first_release_report, full_report
 
 

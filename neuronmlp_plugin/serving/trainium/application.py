@@ -24,8 +24,8 @@ from neuronmlp_plugin.serving.trainium.dispatch import (
     logger,
     settle,
 )
+from neuronmlp_plugin.serving.trainium.low_rank_mlp import LowRankMLP
 from neuronmlp_plugin.serving.trainium.metrics import publish
-from neuronmlp_plugin.serving.trainium.mlp import LowRankMLP
 from neuronmlp_plugin.serving.trainium.state_dict import (
     State,
     lay_out_state,

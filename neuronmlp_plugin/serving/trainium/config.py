@@ -28,7 +28,7 @@ from neuronmlp_plugin.checkpoint.files import read_config
 from neuronmlp_plugin.checkpoint.reader import FactorFile, older_rope
 from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, parse_block
 from neuronmlp_plugin.errors import UsageError
-from neuronmlp_plugin.serving.trainium.options import (
+from neuronmlp_plugin.serving.trainium.neuron_options import (
     KEY,
     Options,
     check_attention,

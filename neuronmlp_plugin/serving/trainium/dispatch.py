@@ -19,8 +19,8 @@ from neuronmlp_plugin.errors import UsageError
 from neuronmlp_plugin.models.factors import MLPLayer
 from neuronmlp_plugin.serving.trainium.config import ArtifactError, block_of, options_of, source_of
 from neuronmlp_plugin.serving.trainium.kernel_path import declined
-from neuronmlp_plugin.serving.trainium.options import KEY, Options
-from neuronmlp_plugin.serving.trainium.storage import FLOATING, Reading, kernel_reading, torch_reading
+from neuronmlp_plugin.serving.trainium.neuron_options import KEY, Options
+from neuronmlp_plugin.serving.trainium.sharding import FLOATING, Reading, kernel_reading, torch_reading
 from neuronmlp_plugin.serving.trainium.trial import refusal
 from nki_kernels.backend import HAS_NKI
 
@@ -52,7 +52,7 @@ PHASES = (PREFILL, DECODE)
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """`kernel` or `torch`, one sentence saying why, and how the weights are read (storage.py)."""
+    """`kernel` or `torch`, one sentence saying why, and how the weights are read (sharding.py)."""
 
     path: str
     reason: str

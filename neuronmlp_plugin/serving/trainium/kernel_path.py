@@ -20,18 +20,15 @@ from torch import nn
 from neuronmlp_plugin.errors import UsageError
 from neuronmlp_plugin.models.definition import Tensors, Weight, joined
 from neuronmlp_plugin.models.factors import IN, OUT, PROJECTIONS, Matrix, MLPLayer
-from neuronmlp_plugin.serving.trainium.layout import lay_out, partition_dim
-from neuronmlp_plugin.serving.trainium.parallel import Parallel
-from neuronmlp_plugin.serving.trainium.storage import kernel_reading
+from neuronmlp_plugin.serving.trainium.sharding import Parallel, kernel_reading, lay_out, partition_dim
 from nki_kernels.kernels.sharded import first_factors, last_factor, second_factors
 from nki_kernels.kernels.svd_mlp import svd_mlp
 from nki_kernels.layout import Layout, Projection, int8_layout, mlp_layout
 from nki_kernels.packing import pack, pack_scales
-from nki_kernels.plan import Plan
 from nki_kernels.planner import Declined, plan_launch
-from nki_kernels.request import Request, stage_request
-from nki_kernels.staging import gathered_projection, gathered_stages
+from nki_kernels.request import Request, gathered_projection, gathered_stages, stage_request
 from nki_kernels.targets import PMAX
+from nki_kernels.tile_plan import Plan
 
 _NUMPY_DTYPES = {torch.bfloat16: ml_dtypes.bfloat16, torch.float16: np.float16, torch.float32: np.float32}
 

@@ -23,7 +23,7 @@ from neuronx_distributed_inference.utils.distributed import get_tp_group
 from torch import nn
 
 from neuronmlp_plugin.models.factors import OUT
-from neuronmlp_plugin.serving.trainium.parallel import Parallel, RankModule, slice_size
+from neuronmlp_plugin.serving.trainium.sharding import Parallel, RankModule, slice_size
 
 
 class Int8Slice(BaseParallelLinear):  # type: ignore[misc]

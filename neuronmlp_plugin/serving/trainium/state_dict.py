@@ -13,8 +13,7 @@ from neuronmlp_plugin.checkpoint.schema import FormatBlock
 from neuronmlp_plugin.models.definition import Weight
 from neuronmlp_plugin.models.factors import PROJECTIONS, SCALE
 from neuronmlp_plugin.serving.trainium.kernel_path import pack_layer
-from neuronmlp_plugin.serving.trainium.layout import lay_out
-from neuronmlp_plugin.serving.trainium.storage import torch_reading
+from neuronmlp_plugin.serving.trainium.sharding import lay_out, torch_reading
 
 _PREFIX = "model."
 State = dict[str, torch.Tensor]
@@ -51,11 +50,11 @@ def overlay_factors(state: State, path: str, config: dict[str, Any]) -> None:
 def lay_out_state(
     state: State, block: FormatBlock, plan: list[set[str]], tp: int, dtype: torch.dtype, source: str
 ) -> None:
-    """Replace all MLP tensors by those of each layer's paths (torch_path.py, kernel_path.py), in place.
+    """Replace all MLP tensors by those of each layer's paths (low_rank_mlp.py, kernel_path.py), in place.
     Raises CheckpointError.
 
     `plan[i]` names the paths that layer i takes in any phase. int8 stays int8, with fp32 scales beside it,
-    wherever the path reads it so (storage.py); elsewhere it is expanded to `dtype`, the model's. NxDI casts
+    wherever the path reads it so (sharding.py); elsewhere it is expanded to `dtype`, the model's. NxDI casts
     all that is floating point but for names that end in "scale".
     """
     check_names(

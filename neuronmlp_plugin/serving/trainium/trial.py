@@ -17,7 +17,7 @@ from torch import nn
 
 from neuronmlp_plugin.models.factors import INT8, OUT, MLPLayer, ProjectionSpec
 from neuronmlp_plugin.serving.trainium.kernel_path import KernelPath
-from neuronmlp_plugin.serving.trainium.parallel import Parallel, RankModule, slice_size
+from neuronmlp_plugin.serving.trainium.sharding import Parallel, RankModule, slice_size
 from nki_kernels.layout import Layout
 
 PLATFORM = "trn1"

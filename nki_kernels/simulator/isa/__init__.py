@@ -15,7 +15,8 @@ from nki_kernels.simulator.isa.elementwise import (
     tensor_scalar,
     tensor_tensor,
 )
-from nki_kernels.simulator.isa.enums import (
+from nki_kernels.simulator.isa.tensor_engine import nc_matmul, nc_transpose
+from nki_kernels.simulator.signatures import (
     dge_mode,
     engine,
     get_nc_version,
@@ -24,7 +25,6 @@ from nki_kernels.simulator.isa.enums import (
     oob_mode,
     reduce_cmd,
 )
-from nki_kernels.simulator.isa.tensor_engine import nc_matmul, nc_transpose
 
 __all__ = [
     "activation",

@@ -6,13 +6,13 @@ import math
 
 import numpy as np
 
-from nki_kernels.simulator.dtypes import round_to
-from nki_kernels.simulator.isa.enums import dge_mode as dge_modes
-from nki_kernels.simulator.isa.enums import engine as engines
-from nki_kernels.simulator.isa.enums import oob_mode as oob_modes
+from nki_kernels.simulator.arithmetic import round_to
 from nki_kernels.simulator.isa.operands import record
 from nki_kernels.simulator.memory import WRITTEN, current
 from nki_kernels.simulator.rules import require
+from nki_kernels.simulator.signatures import dge_mode as dge_modes
+from nki_kernels.simulator.signatures import engine as engines
+from nki_kernels.simulator.signatures import oob_mode as oob_modes
 from nki_kernels.simulator.signatures import versioned
 from nki_kernels.simulator.tensor import Tensor
 from nki_kernels.simulator.trace import DMA, PSUM

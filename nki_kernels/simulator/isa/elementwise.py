@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nki_kernels.simulator.dtypes import BIAS, float32, round_to
-from nki_kernels.simulator.functions import BINARY, REDUCE, UNARY, Function, lookup
-from nki_kernels.simulator.isa.enums import engine as engines
-from nki_kernels.simulator.isa.enums import reduce_cmd as reduce_cmds
+from nki_kernels.simulator.arithmetic import BIAS, BINARY, REDUCE, UNARY, Function, float32, lookup, round_to
 from nki_kernels.simulator.isa.operands import (
     as_float,
     check_not_both_psum,
@@ -19,6 +16,8 @@ from nki_kernels.simulator.isa.operands import (
 )
 from nki_kernels.simulator.memory import WRITTEN, current
 from nki_kernels.simulator.rules import require
+from nki_kernels.simulator.signatures import engine as engines
+from nki_kernels.simulator.signatures import reduce_cmd as reduce_cmds
 from nki_kernels.simulator.signatures import versioned
 from nki_kernels.simulator.tensor import Tensor
 from nki_kernels.simulator.trace import GPSIMD, PSUM, SCALAR, VECTOR

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from nki_kernels.simulator.dtypes import round_to
+from nki_kernels.simulator.arithmetic import round_to
 from nki_kernels.simulator.memory import WRITTEN, current
 from nki_kernels.simulator.rules import refuse, require
 from nki_kernels.simulator.tensor import Tensor, merged_dims

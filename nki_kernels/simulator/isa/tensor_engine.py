@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from nki_kernels.simulator.dtypes import MATMUL_INPUTS, float32
-from nki_kernels.simulator.isa.enums import engine as engines
-from nki_kernels.simulator.isa.enums import matmul_perf_mode
+from nki_kernels.simulator.arithmetic import MATMUL_INPUTS, float32
 from nki_kernels.simulator.isa.operands import as_float, check_operand, geometry, record
 from nki_kernels.simulator.memory import BY_MATMUL, UNWRITTEN, WRITTEN, Machine, current
 from nki_kernels.simulator.rules import refuse, require
-from nki_kernels.simulator.signatures import versioned
+from nki_kernels.simulator.signatures import engine as engines
+from nki_kernels.simulator.signatures import matmul_perf_mode, versioned
 from nki_kernels.simulator.tensor import Tensor
 from nki_kernels.simulator.trace import PSUM, SBUF, TENSOR, VECTOR
 from nki_kernels.targets import PMAX

@@ -14,8 +14,7 @@ import pytest
 from nki_kernels import backend
 from nki_kernels.backend import nl
 from nki_kernels.frontend.__main__ import main
-from nki_kernels.frontend.vendor import verdict
-from nki_kernels.frontend.verdict import check
+from nki_kernels.frontend.verdict import check, verdict
 from nki_kernels.frontend.versions import VERSIONS, UnknownVersionError, version_of
 from nki_kernels.simulator import Placeholder
 from nki_kernels.simulator.signatures import SIGNATURES

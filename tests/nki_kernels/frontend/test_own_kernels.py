@@ -12,7 +12,7 @@ import pytest
 import nki_kernels.kernels
 from nki_kernels.backend import nisa, nl, simulate
 from nki_kernels.cases import MLPCase
-from nki_kernels.frontend.refusal import RefusedError
+from nki_kernels.frontend.catalogue import RefusedError
 from nki_kernels.frontend.verdict import check
 from nki_kernels.frontend.versions import VERSIONS
 from tests.nki_kernels.harness import plan_case

@@ -9,10 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-from nki_kernels.frontend.catalogue import RULES
-from nki_kernels.frontend.refusal import RefusedError
+from nki_kernels.frontend import foreign
+from nki_kernels.frontend.catalogue import RULES, RefusedError
 from nki_kernels.frontend.verdict import check
-from nki_kernels.simulator import simulate, standin
+from nki_kernels.simulator import simulate
 from tests.nki_kernels.frontend import cases
 
 _numbers = itertools.count()
@@ -25,7 +25,7 @@ def load(tmp_path, monkeypatch):
     """A function that imports a text as a module, with a stand-in for nki, and returns its kernel."""
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    assert standin.provide()
+    assert foreign.provide()
 
     def imported(text):
         path = tmp_path / f"case{next(_numbers)}.py"

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint
 from neuronmlp_plugin.checkpoint.writer import write_factor_file
+from neuronmlp_plugin.compressor.int8_folder import quantize_folder
 from neuronmlp_plugin.compressor.job import ProgressBars
-from neuronmlp_plugin.compressor.quantize import quantize_folder
 from tests.serving.engine import NEW_TOKENS, logits_of, run_engine, served_logits
 from tests.tiny_models import FAMILIES, INT8_LAYERS, write_dense, write_mixed
 

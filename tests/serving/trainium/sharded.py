@@ -16,9 +16,8 @@ from neuronmlp_plugin.models.definition import Tensors
 from neuronmlp_plugin.models.factors import OUT, PROJECTIONS, MLPLayer, MLPShape
 from neuronmlp_plugin.models.gather import Collectives
 from neuronmlp_plugin.serving.trainium.dispatch import Decision
-from neuronmlp_plugin.serving.trainium.layout import partition_dim
-from neuronmlp_plugin.serving.trainium.mlp import LowRankMLP
-from neuronmlp_plugin.serving.trainium.parallel import Parallel, slice_size
+from neuronmlp_plugin.serving.trainium.low_rank_mlp import LowRankMLP
+from neuronmlp_plugin.serving.trainium.sharding import Parallel, partition_dim, slice_size
 from neuronmlp_plugin.serving.trainium.state_dict import lay_out_state
 from nki_kernels.backend import simulate
 from tests.thread_group import ThreadGroup

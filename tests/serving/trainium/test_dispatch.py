@@ -23,7 +23,7 @@ from neuronmlp_plugin.serving.trainium.dispatch import (
 )
 from neuronmlp_plugin.serving.trainium.kernel_path import declined
 from neuronmlp_plugin.serving.trainium.metrics import FOLDER_VARIABLE, DispatchCollector, publish
-from neuronmlp_plugin.serving.trainium.options import Options
+from neuronmlp_plugin.serving.trainium.neuron_options import Options
 from nki_kernels.kernels.sharded import last_factor
 from tests.serving.trainium.stand_ins import InferenceConfig, load_values
 from tests.tiny_models import MIXED_LAYERS, write_dense, write_mixed

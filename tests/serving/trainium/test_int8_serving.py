@@ -20,15 +20,15 @@ from neuronmlp_plugin.serving.trainium import trial
 from neuronmlp_plugin.serving.trainium.config import low_rank_config
 from neuronmlp_plugin.serving.trainium.dispatch import Decision, DispatchRecord, decide
 from neuronmlp_plugin.serving.trainium.kernel_path import declined, stage_layouts
-from neuronmlp_plugin.serving.trainium.options import Options
-from neuronmlp_plugin.serving.trainium.state_dict import lay_out_state, overlay_factors, read_factored
-from neuronmlp_plugin.serving.trainium.storage import (
+from neuronmlp_plugin.serving.trainium.neuron_options import Options
+from neuronmlp_plugin.serving.trainium.sharding import (
     EXPANDED,
     FLOATING,
     IN_PART,
     kernel_reading,
     torch_reading,
 )
+from neuronmlp_plugin.serving.trainium.state_dict import lay_out_state, overlay_factors, read_factored
 from nki_kernels.packing import pack_norm
 from tests.checkpoint.test_folder import edit_shard
 from tests.models.layers import MIXES, RANKS, in_int8, mix_layer, random_modules, stored_tensors

@@ -7,7 +7,7 @@ import torch
 
 from neuronmlp_plugin.models.factors import DENSE, PROJECTIONS, MLPLayer, MLPShape, ProjectionSpec
 from neuronmlp_plugin.models.gather import Collectives
-from neuronmlp_plugin.serving.trainium.layout import laid_out_shapes
+from neuronmlp_plugin.serving.trainium.sharding import laid_out_shapes
 from tests.models.layers import MIXES, RANKS, SHAPE, mix_layer, plain_mlp, random_modules, stored_tensors
 from tests.serving.trainium.sharded import rank_mlp, rank_state
 from tests.thread_group import ThreadGroup

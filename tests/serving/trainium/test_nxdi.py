@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.checkpoint.writer import write_factor_file
-from neuronmlp_plugin.serving.trainium.layout import partition_dim
+from neuronmlp_plugin.serving.trainium.sharding import partition_dim
 from neuronmlp_plugin.serving.trainium.state_dict import lay_out_state, read_factored
 from tests.models.layers import in_int8
 from tests.serving.trainium.nxdi_cases import PROMPT_LENGTHS, Case, family_cases, grouped_cases

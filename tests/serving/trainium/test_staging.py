@@ -6,7 +6,7 @@ from neuronmlp_plugin.models.factors import MLPLayer, ProjectionSpec
 from neuronmlp_plugin.serving.trainium.kernel_path import stage_layouts
 from nki_kernels.cost.mlp_forms import gather
 from nki_kernels.cost.models import ModelShape, rank_at
-from nki_kernels.staging import even_pivots, gathered_projection
+from nki_kernels.request import even_pivots, gathered_projection
 
 SHAPE = ModelShape("small", 512, 1536, 2, 8, 2, 64, 1000)
 

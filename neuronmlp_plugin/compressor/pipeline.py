@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from neuronmlp_plugin.calibration.layer_stream import LayerStream
 from neuronmlp_plugin.calibration.quality import Judge, compare
-from neuronmlp_plugin.calibration.stream import LayerStream
 from neuronmlp_plugin.calibration.text import load_tokenizer
 from neuronmlp_plugin.calibration.workers import Workers
 from neuronmlp_plugin.checkpoint.digests import file_digest
@@ -54,8 +54,7 @@ from neuronmlp_plugin.compressor.settings import parse_target
 from neuronmlp_plugin.compressor.target import SIZES, Search
 from neuronmlp_plugin.lowrank.allocate import CHOOSERS, Choice, Layer, most_removable
 from neuronmlp_plugin.models.factors import PROJECTIONS, MLPLayer, ProjectionSpec
-from neuronmlp_plugin.reporting.card import base_facts
-from neuronmlp_plugin.reporting.folder import write_report
+from neuronmlp_plugin.reporting.folder import base_facts, write_report
 
 MEASURED_TURNS = 1  # how often gains are measured and layers chosen anew: docs/compression_experiments.md
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -1,14 +1,19 @@
-"""The MLP's plain torch arithmetic of one rank, and its collectives: what the compiler gets where no kernel
-runs, and what CPUs run.
+"""The gated MLP that takes the place of NxDI's `NeuronLlamaMLP`: its contract, and the choice between kernels
+and torch by phase.
 
-Nothing here depends on the rank, because NxDI traces one graph for all of them (layout.py). A layer that fits
-the ranks computes the definition on the rank's own share, and has no collective but the sum of y (mlp.py).
-Under `gather` there are two more: an all-gather of the local z of gate and up together, and a reduce-scatter
-of down's z `[T, R]`. int8 is multiplied as it is and scaled last, as by NxD's own int8 layers.
+Every tensor-parallel MLP ends with a sum of y over the ranks: an all-reduce, or under sequence parallelism a
+reduce-scatter along the sequence. What else the kernels communicate stands in kernel_path.py.
+
+Torch arithmetic is what the compiler gets where no kernel runs, and what CPUs run. Nothing in it depends on
+the rank, because NxDI traces one graph for all of them (sharding.py). A layer that fits the ranks computes
+the definition on the rank's own share, and has no collective but the sum of y. Under `gather` there are two
+more: an all-gather of the local z of gate and up together, and a reduce-scatter of down's z `[T, R]`. int8 is
+multiplied as it is and scaled last, as by NxD's own int8 layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,13 +23,20 @@ from torch import nn
 from neuronmlp_plugin.models.definition import Linear, block_product, product
 from neuronmlp_plugin.models.factors import PROJECTIONS, Matrix, MLPLayer
 from neuronmlp_plugin.models.gather import all_gather_together
-from neuronmlp_plugin.serving.trainium.layout import PARTS, even_pivots, laid_out_shapes, partition_dim
-from neuronmlp_plugin.serving.trainium.parallel import Parallel
-from neuronmlp_plugin.serving.trainium.storage import torch_reading
+from neuronmlp_plugin.serving.trainium.dispatch import DECODE, PREFILL, RECORD, Decision
+from neuronmlp_plugin.serving.trainium.kernel_path import KernelPath
+from neuronmlp_plugin.serving.trainium.sharding import (
+    PARTS,
+    Parallel,
+    even_pivots,
+    laid_out_shapes,
+    partition_dim,
+    torch_reading,
+)
 
 
 class Projection(nn.Module):
-    """One projection's slice: `first` meets the input, `second` makes the output (layout.py); one is None
+    """One projection's slice: `first` meets the input, `second` makes the output (sharding.py); one is None
     where the matrix is dense.
     """
 
@@ -128,3 +140,70 @@ class TorchPath(nn.Module):
         return [
             (p, z, z if p.second is None else next(wholes)) for p, z in zip(projections, parts, strict=True)
         ]
+
+
+SEQUENCE_DIM = 1
+
+
+class LowRankMLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))` of one rank, under NxDI's contract for an MLP.
+
+    x is `[B, S, H]`, or `[B, S / tp, H]` under sequence parallelism, and so is the result. `decisions` says
+    by phase which path to take; the weights of a path that no phase takes are not allocated. `prefill` is
+    None in a module that serves both phases.
+    """
+
+    def __init__(
+        self,
+        stored: MLPLayer,
+        parallel: Parallel,
+        decisions: Mapping[str, Decision],
+        sequence_parallel: bool = False,
+        prefill: bool | None = None,
+        layer: int = 0,
+    ) -> None:
+        super().__init__()
+        paths = {decision.path for decision in decisions.values()}
+        self.torch_path = TorchPath(stored, parallel) if "torch" in paths else None
+        self.kernel_path = KernelPath(stored, parallel) if "kernel" in paths else None
+        self.parallel, self.decisions = parallel, decisions
+        self.sequence_parallel, self.prefill, self.layer = sequence_parallel, prefill, layer
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rmsnorm: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        residual: torch.Tensor | None = None,
+        adapter_ids: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`(y, residual)`. A given residual is added to x first and the sum returned; `adapter_ids` is
+        unused, since LoRA is refused.
+        """
+        if residual is not None:
+            x = residual = residual + x
+        if self.sequence_parallel:
+            x = self.parallel.gather(x if rmsnorm is None else rmsnorm(x), SEQUENCE_DIM)
+            rmsnorm = None
+        y = self._summand(x, rmsnorm)
+        y = (
+            self.parallel.scatter_sum(y, SEQUENCE_DIM)
+            if self.sequence_parallel
+            else self.parallel.all_reduce(y)
+        )
+        return y, residual
+
+    def _summand(
+        self, x: torch.Tensor, rmsnorm: Callable[[torch.Tensor], torch.Tensor] | None
+    ) -> torch.Tensor:
+        """This rank's summand of y, from the whole x `[B, S, H]`, by the path that was decided for the
+        phase.
+        """
+        prefill = x.shape[1] > 1 if self.prefill is None else self.prefill
+        phase = PREFILL if prefill else DECODE
+        decision = self.decisions[phase]
+        RECORD.add(self.layer, phase, x.shape[0] * x.shape[1], decision)
+        if decision.path == "kernel":
+            assert self.kernel_path is not None
+            return self.kernel_path(x, rmsnorm)
+        assert self.torch_path is not None
+        return self.torch_path(x if rmsnorm is None else rmsnorm(x))

@@ -12,10 +12,11 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from nki_kernels.frontend.catalogue import refusal
-from nki_kernels.frontend.definition import (
+from nki_kernels.frontend.catalogue import Refusal, refusal
+from nki_kernels.frontend.definitions import (
     Class,
     Function,
+    Literals,
     Source,
     is_definition,
     is_vendors,
@@ -24,8 +25,6 @@ from nki_kernels.frontend.definition import (
     unwrapped,
     vendor_module,
 )
-from nki_kernels.frontend.literals import Literals
-from nki_kernels.frontend.refusal import Refusal
 
 _MISSING = object()
 _STATEMENTS = {

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from neuronmlp_plugin.calibration.layer_stream import LayerStream, best_device
 from neuronmlp_plugin.calibration.quality import Judge
-from neuronmlp_plugin.calibration.stream import LayerStream, best_device
 from neuronmlp_plugin.calibration.text import (
     bos_prefix,
     hold_out,
@@ -39,16 +39,15 @@ from neuronmlp_plugin.checkpoint.writer import (
     write_rest,
 )
 from neuronmlp_plugin.compressor.exhibits import sample_texts
+from neuronmlp_plugin.compressor.int8_folder import MOMENT_TOKENS, int8_block, write_int8
 from neuronmlp_plugin.compressor.job import ProgressBars, Workspace
 from neuronmlp_plugin.compressor.plan import base_digest, digest, weights_digest
-from neuronmlp_plugin.compressor.quantize import MOMENT_TOKENS, int8_block, write_int8
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, UsageError
 from neuronmlp_plugin.models.definition import quantize
 from neuronmlp_plugin.models.factors import SCALE
-from neuronmlp_plugin.refinement.blocks import BlockStreams
 from neuronmlp_plugin.refinement.descent import chosen, mlp_linears
-from neuronmlp_plugin.refinement.distill import distill, teacher_states, visits
-from neuronmlp_plugin.refinement.settings import RefineSettings
+from neuronmlp_plugin.refinement.objectives import BlockStreams, distill, teacher_states, visits
+from neuronmlp_plugin.refinement.refine_settings import RefineSettings
 from neuronmlp_plugin.reporting.folder import REPORT_FILE, read_report, write_report
 
 Quality = dict[str, float]

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from neuronmlp_plugin import __version__
+from neuronmlp_plugin.calibration.layer_stream import LayerStream, best_device
 from neuronmlp_plugin.calibration.quality import Judge
 from neuronmlp_plugin.calibration.statistics import hooked, layer_moments
-from neuronmlp_plugin.calibration.stream import LayerStream, best_device
 from neuronmlp_plugin.calibration.workers import Workers
 from neuronmlp_plugin.checkpoint.reader import Checkpoint, dense_block
 from neuronmlp_plugin.checkpoint.schema import FormatBlock

@@ -116,30 +116,34 @@ static int step_of(int64_t left) {
         if (sizes[i] <= left && sizes[i] * VECTORS <= SUMS && (sizes[i] != 6 || SUMS >= 6 * VECTORS)) return sizes[i];
 }
 
-/* What a panel's sums become: scaled, added to, and stored in the dtype of the activations. `live` is a constant for whole panels. */
-INLINE void store_columns(const Call *c, const Product *p, int64_t token, int64_t column, const int live, const float *sums) {
-    const char *add = p->add_of < 0 ? 0 : place(c, p->add_of, p->add_at + column, token);
-    char *y = (char *)place(c, p->y_of, p->y_at + column, token);
-    float value[LANES];
-    memcpy(value, sums, sizeof value);
-    if (p->scale) for (int j = 0; j < live; j++) value[j] *= p->scale[column + j];
-    if (c->half) {
-        if (add) for (int j = 0; j < live; j++) value[j] += to_float(((const uint16_t *)add)[j]);
-#if defined(__AVX512BF16__)
-        __m256bh halves = _mm512_cvtneps_pbh(_mm512_loadu_ps(value));
-        memcpy(y, &halves, 2 * live);
-#else
-        for (int j = 0; j < live; j++) ((uint16_t *)y)[j] = to_bf16(value[j]);
-#endif
-    } else {
-        if (add) for (int j = 0; j < live; j++) value[j] += ((const float *)add)[j];
-        memcpy(y, value, 4 * live);
+/* What a panel's sums become: scaled, added to, and stored in the dtype of the activations. */
+INLINE void store_panel(const float *sums, const float *scale, const char *add, char *y, const int half) {
+    for (int64_t i = 0; i < VECTORS; i++) {
+        const int64_t at = i * WIDTH * (half ? 2 : 4);
+        vec value = load_fp32(sums + i * WIDTH);
+        if (scale) value *= load_fp32(scale + i * WIDTH);
+        if (add) value += half ? load_halves(add + at) : load_fp32(add + at);
+        store_vec(value, y + at, half);
     }
 }
 
+/* The first `live` columns of a panel, by way of a whole one. */
+static void store_rest(const float *sums, const float *scale, const char *add, char *y, int64_t live, int half) {
+    const int64_t bytes = live * (half ? 2 : 4);
+    float scales[LANES] = {0}, whole[LANES] = {0};
+    if (scale) memcpy(scales, scale, live * 4);
+    if (add) memcpy(whole, add, bytes);
+    store_panel(sums, scale ? scales : 0, add ? (const char *)whole : 0, (char *)whole, half);
+    memcpy(y, whole, bytes);
+}
+
 INLINE void store(const Call *c, const Product *p, int64_t token, int64_t column, const float *sums) {
-    if (p->n - column >= LANES) store_columns(c, p, token, column, LANES, sums);
-    else store_columns(c, p, token, column, (int)(p->n - column), sums);
+    const char *add = p->add_of < 0 ? 0 : place(c, p->add_of, p->add_at + column, token);
+    char *y = (char *)place(c, p->y_of, p->y_at + column, token);
+    const float *scale = p->scale ? p->scale + column : 0;
+    if (p->n - column < LANES) store_rest(sums, scale, add, y, p->n - column, (int)c->half);
+    else if (c->half) store_panel(sums, scale, add, y, 1);
+    else store_panel(sums, scale, add, y, 0);
 }
 
 /* Two rows of a panel, k and k + 1, as pairs of bf16. */
@@ -175,41 +179,40 @@ static void widen(int64_t k, const char *w, int half, char *out) {
 }
 
 #if HAS_TILES
-/* As `store`, for whole rows of two panels. */
-static void store_pair(const Call *c, const Product *p, int64_t token, int64_t column, const float *sums, int64_t rows) {
-    const int64_t y_bytes = 2 * c->buffers[p->y_of].width, add_bytes = p->add_of < 0 ? 0 : 2 * c->buffers[p->add_of].width;
-    const char *add = p->add_of < 0 ? 0 : place(c, p->add_of, p->add_at + column, token);
-    char *y = (char *)place(c, p->y_of, p->y_at + column, token);
-    const vec low_scale = p->scale ? load_fp32(p->scale + column) : (vec){0} + 1.0f;
-    const vec high_scale = p->scale ? load_fp32(p->scale + column + LANES) : (vec){0} + 1.0f;
-    for (int64_t r = 0; r < rows; r++, sums += 32, y += y_bytes, add += add_bytes)
-        tile_store(load_fp32(sums) * low_scale, load_fp32(sums + LANES) * high_scale, add, y);
+/* As `store`, for rows of one or two whole panels, when there is time. */
+static Waiting store_later(const Call *c, const Product *p, int64_t token, int64_t column, int64_t two, const float *sums, int64_t rows) {
+    const vec one = (vec){0} + 1.0f;
+    Waiting w = {.sums = sums, .low = one, .high = one, .y_bytes = 2 * c->buffers[p->y_of].width, .two = two, .left = rows};
+    w.y = (char *)place(c, p->y_of, p->y_at + column, token);
+    if (p->scale) w.low = load_fp32(p->scale + column), w.high = two ? load_fp32(p->scale + column + LANES) : one;
+    if (p->add_of >= 0) w.add = place(c, p->add_of, p->add_at + column, token), w.add_bytes = 2 * c->buffers[p->add_of].width;
+    return w;
 }
 
 static void run_tiles(const Call *c, const Product *p, const char *w, int64_t panel, int64_t first, int64_t count, int64_t begin, int64_t end) {
-    uint16_t tail[32 * 32];
-    float sums[32 * 32];
+    uint16_t __attribute__((aligned(64))) tail[32 * 32];
+    float __attribute__((aligned(64))) memory[2][32 * 32], *sums = memory[0], *other = memory[1];
     const int64_t stride = c->buffers[p->x_of].width, left = p->k % 32;
     int64_t configured = 0;
+    Waiting waiting = {0};
     for (int64_t t = begin; t < end; t += 32) {
         const int64_t rows = end - t < 32 ? end - t : 32, a = rows < 16 ? rows : 16;
         if (rows != configured) configure_tiles((int)a, (int)(rows - a)), configured = rows;
         const uint16_t *x = (const uint16_t *)place(c, p->x_of, p->x_at, t);
-        if (left) {
-            memset(tail, 0, sizeof tail);
-            for (int64_t r = 0; r < rows; r++) memcpy(tail + r * 32, x + r * stride + p->k - left, 2 * left);
-        }
+        for (int64_t r = 0; left && r < rows; r++)
+            _mm512_store_si512(tail + r * 32, _mm512_maskz_loadu_epi16((1u << left) - 1, x + r * stride + p->k - left));
         for (int64_t i = 0; i < count; i += 2) {
-            const char *w0 = w + i * panel;
-            tile_block(x, stride, tail, p->k, w0, i + 1 < count ? w0 + panel : w0, (int)(rows - a), sums);
-            if (i + 1 < count && (first + i + 2) * LANES <= p->n) {
-                store_pair(c, p, t, (first + i) * LANES, sums, rows);
-                continue;
-            }
-            for (int64_t j = i; j < count && j < i + 2; j++)
-                for (int64_t r = 0; r < rows; r++) store(c, p, t + r, (first + j) * LANES, sums + r * 32 + (j - i) * LANES);
+            float *const mine = sums;
+            const int64_t two = i + 1 < count, column = (first + i) * LANES, whole = column + (1 + two) * LANES <= p->n;
+            const Waiting next = whole ? store_later(c, p, t, column, two, mine, rows) : (Waiting){0};
+            if (two) tile_block(x, stride, tail, p->k, w + i * panel, panel, 1, (int)(rows - a), mine, &waiting, next);
+            else tile_block(x, stride, tail, p->k, w + i * panel, panel, 0, (int)(rows - a), mine, &waiting, next);
+            waiting = next, sums = other, other = mine;
+            for (int64_t j = 0; !whole && j < 1 + two; j++)
+                for (int64_t r = 0; r < rows; r++) store(c, p, t + r, column + j * LANES, mine + r * 32 + j * LANES);
         }
     }
+    store_waiting(&waiting, 32);
     _tile_release();
 }
 #endif
@@ -224,7 +227,8 @@ static const float *as_float(const Call *c, const Product *p, int64_t token, int
     return memory;
 }
 
-static void run_vectors(const Call *c, const Product *p, int kind, const char *w, int64_t panel, int64_t first, int64_t count, int64_t begin, int64_t end, float *memory) {
+static void run_vectors(const Call *c, const Product *p, int kind, const char *w, int64_t panel, int64_t first, int64_t count,
+                        int64_t begin, int64_t end, float *memory) {
     const int direct = !c->half || kind == PAIRS;
     const int64_t stride = direct ? c->buffers[p->x_of].width : p->k + 1;
     float sums[SUMS * WIDTH];
@@ -247,18 +251,23 @@ static void run_vectors(const Call *c, const Product *p, int kind, const char *w
     }
 }
 
-/* `live` is a constant for whole panels, and half for a chain, so that all of it runs in vectors. */
-INLINE void silu_columns(const char *x, const char *factor, char *y, const int live, const int half) {
-    float value[LANES] = {0}, times[LANES] = {0};
-    for (int j = 0; j < live; j++) {
-        value[j] = half ? to_float(((const uint16_t *)x)[j]) : ((const float *)x)[j];
-        times[j] = half ? to_float(((const uint16_t *)factor)[j]) : ((const float *)factor)[j];
+/* y = silu(x) * factor of a whole panel; half is a constant where this is inlined. */
+INLINE void silu_panel(const char *x, const char *factor, char *y, const int half) {
+    for (int64_t i = 0; i < VECTORS; i++) {
+        const int64_t at = i * WIDTH * (half ? 2 : 4);
+        vec value = half ? load_halves(x + at) : load_fp32(x + at);
+        value *= sigmoid(value, half) * (half ? load_halves(factor + at) : load_fp32(factor + at));
+        store_vec(value, y + at, half);
     }
-    for (int j = 0; j < LANES; j++) value[j] *= sigmoid(value[j]) * times[j];
-    uint16_t halves[LANES];
-    for (int j = 0; half && j < LANES; j++) halves[j] = to_bf16(value[j]);
-    if (half) memcpy(y, halves, 2 * live);
-    else memcpy(y, value, 4 * live);
+}
+
+/* The first `live` columns of a panel, by way of a whole one. */
+static void silu_rest(const char *x, const char *factor, char *y, int64_t live, int half) {
+    float value[LANES] = {0}, times[LANES] = {0};
+    memcpy(value, x, live * (half ? 2 : 4));
+    memcpy(times, factor, live * (half ? 2 : 4));
+    silu_panel((const char *)value, (const char *)times, (char *)value, half);
+    memcpy(y, value, live * (half ? 2 : 4));
 }
 
 static void run_silu(const Call *c, const Product *p, int64_t first, int64_t count, int64_t begin, int64_t end) {
@@ -266,14 +275,15 @@ static void run_silu(const Call *c, const Product *p, int64_t first, int64_t cou
         for (int64_t at = first * LANES; at < (first + count) * LANES && at < p->n; at += LANES) {
             const char *x = place(c, p->x_of, p->x_at + at, t), *factor = place(c, p->add_of, p->add_at + at, t);
             char *y = (char *)place(c, p->y_of, p->y_at + at, t);
-            if (p->n - at < LANES) silu_columns(x, factor, y, (int)(p->n - at), (int)c->half);
-            else if (c->half) silu_columns(x, factor, y, LANES, 1);
-            else silu_columns(x, factor, y, LANES, 0);
+            if (p->n - at < LANES) silu_rest(x, factor, y, p->n - at, (int)c->half);
+            else if (c->half) silu_panel(x, factor, y, 1);
+            else silu_panel(x, factor, y, 0);
         }
 }
 
 /* `count` panels at `w`, the first of them panel `first` of the product, for tokens begin .. end. */
-static void run_panels(const Call *c, const Product *p, int kind, const char *w, int64_t panel, int64_t first, int64_t count, int64_t begin, int64_t end, float *memory) {
+static void run_panels(const Call *c, const Product *p, int kind, const char *w, int64_t panel, int64_t first, int64_t count,
+                       int64_t begin, int64_t end, float *memory) {
 #if HAS_TILES
     if (kind == BF16 && use_tiles && c->tokens >= TILE_TOKENS) return run_tiles(c, p, w, panel, first, count, begin, end);
 #endif

@@ -15,9 +15,34 @@ static void configure_tiles(int a, int b) {
     _tile_loadconfig(&config);
 }
 
-/* sums [32][32] = x [a + b, k] times two panels of pairs. `tail`: the last k % 32 columns of x, padded with zeros, [32][32]. */
-static void tile_block(const uint16_t *x, int64_t stride, const uint16_t *tail, int64_t k, const char *w0, const char *w1, int b, float *sums) {
-    const int64_t bytes = 2 * stride;
+/* Rows of one or two panels' sums, 32 apart, that wait to be scaled, added to and stored as bf16. */
+typedef struct {
+    const float *sums;
+    vec low, high; /* scales */
+    const char *add;
+    char *y;
+    int64_t add_bytes, y_bytes, two, left; /* bytes from row to row; whether both panels; rows that are left */
+} Waiting;
+
+INLINE void store_waiting(Waiting *w, int64_t rows) {
+    for (; rows && w->left; rows--, w->left--, w->sums += 32, w->y += w->y_bytes, w->add += w->add_bytes) {
+        vec low = load_fp32(w->sums) * w->low;
+        if (w->add_bytes) low += load_halves(w->add);
+        if (!w->two) {
+            store_halves(low, w->y);
+            continue;
+        }
+        vec high = load_fp32(w->sums + LANES) * w->high;
+        if (w->add_bytes) high += load_halves(w->add + 2 * LANES);
+        _mm512_storeu_si512(w->y, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+    }
+}
+
+/* sums [32][32] = x [a + b, k] times one or two panels of pairs. `tail`: the last k % 32 columns of x, padded with zeros, [32][32].
+ * What waits is stored meanwhile, as the vectors are idle while tiles multiply, and where `next` will be stored is fetched. */
+INLINE void tile_block(const uint16_t *x, int64_t stride, const uint16_t *tail, int64_t k, const char *w, int64_t panel, const int two,
+                       int b, float *sums, Waiting *waiting, Waiting next) {
+    const int64_t bytes = 2 * stride, each = (32 * 32 + k - 1) / k; /* rows stored a step */
     _tile_zero(0);
     _tile_zero(1);
     if (b) {
@@ -27,33 +52,26 @@ static void tile_block(const uint16_t *x, int64_t stride, const uint16_t *tail, 
     for (int64_t at = 0; at < k; at += 32) {
         const uint16_t *from = k - at < 32 ? tail : x + at;
         const int64_t step = k - at < 32 ? 64 : bytes;
-        _tile_loadd(6, w0 + at * 32, 64);
-        _tile_loadd(7, w1 + at * 32, 64);
+        _tile_loadd(6, w + at * 32, 64);
+        if (two) _tile_loadd(7, w + panel + at * 32, 64);
         _tile_loadd(4, from, step);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
+        if (two) _tile_dpbf16ps(1, 4, 7);
         if (b) {
             _tile_loadd(5, (const char *)from + 16 * step, step);
             _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
+            if (two) _tile_dpbf16ps(3, 5, 7);
         }
+        for (int64_t r = 0; r < each && next.left; r++, next.left--, next.y += next.y_bytes) __builtin_prefetch(next.y, 1);
+        store_waiting(waiting, each);
     }
+    store_waiting(waiting, 32);
     _tile_stored(0, sums, 128);
-    _tile_stored(1, sums + 16, 128);
+    if (two) _tile_stored(1, sums + 16, 128);
     if (b) {
         _tile_stored(2, sums + 16 * 32, 128);
-        _tile_stored(3, sums + 16 * 32 + 16, 128);
+        if (two) _tile_stored(3, sums + 16 * 32 + 16, 128);
     }
-}
-
-/* 32 sums of a row, with 32 bf16 of `add` where there are some, as bf16. */
-INLINE void tile_store(vec low, vec high, const char *add, char *y) {
-    if (add) {
-        const __m512i halves = _mm512_loadu_si512(add);
-        low += (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves)), 16);
-        high += (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1)), 16);
-    }
-    _mm512_storeu_si512(y, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
 }
 #else
 #define HAS_TILES 0

@@ -29,6 +29,8 @@
 
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t words __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
 
 INLINE vec load_fp32(const void *from) {
     vec v;
@@ -70,22 +72,57 @@ INLINE float to_float(uint16_t half) {
     return value;
 }
 
-/* To the nearest, ties to even; a NaN stays one. */
-INLINE uint16_t to_bf16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+/* a where the mask's bits are set, else b. */
+INLINE vec pick(ints mask, vec a, vec b) {
+    words chosen = ((words)a & (words)mask) | ((words)b & ~(words)mask);
+    return (vec)chosen;
 }
 
-/* 1 / (1 + e^-x), within 2 units of the last place of fp32: 2^n times a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2]. */
-INLINE float sigmoid(float x) {
-    float clipped = -x < -87.0f ? -87.0f : -x > 87.0f ? 87.0f : -x;
-    float n = __builtin_rintf(clipped * 1.44269504f);
-    float r = (clipped - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.0f + r * (1.0f + r * (0.5f + r * (1.66666667e-1f + r * (4.16666667e-2f + r * (8.33333333e-3f + r * 1.38888889e-3f)))));
-    int32_t bits = ((int32_t)n + 127) << 23;
-    float power;
-    memcpy(&power, &bits, sizeof power);
-    return x != x ? x : 1.0f / (1.0f + p * power);
+/* So many bf16 as floats. */
+INLINE vec load_halves(const void *from) {
+    halves v;
+    memcpy(&v, from, sizeof v);
+    return (vec)(__builtin_convertvector(v, words) << 16);
+}
+
+/* To the nearest, ties to even; a NaN stays one. */
+INLINE void store_halves(vec value, void *to) {
+#if defined(__AVX512BF16__)
+    __m256bh v = _mm512_cvtneps_pbh((__m512)value);
+#else
+    words bits = (words)value, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    words nan = (words)(value != value);
+    halves v = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), halves);
+#endif
+    memcpy(to, &v, sizeof v);
+}
+
+INLINE void store_vec(vec value, void *to, int half) {
+    if (half) store_halves(value, to);
+    else memcpy(to, &value, sizeof value);
+}
+
+/* 1 / v; where 13 bits are enough (`rough`), by the processor's own estimate. */
+INLINE vec reciprocal(vec v, const int rough) {
+#if defined(__AVX512F__)
+    return rough ? (vec)_mm512_rcp14_ps((__m512)v) : 1.0f / v;
+#else
+    (void)rough;
+    return 1.0f / v;
+#endif
+}
+
+/* 1 / (1 + e^-x), within 2 units of the last place of fp32, or of 1 part in 2^12 where it is stored as bf16 (`rough`): 2^n times a
+ * Taylor polynomial of degree 6 or 4 on [-ln 2 / 2, ln 2 / 2]. The sum with 1.5 x 2^23 rounds to a whole number, which its low bits
+ * then hold. */
+INLINE vec sigmoid(vec x, const int rough) {
+    const vec zero = {0}, most = zero + 87.0f, round = zero + 12582912.0f;
+    vec clipped = pick(-x < -most, -most, pick(-x > most, most, -x));
+    vec shifted = clipped * 1.44269504f + round, n = shifted - round;
+    vec r = (clipped - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec p = zero + 4.16666667e-2f;
+    if (!rough) p += r * (8.33333333e-3f + r * 1.38888889e-3f);
+    p = 1.0f + r * (1.0f + r * (0.5f + r * (1.66666667e-1f + r * p)));
+    words power = ((words)shifted << 23) + (127u << 23);
+    return pick(x != x, x, reciprocal(1.0f + p * (vec)power, rough));
 }

@@ -1,7 +1,7 @@
-"""One launch of each kernel through the vendor's own compiler front end, before any layer depends on it.
+"""One launch of each kernel through the compiler's front end, before any layer depends on it.
 
-No chip is needed: `nki.trace(kernel, platform_target="trn1").specialize(arguments)` reads the kernel with its
-arguments and refuses what the compiler would refuse.
+No chip is needed: the vendor's own `nki.trace` reads the kernel with its arguments and refuses what the
+compiler would refuse; a vendor's nki without it is stood in for by our front end (`frontend.verdict`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 from neuronmlp_plugin.models.factors import INT8, OUT, MLPLayer, ProjectionSpec
 from neuronmlp_plugin.serving.trainium.kernel_path import KernelPath
 from neuronmlp_plugin.serving.trainium.sharding import Parallel, RankModule, slice_size
+from nki_kernels.frontend.verdict import verdict
 from nki_kernels.layout import Layout
 
 PLATFORM = "trn1"
@@ -26,7 +27,7 @@ PLATFORM = "trn1"
 def refusal(
     stored: MLPLayer, tp: int, dtype: torch.dtype, tokens: int, norm_eps: float | None = None
 ) -> str | None:
-    """Why the vendor's compiler does not take the layer's kernels for so many tokens, in one line, or None.
+    """Why the compiler does not take the layer's kernels for so many tokens, in one line, or None.
     `norm_eps`: of the RMSNorm that the kernels are to apply, None where they are to apply none.
     """
     path = KernelPath(stored, _OneOfMany(tp, dtype))
@@ -42,7 +43,7 @@ def refusal(
         path(torch.zeros(tokens, stored.hidden_size, dtype=dtype), None if norm_eps is None else norm)
     except Exception as error:  # whatever the vendor raises: its text is the reason
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return f"the vendor's compiler refused a kernel for {tokens} tokens: {first_line[:300]}"
+        return f"a kernel was refused for {tokens} tokens: {first_line[:300]}"
     return None
 
 
@@ -58,12 +59,16 @@ def sample_refusal() -> str | None:
     return next((why for why in found if why), None)
 
 
-def trace(kernel: Callable[..., Any], *arguments: Any) -> None:
-    """Have the vendor read a kernel with these arguments; raises what the vendor raises."""
-    import nki
+class KernelRefused(Exception):
+    """What the compiler's front end says against a kernel."""
 
+
+def trace(kernel: Callable[..., Any], *arguments: Any) -> None:
+    """Have a kernel read with these arguments. Raises KernelRefused with the first thing against it."""
     as_arrays = [_as_array(value) if isinstance(value, torch.Tensor) else value for value in arguments]
-    nki.trace(getattr(kernel, "func", kernel), platform_target=PLATFORM).specialize(*as_arrays)
+    answer = verdict(getattr(kernel, "func", kernel), as_arrays, platform=PLATFORM)
+    if answer.refusals:
+        raise KernelRefused(f"{answer.who}: {answer.refusals[0]}")
 
 
 def _as_array(tensor: torch.Tensor) -> np.ndarray:

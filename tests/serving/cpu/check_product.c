@@ -10,8 +10,10 @@ static float draw(void) { /* in [-1, 1], exact in bf16 */
     return (float)((int)(state >> 24) - 128) / 128.0f;
 }
 
-static void put(void *data, int half, int64_t at, float value) {
-    if (half) ((uint16_t *)data)[at] = to_bf16(value);
+static void put(void *data, int half, int64_t at, float value) { /* what is drawn is exact in bf16, too */
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if (half) ((uint16_t *)data)[at] = (uint16_t)(bits >> 16);
     else ((float *)data)[at] = value;
 }
 
@@ -28,7 +30,7 @@ static double check(int64_t tokens, int64_t k, int64_t n, int half, int int8) {
             const float value = weight[j * k + i] = int8 ? rintf(127 * draw()) : draw();
             const int64_t panel = j / LANES, column = j % LANES;
             if (int8) ((int8_t *)packed)[(panel * k + i) * LANES + column] = (int8_t)value;
-            else if (half) ((uint16_t *)packed)[((panel * padded / 2 + i / 2) * LANES + column) * 2 + i % 2] = to_bf16(value);
+            else if (half) put(packed, 1, ((panel * padded / 2 + i / 2) * LANES + column) * 2 + i % 2, value);
             else ((float *)packed)[(panel * k + i) * LANES + column] = value;
         }
     }

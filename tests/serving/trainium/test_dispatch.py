@@ -6,9 +6,11 @@ import collections
 import json
 
 import pytest
+import torch
 
 from neuronmlp_plugin.checkpoint.files import read_config
 from neuronmlp_plugin.errors import UsageError
+from neuronmlp_plugin.models.factors import DENSE, MLPLayer, ProjectionSpec
 from neuronmlp_plugin.serving.trainium import dispatch, trial
 from neuronmlp_plugin.serving.trainium.config import ArtifactError, low_rank_config
 from neuronmlp_plugin.serving.trainium.dispatch import (
@@ -24,6 +26,7 @@ from neuronmlp_plugin.serving.trainium.dispatch import (
 from neuronmlp_plugin.serving.trainium.kernel_path import declined
 from neuronmlp_plugin.serving.trainium.metrics import FOLDER_VARIABLE, DispatchCollector, publish
 from neuronmlp_plugin.serving.trainium.neuron_options import Options
+from nki_kernels.frontend.verdict import Verdict
 from nki_kernels.kernels.sharded import last_factor
 from tests.serving.trainium.stand_ins import InferenceConfig, load_values
 from tests.tiny_models import MIXED_LAYERS, write_dense, write_mixed
@@ -145,10 +148,6 @@ def test_one_nki_language_a_graph(on_a_device, monkeypatch, caplog):
 
 
 def test_the_planner_declines_in_words():
-    import torch
-
-    from neuronmlp_plugin.models.factors import DENSE, MLPLayer
-
     assert declined(MLPLayer(1024, 2048, DENSE, DENSE, DENSE), 1, torch.bfloat16) is None
     assert "SBUF" in declined(MLPLayer(128, 1 << 17, DENSE, DENSE, DENSE), 1, torch.bfloat16)
 
@@ -233,3 +232,19 @@ def test_metrics_cross_processes(tmp_path, monkeypatch):
     assert {tuple(s.labels.values()): s.value for s in runs.samples} == {
         (DECODE, "kernel", "planned", "floating point"): 3
     }
+
+
+def test_the_trial_speaks_with_the_voice_of_who_read_the_kernel(monkeypatch):
+    asked = []
+
+    def verdict(kernel, arguments, platform):
+        asked.append((kernel.__name__, platform))
+        return Verdict("nki 0.2.0 (trn1)", ("SyntaxError: expecting simple variable",))
+
+    compact = ProjectionSpec("compact", 64)
+    monkeypatch.setattr(trial, "verdict", verdict)
+    why = trial.refusal(MLPLayer(256, 512, compact, compact, compact), 1, torch.bfloat16, 4)
+    assert why == (
+        "a kernel was refused for 4 tokens: nki 0.2.0 (trn1): SyntaxError: expecting simple variable"
+    )
+    assert asked == [("svd_mlp", "trn1")]

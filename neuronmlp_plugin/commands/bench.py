@@ -202,8 +202,8 @@ def run(args: argparse.Namespace) -> int:
 def _decode(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from neuronmlp_plugin.bench.decode import measure_decode
     from neuronmlp_plugin.bench.rows import Row, append_rows
+    from neuronmlp_plugin.bench.serve import measure_decode
     from neuronmlp_plugin.compressor.job import ProgressBars
 
     folders = named_folders("decode", args.models)

@@ -2,7 +2,7 @@
 
 Follows KLR/Trace/NKI.lean, Term.lean, Python.lean and Builtin.lean, and the two rewritings of
 KLR/NKI/Simplify.lean that change what a program means. What only values show (views, names of tensors, sizes)
-is seen while the simulator runs: `simulator.views`. Only functions that a kernel can come to run are
+is seen while the simulator runs: `simulator.rules`. Only functions that a kernel can come to run are
 evaluated. A method is reached where its name is read as an attribute of anything, since the compiler's own
 types are not known before it runs; special methods always are.
 """

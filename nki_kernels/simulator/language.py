@@ -26,8 +26,8 @@ from nki_kernels.simulator.arithmetic import (
     uint32,
 )
 from nki_kernels.simulator.memory import current
+from nki_kernels.simulator.rules import check_sizes
 from nki_kernels.simulator.tensor import Tensor
-from nki_kernels.simulator.views import check_sizes
 from nki_kernels.targets import PMAX
 
 __all__ = [

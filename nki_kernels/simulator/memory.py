@@ -16,9 +16,8 @@ import numpy as np
 
 from nki_kernels.simulator import trace
 from nki_kernels.simulator.arithmetic import fill_unwritten
-from nki_kernels.simulator.rules import CapacityError, require
+from nki_kernels.simulator.rules import CapacityError, Names, require
 from nki_kernels.simulator.trace import HBM, PSUM, SBUF, Allocation, Listener
-from nki_kernels.simulator.views import Names
 from nki_kernels.targets import PMAX, Target
 
 # State of an element. A PSUM element that a matmul wrote can be added to; one that was read since starts no

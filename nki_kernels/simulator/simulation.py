@@ -11,10 +11,9 @@ import numpy as np
 from nki_kernels.frontend.verdict import accept, parameters
 from nki_kernels.frontend.versions import version_of
 from nki_kernels.simulator.memory import HBM, UNWRITTEN, Machine, running
-from nki_kernels.simulator.rules import require
+from nki_kernels.simulator.rules import Names, require
 from nki_kernels.simulator.tensor import Tensor
 from nki_kernels.simulator.trace import Listener
-from nki_kernels.simulator.views import Names
 from nki_kernels.targets import TRN1, Target
 
 

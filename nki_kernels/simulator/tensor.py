@@ -9,9 +9,18 @@ from typing import Any
 import numpy as np
 
 from nki_kernels.simulator.memory import BY_MATMUL, MATMUL_READ, UNWRITTEN, Storage
-from nki_kernels.simulator.rules import UninitializedError, refuse, require
+from nki_kernels.simulator.rules import (
+    INDEXED,
+    PATTERN,
+    SLICED,
+    WHOLE,
+    UninitializedError,
+    refuse,
+    refuse_view_of,
+    refuse_word,
+    require,
+)
 from nki_kernels.simulator.trace import HBM, PSUM, SBUF, Access
-from nki_kernels.simulator.views import INDEXED, PATTERN, SLICED, WHOLE, refuse_view_of, refuse_word
 
 Key = Any  # int, slice, Ellipsis, or a tuple of them
 

@@ -9,9 +9,9 @@ import math
 
 import pytest
 
-from neuronmlp_plugin.bench.decode import Decode, bytes_per_step, measure_decode
 from neuronmlp_plugin.bench.engines import Answer
 from neuronmlp_plugin.bench.rows import Row, append_rows
+from neuronmlp_plugin.bench.serve import Decode, bytes_per_step, measure_decode
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.models.factors import SCALE
 from tests.tiny_models import INT8_LAYERS, write_dense, write_mixed
@@ -79,7 +79,7 @@ def test_speed_ups_are_over_the_first_model_within_a_round(tmp_path, monkeypatch
         name: lambda job, taken=taken: Answer(taken if job.new > 1 else 0.0, 1)
         for name, taken in seconds.items()
     }
-    monkeypatch.setattr("neuronmlp_plugin.bench.decode.engines", lambda *_: contextlib.nullcontext(engines))
+    monkeypatch.setattr("neuronmlp_plugin.bench.serve.engines", lambda *_: contextlib.nullcontext(engines))
     base = write_dense(tmp_path / "dense", "llama")
     folders = {"dense": base, "mixed": write_mixed(tmp_path / "mixed", base)}
     found = measure_decode(folders, [2], new_tokens=5, rounds=3, dtype="float32", tick=lambda _: None)

@@ -65,7 +65,13 @@ def is_block_diagonal(matrix: Matrix) -> bool:
 
 
 def pack(layout: Layout, weights: Mapping[str, Array], out: Array | None = None) -> Array:
-    """The packed array `[128, C]`; rows beyond the last row tile of a matrix are zero.
+    """The packed array `[128, C]`; rows beyond the last row tile of a matrix are zero. A dense 3 -> 2 is its
+    transpose in the first two columns, and the identity of 128 behind:
+
+    >>> from nki_kernels.layout import DENSE, chain_layout
+    >>> packed = pack(chain_layout(3, 2, DENSE), {"down_second": np.array([[1, 2, 3], [4, 5, 6]])})
+    >>> packed.shape, packed[:4, :3].tolist()
+    ((128, 130), [[1, 4, 1], [2, 5, 0], [3, 6, 0], [0, 0, 0]])
 
     `out`, if given, must be `[128, layout.packed_cols]` and all zeros. Raises ValueError for a tensor of
     another shape than the layout's.

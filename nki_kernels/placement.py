@@ -24,7 +24,16 @@ ALIGN_BYTES = 256  # so that no two tensors share a line
 
 @dataclasses.dataclass(frozen=True)
 class Room:
-    """What decides the sizes: the request, and the tile sizes chosen for it."""
+    """What decides the sizes: the request, and the tile sizes chosen for it. H 256 and I 512 in fp16, 128
+    tokens: x has 2 tiles of 256 bytes a partition, h 4 behind it, and output comes behind h.
+
+    >>> import numpy as np
+    >>> from nki_kernels.layout import DENSE, mlp_layout
+    >>> request = Request(mlp_layout(256, 512, DENSE, DENSE, DENSE), 128, np.dtype(np.float16))
+    >>> at = place(Room(request, 128, 128, out_cols=512, ring_cols=512, shares_rows=False))["at"]
+    >>> at.x, at.h, at.output
+    (0, 512, 1536)
+    """
 
     request: Request
     block_tokens: int

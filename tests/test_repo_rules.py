@@ -200,6 +200,16 @@ def test_most_functions_are_short():
     assert lengths[len(lengths) * 9 // 10] <= 25, "nine functions in ten have at most 25 lines"
 
 
+def test_files_are_few_full_and_of_different_names():
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES)
+    assert 1000 * len(MODULES) / lines <= 7.2, (
+        "at most 7.2 files for 1000 lines: put what is read together together"
+    )
+    names = [path.name for path in MODULES if path.name != "__init__.py"]
+    twice = {name for name in names if names.count(name) > 1}
+    assert twice <= {"collectives.py"}, "a file has a name of its own"  # vLLM's group, and what one costs
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=name_of)
 def test_test_files_stay_readable(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 600

@@ -93,7 +93,12 @@ class _Options:
 
 
 def cost(rank: int, in_features: int, out_features: int, form: str) -> int:
-    """Parameters of a rank in a form."""
+    """Parameters of a rank in a form: compact stores no pivots' rows, so it is cheaper at every rank, and at
+    full rank (here 6) costs what the dense 48 do.
+
+    >>> [(cost(rank, 8, 6, "uv"), cost(rank, 8, 6, "compact")) for rank in (2, 6)]
+    [(28, 24), (84, 48)]
+    """
     return rank * (in_features + out_features - (rank if form == "compact" else 0))
 
 

@@ -33,6 +33,12 @@ class SecondMoment:
     The products are taken in the input's own precision (fp32) per batch, and only their sum is fp64: that is
     where the error of a long stream would build up, and it keeps the cost at that of an fp32 matmul. Only the
     lower triangle of blocks is computed.
+
+    >>> moment = SecondMoment(2)
+    >>> moment.add(torch.tensor([[1.0, 2.0]])), moment.add(torch.tensor([[3.0, 0.0]]))
+    (None, None)
+    >>> moment.mean().tolist()
+    [[5.0, 1.0], [1.0, 2.0]]
     """
 
     def __init__(self, size: int, device: torch.device | None = None) -> None:

@@ -59,6 +59,12 @@ def common_order(bases: Sequence[torch.Tensor]) -> torch.Tensor:
     need pivots, so with different ranks the sets are nested. Steps are batched: within a round a candidate is
     taken only while its score beats what every channel outside the candidates had at the start of the round,
     which bounds what it has now: the result is the unbatched greedy's.
+
+    Two bases: channels 2 and 1 point in two directions of the first, and the second has all it needs in 1.
+
+    >>> bases = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), torch.tensor([[0.1], [3.0], [1.0]])
+    >>> common_order(bases).tolist()
+    [1, 2, 0]
     """
     with _one_thread():
         return _common_order([_Basis(basis) for basis in bases], bases[0].shape[0])
@@ -119,7 +125,11 @@ def _greedy_among(grams: list[torch.Tensor], bound: float, steps: int) -> torch.
 
 def pivot_outputs(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`(u [R, in], c [out - R, R])` of second `[out, R]` first `[R, in]`, whose first R outputs become z;
-    fp64 inside.
+    fp64 inside. z = x u^T is output 0 itself, and outputs 1 and 2 are 3 z and -2 z:
+
+    >>> u, c = pivot_outputs(torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0], [6.0], [-4.0]]))
+    >>> u.tolist(), c.tolist()
+    ([[2.0, 4.0]], [[3.0], [-2.0]])
     """
     rank = first.shape[0]
     pivots, rest = second[:rank].double(), second[rank:].double()

@@ -32,7 +32,12 @@ def round_under(
 
     `step` >= 0 broadcasts to `weight`. Column by column, and inside a column row by row, each number is
     rounded to the best value given all that came before it: what was lost moves the later columns of its row
-    by C, and the later rows of its column by S.
+    by C, and the later rows of its column by S. Inputs that move together: what the first number loses (0.4)
+    is given to the second (0.76), so that the sum 0.8 becomes 1 and not 0.
+
+    >>> together = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
+    >>> round_under(torch.tensor([[0.4, 0.4]]), torch.tensor(1.0), limit=127, inputs=together).tolist()
+    [[0.0, 1.0]]
     """
     left = weight.float().clone()
     step = step.float().where(step > 0, 1.0).expand_as(left)
@@ -137,7 +142,11 @@ def _carried(gram: torch.Tensor | None, damping: float) -> torch.Tensor | None:
 
 def refit(second: torch.Tensor, cross: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """The S' `[out, R]` that brings S' z' nearest to S z, S = `second`, over inputs with E[z z'^T] = `cross`
-    and E[z' z'^T] = `gram`: S cross gram^-1.
+    and E[z' z'^T] = `gram`: S cross gram^-1. Where rounding made z' = z / 2 (E[z^2] = 1), S' is 2 S:
+
+    >>> half, quarter = torch.tensor([[0.5]]).double(), torch.tensor([[0.25]]).double()
+    >>> refit(torch.tensor([[3.0]]), cross=half, gram=quarter).round(decimals=3).tolist()
+    [[6.0]]
     """
     solved = torch.linalg.solve(_damped(gram, DAMPING), (second.double() @ cross).T)
     return solved.T.to(second.dtype)

@@ -103,7 +103,10 @@ def deal_padded(x: torch.Tensor, tp: int, rank: int, dim: int) -> torch.Tensor:
 
 def gathered_order(x: torch.Tensor, tp: int, dim: int) -> torch.Tensor:
     """`x` along `dim` in the order in which an all-gather of dealt-out shares delivers it, padding
-    included.
+    included. Five on two ranks, which have three slots each:
+
+    >>> gathered_order(torch.tensor([[10, 11, 12, 13, 14]]), tp=2, dim=IN).tolist()
+    [[10, 12, 14, 11, 13, 0]]
     """
     return torch.cat([deal_padded(x, tp, rank, dim) for rank in range(tp)], dim=dim)
 

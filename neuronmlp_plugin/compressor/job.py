@@ -83,12 +83,24 @@ class Workspace:
             )
         return tensors
 
-    def read_json(self, name: str) -> Any:
-        """What `save_json` wrote as `name`, or None: not there yet, or damaged, and so to be made again."""
+    def once(
+        self,
+        name: str,
+        make: Callable[[], dict[str, Any]],
+        stands: Callable[[dict[str, Any]], bool] = lambda _: True,
+    ) -> dict[str, Any]:
+        """What a stage came to, as JSON: what is written as `name`, where it `stands`; otherwise (not there
+        yet, damaged, or about files that are gone) it is made and written down.
+        """
+        path = self.path / f"{name}.json"
         try:
-            return read_object(self.path / name)
+            found = read_object(path)
         except CheckpointError:
-            return None
+            found = None
+        if found is None or not stands(found):
+            found = make()
+            save_json(path, found)
+        return found
 
     def _file(self, name: str) -> pathlib.Path:
         return self.path / f"{name}.safetensors"

@@ -28,7 +28,6 @@ from neuronmlp_plugin.checkpoint.writer import (
     layer_file,
     layer_prefix,
     move_whole,
-    save_json,
     write_factor_file,
     write_layer,
     write_record,
@@ -167,14 +166,14 @@ def _choices_for(run: Run, layers: list[Layer], keep: float, bars: ProgressBars)
     """
     choices = _choose(run, layers, keep)
     for turn in range(MEASURED_TURNS if run.plan.settings.allocation == "measured" else 0):
-        name = f"gains-{turn}.json"
-        measured = run.work.read_json(name)
-        if measured is None:
-            truncated = run.factor(choices, bars)
-            measured = {"gains": measured_gains(truncated, run.plan.measured, run.work, bars)}
-            save_json(run.work.path / name, measured)
+        measured = run.work.once(f"gains-{turn}", functools.partial(_measured, run, choices, bars))
         choices = _choose(run, scaled(layers, choices, measured["gains"]), keep)
     return choices
+
+
+def _measured(run: Run, choices: list[Choice], bars: ProgressBars) -> dict[str, Any]:
+    truncated = run.factor(choices, bars)
+    return {"gains": measured_gains(truncated, run.plan.measured, run.work, bars)}
 
 
 def _make(run: Run, choices: list[Choice], bars: ProgressBars) -> dict[str, Any]:
@@ -270,14 +269,15 @@ def _build_layers(run: Run, choices: list[Choice], bars: ProgressBars) -> list[d
     records = []
     with bars.stage("factors and writing", len(choices)) as tick:
         for index, choice in enumerate(choices):
-            name = f"built-{index:05d}.json"
-            record = run.work.read_json(name)
-            if record is None or record["file"] != _layer_digest(run, index):
-                record = _built(run, index, choice)
-                save_json(run.work.path / name, record)
-            records.append(record)
+            make = functools.partial(_built, run, index, choice)
+            stands = functools.partial(_is_written, run, index)
+            records.append(run.work.once(f"built-{index:05d}", make, stands))
             tick(1)
     return records
+
+
+def _is_written(run: Run, index: int, record: dict[str, Any]) -> bool:
+    return bool(record["file"] == _layer_digest(run, index))
 
 
 def _layer_digest(run: Run, index: int) -> str | None:

@@ -34,7 +34,6 @@ from neuronmlp_plugin.checkpoint.writer import (
     layer_prefix,
     move_whole,
     partial_folder,
-    save_json,
     write_layer,
     write_rest,
 )
@@ -193,11 +192,8 @@ class Run:
 
     def once(self, stage: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What became of a stage: made now, or by a run that was interrupted after it."""
-        done = self.work.read_json(f"{stage}.json")
-        if done is None or not is_whole(self.work.path / stage):
-            done = {"stage": stage, **make()}
-            save_json(self.work.path / f"{stage}.json", done)
-        return done
+        folder = self.work.path / stage
+        return self.work.once(stage, lambda: {"stage": stage, **make()}, lambda _: is_whole(folder))
 
 
 def refine(plan: RefinePlan, bars: ProgressBars) -> dict[str, Any]:

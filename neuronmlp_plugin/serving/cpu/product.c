@@ -39,7 +39,7 @@ typedef struct {
 static int use_tiles = -1; /* decided at the first call */
 #define TILE_TOKENS 4 /* from here on bf16 goes through tiles, or through pairs where there are none */
 /* From here on an int8 panel is widened once, into memory, and not for every block of tokens. */
-static int64_t widen_tokens(const Call *c) { return c->half && use_tiles ? TILE_TOKENS : 24; }
+static int64_t widen_tokens(const Call *c) { return c->half && use_tiles ? 33 : 24; }
 
 static int64_t row_bytes(int64_t dtype) { return dtype == FP32 ? 4 * LANES : dtype == INT8 ? LANES : 2 * LANES; }
 static int64_t panel_bytes(const Product *p) { return row_bytes(p->dtype) * (p->dtype == BF16 ? (p->k + 31) / 32 * 32 : p->k); }
@@ -49,8 +49,6 @@ static const char *place(const Call *c, int64_t of, int64_t at, int64_t token) {
     return c->buffers[of].data + (token * c->buffers[of].width + at) * (c->half ? 2 : 4);
 }
 
-#define AHEAD 4096 /* bytes: the hardware's own prefetch stops at pages, and reading a panel for 8 tokens took 2.5 times as long */
-
 /* sums [tokens][panels x 16]; all of kind, panels and tokens are constants where this is inlined, so that the sums stay in registers. */
 INLINE void block(const int kind, const int panels, const int tokens, int64_t k, const char *w, int64_t panel, const void *x, int64_t stride, float *out) {
     vec sum[SUMS] = {0};
@@ -58,8 +56,8 @@ INLINE void block(const int kind, const int panels, const int tokens, int64_t k,
     for (int64_t at = 0; at < k; at += step) {
         for (int half = 0; half < (kind == BF16 ? 2 : 1); half++) {
             vec row[4 * VECTORS];
-            if (kind != INT8 && half == 0)
-                for (int i = 0; i < panels; i++) __builtin_prefetch(w + i * panel + at / step * LANES * 4 + AHEAD);
+            if (half == 0 && (kind != INT8 || at % 4 == 0)) /* once a cache line */
+                for (int i = 0; i < panels; i++) __builtin_prefetch(w + i * panel + at * LANES * (kind == INT8 ? 1 : 4) / step + AHEAD);
 #pragma GCC unroll 16
             for (int i = 0; i < vectors; i++) {
                 const char *from = w + (i / VECTORS) * panel;
@@ -146,19 +144,6 @@ INLINE void store(const Call *c, const Product *p, int64_t token, int64_t column
     else store_panel(sums, scale, add, y, 0);
 }
 
-/* Two rows of a panel, k and k + 1, as pairs of bf16. */
-INLINE void store_pairs(char *out, const char *even, const char *odd) {
-    for (int64_t at = 0; at < LANES; at += WIDTH) {
-        vec row = load_int8(even + at), next = {0};
-        if (odd) next = load_int8(odd + at);
-        words low, high;
-        memcpy(&low, &row, sizeof low);
-        memcpy(&high, &next, sizeof high);
-        low = low >> 16 | high; /* 8 bits fit the 16 of a bf16: the lower half of `high` is zero */
-        memcpy(out + at * 4, &low, sizeof low);
-    }
-}
-
 /* An int8 panel [K][16] as one of the activations' dtype. */
 static void widen(int64_t k, const char *w, int half, char *out) {
     const int64_t step = LANES * 4; /* bytes of a row in fp32, of a pair of rows in bf16 */
@@ -189,7 +174,7 @@ static Waiting store_later(const Call *c, const Product *p, int64_t token, int64
     return w;
 }
 
-static void run_tiles(const Call *c, const Product *p, const char *w, int64_t panel, int64_t first, int64_t count, int64_t begin, int64_t end) {
+static void run_tiles(const Call *c, const Product *p, const int kind, const char *w, int64_t panel, int64_t first, int64_t count, int64_t begin, int64_t end) {
     uint16_t __attribute__((aligned(64))) tail[32 * 32];
     float __attribute__((aligned(64))) memory[2][32 * 32], *sums = memory[0], *other = memory[1];
     const int64_t stride = c->buffers[p->x_of].width, left = p->k % 32;
@@ -205,8 +190,10 @@ static void run_tiles(const Call *c, const Product *p, const char *w, int64_t pa
             float *const mine = sums;
             const int64_t two = i + 1 < count, column = (first + i) * LANES, whole = column + (1 + two) * LANES <= p->n;
             const Waiting next = whole ? store_later(c, p, t, column, two, mine, rows) : (Waiting){0};
-            if (two) tile_block(x, stride, tail, p->k, w + i * panel, panel, 1, (int)(rows - a), mine, &waiting, next);
-            else tile_block(x, stride, tail, p->k, w + i * panel, panel, 0, (int)(rows - a), mine, &waiting, next);
+            const char *from = w + i * panel;
+            if (kind == INT8) tile_block(x, stride, tail, p->k, from, panel, (int)two, 1, (int)(rows - a), mine, &waiting, next);
+            else if (two) tile_block(x, stride, tail, p->k, from, panel, 1, 0, (int)(rows - a), mine, &waiting, next);
+            else tile_block(x, stride, tail, p->k, from, panel, 0, 0, (int)(rows - a), mine, &waiting, next);
             waiting = next, sums = other, other = mine;
             for (int64_t j = 0; !whole && j < 1 + two; j++)
                 for (int64_t r = 0; r < rows; r++) store(c, p, t + r, column + j * LANES, mine + r * 32 + j * LANES);
@@ -285,7 +272,7 @@ static void run_silu(const Call *c, const Product *p, int64_t first, int64_t cou
 static void run_panels(const Call *c, const Product *p, int kind, const char *w, int64_t panel, int64_t first, int64_t count,
                        int64_t begin, int64_t end, float *memory) {
 #if HAS_TILES
-    if (kind == BF16 && use_tiles && c->tokens >= TILE_TOKENS) return run_tiles(c, p, w, panel, first, count, begin, end);
+    if (kind != FP32 && c->half && use_tiles && c->tokens >= TILE_TOKENS) return run_tiles(c, p, kind, w, panel, first, count, begin, end);
 #endif
 #if defined(__AVX512BF16__)
     if (kind == BF16 && c->tokens >= TILE_TOKENS) kind = PAIRS;

@@ -38,10 +38,22 @@ INLINE void store_waiting(Waiting *w, int64_t rows) {
     }
 }
 
-/* sums [32][32] = x [a + b, k] times one or two panels of pairs. `tail`: the last k % 32 columns of x, padded with zeros, [32][32].
+/* 32 rows of an int8 panel, or those that are left of them, as 16 rows of pairs. */
+INLINE void widen_step(const char *w, int64_t left, char *out) {
+    if (left >= 32) {
+        for (int64_t i = 0; i < 8; i++) __builtin_prefetch(w + 64 * i + AHEAD);
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < 16; i++) store_pairs(out + i * 64, w + 32 * i, w + 32 * i + 16);
+        return;
+    }
+    memset(out, 0, 1024);
+    for (int64_t i = 0; 2 * i < left; i++) store_pairs(out + i * 64, w + 32 * i, 2 * i + 1 < left ? w + 32 * i + 16 : 0);
+}
+
+/* sums [32][32] = x [a + b, k] times one or two panels of pairs, or of int8 (`narrow`), which are widened a step ahead. `tail`: the last k % 32 columns of x, padded with zeros, [32][32].
  * What waits is stored meanwhile, as the vectors are idle while tiles multiply, and where `next` will be stored is fetched. */
 INLINE void tile_block(const uint16_t *x, int64_t stride, const uint16_t *tail, int64_t k, const char *w, int64_t panel, const int two,
-                       int b, float *sums, Waiting *waiting, Waiting next) {
+                       const int narrow, int b, float *sums, Waiting *waiting, Waiting next) {
     const int64_t bytes = 2 * stride, each = (32 * 32 + k - 1) / k; /* rows stored a step */
     _tile_zero(0);
     _tile_zero(1);
@@ -49,11 +61,18 @@ INLINE void tile_block(const uint16_t *x, int64_t stride, const uint16_t *tail, 
         _tile_zero(2);
         _tile_zero(3);
     }
+    char __attribute__((aligned(64))) wide[2][2][1024];
+    for (int64_t i = 0; narrow && i < 1 + two; i++) widen_step(w + i * panel, k, wide[0][i]);
     for (int64_t at = 0; at < k; at += 32) {
+        const int64_t turn = at / 32 % 2;
         const uint16_t *from = k - at < 32 ? tail : x + at;
         const int64_t step = k - at < 32 ? 64 : bytes;
-        _tile_loadd(6, w + at * 32, 64);
-        if (two) _tile_loadd(7, w + panel + at * 32, 64);
+        for (int64_t i = 0; !narrow && i < 16; i++) {
+            __builtin_prefetch(w + at * 32 + 64 * i + AHEAD);
+            if (two) __builtin_prefetch(w + panel + at * 32 + 64 * i + AHEAD);
+        }
+        _tile_loadd(6, narrow ? wide[turn][0] : w + at * 32, 64);
+        if (two) _tile_loadd(7, narrow ? wide[turn][1] : w + panel + at * 32, 64);
         _tile_loadd(4, from, step);
         _tile_dpbf16ps(0, 4, 6);
         if (two) _tile_dpbf16ps(1, 4, 7);
@@ -62,6 +81,7 @@ INLINE void tile_block(const uint16_t *x, int64_t stride, const uint16_t *tail, 
             _tile_dpbf16ps(2, 5, 6);
             if (two) _tile_dpbf16ps(3, 5, 7);
         }
+        for (int64_t i = 0; narrow && at + 32 < k && i < 1 + two; i++) widen_step(w + i * panel + (at + 32) * LANES, k - at - 32, wide[!turn][i]);
         for (int64_t r = 0; r < each && next.left; r++, next.left--, next.y += next.y_bytes) __builtin_prefetch(next.y, 1);
         store_waiting(waiting, each);
     }

@@ -49,6 +49,7 @@ class LowRankMethod(LinearMethodBase):
     """
 
     projections: tuple[str, ...]
+    draws = False  # `--load-format dummy`: small random numbers of the right shapes, no checkpoint is read
 
     def __init__(self, parent: str, stored: MLPLayer, options: Options, overlay: FactorFile | None) -> None:
         self.parent, self.stored = parent, stored
@@ -153,6 +154,8 @@ class LowRankMethod(LinearMethodBase):
                 read = self.overlay.stored if self.stored[projection].is_int8 else self.overlay.tensor
                 for suffix in self._sizes(projection):
                     self._arrive(projection, suffix, read(f"{self.parent}.{projection}.{suffix}"))
+        elif self.draws:
+            self._draw()
         missing = [
             f"{self.parent}.{p}.{s}"
             for p, got in self.arrived.items()
@@ -173,6 +176,16 @@ class LowRankMethod(LinearMethodBase):
         else:
             self.run = self._one_by_one(make_linear)
         self.owned, self.shards = {}, {}
+
+    def _draw(self) -> None:
+        for projection in self.projections:
+            for suffix, shape in self._sizes(projection).items():
+                numbers = torch.empty(shape).uniform_(-1e-3, 1e-3)
+                if suffix.endswith(SCALE):
+                    numbers = torch.full(shape, 1e-5, dtype=torch.float32)
+                elif self.stored[projection].is_int8:
+                    numbers = torch.randint(-127, 128, shape, dtype=torch.int8)
+                self._arrive(projection, suffix, numbers)
 
     def _mine(self, projection: str) -> tuple[Matrix, Factors]:
         """What this rank owns of a layer that fits the ranks: a smaller matrix and its numbers."""

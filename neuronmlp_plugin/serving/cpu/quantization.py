@@ -82,7 +82,9 @@ class NeuronMLPConfig(QuantizationConfig):
         # A layer as the base model has it is vLLM's own, unless a chain runs it, which saves a call or two.
         if stored.is_base(block.shape) and (overlay is not None or not self._chains(options)):
             return UnquantizedLinearMethod()
-        return method(parent, stored, options, overlay)
+        made = method(parent, stored, options, overlay)
+        made.draws = get_current_vllm_config().load_config.load_format == "dummy"
+        return made
 
     @staticmethod
     def _chains(options: Options) -> bool:

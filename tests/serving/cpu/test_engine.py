@@ -74,6 +74,13 @@ def test_a_dense_model_in_int8_is_served_and_the_log_says_how(tmp_path, options)
     assert "9 dense, 9 of them int8; " in log and how in log
 
 
+def test_dummy_weights_are_drawn_where_the_checkpoints_would_be_read(tmp_path):
+    folder = write_mixed(tmp_path / "int8", write_dense(tmp_path / "dense", "llama"), layers=INT8_LAYERS)
+    drawn, read = served_logits(folder, load_format="dummy"), served_logits(folder)
+    for (_, mine), (_, others) in zip(drawn, read, strict=True):
+        assert torch.isfinite(mine).all() and 0 < mine.abs().max() < others.abs().max()
+
+
 def test_options_change_how_not_what(tmp_path):
     folder, options = mixed(tmp_path, "llama"), {"neuronmlp": {"fast_path": False}}
     process = run_engine(folder, tensor_parallel_size=2, additional_config=options)

@@ -2,7 +2,7 @@
 
 Few tokens are bound by reading weights, many by arithmetic, and who is quicker depends on the processor, the
 compiler and the libraries that vLLM brought. One matrix in a few copies (so that it is not read from the
-nearest cache) is multiplied both ways in turns, which takes some 20 ms a dtype.
+nearest cache) is multiplied both ways in turns, which takes some 100 ms a dtype.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from neuronmlp_plugin.models.definition import Linear, Weight
 from neuronmlp_plugin.serving.cpu.chain import INPUT, OUTPUT, Chain, Place
 from neuronmlp_plugin.serving.cpu.gemm import prepacked_linear
 
-TOKENS = (1, 8, 128)
+TOKENS = (1, 8, 128, 1024)
 SIZE, COPIES, ROUNDS = 768, 4, 7
 MARGIN = (
     1.25  # a chain saves calls and memory, which this does not measure; and a busy machine errs by as much

@@ -437,7 +437,7 @@ def in_place(mutant: Mutant) -> Iterator[None]:
         with mock.patch("nki_kernels.simulator.simulation.accept"):
             yield
     finally:
-        for function, code in swapped:
+        for function, code in reversed(swapped):  # `down` is `xuv`: its second code is the mutant's
             function.__code__ = code
 
 

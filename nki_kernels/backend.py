@@ -1,8 +1,9 @@
 """The one switch: the vendor's `nki` where it is installed, our simulator of it elsewhere.
 
-Kernels import `nki` (for `@nki.jit`: the compiler knows the decorator by this dotted name), `nl`, `nisa` and
-`matmul` from here and nothing else of NKI. `TAKES_ACCUMULATE` says which call convention is in force: from
-0.3 on nc_matmul is told whether it starts a sum, before that the first write of a fresh PSUM tile does.
+Kernels import `nki` (for `@nki.jit`: the compiler knows the decorator by this dotted name), `nl` and `nisa`
+from here and nothing else of NKI. `TAKES_ACCUMULATE` says which call
+convention is in force: from 0.3 on nc_matmul is told whether it starts a sum, before that the first write of
+a fresh PSUM tile does.
 
 Environment: NKI_KERNELS_BACKEND=simulator chooses our simulator, with its stricter checks, even where `nki`
 is installed.
@@ -49,14 +50,4 @@ else:
     nki: Any = types.SimpleNamespace(jit=jit)  # type: ignore[no-redef]
 
 
-def matmul(dst: Any, stationary: Any, moving: Any, first: bool) -> None:
-    """One nc_matmul that starts a sum or adds to it; before 0.3 the first one into a fresh tile starts it by
-    itself.
-    """
-    if TAKES_ACCUMULATE:
-        nisa.nc_matmul(dst, stationary, moving, accumulate=not first)
-    else:
-        nisa.nc_matmul(dst, stationary, moving)
-
-
-__all__ = ["HAS_NKI", "TAKES_ACCUMULATE", "matmul", "nisa", "nki", "nl", "no_simulator", "simulate"]
+__all__ = ["HAS_NKI", "TAKES_ACCUMULATE", "nisa", "nki", "nl", "no_simulator", "simulate"]

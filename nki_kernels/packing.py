@@ -84,7 +84,7 @@ def pack(layout: Layout, weights: Mapping[str, Array], out: Array | None = None)
         _copy_block(matrix, n, block, weights[name].T, out, offset, packing=True)
         if not matrix.adds_pivots():
             _write_identity(matrix, n, block, out, offset)
-    for i in range(PMAX):
+    for i in range(PMAX):  # the operand of transposes, which TensorE does as products with the identity
         out[i, layout.stored_cols + i] = 1
     return out
 

@@ -235,6 +235,7 @@ def _of_level(level: Level, form: str, multiple: int) -> list[tuple[float, float
         ]
         best = int(np.argmax(slopes))
         edge = hulls[best].pop(0)
+        # No price picks what lies between two edges of a hull, but `_fill` can afford it with what is left.
         while at[best] < edge:
             at[best] += 1
             found.append(_together(level, options, at))
@@ -286,7 +287,7 @@ def _spent(options: Sequence[_Options], picks: Sequence[int]) -> float:
 
 def _bisect(options: Sequence[_Options], budget: float) -> float:
     """The smallest price per unit of cost at which the picks fit the budget."""
-    low, high = 0.0, 1e-30
+    low, high = 0.0, 1e-30  # the picks at `high` fit from the loop below on, and stay so
     while _spent(options, _pick(options, high)) > budget:
         high *= 4.0
     for _ in range(80):

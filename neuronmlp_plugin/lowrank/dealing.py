@@ -108,6 +108,9 @@ def _moves(
         )
         value += float((prices * (width - inverse.diagonal(dim1=1, dim2=2).sum(1))).sum())
         product = rows @ inverse
+        # Sherman-Morrison: with x x^T / mu more under the inverse, tr B falls by x^T B^2 x / mu over
+        # 1 + x^T B x / mu; with it less, it rises by the same over 1 - x^T B x / mu, which is near 0 for a
+        # channel that has a direction to itself.
         one, two = (product * rows).sum(2) / mu, product.square().sum(2)
         change = torch.where(inside, -two / (1 - one).clamp_min(1e-4), two / (1 + one))
         table[group] = change.sum(0)
@@ -124,6 +127,7 @@ def _swapped(assigned: torch.Tensor, moves: torch.Tensor, groups: int, most: int
     for a, b in itertools.combinations(range(groups), 2):
         there, back = (_best(moves[to], members[of][free[members[of]]]) for of, to in ((a, b), (b, a)))
         count = min(len(there), len(back), quota)
+        # Both moves are priced alone; what the two channels are to each other shows in the next sweep.
         gains = moves[b, there[:count]] + moves[a, back[:count]]
         count = int((gains < 0).sum())
         there, back = there[:count], back[:count]

@@ -133,6 +133,8 @@ def _from_outputs(
     w: torch.Tensor, moment: torch.Tensor | None, root: torch.Tensor, inverse_root: torch.Tensor
 ) -> Decomposition:
     """in >= out: eigenvectors of (G^1/2 W) C (G^1/2 W)^T `[out, out]`."""
+    # With A = G^1/2 W C^1/2 = V S U^T the best W' is G^-1/2 V V^T G^1/2 W: the root of C cancels, so a moment
+    # of low rank does no harm and only the small side is ever decomposed.
     scaled = _apply(root, w)
     energy, vectors = _descending_eigh(scaled @ (scaled.T if moment is None else moment.double() @ scaled.T))
     return Decomposition(_apply(inverse_root, vectors), vectors.T @ scaled, energy)

@@ -34,6 +34,8 @@ class _Basis:
 
     def gram(self, rows: torch.Tensor) -> torch.Tensor:
         """Inner products of the remains of some rows."""
+        # Projecting rows out of Q is subtracting the outer products of a Cholesky factor from Q Q^T: Q itself
+        # stays as it is, and a pivot costs R products a channel.
         q, done = self.q[rows], self.factor[rows, : self.taken]
         return q @ q.T - done @ done.T
 
@@ -113,6 +115,8 @@ def _greedy_among(grams: list[torch.Tensor], bound: float, steps: int) -> torch.
     while len(chosen) < steps and bool(open_.any()):
         scores = _score([gram.diagonal() for gram in grams]).masked_fill(~open_, -torch.inf)
         best = int(scores.argmax())
+        # A channel outside the candidates may now be better; the next round looks at all of them. The first
+        # choice needs no such test: the candidates are the best of all at the start of a round.
         if chosen and float(scores[best]) < bound:
             break
         for gram in grams:
@@ -132,6 +136,7 @@ def pivot_outputs(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tens
     ([[2.0, 4.0]], [[3.0], [-2.0]])
     """
     rank = first.shape[0]
+    # fp64, because what the solve loses grows with the condition of the pivots, and is then stored in c.
     pivots, rest = second[:rank].double(), second[rank:].double()
     return pivots @ first.double(), torch.linalg.solve(pivots, rest, left=False)
 

@@ -134,6 +134,7 @@ def _carried(gram: torch.Tensor | None, damping: float) -> torch.Tensor | None:
     the coefficients of the regression of later entries on entry i, given those before)."""
     if gram is None:
         return None
+    # The upper Cholesky factor of C^-1, its rows over their diagonals, is all of these regressions (GPTQ).
     upper = torch.linalg.cholesky(
         torch.cholesky_inverse(torch.linalg.cholesky(_damped(gram, damping))), upper=True
     )

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nki_kernels.backend import matmul, nisa, nl
+from nki_kernels.backend import nisa, nl
+from nki_kernels.kernels.matmul import matmul
 from nki_kernels.kernels.workspace import Workspace
 from nki_kernels.targets import PMAX
 from nki_kernels.tiling import MOVING_COLS, pieces, tile_count

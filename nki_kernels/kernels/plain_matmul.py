@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nki_kernels.backend import matmul, nisa, nki, nl
+from nki_kernels.backend import nisa, nki, nl
+from nki_kernels.kernels.matmul import matmul
 from nki_kernels.targets import PMAX
 from nki_kernels.tiling import MOVING_COLS, pieces
 

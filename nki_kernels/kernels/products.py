@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nki_kernels.backend import matmul, nisa, nl
+from nki_kernels.backend import nisa, nl
+from nki_kernels.kernels.matmul import matmul
 from nki_kernels.kernels.workspace import Workspace
 from nki_kernels.tiling import HALF, IDENTITY, SHARED, Matrix
 

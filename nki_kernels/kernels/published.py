@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nki_kernels.backend import matmul, nisa, nki, nl
+from nki_kernels.backend import nisa, nki, nl
+from nki_kernels.kernels.matmul import matmul
 from nki_kernels.kernels.plain_matmul import (
     add_block_products,
     check_multiple,

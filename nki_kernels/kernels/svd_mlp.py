@@ -31,6 +31,36 @@ from nki_kernels.tiling import pieces
 Tensor = Any
 
 
+@nki.jit
+def svd_mlp(
+    x: Tensor,
+    weights: Tensor,
+    plan: Plan,
+    norm_weight: Tensor = None,
+    residual: Tensor = None,
+    scales: Tensor = None,
+) -> Tensor:
+    """x `[T, H]` (`[H, T]` if `plan.transposed_input`) -> y `[T, H]`, in the element type of the weights.
+
+    `weights`: `[128, C]` from `packing.pack(plan.layout, ...)`. `norm_weight`, if `plan.with_norm`: `[128,
+    ceil(H / 128)]` fp32 from `packing.pack_norm`. `residual` `[T, H]`, if `plan.with_residual`, is added to y
+    in fp32 before y is rounded; for a Llama layer it is x.
+    """
+    check_given("residual", residual, plan.with_residual)
+    products = plan.products
+    y = nl.ndarray((plan.tokens, products.down_second.cols), dtype=x.dtype, buffer=nl.shared_hbm)
+    work = Workspace(plan, weights, norm_weight, scales, x.dtype)
+    blocks = pieces(plan.tokens, plan.block_tokens)
+    for b in range(len(blocks)):
+        first_token, tokens = blocks[b]
+        work.open_block()
+        load_input(work, work.x, x, first_token, tokens)
+        first_products(work, tokens)
+        gated_product(work, tokens)
+        finish(work, y, residual, first_token, tokens)
+    return y
+
+
 def product_on_arrival(work: Workspace, src: Tensor, tokens: int) -> None:
     """z of down for the launch's first block, from src `[features, T]` in HBM, which stays on chip as h.
 
@@ -104,33 +134,3 @@ def gated_up(
         gated_product(work, tokens)
         store_transposed(h, 0, work.h, plan.intermediate, blocks[b])
     return h
-
-
-@nki.jit
-def svd_mlp(
-    x: Tensor,
-    weights: Tensor,
-    plan: Plan,
-    norm_weight: Tensor = None,
-    residual: Tensor = None,
-    scales: Tensor = None,
-) -> Tensor:
-    """x `[T, H]` (`[H, T]` if `plan.transposed_input`) -> y `[T, H]`, in the element type of the weights.
-
-    `weights`: `[128, C]` from `packing.pack(plan.layout, ...)`. `norm_weight`, if `plan.with_norm`: `[128,
-    ceil(H / 128)]` fp32 from `packing.pack_norm`. `residual` `[T, H]`, if `plan.with_residual`, is added to y
-    in fp32 before y is rounded; for a Llama layer it is x.
-    """
-    check_given("residual", residual, plan.with_residual)
-    products = plan.products
-    y = nl.ndarray((plan.tokens, products.down_second.cols), dtype=x.dtype, buffer=nl.shared_hbm)
-    work = Workspace(plan, weights, norm_weight, scales, x.dtype)
-    blocks = pieces(plan.tokens, plan.block_tokens)
-    for b in range(len(blocks)):
-        first_token, tokens = blocks[b]
-        work.open_block()
-        load_input(work, work.x, x, first_token, tokens)
-        first_products(work, tokens)
-        gated_product(work, tokens)
-        finish(work, y, residual, first_token, tokens)
-    return y

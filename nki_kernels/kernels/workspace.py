@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nki_kernels.backend import matmul, nisa, nl
+from nki_kernels.backend import nisa, nl
+from nki_kernels.kernels.matmul import matmul
 from nki_kernels.targets import PMAX, PSUM_BANK_BYTES, PSUM_BANKS
 from nki_kernels.tile_plan import Plan
 from nki_kernels.tiling import MOVING_COLS, Matrix, pieces, tile_count

@@ -45,9 +45,9 @@ class MLPCase:
     def line(self) -> str:
         """As printed under MLP_HEAD."""
         us = self.int8.simulated_us
-        numbers = f"{us:>10.1f}{self.dense_us / us:>9.3f}{self.bf16_us / us:>9.3f}{self.dense_us / self.slow_us:>12.3f}"
+        gains = f"{self.dense_us / us:>9.3f}{self.bf16_us / us:>9.3f}{self.dense_us / self.slow_us:>12.3f}"
         shares = " ".join(f"{name} {self.int8.utilisation(name):.0%}" for name in ENGINES)
-        return f"{self.model:<14}{self.tokens:>6} {self.form:<15}{numbers}  {shares}"
+        return f"{self.model:<14}{self.tokens:>6} {self.form:<15}{us:>10.1f}{gains}  {shares}"
 
     def rows(self) -> Iterator[Row]:
         case = f"int8 {self.model} T={self.tokens} {self.form}"

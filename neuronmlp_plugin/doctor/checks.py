@@ -5,6 +5,7 @@ The last asks, without a chip, whether the NKI compiler of this machine would ta
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -124,19 +125,6 @@ def _mismatches(env: Environment, stack: Stack) -> Iterator[Finding]:
             yield Finding(PROBLEM, what, fix)
 
 
-def check_kernels(env: Environment) -> Iterator[Finding]:
-    version = env.version("nki")
-    if version is None or version < (0, 2):
-        return
-    if env.kernels_refused:
-        yield Finding(
-            PROBLEM,
-            f"nki {env.versions['nki']}, asked with a small layer: {env.kernels_refused}",
-            'MLPs run by torch operations under "kernels": "auto"; report the sentence, or use the '
-            "reference stack (docs/trainium.md)",
-        )
-
-
 def check_artifacts(env: Environment) -> Iterator[Finding]:
     if not env.has("neuronx_distributed_inference"):
         return
@@ -192,7 +180,6 @@ CHECKS: tuple[Callable[[Environment], Iterator[Finding]], ...] = (
     check_registration,
     check_devices,
     check_versions,
-    check_kernels,
     check_artifacts,
     check_sampling,
     check_cpu,
@@ -204,7 +191,8 @@ HIDDEN, INTERMEDIATE, RANK = 256, 512, 128
 
 
 def ask_compiler(env: Environment, target: str | None = None) -> Iterator[Finding]:
-    """Who read the whole MLP's kernel, and what was refused. Nothing where no NKI kernel could ever run.
+    """Who read the kernel of a small MLP with every low-rank form, in bf16 and int8, and what was refused.
+    Nothing where no NKI kernel could ever run.
     `target`: the version of nki that our front end stands for where there is no compiler to ask; by default
     that of the stack which is found.
     """
@@ -216,8 +204,8 @@ def ask_compiler(env: Environment, target: str | None = None) -> Iterator[Findin
     target = target or read_as(nki_of(env.versions))
     refusals: list[str] = []
     who = ""
-    for tokens in TOKENS:
-        kernel, arguments = _launch(tokens)
+    for tokens, is_int8 in itertools.product(TOKENS, (False, True)):
+        kernel, arguments = _launch(tokens, is_int8)
         answer = verdict(kernel, arguments, platform=_platform(env), target=target)
         who = answer.who
         refusals += [sentence for sentence in answer.refusals if sentence not in refusals]
@@ -236,20 +224,23 @@ def _platform(env: Environment) -> str:
     )
 
 
-def _launch(tokens: int) -> tuple[Any, tuple[Any, ...]]:
-    """The kernel of a whole compact MLP with the arguments that serving would pass, in bf16."""
+def _launch(tokens: int, is_int8: bool) -> tuple[Any, tuple[Any, ...]]:
+    """A kernel with the arguments that serving would pass."""
     import ml_dtypes
     import numpy as np
 
     from nki_kernels.cost.launches import launch_of
-    from nki_kernels.layout import Projection
-    from nki_kernels.planner import plan_mlp
+    from nki_kernels.layout import Projection, int8_layout, mlp_layout
+    from nki_kernels.planner import plan_launch
+    from nki_kernels.request import Request
     from nki_kernels.simulator import Placeholder
     from nki_kernels.tile_plan import Plan
 
-    compact = Projection.whole("compact", RANK)
+    compact, uv = Projection.whole("compact", RANK), Projection.whole("uv", RANK)
+    layout = mlp_layout(HIDDEN, INTERMEDIATE, compact, uv, compact)
     dtype = np.dtype(ml_dtypes.bfloat16)
-    plan = plan_mlp(HIDDEN, INTERMEDIATE, (compact,) * 3, tokens, dtype, norm_eps=1e-5, residual=True)
+    request = Request(int8_layout(layout) if is_int8 else layout, tokens, dtype, norm_eps=1e-5, residual=True)
+    plan = plan_launch(request)
     assert isinstance(plan, Plan), plan
     kernel, arguments = launch_of(plan, dtype)
     return kernel, tuple(

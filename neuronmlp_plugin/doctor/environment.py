@@ -50,7 +50,6 @@ class Environment:
     devices: tuple[str, ...] = ()
     instance: str = ""
     compiler: str = ""
-    kernels_refused: str = ""  # what the installed nki says of our kernels, in one line
 
     def has(self, module: str) -> bool:
         return module in self.modules
@@ -92,17 +91,5 @@ def observe() -> Environment:
         variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
         devices=tuple(sorted(glob.glob("/dev/neuron*"))),
         compiler=find_compiler() or "",
-        kernels_refused=_kernels_refused(),
         instance=_PRODUCT_NAME.read_text(encoding="utf-8").strip() if _PRODUCT_NAME.is_file() else "",
     )
-
-
-def _kernels_refused() -> str:
-    """Asks the vendor's own compiler, where there is one; it needs no chip."""
-    if importlib.util.find_spec("nki") is None:
-        return ""
-    try:
-        from neuronmlp_plugin.serving.trainium.trial import sample_refusal
-    except ImportError as error:
-        return f"it cannot be imported whole: {error}"
-    return sample_refusal() or ""

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.machinery
 import json
-import sys
-import types
 
 import pytest
 
@@ -101,10 +98,6 @@ def test_a_sound_machine_has_no_problem(environment):
             dataclasses.replace(TRN1, versions={"vllm": "0.9.0", "neuronx-distributed-inference": "0.5.1"}),
             "of no SDK that we know",
         ),
-        (
-            dataclasses.replace(TRN1, kernels_refused="a kernel was refused for 1 tokens: no"),
-            "nki 0.2.0+g82fdb402, asked with a small layer: a kernel was refused for 1 tokens: no",
-        ),
         (change(TRN1, versions={"vllm-neuron": "0.24.0.1.1.0"}), "its own models"),
         (change(TRN1, modules=("vllm", "vllm_neuron")), "NxD Inference is not"),
         (
@@ -161,23 +154,6 @@ def test_what_is_here_is_seen(monkeypatch):
     found = observe()
     assert "neuronmlp" in found.plugins["vllm.general_plugins"] and found.variables["VLLM_PLUGINS"] == "x"
     assert found.devices == ("/dev/neuron0",) and {"torch", "neuronmlp_plugin"} <= set(found.modules)
-
-
-def test_the_installed_compiler_is_asked_and_answers_in_one_line(monkeypatch):
-    asked = []
-    nki = types.ModuleType("nki")
-    nki.__spec__ = importlib.machinery.ModuleSpec("nki", None)
-
-    def trace(kernel, grid, platform_target):
-        asked.append((kernel.__name__, platform_target))
-        return types.SimpleNamespace(specialize=lambda *arguments: arguments[0].tobytes())
-
-    nki.trace = trace
-    monkeypatch.setitem(sys.modules, "nki", nki)
-    monkeypatch.setattr("nki_kernels.backend.HAS_NKI", True)  # though the kernels are written against ours
-    assert observe().kernels_refused == "" and asked == [("svd_mlp", "trn1")] * 4
-    del nki.trace
-    assert observe().kernels_refused == "" and len(asked) == 4  # our front end answers in its place
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -1,5 +1,7 @@
 """Doctor asks the vendor's compiler where there is one, and says who answered."""
 
+import itertools
+import sys
 import types
 
 import pytest
@@ -61,15 +63,38 @@ def test_the_compiler_is_asked_for_this_platform_and_its_refusal_is_a_problem(en
     asked = []
 
     def verdict(kernel, arguments, platform, target):
-        asked.append((kernel, platform, arguments[0].shape[0]))
+        asked.append((kernel, platform, arguments[0].shape[0], arguments[1].dtype == "int8"))
         return types.SimpleNamespace(
             who="nki 0.2.0 (trn1)", refusals=("load.py:3: expecting simple variable",)
         )
 
     monkeypatch.setattr(verdict_module, "verdict", verdict)
     (finding,) = ask_compiler(env)
-    assert asked == [(svd_mlp, platform, tokens) for tokens in TOKENS]
+    cases = itertools.product(TOKENS, (False, True))
+    assert asked == [(svd_mlp, platform, tokens, is_int8) for tokens, is_int8 in cases]
     assert finding.severity == PROBLEM
     assert finding.what == (
         "the NKI kernels are refused by nki 0.2.0 (trn1): load.py:3: expecting simple variable"
+    )
+
+
+def test_the_installed_compiler_reads_the_kernels_and_ours_where_it_cannot(monkeypatch):
+    asked = []
+    nki = types.ModuleType("nki")
+
+    def trace(kernel, grid, platform_target):
+        asked.append((kernel.__name__, platform_target))
+        return types.SimpleNamespace(specialize=lambda *arguments: arguments[0].tobytes())
+
+    nki.trace = trace
+    monkeypatch.setitem(sys.modules, "nki", nki)
+    monkeypatch.setattr("nki_kernels.backend.HAS_NKI", True)  # though the kernels are written against ours
+    (finding,) = ask_compiler(environment("nki"))
+    assert finding.severity == NOTE and "accepted by nki " in finding.what
+    assert asked == [("svd_mlp", "trn1")] * 4
+    del nki.trace
+    (finding,) = ask_compiler(environment("nki"))
+    assert (
+        finding.severity == NOTE
+        and "our front end of nki 0.2 (nki of unknown version has no trace)" in finding.what
     )

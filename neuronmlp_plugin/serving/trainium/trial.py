@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from neuronmlp_plugin.models.factors import INT8, OUT, MLPLayer, ProjectionSpec
+from neuronmlp_plugin.models.factors import OUT, MLPLayer
 from neuronmlp_plugin.serving.trainium.kernel_path import KernelPath
 from neuronmlp_plugin.serving.trainium.sharding import Parallel, RankModule, slice_size
 from nki_kernels.frontend.verdict import verdict
@@ -45,18 +45,6 @@ def refusal(
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"a kernel was refused for {tokens} tokens: {first_line[:300]}"
     return None
-
-
-def sample_refusal() -> str | None:
-    """`refusal` of a small layer with every low-rank form, in bf16 and int8, in prefill and decode: what
-    `neuronmlp doctor` asks.
-    """
-    layers = []
-    for dtype in (None, INT8):
-        compact, uv = ProjectionSpec("compact", 64, dtype), ProjectionSpec("uv", 64, dtype)
-        layers.append(MLPLayer(256, 512, compact, uv, compact))
-    found = (refusal(layer, 1, torch.bfloat16, tokens) for layer in layers for tokens in (128, 1))
-    return next((why for why in found if why), None)
 
 
 class KernelRefused(Exception):

@@ -10,11 +10,13 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from neuronmlp_plugin.checkpoint.digests import RECORD, record_of
@@ -32,20 +34,24 @@ def told_when_unwritable(path: pathlib.Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        number = _error_number(error)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OutputError(
-                f"{path}: expected a place to write to, found: {error.strerror or error}; choose another."
+                f"{path}: expected room to write, found a full disk ({os.strerror(number)}); free some and run "
+                "the same command again."
             ) from error
         raise OutputError(
-            f"{path}: expected room to write, found a full disk; free some and run the same command again."
+            f"{path}: expected a place to write to, found: {reason_of(error)}; choose another."
         ) from error
-    except Exception as error:  # safetensors wraps the operating system's error in its own type
-        if "No space left" not in str(error):
-            raise
-        raise OutputError(
-            f"{path}: expected room to write, found a full disk; free some and run the same command again."
-        ) from error
+
+
+def _error_number(error: OSError | SafetensorError) -> int:
+    """The operating system's; safetensors has it in its text: "I/O error: ... (os error 28)"."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else 0
 
 
 def partial_folder(target: pathlib.Path) -> pathlib.Path:

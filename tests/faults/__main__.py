@@ -1,5 +1,5 @@
 """Kill commands on a tiny model with SIGKILL, before each file that they write gets its name and at random
-moments, and see that the same command goes on to the same bytes.
+moments, or let no file grow beyond some bytes, and see that the same command goes on to the same bytes.
 
     python -m tests.faults --random 50 --seed 0
 """
@@ -15,6 +15,8 @@ import time
 
 from tests.faults.kills import COMMANDS, Bench
 
+FILE_BYTES = (0, 1000, 4000, 20000, 60000, 200000)
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
@@ -28,7 +30,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     print(
-        "| command | killed before a file | killed at random | went on to the same bytes |\n|---|---|---|---|"
+        "| command | killed before a file | killed at random | no room | went on to the same bytes |\n"
+        "|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory(prefix="neuronmlp-faults-") as scratch:
         bench = Bench(pathlib.Path(scratch))
@@ -42,7 +45,12 @@ def main() -> int:
                 files += args.every
             rng = random.Random(f"{args.seed}:{command}")
             killed = sum(bench.round(command, after_s=rng.uniform(0, whole_s)) for _ in range(args.random))
-            print(f"| {command} | {files // args.every} | {killed} of {args.random} | all |", flush=True)
+            full = sum(bench.full(command, size) for size in FILE_BYTES)
+            print(
+                f"| {command} | {files // args.every} | {killed} of {args.random} | {full} of {len(FILE_BYTES)} "
+                "| all |",
+                flush=True,
+            )
     return 0
 
 

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import sys
@@ -63,6 +64,23 @@ class Bench:
         assert run(self.arguments(command, self.home / "out")) == (0, 0)
         return self.home / "out"
 
+    def full(self, command: str, file_bytes: int) -> bool:
+        """A disk on which no file grows beyond so many bytes: the command ends with a sentence, and goes on
+        once there is room. Whether there was too little. Raises AssertionError as `round` does.
+        """
+        whole, out = self.made(command), self.home / "out"
+        arguments = self.arguments(command, out)
+        code, signal_number = run(arguments, file_bytes=file_bytes)
+        assert signal_number == 0 and code in (0, 2), (command, file_bytes, code, signal_number)
+        assert (code == 0) == out.exists(), (command, file_bytes, code)
+        if command in ("quantize", "convert"):
+            shutil.rmtree(self.home / "out.partial", ignore_errors=True)
+        if code:
+            assert run(arguments) == (0, 0), (command, "did not go on")
+        assert files_of(out) == whole, (command, file_bytes)
+        shutil.rmtree(out)
+        return code == 2
+
     def round(self, command: str, *, at_file: int | None = None, after_s: float | None = None) -> bool:
         """Kill before the file `at_file` gets its name, or after some seconds; run again until it is done.
         Whether the kill came before the end. Raises AssertionError where something was lost, or is plausible
@@ -90,13 +108,20 @@ def files_of(folder: pathlib.Path) -> Files:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def run(arguments: list[str], at_file: int | None = None, after_s: float | None = None) -> tuple[int, int]:
+def run(
+    arguments: list[str],
+    at_file: int | None = None,
+    after_s: float | None = None,
+    file_bytes: int | None = None,
+) -> tuple[int, int]:
     """Exit code and signal of a command in a process of its own."""
     child = os.fork()
     if not child:
         code = 70
         try:
             _kill_self_before(at_file)
+            if file_bytes is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 code = main(arguments)
         except BaseException:

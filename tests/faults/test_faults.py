@@ -19,3 +19,9 @@ def bench(tmp_path_factory):
 )
 def test_a_command_that_was_killed_goes_on_to_the_same_bytes(bench, command, at_file):
     assert bench.round(command, at_file=at_file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "file_bytes"), [("compress", 4000), ("quantize", 20000), ("convert", 0)])
+def test_a_command_without_room_says_so_and_goes_on_to_the_same_bytes(bench, command, file_bytes):
+    assert bench.full(command, file_bytes)

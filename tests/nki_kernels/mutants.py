@@ -342,6 +342,7 @@ EQUIVALENT: dict[str, str] = {
     "+ 1 in `2` of `for i in range(3 if self.plan.with_norm else 2):`": "a row that nobody takes",
     "Mod -> FloorDiv in `i % 2` of `row = rows[i % 2]`": TURNS,
     "+ 1 in `0` of `if left > 0:`": "a rest of one feature: no case has it",
+    "Gt -> GtE in `left > 0` of `if left > 0:`": "a rest of no feature moves nothing",
     "Gt -> GtE in `gate_slots > 0` of `if gate_slots > 0:`": NO_SLOTS,
     "Gt -> GtE in `up_slots > 0` of `if up_slots > 0:`": NO_SLOTS,
     "Gt -> GtE in `plan.gate_z_tiles > 0` of `if plan.gate_z_tiles > 0:`": NO_SLOTS,

@@ -38,8 +38,8 @@ def told_when_unwritable(path: pathlib.Path) -> Iterator[None]:
         number = _error_number(error)
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OutputError(
-                f"{path}: expected room to write, found a full disk ({os.strerror(number)}); free some and run "
-                "the same command again."
+                f"{path}: expected room to write, found a full disk ({os.strerror(number)}); free some and "
+                "run the same command again."
             ) from error
         raise OutputError(
             f"{path}: expected a place to write to, found: {reason_of(error)}; choose another."

@@ -146,21 +146,11 @@ INLINE void store(const Call *c, const Product *p, int64_t token, int64_t column
 
 /* An int8 panel [K][16] as one of the activations' dtype. */
 static void widen(int64_t k, const char *w, int half, char *out) {
-    const int64_t step = LANES * 4; /* bytes of a row in fp32, of a pair of rows in bf16 */
-    if (!half) {
-        for (int64_t i = 0; i < k * LANES; i += WIDTH) {
-            vec row = load_int8(w + i);
-            memcpy(out + i * 4, &row, sizeof row);
-        }
-        return;
+    for (int64_t at = 0; half && at < k; at += 32) widen_step(w + at * LANES, k - at, out + at * 2 * LANES);
+    for (int64_t i = 0; !half && i < k * LANES; i += WIDTH) {
+        vec row = load_int8(w + i);
+        memcpy(out + i * 4, &row, sizeof row);
     }
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < k / 2; i++) {
-        __builtin_prefetch(w + 2 * i * LANES + AHEAD);
-        store_pairs(out + i * step, w + 2 * i * LANES, w + (2 * i + 1) * LANES);
-    }
-    if (k % 2) store_pairs(out + k / 2 * step, w + (k - 1) * LANES, 0);
-    memset(out + (k + 1) / 2 * step, 0, wide_bytes(k, 1) - (k + 1) / 2 * step);
 }
 
 #if HAS_TILES

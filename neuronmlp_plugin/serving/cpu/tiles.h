@@ -38,18 +38,6 @@ INLINE void store_waiting(Waiting *w, int64_t rows) {
     }
 }
 
-/* 32 rows of an int8 panel, or those that are left of them, as 16 rows of pairs. */
-INLINE void widen_step(const char *w, int64_t left, char *out) {
-    if (left >= 32) {
-        for (int64_t i = 0; i < 8; i++) __builtin_prefetch(w + 64 * i + AHEAD);
-#pragma GCC unroll 4
-        for (int64_t i = 0; i < 16; i++) store_pairs(out + i * 64, w + 32 * i, w + 32 * i + 16);
-        return;
-    }
-    memset(out, 0, 1024);
-    for (int64_t i = 0; 2 * i < left; i++) store_pairs(out + i * 64, w + 32 * i, 2 * i + 1 < left ? w + 32 * i + 16 : 0);
-}
-
 /* sums [32][32] = x [a + b, k] times one or two panels of pairs, or of int8 (`narrow`), which are widened a step ahead. `tail`: the last k % 32 columns of x, padded with zeros, [32][32].
  * What waits is stored meanwhile, as the vectors are idle while tiles multiply, and where `next` will be stored is fetched. */
 INLINE void tile_block(const uint16_t *x, int64_t stride, const uint16_t *tail, int64_t k, const char *w, int64_t panel, const int two,

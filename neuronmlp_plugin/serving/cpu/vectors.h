@@ -79,6 +79,18 @@ INLINE void store_pairs(char *out, const char *even, const char *odd) {
     }
 }
 
+/* 32 rows of an int8 panel, or those that are left of them, as 16 rows of pairs. */
+INLINE void widen_step(const char *w, int64_t left, char *out) {
+    if (left >= 32) {
+        for (int64_t i = 0; i < 8; i++) __builtin_prefetch(w + 64 * i + AHEAD);
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < 16; i++) store_pairs(out + i * 64, w + 32 * i, w + 32 * i + 16);
+        return;
+    }
+    memset(out, 0, 1024);
+    for (int64_t i = 0; 2 * i < left; i++) store_pairs(out + i * 64, w + 32 * i, 2 * i + 1 < left ? w + 32 * i + 16 : 0);
+}
+
 INLINE float to_float(uint16_t half) {
     uint32_t bits = (uint32_t)half << 16;
     float value;

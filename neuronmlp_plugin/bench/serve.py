@@ -48,8 +48,18 @@ class Decode:
 
     @property
     def share_of_ideal(self) -> float:
-        """How much of the possible gain was achieved; NaN where there is none to have."""
-        return (self.speedup - 1.0) / (self.ideal - 1.0) if self.ideal > 1.0 else float("nan")
+        return share_of(self.speedup, self.ideal)
+
+
+def share_of(speedup: float, ideal: float) -> float:
+    """How much of the possible gain was achieved; NaN where there is none to have."""
+    return (speedup - 1.0) / (ideal - 1.0) if ideal > 1.0 else float("nan")
+
+
+def in_turn(names: list[str], turn: int) -> list[str]:
+    """The names in the order of a round: each round begins with another one."""
+    first = turn % len(names)
+    return names[first:] + names[:first]
 
 
 def bytes_per_step(folder: pathlib.Path, dtype: str) -> int:
@@ -100,7 +110,7 @@ def measure_decode(
                 seconds(name, batch, WARM_TOKENS)
         for turn in range(rounds):
             for batch in batches:
-                for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                for name in in_turn(names, turn):
                     times[name, batch].append(seconds(name, batch, new_tokens))
                     tick(1)
     results = []
@@ -141,10 +151,9 @@ class Served:
 
     @property
     def share_of_ideal(self) -> float:
-        return (self.speedup - 1.0) / (self.ideal - 1.0) if self.ideal > 1.0 else float("nan")
+        return share_of(self.speedup, self.ideal)
 
 
-DECODE_PROMPT = 32
 CELLS = (Cell("first", 128), Cell("first", 1024), Cell("decode", 1), Cell("decode", 8), Cell("decode", 32))
 Times = dict[tuple[str, str, int], tuple[float, int]]  # model, cell, round -> seconds, peak bytes
 
@@ -207,7 +216,7 @@ def measure_serving(
         (turn, cell, name)
         for turn in range(rounds)
         for cell in cells
-        for name in names[turn % len(names) :] + names[: turn % len(names)]
+        for name in in_turn(names, turn)
         if (name, str(cell), turn) not in kept.times
     ]
     if missing:
@@ -228,8 +237,8 @@ def _seconds(engine: Engine, cell: Cell, new_tokens: int) -> tuple[float, int]:
     if cell.kind == "first":
         answer = engine(Job(1, cell.size, 1))
         return answer.seconds, answer.peak_bytes
-    first = engine(Job(cell.size, DECODE_PROMPT, 1))
-    whole = engine(Job(cell.size, DECODE_PROMPT, new_tokens))
+    first = engine(Job(cell.size, PROMPT_TOKENS, 1))
+    whole = engine(Job(cell.size, PROMPT_TOKENS, new_tokens))
     return (whole.seconds - first.seconds) / (new_tokens - 1), whole.peak_bytes
 
 

@@ -93,13 +93,13 @@ def _serve(args: argparse.Namespace) -> int:
 
     from neuronmlp_plugin.bench.engines import EngineSettings
     from neuronmlp_plugin.bench.rows import Row, append_rows
-    from neuronmlp_plugin.bench.serve import DECODE_PROMPT, Cell, measure_serving
+    from neuronmlp_plugin.bench.serve import PROMPT_TOKENS, Cell, measure_serving
     from neuronmlp_plugin.compressor.job import ProgressBars
 
     if args.new_tokens < 2:
         raise UsageError(f"--new-tokens: expected at least 2, found {args.new_tokens}.")
     cells = [*(Cell("first", n) for n in args.first), *(Cell("decode", n) for n in args.batch)]
-    length = max([DECODE_PROMPT + args.new_tokens, *(n + 1 for n in args.first)])
+    length = max([PROMPT_TOKENS + args.new_tokens, *(n + 1 for n in args.first)])
     settings = EngineSettings(
         args.dtype, max([1, *args.batch]), length, args.compile, args.avx2, args.processor_time
     )

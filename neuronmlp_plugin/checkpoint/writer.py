@@ -41,8 +41,9 @@ def told_when_unwritable(path: pathlib.Path) -> Iterator[None]:
                 f"{path}: expected room to write, found a full disk ({os.strerror(number)}); free some and "
                 "run the same command again."
             ) from error
+        reason = os.strerror(number) if number else error
         raise OutputError(
-            f"{path}: expected a place to write to, found: {reason_of(error)}; choose another."
+            f"{path}: expected a place to write to, found: {reason}; choose another."
         ) from error
 
 

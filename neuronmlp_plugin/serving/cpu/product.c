@@ -342,6 +342,37 @@ static void run_stage(const Call *call, const Product *begin, const Product *end
     }
 }
 
+/* Stages whose weights fit a core's cache beside LOCAL_TOKENS rows: with many tokens a task takes some of them through all such stages,
+ * so that no stage but the first reads its rows from far. */
+#define LOCAL_TOKENS 64
+#define LOCAL_BYTES (768 << 10)
+static const Product *end_of_stage(const Product *begin, const Product *end) {
+    const Product *p = begin;
+    while (p < end && p->stage == begin->stage) p++;
+    return p;
+}
+
+/* The end of the stages from `begin` on that run like that; `begin` where it is less than two. */
+static const Product *end_of_local(const Call *call, const Product *begin, const Product *end, int threads) {
+    const Product *last = begin;
+    int64_t bytes = 0, stages = 0;
+    while (last < end && call->tokens >= 2 * threads * LOCAL_TOKENS) {
+        const Product *next = end_of_stage(last, end);
+        for (const Product *p = last; p < next; p++) bytes += p->dtype == SILU ? 0 : panels_of(p) * panel_bytes(p);
+        if (bytes > LOCAL_BYTES) break;
+        last = next, stages++;
+    }
+    return stages < 2 ? begin : last;
+}
+
+static void run_local(const Call *call, const Product *begin, const Product *end, char *memory) {
+#pragma omp for schedule(dynamic)
+    for (int64_t t = 0; t < call->tokens; t += LOCAL_TOKENS)
+        for (const Product *p = begin; p < end; p++)
+            for (int64_t first = 0, all = panels_of(p), most = p->dtype == SILU ? all : MOST_PANELS; first < all; first += most)
+                run_task(call, p, first, all - first < most ? all - first : most, t, t + LOCAL_TOKENS < call->tokens ? t + LOCAL_TOKENS : call->tokens, memory);
+}
+
 void neuronmlp_products(const Chain *chain, void *input, void *output, void *scratch, int64_t tokens) {
     const Call call = {{{input, chain->widths[0]}, {output, chain->widths[1]}, {scratch, chain->widths[2]}}, tokens, chain->half};
     const Product *const end = chain->products + chain->count;
@@ -356,9 +387,10 @@ void neuronmlp_products(const Chain *chain, void *input, void *output, void *scr
     {
         char *memory = thread_memory(float_bytes(longest) + wide);
         for (const Product *stage = chain->products, *next; stage < end; stage = next) {
-            for (next = stage; next < end && next->stage == stage->stage; next++) {}
-            run_stage(&call, stage, next, omp_get_num_threads(), memory);
-            /* its loop ended with a barrier: the next stage may read what this one wrote */
+            next = end_of_local(&call, stage, end, omp_get_num_threads());
+            if (next > stage) run_local(&call, stage, next, memory);
+            else run_stage(&call, stage, next = end_of_stage(stage, end), omp_get_num_threads(), memory);
+            /* either loop ended with a barrier: the next stage may read what this one wrote */
         }
     }
 }

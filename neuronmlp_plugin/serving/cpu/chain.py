@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 import mmap
 import threading
@@ -99,6 +100,7 @@ class Chain:
         self.address = ctypes.addressof(self.chain)
         self.function = load_products()
         assert self.function is not None
+        _keep_freed_memory()
         _CHAINS.append(self)
         # A tensor, not a number: a number would be baked into compiled graphs and keep them from being
         # shared.
@@ -125,6 +127,15 @@ class Chain:
             scratch = _scratch(tokens * self.scratch_width * x.element_size())
             self.function(self.address, rows.data_ptr(), output.data_ptr(), scratch, tokens)
         return output
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Have glibc keep blocks of some MiB that are freed. It gives those above a threshold back to the system,
+    so that the pages of the next one are faulted in anew, and raises the threshold to the largest block that
+    it saw freed. vLLM's dense MLP frees such blocks, a chain does not, and all other layers would pay.
+    """
+    torch.empty(24 << 20, dtype=torch.uint8)  # freed at once; no page of it is ever touched
 
 
 _MEMORY = threading.local()

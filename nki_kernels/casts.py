@@ -7,6 +7,7 @@ Both cast one element a cycle and partition, at 1.4 and 1.12 GHz on trn1 (docume
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from nki_kernels.layout import Layout, stored_cols
 from nki_kernels.targets import PMAX, Target
@@ -27,9 +28,7 @@ class Block:
 
 def scalar_shares(layout: Layout, block: Block, target: Target) -> tuple[int, int]:
     """Of 128 columns, how many ScalarE casts: in the transposed products, and in the natural last one."""
-    natural = natural_cols(layout)
-    stored = sum(stored_cols(matrix, n) for name, matrix, n, _ in layout.tiles() if name == "down_second")
-    last = stored if natural else 0
+    natural, last = natural_cols(layout), natural_stored(layout)
     transposed = _even(
         layout.stored_cols - last, _scalar_cycles(layout, block), _vector_cycles(layout, block), target
     )
@@ -41,6 +40,15 @@ def natural_cols(layout: Layout) -> int:
     """Columns of natural output."""
     last = layout.down_second
     return last.cols if last is not None and last.tile_cols == MOVING_COLS else 0
+
+
+@functools.lru_cache(maxsize=64)
+def natural_stored(layout: Layout) -> int:
+    """Packed columns of the natural last product."""
+    last = layout.down_second
+    if last is None or not natural_cols(layout):
+        return 0
+    return sum(stored_cols(last, n) for n in range(last.col_tiles()))
 
 
 def _even(columns: int, scalar_cycles: int, vector_cycles: int, target: Target) -> int:

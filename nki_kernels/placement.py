@@ -4,6 +4,9 @@ x | h | output | rows          h over x unless a second product starts from x; o
 gate_z, up_z / down_z          of down stands between; rows over output if the plan shares them
 activated, identity, small tiles
 ring
+
+The int8 scales of natural output, spread over the partitions, lie with the small tiles or, if they are spread
+piece by piece, behind rows.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ class Room:
     out_cols: int  # of natural output, staged at a time
     ring_cols: int
     shares_rows: bool
+    spreads_pieces: bool = False
 
     def row_tiles(self, count: int) -> int:
         """Bytes of `count` row tiles of a block of tokens."""
@@ -74,16 +78,8 @@ def place(room: Room) -> dict[str, Any]:
     small = _small(room, activated + 2 * activated_bytes)
     after = _int8(room, small.pop("end"))
     raw_bytes = after.pop("raw_bytes")
-    at = Addresses(
-        **wide,
-        gate_z=z,
-        up_z=z + gate_bytes,
-        down_z=z,
-        z_rows=z_rows,
-        activated=activated,
-        **small,
-        **after,
-    )
+    z_addresses = {"gate_z": z, "up_z": z + gate_bytes, "down_z": z, "z_rows": z_rows}
+    at = Addresses(**{**wide, **z_addresses, "activated": activated, **small, **after})
     return {
         "at": at,
         "slot_bytes": aligned(room.ring_cols * itemsize),
@@ -119,23 +115,32 @@ def _int8(room: Room, start: int) -> dict[str, int]:
             **dict.fromkeys(("scales", "spread", "small", "scaled", "raw", "ring"), start),
             "raw_bytes": 0,
         }
-    last = layout.down_second
-    natural = last.cols if last is not None and last.tile_cols == MOVING_COLS else 0
-    spread = start + aligned(layout.scale_cols * 4)
-    small = spread + aligned(natural * 4)
-    scaled = small + (5 * PMAX * 4 if natural else 0)
+    spread = _spread(room, start + aligned(layout.scale_cols * 4), in_pieces=False)
+    scaled = spread.pop("end")
     raw = scaled + (2 * MOVING_COLS * 4 if room.request.residual else 0)
     raw_bytes = aligned(max(room.ring_cols, PMAX))
     ring = raw + raw_slots(room.block_tokens) * raw_bytes
     return {
         "scales": start,
-        "spread": spread,
-        "small": small,
+        **spread,
         "scaled": scaled,
         "raw": raw,
         "ring": ring,
         "raw_bytes": raw_bytes,
     }
+
+
+def _spread(room: Room, start: int, in_pieces: bool) -> dict[str, int]:
+    """Addresses, from `start` on, of the spread int8 scales of natural output and of what it takes to spread
+    them, and where that ends; none where the plan spreads them the other way.
+    """
+    last = room.request.layout.down_second
+    if not room.request.layout.is_int8 or last is None or last.tile_cols != MOVING_COLS:
+        return {"spread": start, "small": start, "end": start}
+    if in_pieces != room.spreads_pieces:
+        return {"end": start}
+    small = start + aligned((room.out_cols if in_pieces else last.cols) * 4)
+    return {"spread": start, "small": small, "end": small + 5 * PMAX * 4}
 
 
 def _wide(room: Room, turn_bytes: int, row_bytes: int) -> dict[str, int]:
@@ -150,7 +155,9 @@ def _wide(room: Room, turn_bytes: int, row_bytes: int) -> dict[str, int]:
     output_end = output + _output_bytes(room, turn_bytes)
     rows = output if room.shares_rows else output_end
     rows_end = rows + row_bytes * (2 if room.request.norm_eps is None else 3)
-    return {"x": 0, "h": h, "output": output, "rows": rows, "end": max(h_end, output_end, rows_end)}
+    spread = _spread(room, max(output_end, rows_end), in_pieces=True)
+    end = max(h_end, spread.pop("end"))
+    return {"x": 0, "h": h, "output": output, "rows": rows, **spread, "end": end}
 
 
 def _input_row_cols(request: Request) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nki_kernels.casts import Block, scalar_shares
+from nki_kernels.casts import Block, natural_stored, scalar_shares
 from nki_kernels.effort import effort_us
 from nki_kernels.layout import Layout, Projection, mlp_layout
 from nki_kernels.placement import Room, largest, place, raw_slots
@@ -29,6 +29,7 @@ from nki_kernels.tiling import MOVING_COLS, SHARED, tile_count
 SLOT_BYTES = (8 * 1024, 4 * 1024)  # per partition: twice what saturates a DMA queue, and just that
 MIN_SLOTS = 3  # one in use, one arriving, one asked for
 INT8_SLOTS = 4  # and one being cast
+STARVED_LOSS = 0.01  # about what a prefill loses with fewer
 MAX_SLOTS = 8  # deeper rings only where they save reads
 TOKEN_GROUPS = (4, 8)  # half the PSUM banks, so that the other half can be emptied meanwhile; or all
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
@@ -45,6 +46,8 @@ class Choice:
     token_group: int = TOKEN_GROUPS[0]
     # input rows over staged output: less memory, but a block's load waits for the last one's stores
     shares_rows: bool = False
+    # int8 scales of natural output spread piece by piece: less memory, but in every block again
+    spreads_pieces: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +109,7 @@ def why_not(request: Request, target: Target) -> Declined:
         SLOT_BYTES[-1] // request.dtype.itemsize,
         MOVING_COLS,
         shares_rows=True,
+        spreads_pieces=offers_pieces(request),
     )
     declined = build_plan(request, smallest, target)
     assert isinstance(declined, Declined), "a launch whose smallest plan fits has a plan"
@@ -114,18 +118,26 @@ def why_not(request: Request, target: Target) -> Declined:
 
 def _cost(plan: Plan, target: Target) -> tuple[float, ...]:
     """Effort first; then what costs overlap: more blocks, whole PSUM in use, shared rows, input to wait for,
-    short chunks, short stores. int8 before all that: a ring in which casts and products do not wait for one
-    another.
+    short chunks, int8 scales spread piece by piece, short stores. A starved plan loses to any other in decode.
     """
     shares = plan.at.rows == plan.at.output
-    starved = (
-        plan.is_int8
-        and plan.chunks() > plan.ring_slots
-        and (plan.ring_slots < INT8_SLOTS or 4 * plan.ring_cols * plan.itemsize < 3 * SLOT_BYTES[0])
+    starved = _is_starved(plan)
+    effort = effort_us(plan, target) * (1 + STARVED_LOSS * starved)
+    overlap = (
+        plan.token_group,
+        shares,
+        plan.input_wait(),
+        -plan.ring_cols,
+        plan.spreads_pieces,
+        -plan.out_cols,
     )
-    effort = effort_us(plan, target)
-    overlap = plan.token_group, shares, plan.input_wait(), -plan.ring_cols, -plan.out_cols
-    return starved, effort, plan.blocks(), *overlap
+    return starved and plan.block_tokens <= PMAX, effort, plan.blocks(), *overlap
+
+
+def _is_starved(plan: Plan) -> bool:
+    """Whether casts of int8 and products wait for one another in a short ring, or in one of short chunks."""
+    is_short = plan.ring_slots < INT8_SLOTS or 4 * plan.ring_cols * plan.itemsize < 3 * SLOT_BYTES[0]
+    return plan.is_int8 and plan.chunks() > plan.ring_slots and is_short
 
 
 def choices(request: Request) -> Iterator[Choice]:
@@ -135,6 +147,7 @@ def choices(request: Request) -> Iterator[Choice]:
     layout = request.layout
     last = layout.down_second
     staged = (0, 4 * MOVING_COLS, 2 * MOVING_COLS, MOVING_COLS) if last is not None else (0,)
+    spreads = (False, True) if offers_pieces(request) else (False,)
     for slot_bytes in SLOT_BYTES:
         cols = min(slot_bytes // request.dtype.itemsize, layout.packed_cols)
         tile_slots = MIN_SLOTS if last is None else tile_count(last.row_tiles() * last.tile_cols, cols) + 1
@@ -143,8 +156,13 @@ def choices(request: Request) -> Iterator[Choice]:
             {MIN_SLOTS, least, tile_slots, len(chunk_bounds(layout, cols, request.tokens <= PMAX)) - 1}
         )
         for tokens, slots, out_cols in itertools.product(block_sizes(request), rings, staged):
-            for group, shares in itertools.product(TOKEN_GROUPS, (False, True)):
-                yield Choice(tokens, slots, cols, out_cols, group, shares)
+            for group, shares, in_pieces in itertools.product(TOKEN_GROUPS, (False, True), spreads):
+                yield Choice(tokens, slots, cols, out_cols, group, shares, in_pieces)
+
+
+def offers_pieces(request: Request) -> bool:
+    """Whether int8 scales may be spread piece by piece: decode has room, and casts to do meanwhile."""
+    return request.layout.is_int8 and request.tokens > PMAX
 
 
 def max_block_tokens(layout: Layout) -> int:
@@ -179,6 +197,7 @@ def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan 
     moving_tokens = tile_count(choice.block_tokens, tile_count(choice.block_tokens, MOVING_COLS))
     out_cols = staged_cols(layout, choice.out_cols)
     ring_cols = max(end - start for start, end in itertools.pairwise(bounds))
+    shared = choice.shares_rows, choice.spreads_pieces
     plan = Plan(
         products=layout.products,
         external_z=layout.external_z,
@@ -200,12 +219,11 @@ def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan 
         transposed_input=request.transposed_input,
         is_int8=layout.is_int8,
         scale_cols=layout.scale_cols,
-        raw_slots=min(raw_slots(choice.block_tokens), len(bounds) - 1) if layout.is_int8 else 0,
         **_casts(request, choice, moving_tokens, bounds, target),
         natural_z=z_is_natural(request.tokens, request.dtype),
         early_tiles=_early_tiles(request, tile_count(choice.block_tokens, moving_tokens), ring_cols),
         **_products(layout),
-        **place(Room(request, choice.block_tokens, moving_tokens, out_cols, ring_cols, choice.shares_rows)),
+        **place(Room(request, choice.block_tokens, moving_tokens, out_cols, ring_cols, *shared)),
     )
     for declined in (_refuse_contradiction(plan), _refuse_oversize(plan, target)):
         if declined is not None:
@@ -249,23 +267,31 @@ def _products(layout: Layout) -> dict[str, Any]:
 def _casts(
     request: Request, choice: Choice, moving_tokens: int, bounds: tuple[int, ...], target: Target
 ) -> dict[str, Any]:
-    """Who casts how much of which chunk (see Plan); nothing where the weights are not int8."""
+    """How int8 weights come to the products: what is on its way, who casts how much of which chunk, how scales
+    are spread (see Plan); nothing where the weights are not int8.
+    """
     layout = request.layout
     if not layout.is_int8:
-        return {"scalar_share": 0, "natural_share": 0, "natural_chunk": 0}
+        fields = ("raw_slots", "scalar_share", "natural_share", "natural_chunk")
+        return {**dict.fromkeys(fields, 0), "spreads_pieces": False}
     block = Block(choice.block_tokens, moving_tokens, request.norm_eps is not None, request.residual)
     scalar, natural = scalar_shares(layout, block, target)
-    first = next(
-        (offset for name, _, _, offset in layout.tiles() if name == "down_second"), layout.stored_cols
-    )
-    chunk = sum(bound < first for bound in bounds[:-1])
-    return {"scalar_share": scalar, "natural_share": natural, "natural_chunk": chunk}
+    chunk = sum(bound < layout.stored_cols - natural_stored(layout) for bound in bounds[:-1])
+    return {
+        "raw_slots": min(raw_slots(choice.block_tokens), len(bounds) - 1),
+        "scalar_share": scalar,
+        "natural_share": natural,
+        "natural_chunk": chunk,
+        "spreads_pieces": choice.spreads_pieces,
+    }
 
 
 def _pythons(request: Request, choice: Choice) -> tuple[Request, Choice]:
     """The same in Python's numbers: a compiler before nki 0.7 would read numpy's as None."""
     eps = None if request.norm_eps is None else float(request.norm_eps)
-    numbers: dict[str, Any] = {name: int(n) for name, n in vars(choice).items() if name != "shares_rows"}
+    numbers: dict[str, Any] = {
+        name: int(n) for name, n in vars(choice).items() if n is not True and n is not False
+    }
     return (
         dataclasses.replace(request, tokens=int(request.tokens), norm_eps=eps),
         dataclasses.replace(choice, **numbers),

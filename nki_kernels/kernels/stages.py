@@ -96,6 +96,8 @@ def natural_output(
         first_col, cols = columns[c]
         if work.plan.with_residual:
             copy_rows(stage, residual, first_token, tiles, columns[c], False)
+        if work.plan.spreads_pieces:
+            work.scales.spread_rows(work, first_col, cols)
         for n in range(first_col // matrix.tile_cols, tile_count(first_col + cols, matrix.tile_cols)):
             natural_column(work, source, stage, n, n * matrix.tile_cols - first_col, tiles)
         copy_rows(stage, out, first_token, tiles, columns[c], True)
@@ -128,7 +130,8 @@ def evict_scaled(work: Workspace, row: Tensor, total: Tensor, col: int, turn: in
     cols), SiLU behind if the plan says so.
     """
     size, cols = total.shape
-    scale = work.scales.spread[0:size, col : col + cols]
+    at = col - work.scales.first_col
+    scale = work.scales.spread[0:size, at : at + cols]
     if work.plan.with_residual:
         scaled = work.scales.scaled[turn % 2][0:size, 0:cols]
         nisa.tensor_tensor(dst=scaled, data1=total, data2=scale, op=nl.multiply)

@@ -194,6 +194,7 @@ class Scales(nl.NKIObject):
         self.packed = packed  # None where the weights are not int8, and so are the others then
         self.columns = packed
         self.spread = packed
+        self.first_col = 0  # of the columns whose scales are spread
         self.is_loaded = False
         self.scaled = []
         if not plan.is_int8:
@@ -212,32 +213,34 @@ class Scales(nl.NKIObject):
             return
         self.is_loaded = True
         nisa.dma_copy(dst=self.columns, src=self.packed, dge_mode=nisa.dge_mode.none)
-        if work.plan.natural_output:
-            self.spread_rows(work, work.plan.products.down_second)
+        if work.plan.natural_output and not work.plan.spreads_pieces:
+            self.spread_rows(work, 0, work.plan.products.down_second.cols)
 
-    def spread_rows(self, work: Workspace, matrix: Matrix) -> None:
-        """The scales of natural output on every partition: ones^T diag(scales), whose sums have one term
-        each.
+    def spread_rows(self, work: Workspace, first_col: int, cols: int) -> None:
+        """The scales of natural output columns [first_col, + cols) on every partition: ones^T diag(scales),
+        whose sums have one term each.
         """
+        self.first_col = first_col
+        matrix = work.plan.products.down_second
         at = work.plan.at
         ones = tensor_at(at.small, (PMAX, PMAX), nl.float32)
         nisa.memset(ones, 1.0)
-        self.spread = tensor_at(at.spread, (PMAX, matrix.cols), nl.float32)
-        banks = pieces(matrix.cols, MOVING_COLS)
+        self.spread = tensor_at(at.spread, (PMAX, cols), nl.float32)
+        banks = pieces(cols, MOVING_COLS)
         for b in range(len(banks)):
             first, count = banks[b]
             bank = work.banks.tile((PMAX, count))
             for i in range(tile_count(count, PMAX)):
-                col, cols = i * PMAX, min(PMAX, count - i * PMAX)
+                col, width = i * PMAX, min(PMAX, count - i * PMAX)
                 diagonal = tensor_at(at.small + (1 + i) * PMAX * 4, (PMAX, PMAX), nl.float32)
                 nisa.activation(
-                    dst=diagonal[0:cols, 0:cols],
+                    dst=diagonal[0:width, 0:width],
                     op=nl.copy,
-                    data=work.identity[0:cols, 0:cols],
-                    bias=work.zero[0:cols, :],
-                    scale=self.of(matrix, first // PMAX + i, cols),
+                    data=work.identity[0:width, 0:width],
+                    bias=work.zero[0:width, :],
+                    scale=self.of(matrix, (first_col + first) // PMAX + i, width),
                 )
-                matmul(bank[:, col : col + cols], ones[0:cols, :], diagonal[0:cols, 0:cols], True)
+                matmul(bank[:, col : col + width], ones[0:width, :], diagonal[0:width, 0:width], True)
             nisa.tensor_copy(dst=self.spread[:, first : first + count], src=bank)
 
     def of(self, matrix: Matrix, n: int, cols: int) -> Tensor:

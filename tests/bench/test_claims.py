@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from neuronmlp_plugin.bench.int8_cases import MLP_MODELS, mean_mlp
+from neuronmlp_plugin.bench.int8_cases import MLP_FORMS, MLP_MODELS, mean_mlp
 from neuronmlp_plugin.bench.kernel_cases import CHAIN_TOKENS, chain_request, published_us
 from neuronmlp_plugin.bench.layer_cases import CORES, best_form, compare, steps_of
 from nki_kernels.cost.baselines import BF16
@@ -78,7 +78,7 @@ def test_decode_is_bound_by_bandwidth(tokens):
 @pytest.mark.parametrize("model", MLP_MODELS)
 def test_an_int8_prefill_is_no_slower_than_the_bf16_kernel_of_its_form(model):
     shape = MODELS[model]
-    for blend in (dense(shape, 1), FORMS["groups compact"](shape, 1, 0.20)):
+    for blend in (dense(shape, 1), *(FORMS[form](shape, 1, 0.20) for form in MLP_FORMS)):
         int8, bf16 = (mean_mlp(b, 2048, CALIBRATED).simulated_us for b in (in_int8(blend), blend))
         assert int8 <= 1.02 * bf16
 

@@ -22,6 +22,7 @@ from nki_kernels.cases import (
 from nki_kernels.kernels.sharded import first_factors, last_factor, second_factors
 from nki_kernels.kernels.svd_mlp import xuv
 from nki_kernels.layout import (
+    DENSE,
     Projection,
     chain_layout,
     first_stage,
@@ -159,6 +160,30 @@ def test_any_ring_gives_the_right_answer(tokens, ring):
     plan = build_plan(Request(layout, case.tokens, FP32), Choice(256, ring, 512, 512, 1))
     found, expected = run_svd_mlp(case, plan, quantised(random_weights(case)))
     assert error(found, expected) <= MAX_ERROR["fp32"]
+
+
+@pytest.mark.parametrize("form", ["dense", "uv"])
+def test_scales_spread_piece_by_piece_give_the_same_digits(form):
+    """Dense down reads h to the end, so the spread scales lie beside it; those of uv lie over it."""
+    case = MLPCase(300, 1100, 640, (form,) * 3, (150,) * 3, "bf16", norm=True, residual=True)
+    layout = int8_layout(mlp_layout(case.hidden, case.intermediate, *case.projections))
+    request = Request(layout, case.tokens, DTYPES["bf16"], EPS, residual=True)
+    choices = [(512, False), (512, True), (1024, True), (0, True)]
+    plans = [build_plan(request, Choice(128, 4, 512, cols, spreads_pieces=x)) for cols, x in choices]
+    once, *pieces = (run_svd_mlp(case, plan, quantised(random_weights(case)))[0] for plan in plans)
+    assert all(found.tobytes() == once.tobytes() for found in pieces)
+    spread_bytes = [plan.at.small - plan.at.spread for plan in plans]
+    assert spread_bytes == [4608, 2048, 4096, 4608]
+
+
+@pytest.mark.parametrize("form", ["uv", "dense"])
+def test_int8_leaves_the_room_of_a_large_block(form):
+    """Llama-3.1-8B, 0.20 removed: as many tokens a block as in bf16, and no ring more than it needs."""
+    intermediate, part = (14336, Projection.whole("uv", 2550)) if form == "uv" else (11468, DENSE)
+    layout = mlp_layout(4096, intermediate, part, part, part)
+    plans = [plan_launch(stage_request(each, 2048, DTYPES["bf16"])) for each in (layout, int8_layout(layout))]
+    assert [plan.block_tokens for plan in plans] == [512, 512]
+    assert plans[1].spreads_pieces
 
 
 @pytest.mark.parametrize("groups", SIZES)

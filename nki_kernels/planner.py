@@ -118,7 +118,7 @@ def why_not(request: Request, target: Target) -> Declined:
 
 def _cost(plan: Plan, target: Target) -> tuple[float, ...]:
     """Effort first; then what costs overlap: more blocks, whole PSUM in use, shared rows, input to wait for,
-    short chunks, int8 scales spread piece by piece, short stores. A starved plan loses to any other in decode.
+    short chunks, int8 scales spread in pieces, short stores. A starved plan loses to any other in decode.
     """
     shares = plan.at.rows == plan.at.output
     starved = _is_starved(plan)

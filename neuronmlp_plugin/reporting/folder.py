@@ -61,7 +61,7 @@ def _whole(folder: pathlib.Path) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, SyntaxError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(
             f"{folder / REPORT_FILE}: expected a whole report, found one that cannot be shown ({reason}); "

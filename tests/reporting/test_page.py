@@ -187,7 +187,14 @@ def test_what_was_asked_for_is_said():
 
 
 @pytest.mark.parametrize(
-    "damage", [{"block": 3}, {"matrices": [{}]}, {"quality": {"num_tokens": 3}}], ids=str
+    "damage",
+    [
+        {"block": 3},
+        {"matrices": [{}]},
+        {"quality": {"num_tokens": 3}},
+        {"loss_by_size": [{"removed_ratio": 10**400, "predicted_loss": 1.0}] * 2},
+    ],
+    ids=["block", "matrices", "quality", "an integer that no float holds"],
 )
 def test_a_damaged_report_is_refused_by_its_file(tmp_path, damage):
     (tmp_path / "neuronmlp_report.json").write_text(json.dumps(full_report().to_json() | damage))

@@ -116,10 +116,11 @@ def _with_tokenizer(folder: pathlib.Path) -> None:
 
 def _with_report(folder: pathlib.Path) -> None:
     report = full_report()
-    block, spectra = report["block"], report["spectra"]
-    block["layers"], report["matrices"] = block["layers"][:2], report["matrices"][:6]
-    spectra["layers"] = spectra["layers"][:2]
-    (folder / "neuronmlp_report.json").write_text(json.dumps(report))
+    report.block["layers"], report.spectra["layers"] = (
+        part["layers"][:2] for part in (report.block, report.spectra)
+    )
+    report = dataclasses.replace(report, matrices=report.matrices[:6])
+    (folder / "neuronmlp_report.json").write_text(json.dumps(report.to_json()))
 
 
 def _with_factors(folder: pathlib.Path) -> None:

@@ -36,7 +36,7 @@ ARROWS = {
     },
     "refinement": {"compressor", "reporting", "calibration", "checkpoint", "models"},
     "compressor": {"calibration", "checkpoint", "models", "lowrank", "reporting", "nki_kernels"},
-    "reporting": {"checkpoint", "models"},
+    "reporting": {"calibration", "checkpoint", "models"},
     "calibration": {"checkpoint", "models", "lowrank"},
     "checkpoint": {"models"},
     "models": set(),

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
+from neuronmlp_plugin.bench.parts import timed_parts
 from neuronmlp_plugin.errors import UsageError
 
 _ENVIRONMENT = {
@@ -60,19 +61,23 @@ class EngineSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """`batch` sequences of `prompt` tokens, each continued by `new` tokens."""
+    """`batch` sequences of `prompt` tokens, each continued by `new` tokens; `parts`: told by parts, too."""
 
     batch: int
     prompt: int
     new: int
+    parts: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """Time of a job, and the engine process's peak of resident memory so far."""
+    """Time of a job, and the engine process's peak of resident memory so far; seconds by part (`parts.py`)
+    where they were asked for.
+    """
 
     seconds: float
     peak_bytes: int
+    parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 Engine = Callable[[Job], Answer]
@@ -136,7 +141,16 @@ def _serve_vllm(pipe: Connection, folder: str, settings: EngineSettings) -> None
     )
     config = json.loads((pathlib.Path(folder) / "config.json").read_text(encoding="utf-8"))
     vocabulary = int(config["vocab_size"])
-    _answer_jobs(pipe, lambda job: _run_vllm(llm, vocabulary, job, settings.clock))
+
+    def run(job: Job) -> tuple[float, Mapping[str, float]]:
+        if not job.parts:
+            return _run_vllm(llm, vocabulary, job, settings.clock), {}
+        (model,) = llm.apply_model(lambda model: model)
+        with timed_parts(model, settings.clock) as parts:
+            seconds = _run_vllm(llm, vocabulary, job, settings.clock)
+        return seconds, parts
+
+    _answer_jobs(pipe, run)
 
 
 def _hide_avx512() -> None:
@@ -147,15 +161,15 @@ def _hide_avx512() -> None:
         setattr(torch.cpu, name, lambda: False)
 
 
-def _answer_jobs(pipe: Connection, run: Callable[[Job], float]) -> None:
+def _answer_jobs(pipe: Connection, run: Callable[[Job], tuple[float, Mapping[str, float]]]) -> None:
     pipe.send("ready")
     while True:
         try:
             job = pipe.recv()
         except EOFError:
             return
-        seconds = run(job)
-        pipe.send(Answer(seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+        seconds, parts = run(job)
+        pipe.send(Answer(seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, parts))
 
 
 def _prompts(job: Job, vocabulary: int) -> list[list[int]]:
@@ -180,7 +194,7 @@ def _serve_llama(pipe: Connection, path: str, settings: EngineSettings) -> None:
 
     threads = 1 if settings.processor_time else len(os.sched_getaffinity(0))
     llm = Llama(path, n_ctx=settings.length, n_threads=threads, n_threads_batch=threads, verbose=False)
-    _answer_jobs(pipe, lambda job: _run_llama(llm, job, settings.clock))
+    _answer_jobs(pipe, lambda job: (_run_llama(llm, job, settings.clock), {}))
 
 
 def _run_llama(llm: Any, job: Job, clock: Callable[[], float]) -> float:

@@ -253,6 +253,39 @@ def _summary(
     return Served(name, cell, statistics.median(b[0] for _, b in pairs), speedup, ideal, peak)
 
 
+def measure_parts(
+    models: Mapping[str, pathlib.Path],
+    settings: EngineSettings,
+    *,
+    cells: Sequence[Cell],
+    new_tokens: int,
+    rounds: int,
+    tick: Callable[[int], None],
+) -> dict[tuple[str, str], dict[str, float]]:
+    """(model, cell) -> seconds by part, the median over rounds of each: of a prompt with its first token, or
+    of each token after it.
+    """
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    with engines(models, settings) as ask:
+        for turn in range(rounds + 1):  # the first one warms up
+            for cell in cells:
+                for name in in_turn(list(models), turn):
+                    found.setdefault((name, str(cell)), []).append(_parts(ask[name], cell, new_tokens))
+                    tick(1)
+    return {
+        key: {part: statistics.median(each[part] for each in turns[1:]) for part in turns[0]}
+        for key, turns in found.items()
+    }
+
+
+def _parts(engine: Engine, cell: Cell, new_tokens: int) -> dict[str, float]:
+    if cell.kind == "first":
+        return dict(engine(Job(1, cell.size, 1, parts=True)).parts)
+    first = engine(Job(cell.size, PROMPT_TOKENS, 1, parts=True)).parts
+    whole = engine(Job(cell.size, PROMPT_TOKENS, new_tokens, parts=True)).parts
+    return {part: (seconds - first[part]) / (new_tokens - 1) for part, seconds in whole.items()}
+
+
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _W8A8 = {
     "quant_method": "compressed-tensors",

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,16 @@ from neuronmlp_plugin.errors import NonFiniteError
 # whose logits are in memory at a time: 33 MB in fp32 for 128256 tokens; larger pieces cost the kernel's page
 # faults
 POSITIONS = 64
+
+
+# how each number is written, wherever it is told
+_WRITTEN = {
+    "reference_perplexity": "{:.2f}",
+    "candidate_perplexity": "{:.2f}",
+    "perplexity_ratio": "x {:.4f}",
+    "kl_divergence": "{:.4f}",
+    "top1_agreement": "{:.1%}",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +48,31 @@ class Quality:
     def perplexity_ratio(self) -> float:
         return self.candidate_perplexity / self.reference_perplexity
 
+    @classmethod
+    def of(cls, found: Mapping[str, Any] | None) -> Quality | None:
+        """From JSON; None stays None. Raises KeyError or TypeError where a number is missing."""
+        if found is None:
+            return None
+        numbers = {field.name: found[field.name] for field in dataclasses.fields(cls)}
+        if not all(isinstance(number, (int, float)) for number in numbers.values()):
+            raise TypeError(f"expected numbers, found {numbers}")
+        return cls(**numbers)
+
     def to_json(self) -> dict[str, float]:
         return {**dataclasses.asdict(self), "perplexity_ratio": self.perplexity_ratio}
+
+    def written(self, name: str) -> str:
+        """One of the numbers as text: `x 1.0165`, `91.7%`."""
+        return _WRITTEN[name].format(getattr(self, name))
+
+    @property
+    def perplexities(self) -> str:
+        return f"{self.written('candidate_perplexity')} against {self.written('reference_perplexity')} dense"
+
+    def __str__(self) -> str:
+        """The three measures in a line."""
+        ratio, kl, top1 = map(self.written, ("perplexity_ratio", "kl_divergence", "top1_agreement"))
+        return f"perplexity {ratio} ({self.perplexities}), KL {kl} nats a token, {top1} of the top tokens"
 
 
 def compare(

@@ -52,6 +52,9 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     )
     serve.add_argument("--log", type=pathlib.Path, help="keep rounds here, and go on from those in it")
     serve.add_argument("--csv", type=pathlib.Path, help="append the rows to this file")
+    serve.add_argument(
+        "--profile", action="store_true", help="where the time goes, part by part (folders only, eager)"
+    )
     serve.set_defaults(run_kind=_serve)
 
 
@@ -104,6 +107,8 @@ def _serve(args: argparse.Namespace) -> int:
         args.dtype, max([1, *args.batch]), length, args.compile, args.avx2, args.processor_time
     )
     models = named_folders("serve", args.models)
+    if args.profile:
+        return _profile(args, models, settings, cells)
     with ProgressBars(Console(stderr=True)).stage("timing", args.rounds * len(cells) * len(models)) as tick:
         results = measure_serving(
             models,
@@ -124,6 +129,30 @@ def _serve(args: argparse.Namespace) -> int:
             args.csv,
             [Row(case, m, unit, getattr(r, m), "measured") for case, r in cases for m, unit in metrics],
         )
+    return 0
+
+
+def _profile(args: argparse.Namespace, models: dict[str, pathlib.Path], settings: Any, cells: Any) -> int:
+    from rich.console import Console
+
+    from neuronmlp_plugin.bench.serve import measure_parts
+    from neuronmlp_plugin.compressor.job import ProgressBars
+
+    if args.compile or any(path.suffix == ".gguf" for path in models.values()):
+        raise UsageError(
+            "bench serve --profile: expected folders and no --compile: parts are vLLM's modules."
+        )
+    total = (args.rounds + 1) * len(cells) * len(models)
+    with ProgressBars(Console(stderr=True)).stage("timing", total) as tick:
+        found = measure_parts(
+            models, settings, cells=cells, new_tokens=args.new_tokens, rounds=args.rounds, tick=tick
+        )
+    for cell in cells:
+        columns = [found[name, str(cell)] for name in models]
+        print(f"{f'{cell}, ms':<28}" + "".join(f"{name:>12}" for name in models))
+        for part in columns[0]:
+            print(f"  {part:<26}" + "".join(f"{1e3 * column[part]:>12.2f}" for column in columns))
+        print(f"  {'all':<26}" + "".join(f"{1e3 * sum(column.values()):>12.2f}" for column in columns))
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neuronmlp_plugin.compressor.settings import (
     ALLOCATIONS,
@@ -17,6 +17,10 @@ from neuronmlp_plugin.compressor.settings import (
     default_form,
 )
 from neuronmlp_plugin.errors import UsageError, printable
+
+if TYPE_CHECKING:
+    from neuronmlp_plugin.calibration.quality import Quality
+    from neuronmlp_plugin.reporting.run_report import Report
 
 _DEFAULTS = {field: Settings.__dataclass_fields__[field].default for field in Settings.__dataclass_fields__}
 
@@ -232,51 +236,53 @@ def print_rows(console: Any, rows: list[tuple[str, str]]) -> None:
     console.print(table)
 
 
-def channels_row(report: dict[str, Any]) -> str:
+def channels_row(report: Report) -> str:
     """How many channels layers keep, and which tensor-parallel sizes are at full speed."""
-    kept = [row["channels"] for row in report["matrices"]]
-    sizes = ", ".join(map(str, report["full_speed_tensor_parallel"]))
+    kept = [row["channels"] for row in report.matrices]
+    sizes = ", ".join(map(str, report.full_speed_tensor_parallel))
     return f"{min(kept)} to {max(kept)} a layer; full speed at tensor parallel size {sizes}"
 
 
-def forms_row(report: dict[str, Any]) -> str:
+def bytes_row(report: Report) -> str:
+    assert report.weight_bytes is not None and report.bytes_ratio is not None  # a compression has both
+    return f"{report.weight_bytes / 1e6:.1f} MB in bf16, {report.bytes_ratio:.1%} of the dense MLPs"
+
+
+def forms_row(report: Report) -> str:
     """How many matrices are stored in each form."""
-    forms = [row["form"] for row in report["matrices"]]
+    forms = [row["form"] for row in report.matrices]
     known = dict.fromkeys(("dense", *FORMS))
     return ", ".join(f"{forms.count(form)} {form}" for form in known if form in forms)
 
 
-def quality_rows(quality: dict[str, float] | None) -> list[tuple[str, str]]:
+def quality_rows(quality: Quality | None) -> list[tuple[str, str]]:
     """What the judged text says; no rows where none was kept."""
-    if not quality:
+    if quality is None:
         return []
-    perplexity = (
-        "{candidate_perplexity:.2f} against {reference_perplexity:.2f} dense (x {perplexity_ratio:.3f})"
-    )
-    agreement = "{top1_agreement:.1%} of the top tokens; KL {kl_divergence:.4f} nats a token"
-    return [("perplexity", perplexity.format(**quality)), ("agreement", agreement.format(**quality))]
+    ratio, kl, top1 = map(quality.written, ("perplexity_ratio", "kl_divergence", "top1_agreement"))
+    return [
+        ("perplexity", f"{quality.perplexities} ({ratio})"),
+        ("agreement", f"{top1} of the top tokens; KL {kl} nats a token"),
+    ]
 
 
-def summary_rows(report: dict[str, Any], target: pathlib.Path) -> list[tuple[str, str]]:
+def summary_rows(report: Report, target: pathlib.Path) -> list[tuple[str, str]]:
     """What was reached, in a few lines."""
     rows = [
-        ("removed", f"{report['block']['removed_ratio']:.2%} of the MLP parameters"),
+        ("removed", f"{report.removed_ratio:.2%} of the MLP parameters"),
         ("channels", channels_row(report)),
-        (
-            "bytes",
-            f"{report['weight_bytes'] / 1e6:.1f} MB in bf16, {report['bytes_ratio']:.1%} of the dense MLPs",
-        ),
+        ("bytes", bytes_row(report)),
         ("forms", forms_row(report)),
-        *quality_rows(report["quality"]),
+        *quality_rows(report.quality),
     ]
-    if "target" in report:
-        asked = report["target"]
+    if report.target is not None:
+        asked = report.target
         rows.append(("target", f"{asked['asked']}: met as stored, after {len(asked['probes'])} probes"))
-    if "decode" in report:
+    if report.decode is not None:
         line = (
             "MLPs {dense_simulated_us:.0f} us dense, {simulated_us:.0f} us now, x {simulated_speedup:.3f}; "
             "simulated, one token, trn1"
         )
-        rows.append(("decode", line.format(**report["decode"])))
-    rows += [("note", note) for note in report["notes"]]
+        rows.append(("decode", line.format(**report.decode)))
+    rows += [("note", note) for note in report.notes]
     return [*rows, ("written", f"{target}; open neuronmlp_report.html there in a browser")]

@@ -96,7 +96,6 @@ def _stream(args: argparse.Namespace, checkpoint: Checkpoint, factors: FactorFil
 def _print(folder: pathlib.Path, quality: Quality) -> None:
     print(folder)
     print(f"  tokens      {quality.num_tokens:,}")
-    against = f"{quality.candidate_perplexity:.3f} against {quality.reference_perplexity:.3f} dense"
-    print(f"  perplexity  {against} (x {quality.perplexity_ratio:.4f})")
-    print(f"  KL          {quality.kl_divergence:.4f} nats per token, KL(dense || compressed)")
-    print(f"  top-1       {quality.top1_agreement:.2%} the same token")
+    print(f"  perplexity  {quality.perplexities} ({quality.written('perplexity_ratio')})")
+    print(f"  KL          {quality.written('kl_divergence')} nats a token, KL(dense || compressed)")
+    print(f"  top-1       {quality.written('top1_agreement')} the same token")

@@ -99,6 +99,7 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from neuronmlp_plugin.calibration.quality import Quality
     from neuronmlp_plugin.commands.compress import print_rows
     from neuronmlp_plugin.compressor.job import ProgressBars
     from neuronmlp_plugin.refinement.refiner import make_plan, refine
@@ -110,13 +111,8 @@ def run(args: argparse.Namespace) -> int:
     print_rows(console, plan.rows())
     if args.dry_run:
         return 0
-    refinement = refine(plan, ProgressBars(console, quiet=args.quiet))["refinement"]
-    rows = [(entry["stage"], _quality(entry["quality"])) for entry in refinement["tried"]]
+    refinement = refine(plan, ProgressBars(console, quiet=args.quiet)).refinement
+    assert refinement is not None
+    rows = [(entry["stage"], str(Quality.of(entry["quality"]))) for entry in refinement["tried"]]
     print_rows(console, [*rows, ("kept", refinement["kept"]), ("written", str(args.out))])
     return 0
-
-
-def _quality(quality: dict[str, float]) -> str:
-    return "perplexity x {perplexity_ratio:.4f}, KL {kl_divergence:.4f}, top-1 {top1_agreement:.1%}".format(
-        **quality
-    )

@@ -24,6 +24,7 @@ from neuronmlp_plugin.lowrank.rounding import refit, round_under
 from neuronmlp_plugin.models.definition import LIMIT, Weight, scales_of, tensors_of
 from neuronmlp_plugin.models.factors import INT8, PROJECTIONS, Matrix
 from neuronmlp_plugin.reporting.folder import REPORT_FILE, read_report, write_report
+from neuronmlp_plugin.reporting.run_report import Report
 
 # Calibration tokens behind the moments that rounding goes by: twenty times the channels of a small model.
 MOMENT_TOKENS = 32768
@@ -59,10 +60,8 @@ def quantize_folder(
         write_int8(folder, base, after, windows, bars)
         write_rest(folder, base, after)
         if (model / REPORT_FILE).is_file():
-            write_report(
-                folder,
-                {**_report(read_report(model), folder, after, judge, bars), "judged_on": text and text.name},
-            )
+            report = _report(read_report(model), folder, after, judge, bars)
+            write_report(folder, dataclasses.replace(report, judged_on=None if text is None else text.name))
     return after
 
 
@@ -101,12 +100,12 @@ def write_int8(
 
 
 def _report(
-    before: dict[str, Any],
+    before: Report,
     folder: pathlib.Path,
     block: FormatBlock,
     judge: Callable[[], Judge] | None,
     bars: ProgressBars,
-) -> dict[str, Any]:
+) -> Report:
     """The source's report with what rounding changed, and without what it may have changed and nobody
     measured.
     """
@@ -114,17 +113,17 @@ def _report(
     if judge is not None:
         made = judge()  # runs the dense model: only here, where its numbers have a place
         with bars.stage("quality", len(block.layers)) as tick:
-            quality = made.compare(LayerStream(Checkpoint(folder)), tick).to_json()
+            quality = made.compare(LayerStream(Checkpoint(folder)), tick)
     note = "Rounded to int8 afterwards: the errors of single matrices are those before it."
-    sizes = {"weight_bytes": block.weight_bytes, "bytes_ratio": block.bytes_ratio}
-    return {
-        **before,
-        **sizes,
-        "block": block.to_json(),
-        "quality": quality,
-        "samples": None,
-        "notes": [*before.get("notes", []), note],
-    }
+    return dataclasses.replace(
+        before,
+        block=block.to_json(),
+        weight_bytes=block.weight_bytes,
+        bytes_ratio=block.bytes_ratio,
+        quality=quality,
+        samples=None,
+        notes=[*before.notes, note],
+    )
 
 
 @dataclasses.dataclass(frozen=True)

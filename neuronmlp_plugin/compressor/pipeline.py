@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from neuronmlp_plugin.calibration.layer_stream import LayerStream
-from neuronmlp_plugin.calibration.quality import Judge, compare
+from neuronmlp_plugin.calibration.quality import Judge, Quality, compare
 from neuronmlp_plugin.calibration.text import load_tokenizer
 from neuronmlp_plugin.calibration.workers import Workers
 from neuronmlp_plugin.checkpoint.digests import file_digest
@@ -54,6 +54,7 @@ from neuronmlp_plugin.compressor.target import SIZES, Search
 from neuronmlp_plugin.lowrank.allocate import CHOOSERS, Choice, Layer, most_removable
 from neuronmlp_plugin.models.factors import PROJECTIONS, MLPLayer, ProjectionSpec
 from neuronmlp_plugin.reporting.folder import base_facts, write_report
+from neuronmlp_plugin.reporting.run_report import Report
 
 MEASURED_TURNS = 1  # how often gains are measured and layers chosen anew: docs/compression_experiments.md
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -114,7 +115,7 @@ class Run:
         shutil.rmtree(self.plan.work)
 
 
-def compress(plan: Plan, bars: ProgressBars) -> dict[str, Any] | None:
+def compress(plan: Plan, bars: ProgressBars) -> Report | None:
     """Compress as planned into `plan.target`, which appears whole or not at all; returns the report.
 
     An interrupted run goes on from its last finished layer, to an identical result. Of several processes
@@ -135,7 +136,7 @@ def compress(plan: Plan, bars: ProgressBars) -> dict[str, Any] | None:
         return _finish(run, bars) if workers.is_first else None
 
 
-def _finish(run: Run, bars: ProgressBars) -> dict[str, Any]:
+def _finish(run: Run, bars: ProgressBars) -> Report:
     layers, settings = read_layers(run.plan, run.analysis), run.plan.settings
     if settings.target is not None:
         report = _meet_target(run, layers, settings.target, bars)
@@ -144,12 +145,13 @@ def _finish(run: Run, bars: ProgressBars) -> dict[str, Any]:
     else:
         assert settings.remove is not None
         report = _make(run, _choices_for(run, layers, 1.0 - settings.remove, bars), bars)
-    report |= {
-        "loss_by_size": loss_by_size(layers, settings),
-        "spectra": spectra(layers) if run.plan.factored_levels else None,
-        "base": base_facts(run.plan.base.folder),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")},
-    }
+    report = dataclasses.replace(
+        report,
+        loss_by_size=loss_by_size(layers, settings),
+        spectra=spectra(layers) if run.plan.factored_levels else None,
+        base=base_facts(run.plan.base.folder),
+        versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")},
+    )
     write_report(run.result, report)
     run.finish()
     return report
@@ -176,27 +178,27 @@ def _measured(run: Run, choices: list[Choice], bars: ProgressBars) -> dict[str, 
     return {"gains": measured_gains(truncated, run.plan.measured, run.work, bars)}
 
 
-def _make(run: Run, choices: list[Choice], bars: ProgressBars) -> dict[str, Any]:
+def _make(run: Run, choices: list[Choice], bars: ProgressBars) -> Report:
     """Build, write and judge what `choices` say; the report of it."""
     records = _build_layers(run, choices, bars)
     layers = tuple(_stored_layer(run.plan, record) for record in records)
     block = FormatBlock(layers, run.plan.shape, describe(run.plan), _created_by())
     _write_whole(run, block)
     quality, samples = _judge(run, bars)
-    return {
-        "block": block.to_json(),
-        "weight_bytes": block.weight_bytes,
-        "full_speed_tensor_parallel": block.full_speed_sizes,
-        "ordinary": block.ordinary_size is not None,
-        "bytes_ratio": block.bytes_ratio,
-        "matrices": [row for record in records for row in record["matrices"]],
-        "notes": [note for record in records for note in record["notes"]],
-        "quality": quality,
-        "samples": samples,
-    }
+    return Report(
+        block=block.to_json(),
+        weight_bytes=block.weight_bytes,
+        full_speed_tensor_parallel=block.full_speed_sizes,
+        ordinary=block.ordinary_size is not None,
+        bytes_ratio=block.bytes_ratio,
+        matrices=[row for record in records for row in record["matrices"]],
+        notes=[note for record in records for note in record["notes"]],
+        quality=quality,
+        samples=samples,
+    )
 
 
-def _meet_target(run: Run, layers: list[Layer], asked: str, bars: ProgressBars) -> dict[str, Any]:
+def _meet_target(run: Run, layers: list[Layer], asked: str, bars: ProgressBars) -> Report:
     """The largest removal that meets the target both truncated and as stored; its report, with all probes as
     `target`.
     """
@@ -209,12 +211,14 @@ def _meet_target(run: Run, layers: list[Layer], asked: str, bars: ProgressBars) 
     while True:
         removed = search.candidate(sizes, _prober(run, layers, bars))
         report = _make(run, _choose(run, layers, 1.0 - removed), bars)
-        if search.target.met(report["quality"]):
-            search.record(removed, report["quality"], stored=True)
-            return {**report, "target": search.to_json()}
+        assert report.quality is not None  # a target is refused without a text to judge on
+        quality = report.quality.to_json()
+        if search.target.met(quality):
+            search.record(removed, quality, stored=True)
+            return dataclasses.replace(report, target=search.to_json())
         # before the failure is known, so that a rerun never takes these layers for the next size's
         run.start_over()
-        search.record(removed, report["quality"], stored=True)
+        search.record(removed, quality, stored=True)
 
 
 def _prober(run: Run, layers: list[Layer], bars: ProgressBars) -> Callable[[float], dict[str, float]]:
@@ -232,7 +236,7 @@ def _prober(run: Run, layers: list[Layer], bars: ProgressBars) -> Callable[[floa
     return measure
 
 
-def _be_faster(run: Run, layers: list[Layer], factor: float, bars: ProgressBars) -> dict[str, Any]:
+def _be_faster(run: Run, layers: list[Layer], factor: float, bars: ProgressBars) -> Report:
     """Least loss within 1 / factor of the dense MLPs' simulated decode time; what it comes to is in the
     report as `decode`.
     """
@@ -240,7 +244,7 @@ def _be_faster(run: Run, layers: list[Layer], factor: float, bars: ProgressBars)
     with bars.stage("simulated prices", priced_launches(plan)) as tick:
         prices = level_prices(plan, tick)
     report = _make(run, _choices_for(run, priced(layers, prices), 1.0 / factor, bars), bars)
-    made = parse_block(report["block"], plan.base.config, str(plan.base.folder)).layers
+    made = parse_block(report.block, plan.base.config, str(plan.base.folder)).layers
     before, simulated_us = dense_us(plan), model_us(made)
     decode = {
         "asked": factor,
@@ -248,7 +252,7 @@ def _be_faster(run: Run, layers: list[Layer], factor: float, bars: ProgressBars)
         "simulated_us": simulated_us,
         "simulated_speedup": before / simulated_us,
     }
-    return {**report, "decode": decode}
+    return dataclasses.replace(report, decode=decode)
 
 
 def _created_by() -> str:
@@ -332,7 +336,7 @@ def _write_whole(run: Run, block: FormatBlock) -> None:
     write_record(run.result)
 
 
-def _judge(run: Run, bars: ProgressBars) -> tuple[dict[str, float] | None, dict[str, Any] | None]:
+def _judge(run: Run, bars: ProgressBars) -> tuple[Quality | None, dict[str, Any] | None]:
     """Quality of what will be served against the dense model, on text that was not calibrated on, and sample
     texts of both.
     """
@@ -343,7 +347,7 @@ def _judge(run: Run, bars: ProgressBars) -> tuple[dict[str, float] | None, dict[
     folders = (open_folder(base), open_folder(run.result if overlay is None else base, overlay))
     dense, candidate = (LayerStream(*folder, device=run.device) for folder in folders)
     with bars.stage("quality", 2 * dense.num_layers) as tick:
-        quality = compare(dense, candidate, judge, tick).to_json()
+        quality = compare(dense, candidate, judge, tick)
     return quality, _samples(run, dense, candidate, bars)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from neuronmlp_plugin.calibration.layer_stream import LayerStream, best_device
-from neuronmlp_plugin.calibration.quality import Judge
+from neuronmlp_plugin.calibration.quality import Judge, Quality
 from neuronmlp_plugin.calibration.text import (
     bos_prefix,
     hold_out,
@@ -48,8 +48,8 @@ from neuronmlp_plugin.refinement.descent import chosen, mlp_linears
 from neuronmlp_plugin.refinement.objectives import BlockStreams, distill, teacher_states, visits
 from neuronmlp_plugin.refinement.refine_settings import RefineSettings
 from neuronmlp_plugin.reporting.folder import REPORT_FILE, read_report, write_report
+from neuronmlp_plugin.reporting.run_report import Report
 
-Quality = dict[str, float]
 JUDGE_WINDOW = 1024  # tokens; longer than the training windows, as served contexts are
 
 
@@ -196,7 +196,7 @@ class Run:
         return self.work.once(stage, lambda: {"stage": stage, **make()}, lambda _: is_whole(folder))
 
 
-def refine(plan: RefinePlan, bars: ProgressBars) -> dict[str, Any]:
+def refine(plan: RefinePlan, bars: ProgressBars) -> Report:
     """Refine into `settings.out`, which appears whole or not at all; returns the report (that of `compress`,
     with `refinement`).
 
@@ -208,7 +208,7 @@ def refine(plan: RefinePlan, bars: ProgressBars) -> dict[str, Any]:
         return _finish(run)
 
 
-def _finish(run: Run) -> dict[str, Any]:
+def _finish(run: Run) -> Report:
     """All stages, then the better of before and after them where it belongs."""
     plan = run.plan
     judge, badness = _judge(run), functools.partial(_badness, plan.settings)
@@ -236,7 +236,7 @@ def _before(run: Run, judge: Callable[[Checkpoint], Quality]) -> dict[str, Any]:
         _write_rest(plan, plan.source, target)
     else:
         shutil.copytree(plan.source.folder, target, dirs_exist_ok=True)
-    return {"quality": judge(Checkpoint(target)), "losses": []}
+    return {"quality": judge(Checkpoint(target)).to_json(), "losses": []}
 
 
 def _stage(
@@ -251,7 +251,7 @@ def _stage(
     divergence = min(map(_divergence, tried))
     rate = settings.rate_for(divergence)
     losses = _STAGES[stage](run, source, target, rate, settings.text_share_for(divergence))
-    return {"learning_rate": rate, "quality": judge(Checkpoint(target)), "losses": losses}
+    return {"learning_rate": rate, "quality": judge(Checkpoint(target)).to_json(), "losses": losses}
 
 
 def _divergence(entry: dict[str, Any]) -> float:
@@ -273,7 +273,7 @@ def _judge(run: Run) -> Callable[[Checkpoint], Quality]:
 
     def quality(candidate: Checkpoint) -> Quality:
         with run.bars.stage("quality", dense.num_layers) as tick:
-            return judge.compare(LayerStream(candidate, device=best_device()), tick).to_json()
+            return judge.compare(LayerStream(candidate, device=best_device()), tick)
 
     return quality
 
@@ -355,10 +355,10 @@ def _write_rest(plan: RefinePlan, source: Checkpoint, target: pathlib.Path) -> N
     write_rest(target, source, dataclasses.replace(plan.block, provenance=provenance))
 
 
-def _report(run: Run, best: Checkpoint, tried: list[dict[str, Any]]) -> dict[str, Any]:
+def _report(run: Run, best: Checkpoint, tried: list[dict[str, Any]]) -> Report:
     """The source's report with the block, the quality and the sample texts of what was kept."""
     settings, folder = run.plan.settings, run.plan.source.folder
-    report = read_report(folder) if (folder / REPORT_FILE).is_file() else {"matrices": []}
+    report = read_report(folder) if (folder / REPORT_FILE).is_file() else Report({}, [])
     kept = min(tried, key=functools.partial(_badness, settings))
     losses: list[float] = next((entry["losses"] for entry in tried if entry["stage"] == "distill"), [])
     size = settings.batch * settings.window
@@ -370,16 +370,16 @@ def _report(run: Run, best: Checkpoint, tried: list[dict[str, Any]]) -> dict[str
         "after": kept["quality"],
     }
     block = best.block or run.plan.block
-    return {
-        **report,
-        "block": block.to_json(),
-        "weight_bytes": block.weight_bytes,
-        "bytes_ratio": block.bytes_ratio,
-        "notes": [*report.get("notes", []), "The errors of single matrices are those before the refinement."],
-        "quality": kept["quality"],
-        "samples": _samples(run, best, report.get("samples")),
-        "refinement": {**refinement, "history": history, "tried": tried},
-    }
+    return dataclasses.replace(
+        report,
+        block=block.to_json(),
+        weight_bytes=block.weight_bytes,
+        bytes_ratio=block.bytes_ratio,
+        notes=[*report.notes, "The errors of single matrices are those before the refinement."],
+        quality=Quality.of(kept["quality"]),
+        samples=_samples(run, best, report.samples),
+        refinement={**refinement, "history": history, "tried": tried},
+    )
 
 
 def _samples(run: Run, best: Checkpoint, before: dict[str, Any] | None) -> dict[str, Any] | None:

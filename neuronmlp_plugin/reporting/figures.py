@@ -15,6 +15,7 @@ from typing import Any
 from markupsafe import Markup
 
 from neuronmlp_plugin.models.factors import PROJECTIONS
+from neuronmlp_plugin.reporting.run_report import Report, Row
 
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
@@ -64,8 +65,6 @@ def _themed(text: str) -> str:
         text = text.replace(stand_in, f"var({variable})")
     return re.sub(r"\s*\n\s*", " ", text)
 
-
-Row = dict[str, Any]  # one entry of report["matrices"]
 
 # Stand-ins that `to_svg` turns into variables of the page's style sheet, so that one drawing serves the light
 # and the dark scheme.
@@ -119,18 +118,18 @@ class Plot:
     alt: str
 
 
-def rank_plot(report: dict[str, Any]) -> Plot | None:
+def rank_plot(report: Report) -> Plot | None:
     """Rank by layer; a matrix that stayed dense stands above the highest possible rank. None where nothing
     was cut.
     """
-    cut = [row for row in report["matrices"] if row["rank"] is not None]
+    cut = [row for row in report.matrices if row["rank"] is not None]
     if not cut:
         return None
-    full = report["spectra"]["ranks"][-1] if report.get("spectra") else max(row["rank"] for row in cut)
+    full = report.spectra["ranks"][-1] if report.spectra else max(row["rank"] for row in cut)
     figure, axes = _axes("layer", "rank")
     for offset, name in enumerate(PROJECTIONS):
-        _line(axes, name, ((r["layer"], r["rank"]) for r in _of(report["matrices"], name)))
-        dense = [row["layer"] for row in _of(report["matrices"], name) if row["rank"] is None]
+        _line(axes, name, ((r["layer"], r["rank"]) for r in _of(report.matrices, name)))
+        dense = [row["layer"] for row in _of(report.matrices, name) if row["rank"] is None]
         axes.scatter(
             dense,
             [full * (1.06 + 0.05 * offset)] * len(dense),
@@ -139,7 +138,7 @@ def rank_plot(report: dict[str, Any]) -> Plot | None:
             color=_COLOURS[name],
             zorder=3,
         )
-    kept = len(report["matrices"]) - len(cut)
+    kept = len(report.matrices) - len(cut)
     if kept:
         axes.axhline(full * 1.01, color=INK, linewidth=0.8, linestyle=":")
     axes.set_ylim(0, full * (1.2 if kept else 1.05))
@@ -156,7 +155,7 @@ def rank_plot(report: dict[str, Any]) -> Plot | None:
     return Plot("ranks", "Rank of every matrix", figure, alt)
 
 
-def error_plot(report: dict[str, Any]) -> Plot | None:
+def error_plot(report: Report) -> Plot | None:
     """Achieved relative output error by layer. None where no text was kept to measure it on."""
     measured = _measured(report)
     if not measured:
@@ -168,7 +167,7 @@ def error_plot(report: dict[str, Any]) -> Plot | None:
             name,
             (
                 (r["layer"], r["achieved_error"] if r["rank"] is not None else None)
-                for r in _of(report["matrices"], name)
+                for r in _of(report.matrices, name)
             ),
         )
     axes.set_ylim(bottom=0)
@@ -181,7 +180,7 @@ def error_plot(report: dict[str, Any]) -> Plot | None:
     return Plot("errors", "Error of every matrix", figure, alt)
 
 
-def agreement_plot(report: dict[str, Any]) -> Plot | None:
+def agreement_plot(report: Report) -> Plot | None:
     """Predicted against achieved error, with the diagonal on which a prediction is right."""
     measured = _measured(report)
     if not measured:
@@ -215,15 +214,15 @@ def agreement_plot(report: dict[str, Any]) -> Plot | None:
     )
 
 
-def loss_plot(report: dict[str, Any]) -> Plot | None:
+def loss_plot(report: Report) -> Plot | None:
     """Predicted loss at other sizes, and this checkpoint among them."""
-    points = report.get("loss_by_size")
+    points = report.loss_by_size
     if not points:
         return None
     figure, axes = _axes("MLP parameters removed", "predicted loss, all matrices")
     sizes, losses = [p["removed_ratio"] for p in points], [p["predicted_loss"] for p in points]
     axes.plot(sizes, losses, "o-", color=_COLOURS["gate_proj"], label="ranks from predicted losses")
-    here, loss = report["block"]["removed_ratio"], sum(row["predicted_loss"] for row in report["matrices"])
+    here, loss = report.removed_ratio, sum(row["predicted_loss"] for row in report.matrices)
     axes.scatter([here], [loss], s=60, marker="D", color=MARK, zorder=3, label="this checkpoint")
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.set_ylim(bottom=0)
@@ -234,13 +233,13 @@ def loss_plot(report: dict[str, Any]) -> Plot | None:
     return Plot("loss", "Predicted loss against size", figure, alt)
 
 
-def spectrum_plots(report: dict[str, Any]) -> list[Plot]:
+def spectrum_plots(report: Report) -> list[Plot]:
     """One plot a projection: what every layer would lose at every rank, and the rank that it got."""
-    spectra = report.get("spectra")
+    spectra = report.spectra
     return [_spectrum(report, spectra, name) for name in PROJECTIONS] if spectra else []
 
 
-def _spectrum(report: dict[str, Any], spectra: dict[str, Any], name: str) -> Plot:
+def _spectrum(report: Report, spectra: dict[str, Any], name: str) -> Plot:
     ranks, layers = spectra["ranks"], spectra["layers"]
     figure, axes = _axes("rank", "share of output energy lost", width=3.7)
     colours, named = _depth_colours(len(layers)), {0, len(layers) // 2, len(layers) - 1}
@@ -256,7 +255,7 @@ def _spectrum(report: dict[str, Any], spectra: dict[str, Any], name: str) -> Plo
             label=f"layer {index}" if index in named else None,
         )
     chosen = [
-        row for row in _of(report["matrices"], name) if row["rank"] is not None and row["predicted_error"] > 0
+        row for row in _of(report.matrices, name) if row["rank"] is not None and row["predicted_error"] > 0
     ]
     dots = {
         "color": [colours[row["layer"]] for row in chosen],
@@ -355,10 +354,8 @@ def _of(rows: list[Row], projection: str) -> list[Row]:
     return [row for row in rows if row["projection"] == projection]
 
 
-def _measured(report: dict[str, Any]) -> list[Row]:
-    return [
-        row for row in report["matrices"] if row["rank"] is not None and row["achieved_error"] is not None
-    ]
+def _measured(report: Report) -> list[Row]:
+    return [row for row in report.matrices if row["rank"] is not None and row["achieved_error"] is not None]
 
 
 def _name(row: Row) -> str:

@@ -5,10 +5,11 @@ serve it, and its numbers.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import jinja2
@@ -28,6 +29,7 @@ from neuronmlp_plugin.reporting.figures import (
     spectrum_plots,
     to_svg,
 )
+from neuronmlp_plugin.reporting.run_report import Report
 from neuronmlp_plugin.reporting.view import base_name, forms, headline, judged_on
 
 REPORT_FILE = "neuronmlp_report.json"
@@ -35,28 +37,30 @@ PAGE_FILE = "neuronmlp_report.html"
 CARD_FILE = "README.md"
 
 
-def read_report(folder: pathlib.Path) -> dict[str, Any]:
+def read_report(folder: pathlib.Path) -> Report:
     """The report that a compression left in `folder`. Raises CheckpointError where there is none."""
     path = folder / REPORT_FILE
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: expected the report that `neuronmlp compress` writes, found: {error}."
         ) from error
-    if not isinstance(report, dict) or not (report.get("block") and report.get("matrices")):
+    if not isinstance(found, dict) or not (found.get("block") and found.get("matrices")):
         raise CheckpointError(
             f"{path}: expected a report with `block` and `matrices`, found another JSON file; compress again."
         )
-    return report
+    with _whole(folder):
+        return Report.of(found)
 
 
-def _rendered(render: Callable[[dict[str, Any]], str], report: dict[str, Any], folder: pathlib.Path) -> str:
+@contextlib.contextmanager
+def _whole(folder: pathlib.Path) -> Iterator[None]:
     """Refuses a report in which something is missing or of another kind: only a JSON edited by hand is like
     that.
     """
     try:
-        return render(report)
+        yield
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(
@@ -65,35 +69,33 @@ def _rendered(render: Callable[[dict[str, Any]], str], report: dict[str, Any], f
         ) from error
 
 
-def write_report(folder: pathlib.Path, report: dict[str, Any]) -> None:
+def write_report(folder: pathlib.Path, report: Report) -> None:
     """All three files."""
-    save_json(folder / REPORT_FILE, report)
+    save_json(folder / REPORT_FILE, report.to_json())
     write_page(folder, report)
     write_card(folder, report)
 
 
-def write_page(folder: pathlib.Path, report: dict[str, Any]) -> pathlib.Path:
+def write_page(folder: pathlib.Path, report: Report) -> pathlib.Path:
     """`neuronmlp_report.html`, whole or not at all."""
-    path = folder / PAGE_FILE
-    save_text(path, _rendered(render_page, report, folder))
-    return path
+    with _whole(folder):
+        page = render_page(report)
+    save_text(folder / PAGE_FILE, page)
+    return folder / PAGE_FILE
 
 
-def write_card(folder: pathlib.Path, report: dict[str, Any]) -> pathlib.Path:
+def write_card(folder: pathlib.Path, report: Report) -> pathlib.Path:
     """`README.md`, whole or not at all."""
-    path = folder / CARD_FILE
-    save_text(path, _rendered(render_card, report, folder))
-    return path
+    with _whole(folder):
+        card = render_card(report)
+    save_text(folder / CARD_FILE, card)
+    return folder / CARD_FILE
 
 
-def render_page(report: dict[str, Any]) -> str:
-    """The page of a report (the JSON that `compress` writes, of any age: keys added later may be missing).
-
-    `quality` is taken for the quality of the weights in the folder: a stage that changes them must measure it
-    again.
-    """
+def render_page(report: Report) -> str:
+    """The page of a report; it leaves out what the report has no numbers for."""
     template = _environment().get_template("page.html")
-    return template.render(report=report, view=view, **_plots(report), **_refined(report.get("refinement")))
+    return template.render(report=report, view=view, **_plots(report), **_refined(report.refinement))
 
 
 def _environment() -> jinja2.Environment:
@@ -108,7 +110,7 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _plots(report: dict[str, Any]) -> dict[str, list[Plot]]:
+def _plots(report: Report) -> dict[str, list[Plot]]:
     """The plots of each section; those that this report has no numbers for are left out."""
     return {
         "size_plots": _there(rank_plot(report), loss_plot(report)),
@@ -157,15 +159,15 @@ def _stated_license(readme: pathlib.Path) -> dict[str, str]:
     return {key: stated[key] for key in _LICENSE_KEYS if isinstance(stated.get(key), str)}
 
 
-def render_card(report: dict[str, Any]) -> str:
+def render_card(report: Report) -> str:
     """README.md of the folder, from its report."""
     return "\n".join([*_front_matter(report), *_body(report)]) + "\n"
 
 
-def _front_matter(report: dict[str, Any]) -> list[str]:
+def _front_matter(report: Report) -> list[str]:
     from huggingface_hub import ModelCardData
 
-    stated = (report.get("base") or {}).get("license") or {}
+    stated = (report.base or {}).get("license") or {}
     data = ModelCardData(
         base_model=base_name(report),
         base_model_relation="quantized",
@@ -177,11 +179,9 @@ def _front_matter(report: dict[str, Any]) -> list[str]:
     return ["---", data.to_yaml().rstrip(), "---"]
 
 
-def _body(report: dict[str, Any]) -> list[str]:
+def _body(report: Report) -> list[str]:
     removed = headline(report)[0].value
-    shown = (
-        "ranks, errors, spectra and sample texts" if report.get("samples") else "ranks, errors and spectra"
-    )
+    shown = "ranks, errors, spectra and sample texts" if report.samples else "ranks, errors and spectra"
     return [
         "",
         f"# {_plain(base_name(report))}, {removed} of the MLP parameters removed",
@@ -198,18 +198,18 @@ def _body(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _changed(report: dict[str, Any]) -> str:
+def _changed(report: Report) -> str:
     """What became of the MLPs."""
-    if report.get("ordinary"):
-        return f"its MLPs keep {report['matrices'][0]['channels']} of their channels each, all matrices dense"
-    kept = {row.get("channels") for row in report["matrices"]}
+    if report.ordinary:
+        return f"its MLPs keep {report.matrices[0]['channels']} of their channels each, all matrices dense"
+    kept = {row["channels"] for row in report.matrices}
     fewer = f", with {min(kept)} to {max(kept)} channels a layer" if len(kept) > 1 else ""
     return f"its MLP matrices are stored as low-rank factors ({_plain(forms(report))}){fewer}"
 
 
-def _made(report: dict[str, Any]) -> list[str]:
-    settings = report["block"].get("provenance") or {}
-    tokens, quality = settings.get("calibration_tokens"), report.get("quality")
+def _made(report: Report) -> list[str]:
+    settings = report.provenance
+    tokens, quality = settings.get("calibration_tokens"), report.quality
     lines = ["## How it was made", ""]
     lines.append(
         f"`neuronmlp compress`, method {settings.get('method')}, allocation {settings.get('allocation')}, "
@@ -217,24 +217,23 @@ def _made(report: dict[str, Any]) -> list[str]:
     )
     if tokens:
         lines.append(f"Calibrated on {tokens:,} tokens (digest `{settings.get('calibration_digest')}`).")
-    if report.get("refinement"):
-        lines.append(f"Refined afterwards: {_plain(str(report['refinement'].get('method')))}.")
+    if report.refinement:
+        lines.append(f"Refined afterwards: {_plain(str(report.refinement.get('method')))}.")
     if quality:
         lines.append(
-            f"Judged on {quality['num_tokens']:,} tokens {_plain(judged_on(report))}; other text can fare "
-            "worse."
+            f"Judged on {quality.num_tokens:,} tokens {_plain(judged_on(report))}; other text can fare worse."
         )
     return [*lines, ""]
 
 
-def _serving(report: dict[str, Any]) -> list[str]:
-    beside = (report["block"].get("provenance") or {}).get("factors_only")
+def _serving(report: Report) -> list[str]:
+    beside = report.provenance.get("factors_only")
     command = (
         "vllm serve MODEL --quantization neuronmlp   # MODEL: the dense folder that holds this one"
         if beside
         else "vllm serve DIR"
     )
-    if report.get("ordinary"):
+    if report.ordinary:
         needs = (
             "An ordinary Hugging Face folder with a smaller `intermediate_size`: any engine loads it, "
             "without neuronmlp."

@@ -10,7 +10,15 @@ import pathlib
 import re
 from typing import Any
 
+from neuronmlp_plugin.calibration.quality import Quality
+from neuronmlp_plugin.reporting.run_report import Report
+
 _DASH = "–"
+MEASURES = {
+    "perplexity_ratio": "Perplexity over dense",
+    "kl_divergence": "KL from dense",
+    "top1_agreement": "Same top token",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +40,16 @@ class Sample:
     verdict: str
 
 
-def base_name(report: dict[str, Any]) -> str:
+def base_name(report: Report) -> str:
     """What the dense model is called: as recorded, else (older reports) its folder's name."""
-    recorded = (report.get("base") or {}).get("name")
-    return str(recorded or pathlib.Path(_provenance(report).get("model") or "").name or "unknown model")
+    recorded = (report.base or {}).get("name")
+    return str(recorded or pathlib.Path(report.provenance.get("model") or "").name or "unknown model")
 
 
-def headline(report: dict[str, Any]) -> list[Tile]:
+def headline(report: Report) -> list[Tile]:
     """What was removed and what it cost."""
-    kept = sum(row["parameters"] for row in report["matrices"])
-    removed = report["block"]["removed_ratio"]
+    kept = sum(row["parameters"] for row in report.matrices)
+    removed = report.removed_ratio
     dense = kept / (1 - removed)
     tiles = [
         Tile(
@@ -50,52 +58,41 @@ def headline(report: dict[str, Any]) -> list[Tile]:
             f"{dense / 1e6:,.1f} M before, {kept / 1e6:,.1f} M stored",
         )
     ]
-    quality = report.get("quality")
-    if "bytes_ratio" in report:
-        tiles.append(
-            Tile(
-                "MLP bytes",
-                f"{report['bytes_ratio']:.1%}",
-                f"of bf16: {report['weight_bytes'] / 1e6:,.1f} MB as served",
-            )
-        )
-    if not quality:
-        why = "since rounding to int8" if has_int8(report) else "no text was kept to judge on"
+    if report.bytes_ratio is not None and report.weight_bytes is not None:
+        served = f"of bf16: {report.weight_bytes / 1e6:,.1f} MB as served"
+        tiles.append(Tile("MLP bytes", f"{report.bytes_ratio:.1%}", served))
+    quality = report.quality
+    if quality is None:
+        why = "since rounding to int8" if report.has_int8 else "no text was kept to judge on"
         return [*tiles, Tile("Quality", "not measured", why)]
-    before = "{candidate_perplexity:.2f} against {reference_perplexity:.2f} dense".format(**quality)
-    return [
-        *tiles,
-        Tile("Perplexity over dense", f"× {quality['perplexity_ratio']:.3f}", before),
-        Tile("KL from dense", f"{quality['kl_divergence']:.4f}", "nats a token; 0 is the same model"),
-        Tile("Same top token", f"{quality['top1_agreement']:.1%}", "of the positions, as the dense model"),
-    ]
+    notes = {
+        "perplexity_ratio": quality.perplexities,
+        "kl_divergence": "nats a token; 0 is the same model",
+        "top1_agreement": "of the positions, as the dense model",
+    }
+    return tiles + [Tile(MEASURES[name], quality.written(name), note) for name, note in notes.items()]
 
 
-def has_int8(report: dict[str, Any]) -> bool:
-    specs = [spec for layer in report["block"].get("layers", []) for spec in layer.values()]
-    return any(isinstance(spec, dict) and "dtype" in spec for spec in specs)
-
-
-def asked(report: dict[str, Any]) -> str:
+def asked(report: Report) -> str:
     """What `--target` or `--faster` asked for and got, in a sentence; empty where a size was asked for."""
-    if "target" in report:
-        target = report["target"]
+    if report.target is not None:
+        target = report.target
         return (
             f"Asked for {target['asked']}: the largest removal that keeps it, as stored, after "
             f"{len(target['probes'])} probes."
         )
-    if "decode" in report:
+    if report.decode is not None:
         line = (
             "Asked for decode {asked:g} times faster: the MLPs are × {simulated_speedup:.3f} (simulated: one "
             "token, one core of trn1)."
         )
-        return line.format(**report["decode"])
+        return line.format(**report.decode)
     return ""
 
 
-def judged_on(report: dict[str, Any]) -> str:
+def judged_on(report: Report) -> str:
     """Which text the quality is of."""
-    named = report.get("judged_on")
+    named = report.judged_on
     return (
         f"of {named}"
         if named
@@ -103,14 +100,14 @@ def judged_on(report: dict[str, Any]) -> str:
     )
 
 
-def forms(report: dict[str, Any]) -> str:
+def forms(report: Report) -> str:
     """`88 compact, 2 dense`: how the matrices are stored, most common first."""
-    kinds = [_stored_as(report, row) for row in report["matrices"]]
+    kinds = [_stored_as(report, row) for row in report.matrices]
     counted = sorted(((kinds.count(kind), kind) for kind in set(kinds)), key=lambda pair: (-pair[0], pair[1]))
     return ", ".join(f"{count} {kind}" for count, kind in counted)
 
 
-def matrix_rows(report: dict[str, Any]) -> list[list[str]]:
+def matrix_rows(report: Report) -> list[list[str]]:
     """The table of all matrices, under MATRIX_COLUMNS."""
     return [
         [
@@ -120,7 +117,7 @@ def matrix_rows(report: dict[str, Any]) -> list[list[str]]:
             f"{row['parameters']:,}",
             *_errors(row),
         ]
-        for row in report["matrices"]
+        for row in report.matrices
     ]
 
 
@@ -152,9 +149,9 @@ MATRIX_COLUMNS = (
 )
 
 
-def choice(report: dict[str, Any]) -> str:
+def choice(report: Report) -> str:
     """How the ranks were chosen, and what the predicted loss that they are told with is."""
-    settings = _provenance(report)
+    settings = report.provenance
     allocation = settings.get("allocation", "unknown")
     least = "The ranks were chosen across all matrices for the least predicted loss"
     known = {
@@ -169,9 +166,9 @@ def choice(report: dict[str, Any]) -> str:
     return f"{chosen}: what the cuts do to the outputs of the matrices{weighted}."
 
 
-def samples(report: dict[str, Any]) -> list[Sample]:
+def samples(report: Report) -> list[Sample]:
     """Prompts with both continuations; none where the run made none."""
-    return [_sample(entry) for entry in (report.get("samples") or {}).get("texts", [])]
+    return [_sample(entry) for entry in (report.samples or {}).get("texts", [])]
 
 
 def _sample(entry: dict[str, str]) -> Sample:
@@ -186,20 +183,12 @@ def _sample(entry: dict[str, str]) -> Sample:
     return Sample(entry["prompt"], *word_differences(dense, compressed), verdict)
 
 
-_QUALITY = (
-    ("Perplexity", "candidate_perplexity", "{:.3f}"),
-    ("Perplexity over dense", "perplexity_ratio", "× {:.3f}"),
-    ("KL from dense, nats a token", "kl_divergence", "{:.4f}"),
-    ("Same top token", "top1_agreement", "{:.1%}"),
-)
-
-
 def refinement_rows(refinement: dict[str, Any]) -> list[list[str]]:
     """Quality before and after, a row a measure; a dash for what was not measured."""
-    before, after = (refinement.get(when) or {} for when in ("before", "after"))
+    pair = [Quality.of(refinement.get(when)) for when in ("before", "after")]
     return [
-        [label, _number(before.get(key), shape), _number(after.get(key), shape)]
-        for label, key, shape in _QUALITY
+        [label, *(_DASH if quality is None else quality.written(name) for quality in pair)]
+        for name, label in MEASURES.items()
     ]
 
 
@@ -207,19 +196,17 @@ def _number(value: Any, shape: str) -> str:
     return shape.format(value) if isinstance(value, (int, float)) else _DASH
 
 
-def provenance_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+def provenance_rows(report: Report) -> list[tuple[str, str]]:
     """Settings, calibration, digests and versions, as recorded."""
-    rows = [("created by", str(report["block"].get("created_by", "unknown")))]
-    for key, value in _provenance(report).items():
+    rows = [("created by", str(report.block.get("created_by", "unknown")))]
+    for key, value in report.provenance.items():
         parts = (
             {f"{key}: {part}": found for part, found in value.items()}
             if isinstance(value, dict)
             else {key: value}
         )
         rows += [(_label(part), _value(found)) for part, found in parts.items()]
-    return rows + [
-        (f"version of {name}", str(version)) for name, version in (report.get("versions") or {}).items()
-    ]
+    return rows + [(f"version of {name}", str(version)) for name, version in (report.versions or {}).items()]
 
 
 def _label(key: str) -> str:
@@ -234,13 +221,9 @@ def _value(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else re.sub(r"\s+", " ", str(value))
 
 
-def _provenance(report: dict[str, Any]) -> dict[str, Any]:
-    return report["block"].get("provenance") or {}
-
-
-def _stored_as(report: dict[str, Any], row: dict[str, Any]) -> str:
+def _stored_as(report: Report, row: dict[str, Any]) -> str:
     """The form, and the dtype where the block names one (`compact int8`)."""
-    dtype = report["block"]["layers"][row["layer"]][row["projection"]].get("dtype")
+    dtype = report.block["layers"][row["layer"]][row["projection"]].get("dtype")
     return f"{row['form']} {dtype}" if dtype else str(row["form"])
 
 

@@ -8,7 +8,14 @@ import math
 import pytest
 
 from neuronmlp_plugin.bench.engines import Answer, EngineSettings
-from neuronmlp_plugin.bench.serve import Cell, ideal_of, measure_serving, prompt_flops, write_w8a8
+from neuronmlp_plugin.bench.serve import (
+    Cell,
+    ideal_of,
+    measure_parts,
+    measure_serving,
+    prompt_flops,
+    write_w8a8,
+)
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from tests.tiny_models import write_dense, write_mixed
 
@@ -99,3 +106,18 @@ def test_a_rival_in_int8_has_the_dense_models_names_and_a_scale_for_each_row(fol
     back = tensors[name].float() * tensors[name + "_scale"].float()
     assert (back - dense[name]).abs().max() <= 0.01 * dense[name].abs().max()
     assert math.isnan(ideal_of(Cell("decode", 1), folders["dense"], out, "bfloat16"))
+
+
+def test_parts_of_decoding_are_of_one_token_after_the_first(folders, monkeypatch):
+    def engine(job):
+        assert job.parts
+        return Answer(0.0, 0, {"MLP": 3.0 + 2.0 * job.new, "head": float(job.prompt)})
+
+    monkeypatch.setattr(
+        "neuronmlp_plugin.bench.serve.engines", lambda *_: contextlib.nullcontext({"dense": engine})
+    )
+    found = measure_parts(
+        {"dense": folders["dense"]}, SETTINGS, cells=CELLS, new_tokens=5, rounds=2, tick=lambda _: None
+    )
+    assert found["dense", "first token, 16"] == {"MLP": 5.0, "head": 16.0}
+    assert found["dense", "decode, batch 2"] == {"MLP": 2.0, "head": 0.0}

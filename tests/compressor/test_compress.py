@@ -75,9 +75,9 @@ def test_every_family_compresses_to_its_budget(tmp_path, family, form):
     report = compress(make_plan(settings_for(tmp_path, form=form, channels="keep")), QUIET)
     checkpoint = Checkpoint(tmp_path / "out")
     assert checkpoint.block.removed_ratio == pytest.approx(0.2, abs=0.005)
-    stored = sum(row["parameters"] for row in report["matrices"])
+    stored = sum(row["parameters"] for row in report.matrices)
     assert stored == sum(t.numel() for n, t in checkpoint.tensors() if ".mlp." in n)
-    assert report["quality"]["num_tokens"] == 4 * 31
+    assert report.quality.num_tokens == 4 * 31
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {
         "neuronmlp_report.json",
         "neuronmlp_report.html",
@@ -97,7 +97,7 @@ def test_predicted_errors_hold_on_the_calibrated_rows(home):
         report = compress(plan, QUIET)
     finally:
         analyse_module.SAMPLE_ROWS = kept
-    rows = [row for row in report["matrices"] if row["rank"] is not None]
+    rows = [row for row in report.matrices if row["rank"] is not None]
     assert len(rows) > 4
     for row in rows:
         assert row["achieved_error"] == pytest.approx(row["predicted_error"], rel=0.03), row
@@ -109,14 +109,14 @@ def test_two_sided_global_beats_the_published_method_at_equal_bytes(home):
         make_plan(settings_for(home, form="uv", method="whitened", allocation="uniform", out=home / "w")),
         QUIET,
     )
-    assert theirs["block"]["removed_ratio"] == pytest.approx(ours["block"]["removed_ratio"], abs=0.01)
-    assert ours["quality"]["kl_divergence"] < 0.8 * theirs["quality"]["kl_divergence"]
+    assert theirs.removed_ratio == pytest.approx(ours.removed_ratio, abs=0.01)
+    assert ours.quality.kl_divergence < 0.8 * theirs.quality.kl_divergence
 
 
 def test_plain_svd_needs_no_text(home):
     report = compress(make_plan(settings_for(home, text=None, method="plain", allocation="uniform")), QUIET)
-    assert report["quality"] is None
-    assert all(row["achieved_error"] is None for row in report["matrices"])
+    assert report.quality is None
+    assert all(row["achieved_error"] is None for row in report.matrices)
 
 
 def test_rank_multiple_aligns_the_ranks(home):
@@ -124,7 +124,7 @@ def test_rank_multiple_aligns_the_ranks(home):
         make_plan(settings_for(home, method="whitened", allocation="uniform", form="uv", rank_multiple=8)),
         QUIET,
     )
-    assert all(row["rank"] % 8 == 0 for row in report["matrices"])
+    assert all(row["rank"] % 8 == 0 for row in report.matrices)
 
 
 def test_bf16_factors_are_written_as_bf16(home):
@@ -221,7 +221,7 @@ def test_sample_texts_are_no_reason_to_begin_anew(home, monkeypatch):
     monkeypatch.setattr(run_module, "sample_texts", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         compress(make_plan(settings_for(home)), QUIET)
-    assert compress(make_plan(settings_for(home, samples=0)), QUIET)["samples"] is None
+    assert compress(make_plan(settings_for(home, samples=0)), QUIET).samples is None
 
 
 def test_the_text_that_judges_is_not_calibrated_on(home):
@@ -306,7 +306,7 @@ def test_an_analysis_serves_other_sizes(home, monkeypatch):
     compress(make_plan(settings_for(home, analysis=home / "an", out=home / "a")), QUIET)
     monkeypatch.setattr(analyse_module, "layer_moments", lambda *_: pytest.fail("analysed again"))
     report = compress(make_plan(settings_for(home, analysis=home / "an", remove=0.4, form="uv")), QUIET)
-    assert report["block"]["removed_ratio"] == pytest.approx(0.4, abs=0.005)
+    assert report.block["removed_ratio"] == pytest.approx(0.4, abs=0.005)
 
 
 def test_another_runs_leftovers_are_refused(home, monkeypatch):
@@ -366,8 +366,8 @@ def test_groups_and_fewer_channels_are_stored_as_they_are_said(home, groups, all
     assert block.groups == groups and 0.4 <= block.removed_ratio < 0.43
     assert any(layer.channels < 192 for layer in block.layers)
     assert all(layer.channels % (16 * groups) == 0 for layer in block.layers)
-    assert groups in report["full_speed_tensor_parallel"]
-    assert report["quality"]["kl_divergence"] < 1.0
+    assert groups in report.full_speed_tensor_parallel
+    assert report.quality.kl_divergence < 1.0
 
 
 def test_auto_takes_the_groups_whose_slices_are_nearest_to_square(home):
@@ -386,7 +386,7 @@ def test_uniformly_narrow_is_an_ordinary_folder(home):
 
     report = compress(make_plan(settings_for(home, form="narrow", allocation="uniform", remove=0.25)), QUIET)
     config = json.loads((home / "out" / "config.json").read_text())
-    assert config["intermediate_size"] == 144 and "quantization_config" not in config and report["ordinary"]
+    assert config["intermediate_size"] == 144 and "quantization_config" not in config and report.ordinary
     model, ids = AutoModelForCausalLM.from_pretrained(home / "out"), torch.randint(3, 128, (2, 9))
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, load_model(home / "out")(ids).logits)
@@ -397,7 +397,7 @@ def test_choosing_channels_by_their_loss_beats_leverage_and_choosing_by_layer_be
     leverage = {**known, "method": "modegpt", "allocation": "uniform"}
     ways = [known, {**known, "allocation": "uniform"}, leverage]
     kls = [
-        compress(make_plan(settings_for(home, out=home / str(i), **way)), QUIET)["quality"]["kl_divergence"]
+        compress(make_plan(settings_for(home, out=home / str(i), **way)), QUIET).quality.kl_divergence
         for i, way in enumerate(ways)
     ]
     assert kls == sorted(kls) and kls[0] < 0.7 * kls[1]
@@ -431,7 +431,7 @@ def test_too_little_disk_is_refused_before_anything_is_done(home, monkeypatch):
 def test_factor_file_gives_the_same_model_as_the_folder(home):
     folder = compress(make_plan(settings_for(home)), QUIET)
     file = compress(make_plan(settings_for(home, out=home / "dense", factors_only=True)), QUIET)
-    assert file["quality"] == folder["quality"] and file["quality"]["kl_divergence"] > 0
+    assert file.quality == folder.quality and file.quality.kl_divergence > 0
     ids = torch.randint(3, 128, (2, 9))
     with torch.no_grad():
         overlay = load_model(home / "dense", factors=home / "dense" / FACTOR_FILE)(ids).logits
@@ -442,9 +442,9 @@ def test_factor_file_gives_the_same_model_as_the_folder(home):
 def test_weak_pivots_fall_back_to_uv_at_no_more_bytes(home, monkeypatch):
     monkeypatch.setattr("neuronmlp_plugin.compressor.build.ROUNDING_LIMIT", 0.0)
     report = compress(make_plan(settings_for(home, dtype="bfloat16")), QUIET)
-    assert {row["form"] for row in report["matrices"]} <= {"uv", "dense"}
-    assert report["notes"] and "pivots too weak" in report["notes"][0]
-    assert report["block"]["removed_ratio"] >= 0.2
+    assert {row["form"] for row in report.matrices} <= {"uv", "dense"}
+    assert report.notes and "pivots too weak" in report.notes[0]
+    assert report.block["removed_ratio"] >= 0.2
 
 
 def test_damaged_weights_are_refused_by_name(home):
@@ -515,17 +515,17 @@ def test_a_factored_model_is_not_compressed_again(home):
 def test_the_report_is_json_with_every_matrix(home):
     compress(make_plan(settings_for(home, groups=1, channels="keep")), QUIET)
     report = json.loads((home / "out" / "neuronmlp_report.json").read_text())
-    assert [(row["layer"], row["projection"]) for row in report["matrices"]][:4] == [
+    assert [(row["layer"], row["projection"]) for row in report.matrices][:4] == [
         (0, "gate_proj"),
         (0, "up_proj"),
         (0, "down_proj"),
         (1, "gate_proj"),
     ]
-    for row in report["matrices"]:
-        known = report["spectra"]["layers"][row["layer"]][row["projection"]]
-        lost = np.interp(row["rank"], report["spectra"]["ranks"], known) if row["rank"] is not None else 0.0
+    for row in report.matrices:
+        known = report.spectra["layers"][row["layer"]][row["projection"]]
+        lost = np.interp(row["rank"], report.spectra["ranks"], known) if row["rank"] is not None else 0.0
         assert lost == pytest.approx(row["predicted_error"] ** 2, rel=0.05), row
-    losses = [point["predicted_loss"] for point in report["loss_by_size"]]
+    losses = [point["predicted_loss"] for point in report.loss_by_size]
     assert losses == sorted(losses) and len(losses) >= 5
 
 

@@ -155,12 +155,12 @@ def test_a_run_reports_the_simulated_time_it_was_asked_for(tmp_path, monkeypatch
         ),
         QUIET,
     )
-    decode = report["decode"]
+    decode = report.decode
     assert decode["asked"] == 1.05
     assert decode["simulated_speedup"] > 1.04  # prices are lines between the steps of the row tiles
     assert decode["simulated_us"] < decode["dense_simulated_us"]
     assert decode["simulated_speedup"] == pytest.approx(decode["dense_simulated_us"] / decode["simulated_us"])
-    assert len(report["loss_by_size"]) >= 5
+    assert len(report.loss_by_size) >= 5
 
 
 def test_an_mlp_of_one_row_tile_gets_no_faster_and_that_is_said(home):  # noqa: F811

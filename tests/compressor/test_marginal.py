@@ -112,7 +112,7 @@ def test_what_was_not_measured_goes_by_its_layer_and_its_neighbours():
 
 def test_a_measured_allocation_keeps_its_budget_and_is_measured_once(home, monkeypatch):  # noqa: F811
     report = compress(make_plan(settings_for(home, allocation="measured")), QUIET)
-    assert report["block"]["removed_ratio"] == pytest.approx(0.2, abs=0.005)
+    assert report.block["removed_ratio"] == pytest.approx(0.2, abs=0.005)
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -123,7 +123,7 @@ def test_a_measured_allocation_keeps_its_budget_and_is_measured_once(home, monke
         with pytest.raises(KeyboardInterrupt):
             compress(again, QUIET)
     monkeypatch.setattr(run_module, "measured_gains", interrupted)
-    assert compress(again, QUIET)["block"] == report["block"]
+    assert compress(again, QUIET).block == report.block
 
 
 @pytest.mark.parametrize(

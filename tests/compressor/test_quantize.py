@@ -176,13 +176,13 @@ def test_a_report_goes_with_the_rounded_weights(home):
     )
     before, unjudged, judged = (read_report(home / name) for name in ("c", "unjudged", "judged"))
     assert (
-        unjudged["quality"] is None
-        and unjudged["samples"] is None
+        unjudged.quality is None
+        and unjudged.samples is None
         and "not measured" in (home / "unjudged" / PAGE_FILE).read_text()
     )
-    assert judged["quality"]["kl_divergence"] > 0.0 and judged["quality"]["num_tokens"] == 2 * 1023
-    assert judged["block"] == Checkpoint(home / "judged").block.to_json() != before["block"]
-    assert judged["bytes_ratio"] < 0.6 * before["bytes_ratio"]
+    assert judged.quality.kl_divergence > 0.0 and judged.quality.num_tokens == 2 * 1023
+    assert judged.block == Checkpoint(home / "judged").block.to_json() != before.block
+    assert judged.bytes_ratio < 0.6 * before.bytes_ratio
     card, page = (home / "judged" / CARD_FILE).read_text(), (home / "judged" / PAGE_FILE).read_text()
     assert "compact int8" in card and "tokens of text.jsonl" in card and "sample texts" not in card
     assert (

@@ -14,7 +14,7 @@ from neuronmlp_plugin.reporting.folder import render_page
 from tests.compressor.browser import CHROMIUM, DRIVER, opened
 from tests.compressor.test_compress import QUIET, settings_for
 from tests.letters import write_text, write_tokenizer
-from tests.reporting.reports import IMAGE, SCRIPT, first_release_report, full_report
+from tests.reporting.reports import IMAGE, SCRIPT, full_report, plain_report
 from tests.tiny_models import write_dense
 
 pytestmark = [
@@ -39,7 +39,7 @@ def pages(tmp_path_factory):
     writes.
     """
     home = tmp_path_factory.mktemp("pages")
-    for name, report in (("full", full_report()), ("old", first_release_report())):
+    for name, report in (("full", full_report()), ("old", plain_report())):
         (home / f"{name}.html").write_text(render_page(report), encoding="utf-8")
     write_tokenizer(write_dense(home / "dense", "llama"))
     write_text(home / "text.jsonl", 3000)

@@ -5,6 +5,7 @@ the stored folder does.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -87,20 +88,20 @@ def test_a_size_whose_stored_tensors_fail_gives_way_to_the_next_and_nothing_is_p
 def test_the_largest_removal_that_meets_is_made_and_is_the_folders_own_quality(home):  # noqa: F811
     plan = asked(home)
     report = compress(plan, QUIET)
-    probes = report["target"]["probes"]
+    probes = report.target["probes"]
     last = probes[-1] if probes[-1]["stored"] else next(p for p in probes if p["stored"])
-    assert last["met"] and report["quality"]["kl_divergence"] == last["kl_divergence"] <= 0.02
-    assert report["block"]["removed_ratio"] == pytest.approx(last["removed"], abs=0.006)
+    assert last["met"] and report.quality.kl_divergence == last["kl_divergence"] <= 0.02
+    assert report.block["removed_ratio"] == pytest.approx(last["removed"], abs=0.006)
     beyond = [p for p in probes if not p["stored"] and p["removed"] > last["removed"]]
     assert beyond and not beyond[0]["met"] and beyond[0]["removed"] == pytest.approx(last["removed"] + 0.005)
     # Judged once more from the folder, as a user would.
     dense, made = (LayerStream(Checkpoint(home / name)) for name in ("dense", "out"))
     assert compare(dense, made, plan.judge).kl_divergence == pytest.approx(last["kl_divergence"])
-    assert json.loads((home / "out" / "neuronmlp_report.json").read_text())["target"] == report["target"]
+    assert json.loads((home / "out" / "neuronmlp_report.json").read_text())["target"] == report.target
 
 
 def test_a_probe_is_the_model_that_is_stored(home):  # noqa: F811
-    probes = compress(asked(home), QUIET)["target"]["probes"]
+    probes = compress(asked(home), QUIET).target["probes"]
     stored = next(p for p in probes if p["stored"])
     truncated = next(p for p in probes if not p["stored"] and p["removed"] == stored["removed"])
     assert truncated["kl_divergence"] == pytest.approx(stored["kl_divergence"], rel=1e-3)
@@ -116,13 +117,13 @@ def test_stored_tensors_that_miss_are_not_reported_as_met(home, monkeypatch):  #
     def pessimist(run, bars):
         judged.append(1)
         quality, samples = real(run, bars)
-        return {**quality, "kl_divergence": 0.021} if len(judged) == 1 else quality, samples
+        return replace(quality, kl_divergence=0.021) if len(judged) == 1 else quality, samples
 
     monkeypatch.setattr(run_module, "_judge", pessimist)
     report = compress(asked(home), QUIET)
-    assert [p["met"] for p in report["target"]["probes"] if p["stored"]] == [True, False]
-    assert report["quality"]["kl_divergence"] <= 0.02
-    assert Checkpoint(home / "out").block.removed_ratio < first["block"]["removed_ratio"]
+    assert [p["met"] for p in report.target["probes"] if p["stored"]] == [True, False]
+    assert report.quality.kl_divergence <= 0.02
+    assert Checkpoint(home / "out").block.removed_ratio < first.removed_ratio
 
 
 def test_an_interrupted_search_goes_on_to_the_same_bytes(home, monkeypatch):  # noqa: F811

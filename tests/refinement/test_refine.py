@@ -4,7 +4,6 @@ it cannot help.
 
 from __future__ import annotations
 
-import json
 import pathlib
 import shutil
 
@@ -79,10 +78,10 @@ def test_both_stages_bring_the_model_closer(home, tmp_path, model):
     report = refine(
         make_plan(settings_for(home, tmp_path / "out", model, stages=("blocks", "distill"))), QUIET
     )
-    before, blocks, distilled = (entry["quality"]["kl_divergence"] for entry in report["refinement"]["tried"])
+    before, blocks, distilled = (entry["quality"]["kl_divergence"] for entry in report.refinement["tried"])
     assert blocks < before and distilled < 0.9 * before
-    assert report["quality"]["kl_divergence"] == min(before, blocks, distilled)
-    assert json.loads((tmp_path / "out" / "neuronmlp_report.json").read_text()) == report
+    assert report.quality.kl_divergence == min(before, blocks, distilled)
+    assert read_report(tmp_path / "out") == report
     source, refined = Checkpoint(home / model), Checkpoint(tmp_path / "out")
     assert refined.shapes() == source.shapes() and refined.block.layers == source.block.layers
     changed = {name for name in source.names() if not torch.equal(source.tensor(name), refined.tensor(name))}
@@ -105,24 +104,20 @@ def test_both_stages_bring_the_model_closer(home, tmp_path, model):
 )
 def test_other_losses_and_adapters_reach_what_they_train_for(home, tmp_path, changes):
     report = refine(make_plan(settings_for(home, tmp_path / "out", **changes)), QUIET)
-    before, after = (entry["quality"] for entry in report["refinement"]["tried"])
+    before, after = (entry["quality"] for entry in report.refinement["tried"])
     what = "candidate_perplexity" if changes.get("loss") == "next-token" else "kl_divergence"
     assert after[what] < before[what]
-    assert report["refinement"]["kept"] == "distill"
+    assert report.refinement["kept"] == "distill"
 
 
 @pytest.mark.parametrize("stages", [("distill",), ("blocks", "distill")], ids=str)
 def test_through_int8_it_gets_closer_than_rounding_does(home, tmp_path, stages):
     report = refine(make_plan(settings_for(home, tmp_path / "out", storage="int8", stages=stages)), QUIET)
-    before, *after = (entry["quality"]["kl_divergence"] for entry in report["refinement"]["tried"])
-    assert max(after) < before and report["refinement"]["kept"] in stages
+    before, *after = (entry["quality"]["kl_divergence"] for entry in report.refinement["tried"])
+    assert max(after) < before and report.refinement["kept"] in stages
     refined = Checkpoint(tmp_path / "out")
     assert all(spec.is_int8 for layer in refined.block.layers for spec in layer.values())
-    assert (
-        report["bytes_ratio"]
-        == refined.block.bytes_ratio
-        < 0.6 * read_report(home / "pivoted")["bytes_ratio"]
-    )
+    assert report.bytes_ratio == refined.block.bytes_ratio < 0.6 * read_report(home / "pivoted").bytes_ratio
     ids = torch.randint(3, 60, (1, 40))
     assert bool(torch.isfinite(load_model(tmp_path / "out")(ids).logits).all())
 
@@ -142,7 +137,7 @@ def test_groups_and_narrow_layers_are_refined(home, tmp_path):
     report = refine(
         make_plan(settings_for(home, tmp_path / "out", str(tmp_path / "grouped"), tokens=4096)), QUIET
     )
-    before, after = (entry["quality"]["kl_divergence"] for entry in report["refinement"]["tried"])
+    before, after = (entry["quality"]["kl_divergence"] for entry in report.refinement["tried"])
     assert after < before
     source, refined = Checkpoint(tmp_path / "grouped"), Checkpoint(tmp_path / "out")
     assert refined.shapes() == source.shapes() and refined.block.layers == layers
@@ -158,7 +153,7 @@ def test_an_ordinary_narrow_folder_is_refined(home, tmp_path, storage):
     plan = make_plan(
         settings_for(home, tmp_path / "out", str(tmp_path / "narrow"), tokens=4096, storage=storage)
     )
-    refinement = refine(plan, QUIET)["refinement"]
+    refinement = refine(plan, QUIET).refinement
     assert refinement["kept"] == "distill"
     refined = Checkpoint(tmp_path / "out")
     assert refined.config["intermediate_size"] == 96 and (refined.block is None) == (storage == "float")
@@ -187,7 +182,7 @@ def test_of_a_source_without_a_report_none_is_invented(home, tmp_path):
     report = refine(
         make_plan(settings_for(home, tmp_path / "out", str(tmp_path / "source"), tokens=256)), QUIET
     )
-    assert len(report["refinement"]["tried"]) == 2
+    assert len(report.refinement["tried"]) == 2
     assert not list((tmp_path / "out").glob("neuronmlp_report*"))
 
 
@@ -202,8 +197,8 @@ def test_what_does_harm_is_not_kept(home, tmp_path):
         make_plan(settings_for(home, tmp_path / "out", stages=("blocks", "distill"), learning_rate=3.0)),
         QUIET,
     )
-    tried = report["refinement"]["tried"]
-    assert report["refinement"]["kept"] == "before"
+    tried = report.refinement["tried"]
+    assert report.refinement["kept"] == "before"
     assert tried[1]["quality"]["kl_divergence"] == pytest.approx(
         tried[0]["quality"]["kl_divergence"]
     )  # every layer kept its factors

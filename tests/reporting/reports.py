@@ -1,21 +1,23 @@
-"""Reports to make pages of: one with everything in it, text that tries to be markup included, and one as the
-first release wrote it.
+"""Reports to make pages of: one with everything in it, text that tries to be markup included, and one of
+what every run knows.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 from neuronmlp_plugin.models.factors import PROJECTIONS
+from neuronmlp_plugin.reporting.run_report import Report
 
 SCRIPT = "<script>document.title = 'owned'</script>"
 IMAGE = "<img src=x onerror=alert(1)> & \"quoted\" 'text'"
 LAYERS, FULL = 24, 576
 
 
-def first_release_report() -> dict[str, Any]:
-    """The keys that every report has had."""
+def plain_report() -> Report:
+    """What every compression that was judged knows."""
     rows = [_row(layer, name) for layer in range(LAYERS) for name in PROJECTIONS]
     specs = [
         {"form": row["form"]} if row["rank"] is None else {"form": row["form"], "rank": row["rank"]}
@@ -29,7 +31,7 @@ def first_release_report() -> dict[str, Any]:
         "seed": 0,
         "calibration_tokens": 98304,
     }
-    return {
+    found = {
         "block": {
             "created_by": "neuronmlp 0.1.0",
             "removed_ratio": 0.2,
@@ -43,15 +45,16 @@ def first_release_report() -> dict[str, Any]:
             {"removed_ratio": r / 10, "predicted_loss": (r / 10) ** 2 * 10} for r in range(1, 7)
         ],
     }
+    return Report.of(found)
 
 
-def full_report() -> dict[str, Any]:
-    """Every optional key, with an int8 matrix, a fallback, and hostile text wherever text comes from
+def full_report() -> Report:
+    """Everything that a report can hold, with an int8 matrix, a fallback, and hostile text wherever text comes from
     outside.
     """
-    report = first_release_report()
-    report["block"]["layers"][1]["up_proj"]["dtype"] = "int8"
-    report["block"]["provenance"] |= {
+    report = plain_report()
+    report.block["layers"][1]["up_proj"]["dtype"] = "int8"
+    report.block["provenance"] |= {
         "model": f"/models/{SCRIPT}",
         "text": IMAGE,
         "calibration_digest": "0123456789abcdef",
@@ -62,7 +65,7 @@ def full_report() -> dict[str, Any]:
         name: [round((1 - k / FULL) ** 2 * math.exp(-k / 200), 6) for k in ranks] for name in PROJECTIONS
     }
     story = "Once upon a time, a lighthouse keeper lit the lamp and "
-    return report | {
+    more = {
         "notes": [f"layer 1 up_proj: {IMAGE}"],
         "spectra": {"ranks": ranks, "layers": [spectrum] * LAYERS},
         "samples": {
@@ -86,6 +89,7 @@ def full_report() -> dict[str, Any]:
             "history": [{"step": i, "tokens": 4096 * i, "loss": 3.0 / (i + 1)} for i in range(20)],
         },
     }
+    return dataclasses.replace(report, **more)
 
 
 def quality(ratio: float) -> dict[str, float]:
@@ -108,6 +112,7 @@ def _row(layer: int, name: str) -> dict[str, Any]:
         "projection": name,
         "form": "dense" if dense else "compact",
         "rank": rank,
+        "channels": 1536,
         "parameters": 884736 if rank is None else rank * (FULL + 1536 - rank),
         "predicted_loss": error**2,
         "predicted_error": error,

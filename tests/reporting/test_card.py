@@ -5,15 +5,17 @@ break.
 from __future__ import annotations
 
 import pathlib
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import metadata_load
 
 from neuronmlp_plugin.reporting.folder import base_facts, render_card
-from tests.reporting.reports import SCRIPT, first_release_report, full_report
+from neuronmlp_plugin.reporting.run_report import Report
+from tests.reporting.reports import SCRIPT, full_report, plain_report
 
 
-def front_matter(tmp_path: pathlib.Path, report: dict) -> dict:
+def front_matter(tmp_path: pathlib.Path, report: Report) -> dict:
     path = tmp_path / "README.md"
     path.write_text(render_card(report), encoding="utf-8")
     return metadata_load(path)
@@ -26,11 +28,11 @@ def test_front_matter_says_what_it_is_made_of(tmp_path):
 
 
 def test_no_license_is_made_up(tmp_path):
-    assert "license" not in front_matter(tmp_path, first_release_report())
+    assert "license" not in front_matter(tmp_path, plain_report())
 
 
 def test_a_name_cannot_become_markup():
-    body = render_card(full_report() | {"base": {"name": "a `b` [c](d) <script> | *e*"}}).split("---\n")[2]
+    body = render_card(replace(full_report(), base={"name": "a `b` [c](d) <script> | *e*"})).split("---\n")[2]
     assert "# a \\`b\\` \\[c\\]\\(d\\) \\<script\\> \\| \\*e\\*," in body
     assert "<script>" not in body
 
@@ -39,14 +41,14 @@ def test_the_card_links_the_page_and_gives_the_numbers():
     card = render_card(full_report())
     assert "(neuronmlp_report.html)" in card
     assert (
-        "× 1.360" in card and "98,304 tokens" in card and "Refined afterwards: block reconstruction" in card
+        "x 1.3600" in card and "98,304 tokens" in card and "Refined afterwards: block reconstruction" in card
     )
     assert "vllm serve DIR" in card
 
 
 def test_a_factor_file_is_served_beside_its_model():
     report = full_report()
-    report["block"]["provenance"]["factors_only"] = True
+    report.block["provenance"]["factors_only"] = True
     assert "vllm serve MODEL --quantization neuronmlp" in render_card(report)
 
 
@@ -74,8 +76,8 @@ def test_a_folder_of_the_hub_cache_is_called_by_its_repository(tmp_path):
 
 
 def test_an_ordinary_folder_is_told_to_need_nothing_of_ours():
-    report = full_report() | {"ordinary": True}
-    for row in report["matrices"]:
+    report = replace(full_report(), ordinary=True)
+    for row in report.matrices:
         row |= {"form": "dense", "rank": None, "channels": 1152}
     card = render_card(report)
     assert "any engine loads it" in card and "keep 1152 of their channels" in card

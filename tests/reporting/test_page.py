@@ -1,23 +1,24 @@
-"""The page from the JSON: it says what the numbers say, keeps strange text as text, asks no one for anything;
-old reports still work.
-"""
+"""The page from the JSON: it says what the numbers say, keeps strange text as text, asks no one for anything."""
 
 from __future__ import annotations
 
 import copy
 import html.parser
+import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from neuronmlp_plugin.errors import CheckpointError
 from neuronmlp_plugin.reporting import figures, view
-from neuronmlp_plugin.reporting.folder import render_page, write_card, write_page
+from neuronmlp_plugin.reporting.folder import read_report, render_page, write_card, write_page
+from neuronmlp_plugin.reporting.run_report import Report
 from tests.conftest import ROOT
-from tests.reporting.reports import IMAGE, SCRIPT, first_release_report, full_report
+from tests.reporting.reports import IMAGE, SCRIPT, full_report, plain_report
 
 
 class Parsed(html.parser.HTMLParser):
@@ -88,23 +89,23 @@ def test_every_process_makes_the_same_bytes(page):
 
 def test_the_headline_says_what_was_removed_and_what_it_cost(page):
     values = [tile.value for tile in view.headline(full_report())]
-    assert values == ["20.0%", "× 1.360", "0.3240", "70.0%"]
+    assert values == ["20.0%", "x 1.3600", "0.3240", "70.0%"]
     assert all(value in Parsed(page).text for value in values)
     assert "8,184 tokens" in Parsed(page).text
 
 
 def test_refinement_is_told_where_there_was_one(page):
-    assert view.refinement_rows(full_report()["refinement"])[1] == [
+    assert view.refinement_rows(full_report().refinement)[0] == [
         "Perplexity over dense",
-        "× 1.360",
-        "× 1.180",
+        "x 1.3600",
+        "x 1.1800",
     ]
     assert "block reconstruction" in page and "Loss during refinement" in page
-    assert 'id="refinement"' not in render_page(first_release_report())
+    assert 'id="refinement"' not in render_page(plain_report())
 
 
 def test_a_refinement_that_measured_nothing_still_shows():
-    page = render_page(first_release_report() | {"refinement": {"method": "distillation"}})
+    page = render_page(replace(plain_report(), refinement={"method": "distillation"}))
     assert "distillation" in page and "Loss during refinement" not in page
 
 
@@ -127,29 +128,29 @@ def test_matrices_say_how_they_are_stored():
     ],
 )  # fmt: skip
 def test_the_page_says_how_the_ranks_were_really_chosen(settings, said):
-    report = first_release_report()
-    report["block"]["provenance"] |= settings
+    report = plain_report()
+    report.block["provenance"] |= settings
     assert said in view.choice(report)
 
 
-def test_reports_of_the_first_release_still_make_a_page():
-    page = render_page(first_release_report())
+def test_what_every_run_knows_makes_a_page():
+    page = render_page(plain_report())
     assert "<h1>tiny</h1>" in page
     assert 'id="samples"' not in page and 'id="spectra"' not in page
     assert page.count("<svg") == 4
 
 
 def test_a_report_that_was_not_judged_says_so():
-    report = first_release_report() | {"quality": None}
-    for row in report["matrices"]:
+    report = replace(plain_report(), quality=None)
+    for row in report.matrices:
         row["achieved_error"] = None
     page = render_page(report)
     assert "not measured" in page and 'id="errors"' not in page
 
 
 def test_a_model_with_every_matrix_dense_has_a_page():
-    report = first_release_report()
-    for row in report["matrices"]:
+    report = plain_report()
+    for row in report.matrices:
         row |= {"form": "dense", "rank": None, "predicted_error": 0.0, "achieved_error": 0.0}
     assert render_page(report).count("<svg") == 1
 
@@ -158,32 +159,29 @@ def test_a_model_with_every_matrix_dense_has_a_page():
     "key", ["notes", "quality", "loss_by_size", "spectra", "samples", "base", "versions", "refinement"]
 )
 def test_no_optional_key_is_needed(key):
-    report = full_report()
-    del report[key]
+    report = Report.of({name: value for name, value in full_report().to_json().items() if name != key})
     assert "</html>" in render_page(report)
 
 
 def test_matrices_that_lose_nothing_can_be_drawn():
     report = full_report()
-    for row in report["matrices"]:
+    for row in report.matrices:
         row |= {"predicted_error": 0.0, "achieved_error": 0.0, "predicted_loss": 0.0}
-    report["spectra"]["layers"] = [
-        {name: [0.0] * 64 for name in layer} for layer in report["spectra"]["layers"]
-    ]
+    report.spectra["layers"] = [{name: [0.0] * 64 for name in layer} for layer in report.spectra["layers"]]
     assert render_page(report).count("<svg") == 8
 
 
 def test_a_name_that_is_no_unicode_can_be_written(tmp_path):
-    report = full_report() | {"base": {"name": "model\udcff"}}
+    report = replace(full_report(), base={"name": "model\udcff"})
     assert "<h1>model?</h1>" in write_page(tmp_path, report).read_text(encoding="utf-8")
     assert "model" in write_card(tmp_path, report).read_text(encoding="utf-8")
 
 
 def test_what_was_asked_for_is_said():
     target = {"asked": "kl<0.05", "probes": [{}, {}]}
-    assert "Asked for kl&lt;0.05: the largest removal" in render_page(full_report() | {"target": target})
+    assert "Asked for kl&lt;0.05: the largest removal" in render_page(replace(full_report(), target=target))
     decode = {"asked": 1.15, "simulated_speedup": 1.1512}
-    page = render_page(full_report() | {"decode": decode, "weight_bytes": 98.7e6, "bytes_ratio": 0.62})
+    page = render_page(replace(full_report(), decode=decode, weight_bytes=98.7e6, bytes_ratio=0.62))
     assert "1.15 times faster" in page and "× 1.151 (simulated" in page
     assert "62.0%" in page and "98.7 MB as served" in page
 
@@ -192,14 +190,15 @@ def test_what_was_asked_for_is_said():
     "damage", [{"block": 3}, {"matrices": [{}]}, {"quality": {"num_tokens": 3}}], ids=str
 )
 def test_a_damaged_report_is_refused_by_its_file(tmp_path, damage):
+    (tmp_path / "neuronmlp_report.json").write_text(json.dumps(full_report().to_json() | damage))
     with pytest.raises(CheckpointError, match=r"neuronmlp_report\.json: expected a whole report"):
-        write_page(tmp_path, full_report() | damage)
-    assert not list(tmp_path.iterdir())
+        write_page(tmp_path, read_report(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_plots_draw_the_numbers_of_the_report():
     report = full_report()
-    gate = [row for row in report["matrices"] if row["projection"] == "gate_proj"]
+    gate = [row for row in report.matrices if row["projection"] == "gate_proj"]
     line = figures.rank_plot(report).figure.axes[0].lines[0]
     assert list(line.get_ydata()) == [row["rank"] for row in gate]
     assert list(figures.error_plot(report).figure.axes[0].lines[0].get_ydata()) == [
@@ -208,13 +207,13 @@ def test_plots_draw_the_numbers_of_the_report():
     points = figures.agreement_plot(report).figure.axes[0].collections[0].get_offsets()
     assert points.tolist() == [[row["predicted_error"], row["achieved_error"]] for row in gate]
     (x, y), *_ = figures.loss_plot(report).figure.axes[0].collections[0].get_offsets().tolist()
-    assert (x, y) == (0.2, pytest.approx(sum(row["predicted_loss"] for row in report["matrices"])))
+    assert (x, y) == (0.2, pytest.approx(sum(row["predicted_loss"] for row in report.matrices)))
 
 
 def test_words_under_a_plot_follow_its_numbers():
     report = full_report()
     low = copy.deepcopy(report)
-    low["matrices"][9] |= {"rank": 7, "achieved_error": 0.9}
+    low.matrices[9] |= {"rank": 7, "achieved_error": 0.9}
     assert "Lowest rank 7 (gate_proj of layer 3)" in figures.rank_plot(low).alt
     assert "2 matrices stayed dense" in figures.rank_plot(low).alt
     assert "0.900, of gate_proj of layer 3" in figures.error_plot(low).alt

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import torch
 
@@ -15,13 +17,14 @@ from tests.loopback import HOOK
 ROOT = pathlib.Path(__file__).parent.parent.parent
 PROMPTS = [[5, 17, 99, 4, 63, 12, 7, 3, 88], [101, 3, 42], [9] * 20]
 NEW_TOKENS = 4
-# One engine a process: vLLM keeps its process groups until the end. The first argument is the options of
-# LLM(...), as JSON.
+# One engine a process: vLLM keeps its process groups until the end. Importing vLLM takes longer than a tiny
+# engine does, so a process that has imported it waits for requests and forks one engine for each: it reads
+# lines of JSON and answers each with the exit code.
 _PROGRAM = """
-import json, sys, torch
+import json, os, sys, torch
 from vllm import LLM, SamplingParams
-if __name__ == "__main__":
-    options, prompts, new_tokens, vocabulary = json.loads(sys.argv[1])
+
+def answer(options, prompts, new_tokens, vocabulary):
     llm = LLM(skip_tokenizer_init=True, **{"dtype": "float32", **options}, max_model_len=64, max_num_seqs=4, max_logprobs=vocabulary,
               logprobs_mode="raw_logits", enable_prefix_caching=False)
     params = SamplingParams(max_tokens=new_tokens, temperature=0, logprobs=vocabulary, prompt_logprobs=vocabulary, detokenize=False,
@@ -32,7 +35,32 @@ if __name__ == "__main__":
         logits = [[step[token].logprob for token in range(vocabulary)] for step in steps]
         results.append({"tokens": list(output.outputs[0].token_ids), "logits": logits})
     print("RESULT" + json.dumps(results))
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            os.environ.clear()
+            os.environ.update(request["environment"])
+            for number, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
+                os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+            answer(*request["arguments"])
+            break  # and end as any program does
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+@functools.cache
+def _waiting() -> subprocess.Popen[str]:
+    """The process that forks engines; it ends when its stdin does, with this one."""
+    return subprocess.Popen(
+        [sys.executable, "-c", HOOK + _PROGRAM],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
 
 
 def environment(tensor_parallel: int = 1) -> dict[str, str]:
@@ -46,24 +74,23 @@ def environment(tensor_parallel: int = 1) -> dict[str, str]:
     }
     if tensor_parallel > 1:
         settings["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    else:
-        settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return {**os.environ, **settings, "PYTHONPATH": str(ROOT)}
 
 
 def run_engine(folder: pathlib.Path, *, vocabulary: int = 128, **options) -> subprocess.CompletedProcess[str]:
     """The finished process; its stdout ends in a RESULT line if all went well."""
     options = {"model": str(folder), "enforce_eager": True, **options}
-    arguments = json.dumps([options, PROMPTS, NEW_TOKENS, vocabulary])
-    env = environment(options.get("tensor_parallel_size", 1))
-    return subprocess.run(
-        [sys.executable, "-c", HOOK + _PROGRAM, arguments],
-        capture_output=True,
-        text=True,
-        env=env,
-        timeout=600,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as home:
+        outputs = {name: str(pathlib.Path(home, name)) for name in ("stdout", "stderr")}
+        arguments = [options, PROMPTS, NEW_TOKENS, vocabulary]
+        request = {"environment": environment(options.get("tensor_parallel_size", 1)), "arguments": arguments}
+        waiting = _waiting()
+        assert waiting.stdin is not None and waiting.stdout is not None
+        print(json.dumps({**request, **outputs}), file=waiting.stdin, flush=True)
+        code = int(waiting.stdout.readline())
+        said = {name: pathlib.Path(path).read_text(errors="replace") for name, path in outputs.items()}
+    return subprocess.CompletedProcess(arguments, code, **said)
 
 
 def served_logits(folder: pathlib.Path, **options) -> list[tuple[list[int], torch.Tensor]]:

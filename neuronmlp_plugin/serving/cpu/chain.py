@@ -4,8 +4,11 @@ sliced in between.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import math
+import mmap
 import threading
 from typing import NamedTuple
 
@@ -16,7 +19,8 @@ from neuronmlp_plugin.models.definition import Linear, Weight
 from neuronmlp_plugin.serving.cpu.compiled import Product, ProductChain, load_products
 
 LANES = 16
-TILE_ROWS = 32  # numbers of k that a tile register holds
+TILE_ROWS = 32  # numbers of k that a tile register holds, and a cache line
+LARGE_PAGE = 2 << 20  # bytes
 INPUT, OUTPUT, SCRATCH, NOTHING = 0, 1, 2, -1
 DTYPES = (torch.float32, torch.bfloat16)  # of activations
 WEIGHTS = (*DTYPES, torch.int8)  # in the order of `product.c`
@@ -62,9 +66,9 @@ class Chain:
         self.kept: list[torch.Tensor | None] = []  # what the products point to
 
     def scratch(self, columns: int) -> Place:
-        """Columns that nobody else uses."""
+        """Columns that nobody else uses, from the beginning of a cache line on."""
         place = Place(SCRATCH, self.scratch_width)
-        self.scratch_width += columns
+        self.scratch_width += -(-columns // TILE_ROWS) * TILE_ROWS
         return place
 
     def add(self, stage: int, weight: Weight, x: Place, y: Place, addend: Place = NOWHERE) -> None:
@@ -90,13 +94,13 @@ class Chain:
         self.products.sort(key=lambda product: product.stage)
         array = (Product * len(self.products))(*self.products)
         # Rows of a power of two of bytes would fall on the same lines of a cache.
-        width = -(-self.scratch_width // 32) * 32 + 32
-        self.scratch_width = width
+        width = self.scratch_width = self.scratch_width + TILE_ROWS
         widths = (ctypes.c_int64 * 3)(self.in_features, self.out_features, width)
         self.chain = ProductChain(array, len(array), int(self.dtype is torch.bfloat16), widths)
         self.address = ctypes.addressof(self.chain)
         self.function = load_products()
         assert self.function is not None
+        _keep_freed_memory()
         _CHAINS.append(self)
         # A tensor, not a number: a number would be baked into compiled graphs and keep them from being
         # shared.
@@ -125,17 +129,31 @@ class Chain:
         return output
 
 
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Have glibc keep blocks of some MiB that are freed. It gives those above a threshold back to the system,
+    so that the pages of the next one are faulted in anew, and raises the threshold to the largest block that
+    it saw freed. vLLM's dense MLP frees such blocks, a chain does not, and all other layers would pay.
+    """
+    torch.empty(24 << 20, dtype=torch.uint8)  # freed at once; no page of it is ever touched
+
+
 _MEMORY = threading.local()
 
 
 def _scratch(bytes_needed: int) -> int:
     """Address of memory that this thread's chains share: its pages are there once, and not for every call
-    anew.
+    anew, and are large ones where the system has them, since every row lies on another of the small ones.
     """
-    memory: torch.Tensor | None = getattr(_MEMORY, "bytes", None)
-    if memory is None or memory.numel() < bytes_needed:
-        memory = _MEMORY.bytes = torch.empty(bytes_needed, dtype=torch.uint8)
-    return memory.data_ptr()
+    memory: mmap.mmap | None = getattr(_MEMORY, "bytes", None)
+    if memory is None or len(memory) < bytes_needed:
+        whole = -(-bytes_needed // LARGE_PAGE) * LARGE_PAGE
+        memory = _MEMORY.bytes = mmap.mmap(-1, whole, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError, AttributeError):  # a system without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        _MEMORY.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    address: int = _MEMORY.address
+    return address
 
 
 _CHAINS: list[Chain] = []

@@ -37,6 +37,7 @@ typedef struct {
 } Call;
 
 static int use_tiles = -1; /* decided at the first call */
+#define MOST_PANELS 16 /* of a task, at 16 tokens and more */
 #define TILE_TOKENS 4 /* from here on bf16 goes through tiles, or through pairs where there are none */
 /* From here on an int8 panel is widened once, into memory, and not for every block of tokens. */
 static int64_t widen_tokens(const Call *c) { return c->half && use_tiles ? 33 : 24; }
@@ -164,10 +165,13 @@ static Waiting store_later(const Call *c, const Product *p, int64_t token, int64
     return w;
 }
 
+#define TILE_STEP 576 /* numbers of k whose 32 tokens stay in the nearest cache while panels pass */
+
 static void run_tiles(const Call *c, const Product *p, const int kind, const char *w, int64_t panel, int64_t first, int64_t count, int64_t begin, int64_t end) {
     uint16_t __attribute__((aligned(64))) tail[32 * 32];
-    float __attribute__((aligned(64))) memory[2][32 * 32], *sums = memory[0], *other = memory[1];
-    const int64_t stride = c->buffers[p->x_of].width, left = p->k % 32;
+    float __attribute__((aligned(64))) sums[MOST_PANELS / 2][32 * 32];
+    const int64_t stride = c->buffers[p->x_of].width, left = p->k % 32, cuts = count > MOST_PANELS ? 1 : (p->k + TILE_STEP - 1) / TILE_STEP;
+    const int64_t part = (p->k + 32 * cuts - 1) / (32 * cuts) * 32;
     int64_t configured = 0;
     Waiting waiting = {0};
     for (int64_t t = begin; t < end; t += 32) {
@@ -176,18 +180,19 @@ static void run_tiles(const Call *c, const Product *p, const int kind, const cha
         const uint16_t *x = (const uint16_t *)place(c, p->x_of, p->x_at, t);
         for (int64_t r = 0; left && r < rows; r++)
             _mm512_store_si512(tail + r * 32, _mm512_maskz_loadu_epi16((1u << left) - 1, x + r * stride + p->k - left));
-        for (int64_t i = 0; i < count; i += 2) {
-            float *const mine = sums;
-            const int64_t two = i + 1 < count, column = (first + i) * LANES, whole = column + (1 + two) * LANES <= p->n;
-            const Waiting next = whole ? store_later(c, p, t, column, two, mine, rows) : (Waiting){0};
-            const char *from = w + i * panel;
-            if (kind == INT8) tile_block(x, stride, tail, p->k, from, panel, (int)two, 1, (int)(rows - a), mine, &waiting, next);
-            else if (two) tile_block(x, stride, tail, p->k, from, panel, 1, 0, (int)(rows - a), mine, &waiting, next);
-            else tile_block(x, stride, tail, p->k, from, panel, 0, 0, (int)(rows - a), mine, &waiting, next);
-            waiting = next, sums = other, other = mine;
-            for (int64_t j = 0; !whole && j < 1 + two; j++)
-                for (int64_t r = 0; r < rows; r++) store(c, p, t + r, column + j * LANES, mine + r * 32 + j * LANES);
-        }
+        for (int64_t at = 0; at < p->k; at += part)
+            for (int64_t i = 0; i < count; i += 2) {
+                const int64_t two = i + 1 < count, column = (first + i) * LANES, to = at + part < p->k ? at + part : p->k;
+                Block o = {x, tail, stride, p->k, rows - a, w + i * panel, panel, sums[i / 2 % (MOST_PANELS / 2)]};
+                if (kind == INT8) tile_block(o, at, to, (int)two, 1, 0, &waiting);
+                else if (t == begin) tile_block(o, at, to, (int)two, 0, 1, &waiting);
+                else if (two) tile_block(o, at, to, 1, 0, 0, &waiting);
+                else tile_block(o, at, to, 0, 0, 0, &waiting);
+                if (to < p->k) continue;
+                if (column + (1 + two) * LANES <= p->n) waiting = store_later(c, p, t, column, two, o.sums, rows);
+                else for (int64_t j = 0; j < 1 + two; j++)
+                    for (int64_t r = 0; r < rows; r++) store(c, p, t + r, column + j * LANES, o.sums + r * 32 + j * LANES);
+            }
     }
     store_waiting(&waiting, 32);
     _tile_release();
@@ -228,34 +233,36 @@ static void run_vectors(const Call *c, const Product *p, int kind, const char *w
     }
 }
 
-/* y = silu(x) * factor of a whole panel; half is a constant where this is inlined. */
-INLINE void silu_panel(const char *x, const char *factor, char *y, const int half) {
-    for (int64_t i = 0; i < VECTORS; i++) {
-        const int64_t at = i * WIDTH * (half ? 2 : 4);
+/* y = silu(x) * factor of so many numbers, a multiple of LANES; half is a constant where this is inlined. */
+INLINE void silu_row(const char *x, const char *factor, char *y, int64_t count, const int half) {
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        const int64_t at = i * (half ? 2 : 4);
         vec value = half ? load_halves(x + at) : load_fp32(x + at);
         value *= sigmoid(value, half) * (half ? load_halves(factor + at) : load_fp32(factor + at));
         store_vec(value, y + at, half);
     }
 }
 
-/* The first `live` columns of a panel, by way of a whole one. */
+/* Less than a panel, by way of a whole one. */
 static void silu_rest(const char *x, const char *factor, char *y, int64_t live, int half) {
     float value[LANES] = {0}, times[LANES] = {0};
     memcpy(value, x, live * (half ? 2 : 4));
     memcpy(times, factor, live * (half ? 2 : 4));
-    silu_panel((const char *)value, (const char *)times, (char *)value, half);
+    if (half) silu_row((const char *)value, (const char *)times, (char *)value, LANES, 1);
+    else silu_row((const char *)value, (const char *)times, (char *)value, LANES, 0);
     memcpy(y, value, live * (half ? 2 : 4));
 }
 
 static void run_silu(const Call *c, const Product *p, int64_t first, int64_t count, int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t++)
-        for (int64_t at = first * LANES; at < (first + count) * LANES && at < p->n; at += LANES) {
-            const char *x = place(c, p->x_of, p->x_at + at, t), *factor = place(c, p->add_of, p->add_at + at, t);
-            char *y = (char *)place(c, p->y_of, p->y_at + at, t);
-            if (p->n - at < LANES) silu_rest(x, factor, y, p->n - at, (int)c->half);
-            else if (c->half) silu_panel(x, factor, y, 1);
-            else silu_panel(x, factor, y, 0);
-        }
+    const int64_t at = first * LANES, live = p->n - at < count * LANES ? p->n - at : count * LANES, rest = live % LANES, whole = live - rest;
+    for (int64_t t = begin; t < end; t++) {
+        const char *x = place(c, p->x_of, p->x_at + at, t), *factor = place(c, p->add_of, p->add_at + at, t);
+        char *y = (char *)place(c, p->y_of, p->y_at + at, t);
+        const int64_t bytes = whole * (c->half ? 2 : 4);
+        if (c->half) silu_row(x, factor, y, whole, 1);
+        else silu_row(x, factor, y, whole, 0);
+        if (rest) silu_rest(x + bytes, factor + bytes, y + bytes, rest, (int)c->half);
+    }
 }
 
 /* `count` panels at `w`, the first of them panel `first` of the product, for tokens begin .. end. */
@@ -299,6 +306,7 @@ static Cut cut_of(const Product *p, int64_t tokens, int64_t stage_work, int thre
     panels = panels < least ? least : panels > most ? most : panels;
     panels = (panels + 3) / 4 * 4;
     int64_t block = p->dtype == INT8 ? 1024 : 192;
+    if (p->dtype == SILU && tokens >= 16) panels = all, block = 16;
     if (block > tokens) block = tokens;
     return (Cut){panels, block, (all + panels - 1) / panels, (tokens + block - 1) / block};
 }
@@ -334,6 +342,37 @@ static void run_stage(const Call *call, const Product *begin, const Product *end
     }
 }
 
+/* Stages whose weights fit a core's cache beside LOCAL_TOKENS rows: with many tokens a task takes some of them through all such stages,
+ * so that no stage but the first reads its rows from far. */
+#define LOCAL_TOKENS 64
+#define LOCAL_BYTES (768 << 10)
+static const Product *end_of_stage(const Product *begin, const Product *end) {
+    const Product *p = begin;
+    while (p < end && p->stage == begin->stage) p++;
+    return p;
+}
+
+/* The end of the stages from `begin` on that run like that; `begin` where it is less than two. */
+static const Product *end_of_local(const Call *call, const Product *begin, const Product *end, int threads) {
+    const Product *last = begin;
+    int64_t bytes = 0, stages = 0;
+    while (last < end && call->tokens >= 2 * threads * LOCAL_TOKENS) {
+        const Product *next = end_of_stage(last, end);
+        for (const Product *p = last; p < next; p++) bytes += p->dtype == SILU ? 0 : panels_of(p) * panel_bytes(p);
+        if (bytes > LOCAL_BYTES) break;
+        last = next, stages++;
+    }
+    return stages < 2 ? begin : last;
+}
+
+static void run_local(const Call *call, const Product *begin, const Product *end, char *memory) {
+#pragma omp for schedule(dynamic)
+    for (int64_t t = 0; t < call->tokens; t += LOCAL_TOKENS)
+        for (const Product *p = begin; p < end; p++)
+            for (int64_t first = 0, all = panels_of(p), most = p->dtype == SILU ? all : MOST_PANELS; first < all; first += most)
+                run_task(call, p, first, all - first < most ? all - first : most, t, t + LOCAL_TOKENS < call->tokens ? t + LOCAL_TOKENS : call->tokens, memory);
+}
+
 void neuronmlp_products(const Chain *chain, void *input, void *output, void *scratch, int64_t tokens) {
     const Call call = {{{input, chain->widths[0]}, {output, chain->widths[1]}, {scratch, chain->widths[2]}}, tokens, chain->half};
     const Product *const end = chain->products + chain->count;
@@ -348,9 +387,10 @@ void neuronmlp_products(const Chain *chain, void *input, void *output, void *scr
     {
         char *memory = thread_memory(float_bytes(longest) + wide);
         for (const Product *stage = chain->products, *next; stage < end; stage = next) {
-            for (next = stage; next < end && next->stage == stage->stage; next++) {}
-            run_stage(&call, stage, next, omp_get_num_threads(), memory);
-            /* its loop ended with a barrier: the next stage may read what this one wrote */
+            next = end_of_local(&call, stage, end, omp_get_num_threads());
+            if (next > stage) run_local(&call, stage, next, memory);
+            else run_stage(&call, stage, next = end_of_stage(stage, end), omp_get_num_threads(), memory);
+            /* either loop ended with a barrier: the next stage may read what this one wrote */
         }
     }
 }

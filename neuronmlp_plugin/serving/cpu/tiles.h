@@ -24,62 +24,85 @@ typedef struct {
     int64_t add_bytes, y_bytes, two, left; /* bytes from row to row; whether both panels; rows that are left */
 } Waiting;
 
-INLINE void store_waiting(Waiting *w, int64_t rows) {
-    for (; rows && w->left; rows--, w->left--, w->sums += 32, w->y += w->y_bytes, w->add += w->add_bytes) {
-        vec low = load_fp32(w->sums) * w->low;
-        if (w->add_bytes) low += load_halves(w->add);
-        if (!w->two) {
-            store_halves(low, w->y);
+INLINE void store_waiting(Waiting *waiting, int64_t rows) {
+    const Waiting w = *waiting; /* what is stored could be it, for all that the compiler knows */
+    if (rows > w.left) rows = w.left;
+    const float *sums = w.sums;
+    const char *add = w.add;
+    char *y = w.y;
+    for (int64_t r = 0; r < rows; r++, sums += 32, y += w.y_bytes, add += w.add_bytes) {
+        vec low = load_fp32(sums) * w.low;
+        if (w.add_bytes) low += load_halves(add);
+        if (!w.two) {
+            store_halves(low, y);
             continue;
         }
-        vec high = load_fp32(w->sums + LANES) * w->high;
-        if (w->add_bytes) high += load_halves(w->add + 2 * LANES);
-        _mm512_storeu_si512(w->y, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+        vec high = load_fp32(sums + LANES) * w.high;
+        if (w.add_bytes) high += load_halves(add + 2 * LANES);
+        _mm512_storeu_si512(y, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
     }
+    waiting->sums = sums, waiting->add = add, waiting->y = y, waiting->left -= rows;
 }
 
-/* sums [32][32] = x [a + b, k] times one or two panels of pairs, or of int8 (`narrow`), which are widened a step ahead. `tail`: the last k % 32 columns of x, padded with zeros, [32][32].
- * What waits is stored meanwhile, as the vectors are idle while tiles multiply, and where `next` will be stored is fetched. */
-INLINE void tile_block(const uint16_t *x, int64_t stride, const uint16_t *tail, int64_t k, const char *w, int64_t panel, const int two,
-                       const int narrow, int b, float *sums, Waiting *waiting, Waiting next) {
-    const int64_t bytes = 2 * stride, each = (32 * 32 + k - 1) / k; /* rows stored a step */
+/* One block of sums: x [a + b, k] times one panel or two, of pairs or of int8 (`narrow`), which are widened a step ahead. */
+typedef struct {
+    const uint16_t *x, *tail; /* tail: the last k % 32 columns of x, padded with zeros, [32][32] */
+    int64_t stride, k, b;     /* numbers from row to row of x; rows in the second tile of x */
+    const char *w;
+    int64_t panel;
+    float *sums; /* [32][32] */
+} Block;
+
+INLINE void load_sums(const float *from, const int two, int64_t b) {
+    _tile_loadd(0, from, 128);
+    if (two) _tile_loadd(1, from + 16, 128);
+    if (b) _tile_loadd(2, from + 16 * 32, 128);
+    if (b && two) _tile_loadd(3, from + 16 * 32 + 16, 128);
+}
+
+INLINE void store_sums(float *to, const int two, int64_t b) {
+    _tile_stored(0, to, 128);
+    if (two) _tile_stored(1, to + 16, 128);
+    if (b) _tile_stored(2, to + 16 * 32, 128);
+    if (b && two) _tile_stored(3, to + 16 * 32 + 16, 128);
+}
+
+/* The steps begin .. end of k of a block, added to its sums unless they are the first. What waits is stored meanwhile, as the vectors
+ * are idle while tiles multiply. Weights are loaded past the nearest cache (`stream`), where the tokens should stay; `fresh`: from far. */
+INLINE void tile_block(Block o, int64_t begin, int64_t end, const int two, const int narrow, const int fresh, Waiting *waiting) {
+    const int64_t bytes = 2 * o.stride, each = (32 * 32 + end - begin - 1) / (end - begin); /* rows stored a step */
+    char __attribute__((aligned(64))) wide[2][2][1024];
     _tile_zero(0);
     _tile_zero(1);
-    if (b) {
+    if (o.b) {
         _tile_zero(2);
         _tile_zero(3);
     }
-    char __attribute__((aligned(64))) wide[2][2][1024];
-    for (int64_t i = 0; narrow && i < 1 + two; i++) widen_step(w + i * panel, k, wide[0][i]);
-    for (int64_t at = 0; at < k; at += 32) {
-        const int64_t turn = at / 32 % 2;
-        const uint16_t *from = k - at < 32 ? tail : x + at;
-        const int64_t step = k - at < 32 ? 64 : bytes;
-        for (int64_t i = 0; !narrow && i < 16; i++) {
-            __builtin_prefetch(w + at * 32 + 64 * i + AHEAD);
-            if (two) __builtin_prefetch(w + panel + at * 32 + 64 * i + AHEAD);
+    if (begin) load_sums(o.sums, two, o.b);
+    for (int64_t i = 0; narrow && i < 1 + two; i++) widen_step(o.w + i * o.panel + begin * LANES, o.k - begin, wide[begin / 32 % 2][i]);
+    for (int64_t at = begin; at < end; at += 32) {
+        const int64_t turn = at / 32 % 2, step = o.k - at < 32 ? 64 : bytes;
+        const char *from = (const char *)(o.k - at < 32 ? o.tail : o.x + at), *w = o.w + at * 32;
+        for (int64_t i = 0; fresh && i < 16; i++) {
+            __builtin_prefetch(w + 64 * i + AHEAD);
+            if (two) __builtin_prefetch(w + o.panel + 64 * i + AHEAD);
         }
-        _tile_loadd(6, narrow ? wide[turn][0] : w + at * 32, 64);
-        if (two) _tile_loadd(7, narrow ? wide[turn][1] : w + panel + at * 32, 64);
+        _tile_stream_loadd(6, narrow ? wide[turn][0] : w, 64);
+        if (two) _tile_stream_loadd(7, narrow ? wide[turn][1] : w + o.panel, 64);
         _tile_loadd(4, from, step);
         _tile_dpbf16ps(0, 4, 6);
         if (two) _tile_dpbf16ps(1, 4, 7);
-        if (b) {
-            _tile_loadd(5, (const char *)from + 16 * step, step);
+        if (o.b) {
+            _tile_loadd(5, from + 16 * step, step);
             _tile_dpbf16ps(2, 5, 6);
             if (two) _tile_dpbf16ps(3, 5, 7);
         }
-        for (int64_t i = 0; narrow && at + 32 < k && i < 1 + two; i++) widen_step(w + i * panel + (at + 32) * LANES, k - at - 32, wide[!turn][i]);
-        for (int64_t r = 0; r < each && next.left; r++, next.left--, next.y += next.y_bytes) __builtin_prefetch(next.y, 1);
+        for (int64_t i = 0; narrow && at + 32 < end && i < 1 + two; i++)
+            widen_step(o.w + i * o.panel + (at + 32) * LANES, o.k - at - 32, wide[!turn][i]);
         store_waiting(waiting, each);
     }
     store_waiting(waiting, 32);
-    _tile_stored(0, sums, 128);
-    if (two) _tile_stored(1, sums + 16, 128);
-    if (b) {
-        _tile_stored(2, sums + 16 * 32, 128);
-        if (two) _tile_stored(3, sums + 16 * 32 + 16, 128);
-    }
+    store_sums(o.sums, two, o.b);
 }
 #else
 #define HAS_TILES 0

@@ -98,17 +98,28 @@ INLINE float to_float(uint16_t half) {
     return value;
 }
 
-/* a where the mask's bits are set, else b. */
-INLINE vec pick(ints mask, vec a, vec b) {
-    words chosen = ((words)a & (words)mask) | ((words)b & ~(words)mask);
-    return (vec)chosen;
+/* x, no nearer to infinity than +-most; a NaN stays one, which is why x is the second operand of each. */
+INLINE vec clip(vec x, float most) {
+    const vec above = (vec){0} + most, below = -above;
+#if defined(__AVX512F__)
+    return (vec)_mm512_min_ps((__m512)above, _mm512_max_ps((__m512)below, (__m512)x));
+#elif defined(__AVX2__)
+    return (vec)_mm256_min_ps((__m256)above, _mm256_max_ps((__m256)below, (__m256)x));
+#else
+    const words high = (words)(x > above), low = (words)(x < below);
+    return (vec)(((words)x & ~(high | low)) | ((words)above & high) | ((words)below & low));
+#endif
 }
 
 /* So many bf16 as floats. */
 INLINE vec load_halves(const void *from) {
     halves v;
     memcpy(&v, from, sizeof v);
+#if defined(__AVX512F__) /* gcc would widen its two halves one by one */
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)v), 16);
+#else
     return (vec)(__builtin_convertvector(v, words) << 16);
+#endif
 }
 
 /* To the nearest, ties to even; a NaN stays one. */
@@ -142,13 +153,12 @@ INLINE vec reciprocal(vec v, const int rough) {
  * Taylor polynomial of degree 6 or 4 on [-ln 2 / 2, ln 2 / 2]. The sum with 1.5 x 2^23 rounds to a whole number, which its low bits
  * then hold. */
 INLINE vec sigmoid(vec x, const int rough) {
-    const vec zero = {0}, most = zero + 87.0f, round = zero + 12582912.0f;
-    vec clipped = pick(-x < -most, -most, pick(-x > most, most, -x));
+    const vec zero = {0}, round = zero + 12582912.0f, clipped = clip(-x, 87.0f);
     vec shifted = clipped * 1.44269504f + round, n = shifted - round;
     vec r = (clipped - n * 0.693359375f) + n * 2.12194440e-4f;
     vec p = zero + 4.16666667e-2f;
     if (!rough) p += r * (8.33333333e-3f + r * 1.38888889e-3f);
     p = 1.0f + r * (1.0f + r * (0.5f + r * (1.66666667e-1f + r * p)));
     words power = ((words)shifted << 23) + (127u << 23);
-    return pick(x != x, x, reciprocal(1.0f + p * (vec)power, rough));
+    return reciprocal(1.0f + p * (vec)power, rough);
 }

@@ -34,8 +34,8 @@ ENGINES = (
     (2, 2, True, True),
     (4, 2, False, False),
     (1, 4, False, True),
-    (4, 4, False, True),
     (8, 4, True, True),
+    pytest.param(4, 4, False, True, marks=pytest.mark.large),  # five processes to start
 )
 
 

@@ -51,6 +51,14 @@ def test_a_tokens_output_does_not_depend_on_the_others(dtype, counts, int8):
             assert torch.equal(run(x[begin : begin + count]), whole[begin : begin + count]), (count, begin)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_nor_on_how_many_there_are_once_stages_run_token_block_by_token_block(dtype):
+    run, x = mlp(dtype, int8=False), torch.randn(600, 75).to(dtype)
+    whole = run(x)
+    for begin in range(0, 600, 60):
+        assert torch.equal(run(x[begin : begin + 60]), whole[begin : begin + 60]), begin
+
+
 def test_two_runs_are_the_same():
     run, x = mlp(torch.bfloat16, True), torch.randn(40, 75).bfloat16()
     assert all(torch.equal(run(x), run(x)) for _ in range(5))

@@ -118,7 +118,7 @@ def why_not(request: Request, target: Target) -> Declined:
 
 def _cost(plan: Plan, target: Target) -> tuple[float, ...]:
     """Effort first; then what costs overlap: more blocks, whole PSUM in use, shared rows, input to wait for,
-    short chunks, int8 scales spread in pieces, short stores. A starved plan loses to any other in decode.
+    short chunks, int8 scales spread piece by piece, short stores. Starved plans come last in decode.
     """
     shares = plan.at.rows == plan.at.output
     starved = _is_starved(plan)
@@ -267,8 +267,8 @@ def _products(layout: Layout) -> dict[str, Any]:
 def _casts(
     request: Request, choice: Choice, moving_tokens: int, bounds: tuple[int, ...], target: Target
 ) -> dict[str, Any]:
-    """How int8 weights come to the products: what is on its way, who casts how much of which chunk, how scales
-    are spread (see Plan); nothing where the weights are not int8.
+    """How int8 weights come to the products: what is on its way, who casts how much of which chunk, how
+    scales are spread (see Plan); nothing where the weights are not int8.
     """
     layout = request.layout
     if not layout.is_int8:

@@ -88,7 +88,7 @@ class Plan(nl.NKIObject):
     natural_output: bool
     is_int8: bool  # weights are int8, cast on the way through the ring, and scaled when a product leaves PSUM
     scale_cols: int  # columns of the packed scales
-    # int8 scales of natural output are spread `out_cols` at a time, in every block of tokens, not all once
+    # int8 scales of natural output are spread `out_cols` at a time in every block of tokens, not all once
     spreads_pieces: bool
     raw_slots: int  # int8 chunks on their way
     raw_bytes: int  # from one to the next

@@ -285,9 +285,13 @@ class DispatchRecord:
                 entries = json.load(handle)
             if not isinstance(entries, list):
                 raise ValueError("expected a list")
-            for layer, phase, tokens, path_, reason, weights in entries:
-                self.add(layer, phase, tokens, Decision(path_, reason, weights))
-        except (FileNotFoundError, ValueError, TypeError) as error:
+            for layer, phase, tokens, *words in entries:
+                if not all(type(n) is int for n in (layer, tokens)) or not all(
+                    isinstance(word, str) for word in (phase, *words)
+                ):
+                    raise ValueError("expected [layer, phase, tokens, path, reason, weights]")
+                self.add(layer, phase, tokens, Decision(*words))
+        except (FileNotFoundError, ValueError, TypeError, RecursionError) as error:
             found = "none" if isinstance(error, FileNotFoundError) else "another file"
             raise ArtifactError(
                 f"{path}: expected the record of which kernels the artifact holds, found {found}; "

@@ -6,13 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
 import pathlib
 import random
 import shutil
-import subprocess
 from collections.abc import Callable
 
 import torch
@@ -25,9 +23,7 @@ from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint
 from neuronmlp_plugin.checkpoint.writer import write_factor_file
 from neuronmlp_plugin.cli import main
-from neuronmlp_plugin.errors import CheckpointError
 from neuronmlp_plugin.reporting.folder import read_report, write_card, write_page
-from neuronmlp_plugin.serving.cpu.library import _load_checked
 from neuronmlp_plugin.serving.trainium import dispatch
 from tests.checkpoint.golden import GOLDEN, write_base
 from tests.fuzz.mutators import changed_bytes, changed_json, changed_safetensors
@@ -197,22 +193,6 @@ def _restore(folder: pathlib.Path) -> object:
     return record.news(), json.dumps(record.totals())
 
 
-def _with_library(folder: pathlib.Path) -> None:
-    source, library = folder / "a.c", folder / LIBRARY
-    source.write_text("int neuronmlp_products(void) { return 7; }\n")
-    subprocess.run([str(shutil.which("cc")), "-shared", "-fPIC", "-o", library, source], check=True)
-    content = library.read_bytes()
-    library.write_bytes(content + hashlib.sha256(content).digest())
-    library.chmod(0o700)
-
-
-def _open_cached(folder: pathlib.Path) -> None:
-    """What is not loaded is compiled anew, so it counts as refused."""
-    if _load_checked(folder / LIBRARY) is None:
-        raise CheckpointError("another library")
-
-
-LIBRARY = "product.so"
 SHARD = "neuronmlp-00001-of-00003.safetensors"
 TARGETS = {
     "config": Target(_golden, ("model/config.json",), _json_change, _inspect),
@@ -240,5 +220,4 @@ TARGETS = {
         _golden, (f"model/{RECORD}",), _json_change, lambda folder: check_record(folder / "model")
     ),
     "dispatch": Target(_with_dispatch, (dispatch.FILE,), _json_change, _restore),
-    "library": Target(_with_library, (LIBRARY,), changed_bytes, _open_cached),
 }

@@ -1,5 +1,5 @@
-"""Kill a command at a chosen moment, run it again, and compare the folder with that of a run that nobody
-killed.
+"""Kill a command at a chosen moment, let something else go wrong or not, run it again, and compare the folder
+with that of a run that nobody killed.
 
 Commands run in forked processes of one that has imported everything, so that a round takes about a second.
 """
@@ -7,7 +7,9 @@ Commands run in forked processes of one that has imported everything, so that a 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
+import itertools
 import os
 import pathlib
 import resource
@@ -24,6 +26,8 @@ from tests.letters import write_text, write_tokenizer
 from tests.tiny_models import write_dense
 
 COMMANDS = ("compress", "refine", "quantize", "convert")
+DISTURBANCES = ("clock", "power", "source", "read-only")
+LONG_AGO, FAR_AHEAD = 86_400, 4_102_444_800  # 1970 and 2100
 Files = dict[str, bytes]
 
 
@@ -103,6 +107,47 @@ class Bench:
         shutil.rmtree(self.home / "out.partial", ignore_errors=True)
         return signal_number != 0
 
+    def disturbed(self, command: str, at_file: int, what: str) -> bool:
+        """Killed before a file, and before the command is run again
+
+        * `clock`: the files of the run are of 1970 and 2100, and the clock goes backwards,
+        * `power`: the two newest files are cut to half,
+        * `source`: the weights that it reads are others,
+        * `read-only`: nobody may write in any folder of the run.
+
+        Whether it went on; if not it said so, and the same command does after that was put right. Raises
+        AssertionError as `round` does.
+        """
+        whole, out = self.made(command), self.home / "out"
+        arguments, partial = self.arguments(command, out), self.home / "out.partial"
+        assert run(arguments, at_file) == (0, signal.SIGKILL) and not out.exists(), (command, at_file)
+        folders = [self.home, *(path for path in partial.rglob("*") if path.is_dir()), partial]
+        source = next(pathlib.Path(arguments[1]).glob("*.safetensors"))
+        kept, times = source.read_bytes(), source.stat()
+        if what == "clock":
+            for path, then in zip(_newest(partial), itertools.cycle((LONG_AGO, FAR_AHEAD)), strict=False):
+                os.utime(path, (then, then))
+        elif what == "power":
+            for path in _newest(partial)[:2]:
+                os.truncate(path, path.stat().st_size // 2)
+        elif what == "source":
+            source.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        else:
+            _set_modes(folders, 0o555)
+        ended = run(arguments, backwards=what == "clock", bare=what == "read-only")
+        _set_modes(folders, 0o755)
+        if what == "source":
+            source.write_bytes(kept)
+            os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+        if ended != (0, 0):
+            assert ended == (2, 0) and not out.exists(), (command, what, ended)
+            if what == "power" or command in ("quantize", "convert"):
+                shutil.rmtree(partial)
+            assert run(arguments) == (0, 0), (command, what, "did not go on")
+        assert files_of(out) == whole, (command, at_file, what)
+        shutil.rmtree(out)
+        return ended == (0, 0)
+
 
 def files_of(folder: pathlib.Path) -> Files:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -113,8 +158,12 @@ def run(
     at_file: int | None = None,
     after_s: float | None = None,
     file_bytes: int | None = None,
+    backwards: bool = False,
+    bare: bool = False,
 ) -> tuple[int, int]:
-    """Exit code and signal of a command in a process of its own."""
+    """Exit code and signal of a command in a process of its own; under a clock that goes backwards, or
+    without the rights of root (`bare`).
+    """
     child = os.fork()
     if not child:
         code = 70
@@ -122,6 +171,10 @@ def run(
             _kill_self_before(at_file)
             if file_bytes is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+            if backwards:
+                time.time = map(float, itertools.count(FAR_AHEAD, -1000)).__next__
+            if bare:
+                _give_up_rights()
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 code = main(arguments)
         except BaseException:
@@ -136,6 +189,22 @@ def run(
     return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0, os.WTERMSIG(status) if os.WIFSIGNALED(
         status
     ) else 0
+
+
+def _newest(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: -p.stat().st_mtime_ns)
+
+
+def _set_modes(folders: list[pathlib.Path], mode: int) -> None:
+    for folder in folders:
+        if folder.exists():
+            folder.chmod(mode)
+
+
+def _give_up_rights() -> None:
+    """All of root's capabilities: it may then write no more than the modes of its files say (capset(2))."""
+    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset(header, none) == 0
 
 
 def _kill_self_before(file: int | None) -> None:

@@ -107,6 +107,8 @@ def rank_for_share(keep: float, in_features: int, out_features: int, form: str) 
     total, target = in_features + out_features, keep * in_features * out_features
     if form == "uv":
         return target / total
+    # compact: R (total - R) = target has two roots, and a rank is the smaller. Of a square matrix kept whole
+    # they are one, and rounding may take the difference below 0.
     return (total - math.sqrt(max(total * total - 4 * target, 0.0))) / 2
 
 
@@ -117,6 +119,7 @@ def uniform(layers: Sequence[Layer], keep: float, form: str, multiple: int) -> l
     if form == "narrow":
         return [_narrow(layer, keep) for layer in layers]
     curves = [curve for layer in layers for curve in layer[0].curves]
+    # A budget that is exactly 64 ranks may come out as 63.999...: not a rank lost to that.
     ranks = [int(rank_for_share(keep, c.in_features, c.out_features, form) + 1e-9) for c in curves]
     if min(ranks) < multiple:
         raise UsageError(
@@ -225,11 +228,14 @@ def _of_level(level: Level, form: str, multiple: int) -> list[tuple[float, float
     what lies between: `(cost, loss, choice)` each.
     """
     options = [_of_matrix(curve, form, multiple) for curve in level.curves]
+    # Costs and losses are sums over the matrices, so the lower hull of the level is the steps of their hulls,
+    # the steepest first.
     hulls = [_hull(matrix) for matrix in options]
     at = [0] * len(options)  # of each matrix, the place in its options
     found = [_together(level, options, at)]
     while any(hulls):
         slopes = [
+            # -1: this matrix has no step left, and every real one saves something
             _saved(matrix[i], matrix[hull[0]]) if hull else -1.0
             for matrix, hull, i in zip(options, hulls, at, strict=True)
         ]
@@ -254,6 +260,8 @@ def _of_matrix(curve: Curve, form: str, multiple: int) -> list[tuple[float, floa
     """`(cost, loss, rank)` of every rank worth offering; rank 0 stands for dense."""
     m, n = curve.out_features, curve.in_features
     least = max(1, math.ceil(MIN_RANK_SHARE * m * n / (m + n) / multiple)) * multiple
+    # Without full rank, which no form stores in less than the dense matrix; and without losses of inf, which
+    # stand for a level whose matrices stay dense.
     ranks = range(least, min(m, n), multiple) if form != "narrow" else ()
     offered = [(curve.cost(k, form), curve.loss(k), k) for k in ranks if np.isfinite(curve.loss(k))]
     return _worthwhile([*offered, (curve.dense_cost, 0.0, 0)])
@@ -288,8 +296,10 @@ def _spent(options: Sequence[_Options], picks: Sequence[int]) -> float:
 def _bisect(options: Sequence[_Options], budget: float) -> float:
     """The smallest price per unit of cost at which the picks fit the budget."""
     low, high = 0.0, 1e-30  # the picks at `high` fit from the loop below on, and stay so
+    # Ends: `check_removable` has seen that the cheapest choices fit.
     while _spent(options, _pick(options, high)) > budget:
         high *= 4.0
+    # Beyond what fp64 tells apart, at any scale of the losses.
     for _ in range(80):
         middle = (low + high) / 2
         low, high = (middle, high) if _spent(options, _pick(options, middle)) > budget else (low, middle)
@@ -304,6 +314,8 @@ def _fill(options: Sequence[_Options], picks: list[int], budget: float) -> list[
     while True:
         best: tuple[float, int, int] | None = None
         for i, (o, p) in enumerate(zip(options, picks, strict=True)):
+            # All that follow, not the next alone: between the edges of a hull a longer step may save more per
+            # unit.
             extra, saved = o.costs[p + 1 :] - o.costs[p], o.losses[p] - o.losses[p + 1 :]
             worth = np.where((extra <= room) & (extra > 0), saved / np.where(extra > 0, extra, 1.0), -np.inf)
             if len(worth) and (best is None or worth.max() > best[0]):

@@ -39,6 +39,7 @@ def deal(
     assigned = torch.arange(channels, device=rows.device) % groups if start is None else start.clone()
     if groups == 1:
         return assigned
+    # Once: under other prices the values of two sweeps could not be compared.
     prices = _prices(rows, assigned, groups, ranks)
     best, least, share = assigned, float("inf"), FIRST_SHARE
     for _ in range(sweeps):
@@ -46,6 +47,8 @@ def deal(
         if value < least:
             done, best, least = least - value < GAIN * value, assigned, value
         else:
+            # Worse: moves are priced one by one, and too many were made at once. On from here with fewer,
+            # until even few do not help.
             done = share < FIRST_SHARE / 4
             share *= SHRINK
         if done:
@@ -63,6 +66,7 @@ def balanced(rows: torch.Tensor, assigned: torch.Tensor, groups: int, ranks: lis
     counts = torch.bincount(assigned, minlength=groups).tolist()
     if len(set(counts)) == 1:
         return assigned
+    # Prices are means over slices of one size, which these groups do not have yet.
     cyclic = torch.arange(channels, device=rows.device) % groups
     _, moves = _moves(rows, assigned, groups, _prices(rows, cyclic, groups, ranks))
     dealt = assigned.tolist()
@@ -88,6 +92,7 @@ def _prices(rows: torch.Tensor, assigned: torch.Tensor, groups: int, ranks: list
         matrix[:, min(rank, spectra.shape[-1] - 1)].mean()
         for matrix, rank in zip(spectra, ranks, strict=True)
     ]
+    # A slice of a lower rank than this has nothing there, and mu divides.
     return torch.stack(at).clamp_min(torch.finfo(rows.dtype).tiny)
 
 
@@ -115,6 +120,7 @@ def _moves(
         change = torch.where(inside, -two / (1 - one).clamp_min(1e-4), two / (1 + one))
         table[group] = change.sum(0)
     own = table.gather(0, assigned[None])
+    # Leaving its own group, and joining the other.
     moves = (table + own).scatter(0, assigned[None], torch.inf)
     return value, moves
 
@@ -123,8 +129,10 @@ def _swapped(assigned: torch.Tensor, moves: torch.Tensor, groups: int, most: int
     """After swapping the best movers of every pair of groups, at most `most` of a group in all."""
     assigned, members = assigned.clone(), [(assigned == group).nonzero()[:, 0] for group in range(groups)]
     free = torch.ones(len(assigned), dtype=torch.bool, device=assigned.device)
+    # A group is in groups - 1 pairs, which share what it may swap.
     quota = max(1, most // (groups - 1))
     for a, b in itertools.combinations(range(groups), 2):
+        # `members` are those of before: who has been swapped since is not free, so no channel moves twice.
         there, back = (_best(moves[to], members[of][free[members[of]]]) for of, to in ((a, b), (b, a)))
         count = min(len(there), len(back), quota)
         # Both moves are priced alone; what the two channels are to each other shows in the next sweep.

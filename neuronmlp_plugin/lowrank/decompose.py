@@ -50,6 +50,7 @@ class SecondMoment:
         for start in range(0, len(self.total), BLOCK):
             end = min(start + BLOCK, len(self.total))
             product = rows[:, start:end].T @ rows[:, :end]
+            # Asked of the product: a row's NaN or Inf is in it, and so is an overflow that no row shows.
             if not all_finite(product):
                 raise NonFiniteError(
                     "calibration activations: expected finite values, found NaN or Inf; check the model's "
@@ -65,6 +66,7 @@ class SecondMoment:
         if self.count == 0:
             raise CalibrationError("calibration: expected at least one token, found none; give more text.")
         mean, self.total, self.count = self.total.div_(self.count), self.total.new_zeros(0, 0), 0
+        # Only what lies on and below the diagonal of blocks was summed: the rest is its mirror.
         for start in range(0, len(mean), BLOCK):
             mean[:start, start : start + BLOCK] = mean[start : start + BLOCK, :start].T
         return mean
@@ -103,6 +105,7 @@ class Decomposition:
         could overflow else).
         """
         second, first = self.left[:, :rank], self.right[:rank]
+        # 1e-30: beyond its rank a matrix has terms of zeros, whose norms cannot be made equal.
         scale = (first.norm(dim=1) / second.norm(dim=0).clamp_min(1e-30)).sqrt().clamp_min(1e-30)
         return first / scale[:, None], second * scale
 
@@ -145,6 +148,8 @@ def _from_inputs(w: torch.Tensor, moment: torch.Tensor | None, root: torch.Tenso
     if moment is None:
         mapped, back = w, torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
     else:
+        # S = V D^1/2, not the symmetric root: any S with S S^T = C will do, and this one is inverted by a
+        # division.
         values, vectors = torch.linalg.eigh(_ridged(moment.double()))
         spread = values.clamp_min(float(values[-1]) * 1e-14).sqrt()
         mapped, back = w @ (vectors * spread), (vectors / spread).T
@@ -160,6 +165,7 @@ def _metric_roots(metric: torch.Tensor | None, w: torch.Tensor) -> tuple[torch.T
         return one, one
     g = metric.double()
     if g.ndim == 1:
+        # The ridge: an output whose gradient was always 0 would have no inverse root.
         root = (g + RIDGE * g.mean().clamp_min(1e-30)).sqrt()
         return root, 1.0 / root
     values, vectors = torch.linalg.eigh(_ridged(g))
@@ -178,6 +184,8 @@ def _apply(root: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _descending_eigh(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # eigh reads one triangle alone, and those of a product differ in their last digits; values of 0 may come
+    # out below it.
     values, vectors = torch.linalg.eigh((symmetric + symmetric.T) / 2)
     return values.flip(0).clamp_min(0.0), vectors.flip(1)
 

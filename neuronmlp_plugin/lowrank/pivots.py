@@ -26,6 +26,8 @@ class _Basis:
     """
 
     def __init__(self, basis: torch.Tensor) -> None:
+        # Orthonormal, so that what remains of a row means the same in every basis, whatever its columns'
+        # scale; R columns even where the factor has a lower rank, which then shows in the solve.
         self.q = torch.linalg.qr(basis.double()).Q
         self.rank = basis.shape[1]
         self.factor = torch.zeros(basis.shape[0], self.rank, dtype=torch.float64)
@@ -94,6 +96,7 @@ def _common_order(active: list[_Basis], size: int) -> torch.Tensor:
         best = torch.topk(scores, min(CANDIDATES + 1, int(free.sum())))
         candidates = best.indices[:CANDIDATES]
         bound = float(best.values[-1]) if len(best.values) > CANDIDATES else -torch.inf
+        # Not past the end of any basis: from there on it has no say in the order.
         steps = min([ROUND] + [b.rank - b.taken for b in needy])
         rows = candidates[_greedy_among([b.gram(candidates) for b in needy], bound, steps)]
         for basis in needy:
@@ -104,6 +107,8 @@ def _common_order(active: list[_Basis], size: int) -> torch.Tensor:
 
 
 def _score(lefts: Sequence[torch.Tensor]) -> torch.Tensor:
+    # Logs: the volumes that the pivots of all bases span, multiplied, grow by this. A sum of the norms
+    # themselves would take a channel that is excellent for one basis and useless to another.
     return torch.stack([left.clamp_min(1e-300).log() for left in lefts]).sum(0)
 
 
@@ -120,6 +125,7 @@ def _greedy_among(grams: list[torch.Tensor], bound: float, steps: int) -> torch.
         if chosen and float(scores[best]) < bound:
             break
         for gram in grams:
+            # One step of Cholesky: what is left of the candidates once `best` is projected out.
             column = gram[:, best] / gram[best, best].clamp_min(1e-300).sqrt()
             gram.sub_(torch.outer(column, column))
         chosen.append(best)

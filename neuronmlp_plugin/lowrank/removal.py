@@ -69,6 +69,7 @@ class _Elimination:
             price = d_diagonal / p_diagonal
             price[gone] = torch.inf
             j = int(price.argmin())
+            # Columns j as they are by now: the matrices themselves are those of before the block.
             p = self.p[:, j] - p_done[:, :step] @ p_done[j, :step]
             d = self.d[:, j] - b_done[:, :step] @ q_done[j, :step] - q_done[:, :step] @ b_done[j, :step]
             q = p / p[j]
@@ -76,6 +77,7 @@ class _Elimination:
             p_done[:, step], q_done[:, step], b_done[:, step] = p / p[j].sqrt(), q, b
             p_diagonal -= p_done[:, step].square()
             d_diagonal -= 2 * b * q
+            # D_jj of a channel that down hardly looks at may round below 0, and no removal may gain.
             costs.append(max(float(price[j]), 0.0))
             gone.append(j)
         stay = torch.ones(len(self.p), dtype=torch.bool, device=self.p.device)
@@ -100,6 +102,7 @@ def leverage_order(moment: torch.Tensor, ridge: float) -> torch.Tensor:
 
 def repaired(weight: torch.Tensor, moment: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Down `[H, k]` for the channels `kept [k]`: W C[:, S] (C[S, S] + ridge)^-1, fp64."""
+    # In both places, ridge included: keeping every channel then gives W back.
     c = ridged(moment)
     cross = weight.double() @ c[:, kept]
     return torch.cholesky_solve(cross.T, torch.linalg.cholesky(c[kept][:, kept])).T

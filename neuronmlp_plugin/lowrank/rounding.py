@@ -40,6 +40,7 @@ def round_under(
     [[0.0, 1.0]]
     """
     left = weight.float().clone()
+    # A channel of zeros has step 0; with any other its integers are 0 and nothing is divided by 0.
     step = step.float().where(step > 0, 1.0).expand_as(left)
     if inputs is None and outputs is None:
         return _nearest(left / step, limit)
@@ -125,6 +126,7 @@ def _round_tile(
         lost[i, j], missed[i, j] = left[i, j] - value, wanted - value
         # Triangles: what lies at or before the number itself is not touched.
         left[rows] -= lost[i, j][:, None] * right[j]
+        # flip: along an antidiagonal j falls as i rises, and a slice of columns rises.
         moved[:, columns] -= (missed[i, j][:, None] * below[i]).T.flip(1)
     return missed
 
@@ -138,6 +140,8 @@ def _carried(gram: torch.Tensor | None, damping: float) -> torch.Tensor | None:
     upper = torch.linalg.cholesky(
         torch.cholesky_inverse(torch.linalg.cholesky(_damped(gram, damping))), upper=True
     )
+    # Factorised in fp64, which the condition of C asks for; applied in fp32, which is far finer than the
+    # rounding.
     return (upper / upper.diagonal()[:, None]).triu(1).float()
 
 

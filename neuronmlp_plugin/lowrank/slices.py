@@ -63,6 +63,8 @@ class MLP:
             self.up_metric[kept] * grown,
             self.down_metric,
         )
+        # Roots of what goes in and of what comes out, which removal leaves alone: an eigh each saved. A
+        # cached_property keeps its value in __dict__, which a frozen dataclass does not guard.
         vars(slim).update(
             {name: root for name, root in vars(self).items() if name.endswith("_root")}
         )  # the same
@@ -84,6 +86,7 @@ class MLP:
             metric.double().sqrt()[:, None] * (weight.double() @ self.input_root)
             for weight, metric in ((self.gate, self.gate_metric), (self.up, self.up_metric))
         ]
+        # The diagonal alone: which correlations count depends on the groups, and those are being looked for.
         scale = self.channels.diagonal().double().clamp_min(0.0).sqrt()
         found.append((self.metric_root @ self.down.double()).T * scale[:, None])
         return torch.stack(found).float()
@@ -97,6 +100,7 @@ class MLP:
         spectra = [[_spectrum(matrix[group]) for group in groups] for matrix in rows[:2]]
         spectra.append([])
         for group in groups:
+            # Any S with S S^T = C gives W S the same singular values; a Cholesky factor is the cheapest.
             spread = torch.linalg.cholesky(ridged(self.channels[group][:, group]))
             spectra[2].append(_spectrum((weighted[:, group] @ spread).T))
         return [_tail(torch.stack(slices).sum(0)) for slices in spectra]
@@ -164,6 +168,7 @@ def factor_inputs(
     together are not the best of each.
     """
     pairs = [decompose(weight[:, group], moment[group][:, group], metric).truncate(rank) for group in groups]
+    # Nothing to interact with: the truncated SVD is the best there is.
     if len(groups) == 1:
         return pairs
     pairs = _refitted(weight, moment, groups, pairs)
@@ -203,7 +208,10 @@ def _swept(
         left[:, group] -= second.double() @ first.double()
     for index, group in enumerate(groups):
         first, second = found[index]
+        # What the others leave: the group's own part is put back, and fitted anew.
         left[:, group] += second.double() @ first.double()
+        # Of all that is left, columns outside the group too, its channels can stand for as much as they
+        # correlate with it: left C[:, S] C[S, S]^-1.
         own = ridged(moment[group][:, group])
         fitted = torch.cholesky_solve((left @ moment[:, group].double()).T, torch.linalg.cholesky(own)).T
         found[index] = first, second = decompose(fitted, own, metric).truncate(len(first))

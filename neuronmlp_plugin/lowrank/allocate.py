@@ -317,7 +317,7 @@ def _fill(options: Sequence[_Options], picks: list[int], budget: float) -> list[
             # All that follow, not the next alone: between the edges of a hull a longer step may save more per
             # unit.
             extra, saved = o.costs[p + 1 :] - o.costs[p], o.losses[p] - o.losses[p + 1 :]
-            worth = np.where((extra <= room) & (extra > 0), saved / np.where(extra > 0, extra, 1.0), -np.inf)
+            worth = np.where(extra <= room, saved / extra, -np.inf)  # options rise in cost: `_worthwhile`
             if len(worth) and (best is None or worth.max() > best[0]):
                 best = (float(worth.max()), i, p + 1 + int(worth.argmax()))
         if best is None or best[0] <= 0.0:

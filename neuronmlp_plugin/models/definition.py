@@ -143,6 +143,7 @@ def product(matrix: Matrix, first: Linear | None, second: Linear | None, x: torc
     if matrix.is_down:
         groups = x.unflatten(-1, (matrix.groups, -1))
         pivots, others = groups[..., : matrix.pivots], groups[..., matrix.pivots :]
+        # Both in the order of z: R of each group, group after group.
         return second(pivots.flatten(-2) + first(others.flatten(-2)))
     z = first(x)
     parts = (part.unflatten(-1, (matrix.groups, -1)) for part in (z, second(z)))

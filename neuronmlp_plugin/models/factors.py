@@ -169,6 +169,8 @@ class Matrix:
         """Along which dimension contiguous equal parts of a weight are the shares of tensor-parallel
         ranks.
         """
+        # Down's second factor joins the groups: they have its columns. Everything else has a group's numbers
+        # in rows.
         return IN if self.is_down and suffix == self.suffixes[1] else OUT
 
 
@@ -240,6 +242,7 @@ class MLPLayer(Mapping[str, ProjectionSpec]):
         """Whether tp ranks can each own an equal part that needs nothing of the others but the sum of y, as
         the parts of a dense MLP do: at full speed.
         """
+        # Dense matrices may be cut at any channel: only factors hold the channels of a group together.
         return (self.groups % tp == 0 if self.is_low_rank else True) and self.channels % tp == 0
 
     def gathers(self, tp: int) -> bool:
@@ -267,6 +270,8 @@ class MLPLayer(Mapping[str, ProjectionSpec]):
     def share(self, tp: int) -> MLPLayer:
         """What each of tp ranks owns of a layer that fits: a whole, smaller layer."""
         assert self.fits(tp), (self, tp)
+        # Only a layer without factors comes here with groups that tp does not divide, and to it they mean
+        # nothing.
         groups = self.groups // tp if self.groups % tp == 0 else 1
         return dataclasses.replace(self, channels=self.channels // tp, groups=groups)
 

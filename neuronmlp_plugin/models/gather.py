@@ -63,6 +63,7 @@ class ProcessGroup(Collectives):
         return self.all_reduce(x).chunk(self.size, dim=-1)[self.rank]
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        # torch.distributed adds up in place, and the caller keeps x.
         total = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=self.group)
         return total
@@ -130,8 +131,10 @@ def gather_shard(matrix: Matrix, tensors: Tensors, tp: int, rank: int) -> Shard:
     pivots, slots = len(range(rank, matrix.pivots, tp)), slots_per_rank(matrix.rank, tp)
     if matrix.is_down:
         columns = first.rearranged(lambda t: t[:, start::tp], IN)
+        # z leaves rank after rank, since a reduce-scatter cuts it into contiguous parts.
         return Shard(gathered(columns, OUT), dealt(second, IN), pivots, slots)
     rows = second.rearranged(lambda t: t[start::tp], OUT)
+    # z arrives rank after rank, as an all-gather joins it.
     return Shard(dealt(first, OUT), gathered(rows, IN), pivots, slots)
 
 
@@ -142,6 +145,7 @@ def all_gather_together(parts: list[torch.Tensor], collectives: Collectives) -> 
     if collectives.size == 1 or not parts:
         return parts
     widths = [part.shape[-1] for part in parts]
+    # Rank by rank, each with its share of every part; then part by part, each with the shares of every rank.
     joined = collectives.all_gather(torch.cat(parts, dim=-1))
     by_rank = [chunk.split(widths, dim=-1) for chunk in joined.chunk(collectives.size, dim=-1)]
     return [torch.cat(chunks, dim=-1) for chunks in zip(*by_rank, strict=True)]
@@ -200,5 +204,7 @@ class GatherDown:
             return self.second(h)
         pivots, start = self.shard.pivots, self.collectives.rank * self.shard.slots
         z = self.first(h[..., pivots:])
+        # This rank's pivots are the z of the first of its own slots; other ranks add nothing but products
+        # there.
         z[..., start : start + pivots] += h[..., :pivots]
         return self.second(self.collectives.reduce_scatter(z))

@@ -86,6 +86,7 @@ class LayerStream:
         positions = torch.arange(hidden.shape[1], device=self.device)[None]
         rotary = self.model.model.rotary_emb(hidden, positions)
         output = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+        # A layer of transformers 4 may return a tuple.
         output = output[0] if isinstance(output, tuple) else output
         if not bool(torch.isfinite(output.detach()).all()):
             raise NonFiniteError(
@@ -133,6 +134,7 @@ class LayerStream:
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
         state: dict[str, Any] = {name: self._tensor(prefix + name) for name in module.state_dict()}
+        # assign: a parameter on the meta device has nothing that could be copied into.
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False)
 

@@ -105,6 +105,7 @@ class Judge:
         head_p, head_q = self.reference.head(), candidate.head()
         totals = _Totals()
         for index, (window, *pair) in enumerate(zip(self.windows, self._exact, reached, strict=True)):
+            # The last position predicts a token that is not in the window.
             targets, p, q = (x.split(POSITIONS) for x in (window[1:], *(hidden[:-1] for hidden in pair)))
             for target, x, y in zip(targets, p, q, strict=True):
                 device = self.reference.device

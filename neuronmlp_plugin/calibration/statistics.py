@@ -71,6 +71,7 @@ def layer_moments(
     gate_up = SecondMoment(mlp.gate_proj.in_features, stream.device)
     down = SecondMoment(mlp.down_proj.in_features, stream.device)
     handles = [
+        # `add` returns None: what else a pre-hook returns takes the place of the input
         mlp.gate_proj.register_forward_pre_hook(lambda _, args: gate_up.add(_flat(args[0]))),
         mlp.down_proj.register_forward_pre_hook(lambda _, args: down.add(_flat(args[0]))),
     ]
@@ -87,6 +88,7 @@ def run_in_place(
 ) -> None:
     """Replace `hidden [windows, S, H]` by the layer's output, batch by batch."""
     with torch.no_grad():
+        # `split` of no windows gives one empty batch, not none.
         for batch in hidden.split(BATCH) if len(hidden) else ():
             batch.copy_(stream.run(layer, batch))
             tick(len(batch))
@@ -113,6 +115,8 @@ def loss_gradient(stream: LayerStream, hidden: torch.Tensor, windows: torch.Tens
     """
     head, gradients = stream.head(), []
     for states, ids in zip(hidden, windows, strict=True):
+        # A window at a time: logits of all of them would fill the memory. Summed and not averaged: what is
+        # wanted is each token's own gradient.
         leaf = states.detach().to(stream.device).requires_grad_()
         F.cross_entropy(head(leaf[:-1]), ids[1:].to(stream.device), reduction="sum").backward()
         assert leaf.grad is not None

@@ -64,6 +64,7 @@ def _ids(name: str, values: dict[str, Any]) -> Iterator[Any]:
     yield from (
         (entry.get("id") for entry in added if isinstance(entry, dict)) if isinstance(added, list) else ()
     )
+    # 12 digits are far above MOST_TOKENS already, and Python refuses to read thousands.
     yield from (int(key[:12]) for key in decoder if key.isdecimal()) if isinstance(decoder, dict) else ()
 
 
@@ -92,6 +93,7 @@ def token_windows(
     ids = array.array("i")  # a list of Python's integers would take eight times the memory
     for document in documents:
         with told_as(CheckpointError, f"{source}: expected text that the tokenizer reads", "mend its files"):
+            # Special tokens begin a window, not a document: none is to stand in the middle.
             ids.extend(tokenizer(document, add_special_tokens=False)["input_ids"])
         if limit is not None and len(ids) >= limit:
             break
@@ -169,6 +171,7 @@ def held_out_windows(
 
 def bos_prefix(tokenizer: Any) -> list[int]:
     """The special tokens that the tokenizer itself puts in front of a text (often one BOS, or nothing)."""
+    # By looking, not by `bos_token`: many tokenizers have one that they never put there.
     with_special = tokenizer("a")["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     for start in range(len(with_special) - len(plain) + 1):

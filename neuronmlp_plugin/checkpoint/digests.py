@@ -42,6 +42,7 @@ def sampled_digest(path: pathlib.Path) -> str:
     return _sampled(path.resolve(), status.st_size, status.st_mtime_ns)
 
 
+# The time is there for the cache alone: a file that was written anew is read anew.
 @functools.lru_cache(maxsize=4096)
 def _sampled(path: pathlib.Path, size: int, _written_ns: int) -> str:
     sha = hashlib.sha256(str(size).encode())

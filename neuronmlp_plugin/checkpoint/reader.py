@@ -211,6 +211,7 @@ def checked_tensor(tensor: torch.Tensor, name: str, path: pathlib.Path) -> torch
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds neither NaN nor Inf; isfinite of the whole would copy it."""
+    # A NaN anywhere makes both ends NaN.
     return not tensor.numel() or all(bool(torch.isfinite(end)) for end in tensor.aminmax())
 
 

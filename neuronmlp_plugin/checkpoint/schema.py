@@ -211,6 +211,7 @@ def parse_block(block: dict[str, Any], config: dict[str, Any], source: str) -> F
 
 
 def _is_count(value: Any, limit: int) -> bool:
+    # Not isinstance: True is an int, and JSON's true is no count.
     return type(value) is int and 1 <= value <= limit
 
 

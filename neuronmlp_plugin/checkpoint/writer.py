@@ -119,6 +119,7 @@ def whole_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
 def move_whole(folder: pathlib.Path, target: pathlib.Path) -> None:
     """Rename a finished folder, whose files are on the disk, to where it belongs."""
     with told_when_unwritable(target):
+        # First the names inside reach the disk, then the folder's: after a power cut it is whole or absent.
         sync(folder)
         folder.rename(target)
         sync(target.parent)
@@ -197,6 +198,8 @@ def write_rest(folder: pathlib.Path, base: Checkpoint, block: FormatBlock) -> No
     """
     count = int(base.config["num_hidden_layers"]) + 1
     tied = bool(base.config.get("tie_word_embeddings"))
+    # A dense model whose head differs from the embedding is tied no more (reader.py): what is left out here
+    # is a copy.
     rest = [
         n for n in base.names() if not n.startswith("model.layers.") and not (tied and n == "lm_head.weight")
     ]

@@ -129,6 +129,7 @@ def _sample_inputs(
 
     def keep(key: str, x: torch.Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1])
+        # Every step-th row of all that pass, wherever in a step this batch begins.
         seen[key].append(rows[-passed[key] % step :: step].cpu().clone())  # a view would keep all rows alive
         passed[key] += len(rows)
 
@@ -157,6 +158,7 @@ def backward_pass(
     windows = workers.share(spread(plan.calibration, plan.metric_windows))
     files = _Files(workspace, workers)
     with bars.stage("backward pass", 3 * stream.num_layers) as tick:
+        # Metrics are made from the last layer on: what is behind the last missing one is there, but for this.
         if not files.has(
             "gradient", missing[-1] + 1
         ):  # the beginning, or another number of processes than before

@@ -115,6 +115,7 @@ def _order(factored: FactoredLayer, layer: MLPLayer) -> list[torch.Tensor]:
     """Of every group, its places among the layer's channels in the order that is stored: its pivots first."""
     size, orders = layer.channels // layer.groups, []
     for group in range(layer.groups):
+        # Of the side that has the channels: what down reads, what gate and up put out.
         bases = [
             pairs[group][0].T if name == "down_proj" else pairs[group][1]
             for name, pairs in factored.factors.items()
@@ -141,6 +142,7 @@ def _dense(
     if name == "down_proj" and len(built.channels) < plan.shape.intermediate_size:
         return factored.weights[name][:, built.order].to(dtype)
     weight = plan.base.tensor(f"model.layers.{index}.mlp.{name}.weight")
+    # Without a cast: the base's own numbers stay as they are.
     return weight[:, built.channels] if name == "down_proj" else weight[built.channels]
 
 

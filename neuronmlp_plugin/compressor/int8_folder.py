@@ -156,12 +156,15 @@ def _layer_statistics(stream: LayerStream, index: int, hidden: torch.Tensor) -> 
     def by_up(_module: Any, _args: Any, up: torch.Tensor) -> None:
         gate = gates.pop()
         sigmoid = gate.sigmoid()
+        # silu'(g) = s (1 + g (1 - s)) with s = sigmoid(g).
         _add(squares, "gate_proj", up * sigmoid * (1 + gate * (1 - sigmoid)))
 
     handles = [mlp.gate_proj.register_forward_hook(by_gate), mlp.up_proj.register_forward_hook(by_up)]
     with hooked(handles):
         moments = layer_moments(stream, layer, hidden, lambda _: None, Workers())
     down = mlp.down_proj
+    # Columns of down in any form: what it makes of unit vectors. Behind the hooks, which would take these for
+    # activations.
     columns = down(torch.eye(len(moments.down), device=stream.device)).square().sum(1).cpu()
     stream.release(index)
     up = {name: Statistics(moments.gate_up, squares[name].cpu() * columns) for name in squares}
@@ -204,6 +207,7 @@ def _round_up(matrix: Matrix, first: torch.Tensor, second: torch.Tensor, known: 
             weighed += torch.diag(w[:pivots])
         firsts.append(_rounded(f, moment, weighed))
         before, after = f.double(), firsts[-1].expanded().double()
+        # With z = first x and z' = the rounded first's: E[z z'^T] and, as `gram`, E[z' z'^T].
         seen = after if moment is None else after @ moment
         gram = seen @ after.T
         seconds.append(_rounded(refit(s, before @ seen.T, gram), gram, None))

@@ -80,6 +80,7 @@ def scaled(layers: Sequence[Layer], choices: Sequence[Choice], gains: Sequence[G
         [(g, p) for g, p in zip(gain, loss, strict=True) if g is not None and p > 0.0]
         for gain, loss in zip(gains, predicted, strict=True)
     ]
+    # Over their mean, further down: an allocation asks only what parts are worth to each other.
     ratios = [g / p for layer in known for g, p in layer]
     if not ratios or (mean := float(np.mean(ratios))) <= 0.0:
         return list(layers)
@@ -170,6 +171,8 @@ def _layer_gains(
         before = placed(found, found.weights[name], name, exact)  # of the kept channels, before any rank
         if name in found.factors:
             gains[position] = -float((weight.grad * (before - weight.detach())).sum())
+        # Of down alone: rows of gate and up that were removed stand where they were (`placed`), unseen by
+        # down.
         if name == "down_proj" and len(found.channels) < exact.shape[1]:
             gains[0] = -float((weight.grad * (exact - before)).sum())
     dense.release(index)

@@ -117,6 +117,8 @@ def _offer(plan: Plan, mlp: MLP, tokens: int) -> Offer:
         if channels == mlp.width:
             dealt = whole = deal(slim.rows(), plan.groups, ranks)
         else:
+            # The first level has all channels. Its deal serves the others: who stays keeps its group, as far
+            # as the groups' sizes allow, where a deal for each level would take as long again.
             dealt = balanced(slim.rows(), whole[kept], plan.groups, ranks)
         groups = [(dealt == group).nonzero()[:, 0] for group in range(plan.groups)]
         offer.tails[channels], offer.deals[channels] = torch.stack(slim.tails(groups)), dealt.cpu()
@@ -234,6 +236,8 @@ def factor_layer(mlp: MLP, offer: Offer, choice: Choice, groups: int) -> Factore
     parts = [part.to(kept.device) for part in offer.groups(choice.kept, groups)]
     if groups > 1 and any(choice.ranks):
         parts = _dealt(slim, parts, choice)
+    # Group after group, as it is stored. The second `keep` repairs nothing: the same channels in another
+    # order.
     order = torch.cat(parts)
     slim, size = slim.keep(order), choice.kept // groups
     parts = [torch.arange(t * size, (t + 1) * size, device=kept.device) for t in range(groups)]

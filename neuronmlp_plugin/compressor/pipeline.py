@@ -94,6 +94,7 @@ class Run:
                 read_mlp(self.plan, self.analysis, index, self.device),
                 read_offer(self.plan, self.analysis, index),
             )
+            # One choice of a layer at a time: the probes of a target would fill the disk.
             for path in self.work.path.glob(f"{kind}-*"):
                 path.unlink()
             self.work.save(name, factor_layer(mlp, offer, choice, self.plan.groups).to_tensors())
@@ -122,6 +123,7 @@ def compress(plan: Plan, bars: ProgressBars) -> Report | None:
     (`Workers`) all take part in the analysis; the first does the rest, and the others return None.
     """
     workers = Workers()
+    # The first makes the folders, and the others find them.
     with workers.first_ahead():
         run = Run(plan, workers.device)
     workers.wait()

@@ -290,6 +290,7 @@ def _groups(settings: Settings, shape: MLPShape) -> int:
 
 
 def _levels(settings: Settings, shape: MLPShape, groups: int) -> tuple[int, ...]:
+    # A step takes as many channels from every group, so that groups stay equal.
     channels, step = shape.intermediate_size, QUANTUM * groups
     least = math.ceil(LEAST_CHANNELS * channels / step) * step
     fewer = range((channels - 1) // step * step, least - 1, -step)

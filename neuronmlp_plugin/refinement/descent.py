@@ -73,6 +73,7 @@ def trainable(
             update = LowRankUpdate(linear.weight.shape, adapter_rank).to(linear.weight.device)
             parametrize.register_parametrization(linear, "weight", update)
         if is_int8:
+            # After the adapter, so that the merged weight is what is rounded.
             parametrize.register_parametrization(linear, "weight", Rounded())
     try:
         yield [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -170,6 +171,8 @@ def _resumed(files: Workspace, parameters: list[nn.Parameter], optimiser: AdamW)
         }
         parameter.data.copy_(mine.pop("value"))
         optimiser.state[parameter] = {
-            name: tensor if name == "step" else tensor.to(parameter.device) for name, tensor in mine.items()
+            # AdamW keeps its count of steps on the CPU
+            name: tensor if name == "step" else tensor.to(parameter.device)
+            for name, tensor in mine.items()
         }
     return tensors["losses"].tolist()

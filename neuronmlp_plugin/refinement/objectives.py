@@ -170,6 +170,7 @@ def distill(
         rows = (hidden if teacher is not None else hidden[:, :-1]).flatten(0, 1)
         states = None if teacher is None else teacher[part].to(device).flatten(0, 1)
         loss, gradient = _gradient(rows.detach(), states, ids, head, share)
+        # Head and loss have been taken backward by hand, in pieces: all logits at once never exist.
         rows.backward(gradient / len(rows))
         return loss / len(rows)
 

@@ -132,6 +132,7 @@ def _copy_scales(matrix: Matrix, scales: Array, out: Array) -> None:
     tiles = scale_cols(matrix) // matrix.col_groups
     for group in range(matrix.col_groups):
         mine = scales[group * (cols - pivots) : (group + 1) * (cols - pivots)]
+        # Tiles of pivots alone keep their ones; a mixed tile has ones for its first columns.
         for tile in range(pivots // PMAX, tiles):
             start, end = max(pivots, tile * PMAX), min(cols, (tile + 1) * PMAX)
             where = slice(start - tile * PMAX, end - tile * PMAX)

@@ -77,6 +77,7 @@ class Scheduler:
         ready = START
         for access in event.reads:
             ready = max(ready, self._hazards.before_read(access))
+        # Onto its own sum TensorE goes on without a wait; who reads the sum waits for the last of them.
         if event.accumulate:
             return ready
         for access in event.writes:
@@ -123,6 +124,8 @@ class Scheduler:
         start = ready[0] + DMA_START_NS
         work = dma_engine_ns(event, self.target, self.constants)
         end = self.pipe.reserve(start, work / self.target.dma_engines)
+        # Two limits: the engines together, which all transfers share, and the few engines that one transfer
+        # uses.
         end = max(end, start + work / dma_engines_used(event, self.target))
         self._place(event, ready, start, end, end)
 

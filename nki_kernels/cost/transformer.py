@@ -97,6 +97,7 @@ class _Core:
 
 def attention_us(shape: ModelShape, step: Step, tp: int, core: _Core) -> float:
     """Projections, scores and values of one layer on one core of `tp`."""
+    # With more cores than KV heads, cores hold copies of one.
     heads, kv_heads = max(1, shape.heads // tp), max(1, shape.kv_heads // tp)
     weights = shape.hidden * shape.head_dim * 2 * (heads + kv_heads)
     projections = core.us(2 * step.tokens * weights, weights * BYTES)

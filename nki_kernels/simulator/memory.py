@@ -22,6 +22,7 @@ from nki_kernels.targets import PMAX, Target
 
 # State of an element. A PSUM element that a matmul wrote can be added to; one that was read since starts no
 # new sum by itself.
+# In this order: checks look at the lowest and the highest state of a tensor.
 UNWRITTEN, WRITTEN, BY_MATMUL, MATMUL_READ = 0, 1, 2, 3
 
 

@@ -309,6 +309,8 @@ def _expand(key: Key, ndim: int) -> list[int | slice]:
 
 def _restride(old: Sequence[int], old_strides: Sequence[int], new: Sequence[int]) -> tuple[int, ...] | None:
     """Strides of `new` over the elements of `old`, or None where no strides can express it."""
+    # As numpy reshapes without a copy: dimensions that form one run may be cut anew, and no cut crosses two
+    # runs.
     runs: list[list[int]] = []  # [size, stride] of maximal runs, outermost first
     for size, stride in zip(old, old_strides, strict=True):
         if size == 1:

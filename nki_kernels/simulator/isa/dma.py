@@ -84,6 +84,7 @@ def dma_copy(
     if not current().dry:
         values = src.read()
         dst.write(values if same else round_to(values.astype(np.float32), dst.dtype), WRITTEN)
+    # A descriptor is contiguous on both sides, which break their runs at different places: the gcd fits both.
     _record_transfer("dma_copy", dst, src, math.gcd(_run(dst), _run(src)))
 
 

@@ -100,6 +100,7 @@ def activation(
             store(reduce_res, values.sum(axis=1, keepdims=True, dtype=np.float32))
     record(SCALAR, "activation", dst, data, _tensor(scale), bias, function=op)
     if reduce_res is not None:
+        # The sum stands in ScalarE until an instruction of its own fetches it, which takes time of its own.
         record(SCALAR, "activation_read_accumulator", reduce_res)
 
 

@@ -52,6 +52,7 @@ def nc_matmul(
         adds = _accumulates(dst, accumulate)
         product = as_float(stationary).T @ as_float(moving)
         if adds:
+            # `read` marks the sum as read; the write below makes it a matmul's own again.
             product += dst.read().astype(np.float32).reshape(m, n)
         dst.write(product.astype(dst.dtype, copy=False), BY_MATMUL)
     record(TENSOR, "nc_matmul", dst, stationary, moving, accumulate=adds, flops=2 * k * m * n)
@@ -79,6 +80,7 @@ def _check_matmul(machine: Machine, dst: Tensor, stationary: Tensor, moving: Ten
     )
     limit = target.stationary_fmax
     require(m <= limit, f"Matmul stationary free dimension {m} exceeds gemm_stationary_fmax={limit}")
+    # In bytes of the destination: where bf16 is allowed there (NeuronCore-v4), twice as many columns fit.
     limit = target.moving_fmax_fp32 * 4 // dst.dtype.itemsize
     require(n <= limit, f"Matmul moving free dimension {n} exceeds max {limit}")
     require(

@@ -91,6 +91,7 @@ class Chain:
         whole; otherwise the way through torch's dispatcher would cost as much as a small product.
         """
         self.large = large or self.large
+        # product.c takes neighbours of one number for a stage, and stages in the order in which they come.
         self.products.sort(key=lambda product: product.stage)
         array = (Product * len(self.products))(*self.products)
         # Rows of a power of two of bytes would fall on the same lines of a cache.

@@ -57,5 +57,6 @@ def load_products() -> Callable[..., None] | None:
         )
         return None
     function.restype = None
+    # Without argtypes ctypes would pass addresses as C ints, which have 32 bits.
     function.argtypes = (*(ctypes.c_void_p,) * 4, ctypes.c_int64)
     return function

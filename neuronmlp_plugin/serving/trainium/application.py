@@ -51,6 +51,8 @@ class LowRankModel(_Base):
             NxdParallel,
         )  # needs neuronx_distributed, which nothing else here does
 
+        # NxDI has no seam for the MLP of every family, so its dense ones are built first: on the meta device
+        # when it traces, in real memory only in its CPU mode.
         super().init_model(config)
         block = block_of(config)
         if block is not None:

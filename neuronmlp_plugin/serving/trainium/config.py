@@ -66,6 +66,7 @@ def low_rank_neuron_config(base: type) -> Any:
 
     class LowRankNeuronConfig(base):  # type: ignore[misc]
         def __init__(self, **kwargs: Any) -> None:
+            # Before the base sees it: NxDI's class warns of a key that it does not know, and drops it.
             given = kwargs.pop(KEY, None)
             super().__init__(**kwargs)
             if given is not None:

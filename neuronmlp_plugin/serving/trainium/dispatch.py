@@ -88,6 +88,7 @@ def decide(
         )
     decisions = {}
     for phase in PHASES:
+        # `prefill` and `decode` name the one phase that has kernels
         if options.kernels in ("off", *(other for other in PHASES if other != phase)):
             path, reason = "torch", f"kernels: {options.kernels}"
         else:

@@ -121,6 +121,7 @@ def _rank_matrices(
             dim = partition_dim(matrix, part, gathers)
             parts[part] = _slice(weight, tp, rank, dim)
         if not matrix.spec.is_low_rank:
+            # To the kernels every dense matrix is a second one: it makes the output, gate's and up's too.
             (matrices[f"{short}_second"],) = parts.values()
             continue
         if gathers and turns[matrix.is_down]:
@@ -144,6 +145,7 @@ def own_first(z: torch.Tensor, rank: torch.Tensor, tp: int) -> torch.Tensor:
     """Rank-major z, `[tp n, T]` or `[tp T, n]` -> the same with the share of `rank` `[1]` first, then those
     of rank + 1, ... around the ring.
     """
+    # By indices and not by slices: the rank is known only when the graph runs.
     order = (torch.arange(tp, device=z.device) + rank) % tp
     return z.reshape(tp, -1, z.shape[-1]).index_select(0, order).reshape(z.shape)
 

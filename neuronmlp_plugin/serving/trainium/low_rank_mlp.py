@@ -122,6 +122,8 @@ class TorchPath(nn.Module):
             return second(h)
         z = self.parallel.reduce_scatter(first(h[..., down.pivots :]))
         if down.pivots:
+            # Behind the reduce-scatter, where a rank's pivots are the first of its own slots on every rank;
+            # before it, their place would depend on the rank.
             z = z + F.pad(h[..., : down.pivots], (0, z.shape[-1] - down.pivots))
         return second(z)
 
@@ -182,6 +184,7 @@ class LowRankMLP(nn.Module):
         if residual is not None:
             x = residual = residual + x
         if self.sequence_parallel:
+            # Normed before it is gathered: a norm sees one token, and so each rank does its share of them.
             x = self.parallel.gather(x if rmsnorm is None else rmsnorm(x), SEQUENCE_DIM)
             rmsnorm = None
         y = self._summand(x, rmsnorm)

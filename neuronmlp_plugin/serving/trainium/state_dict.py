@@ -77,6 +77,7 @@ def lay_out_state(
                 name = f"{prefix}kernel_path.{stage}."
                 _put(state, name + "weight", weight, name + "scale")
             if gathers:
+                # A parameter that NxD slices like a weight, so that each rank finds its own number in it.
                 state[f"{prefix}kernel_path.rank.rank"] = torch.arange(tp, dtype=torch.int32)
 
 

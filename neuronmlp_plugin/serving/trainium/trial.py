@@ -60,6 +60,7 @@ def trace(kernel: Callable[..., Any], *arguments: Any) -> None:
 
 
 def _as_array(tensor: torch.Tensor) -> np.ndarray:
+    # Tensor.numpy knows no bf16, and numpy has none of its own: the bits travel as integers.
     if tensor.dtype is torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()

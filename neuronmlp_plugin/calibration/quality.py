@@ -193,6 +193,7 @@ def mixed_gradient(
     for h, t, ids in zip(*(x.split(_positions(head)) for x in (hidden, teacher, targets)), strict=True):
         log_q, log_p = (F.linear(x.to(head.dtype), head).float().log_softmax(-1) for x in (h, t))
         weight = share * (ids != NO_TARGET)[:, None]
+        # NO_TARGET is no place in the vocabulary; its weight is 0, so any place will do.
         following = ids.clamp_min(0)[:, None]
         p = log_p.exp()
         parts = (1 - weight) * (p * (log_p - log_q)).sum(-1, keepdim=True)

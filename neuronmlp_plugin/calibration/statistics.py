@@ -154,6 +154,7 @@ def layer_metrics(
 
     with hooked([getattr(mlp, name).register_forward_hook(watch(name)) for name in PROJECTIONS]):
         backward_in_place(stream, layer, hidden, gradient)
+    # All three have seen the gradient of every token once: down's count serves for gate and up.
     squares = {name: workers.sum(square) for name, square in squares.items()}
     workers.add_up(full)
     tokens = full.count

@@ -221,6 +221,7 @@ def matrix_errors(
         achieved: float | None = 0.0
         if factored and loss > 0.0:
             metric = factored.metrics[name]
+            # A diagonal goes by channels, which have been ordered; down's metric by outputs, which have not.
             metric = metric[built.order] if metric.ndim == 1 else metric
             achieved = _achieved(plan, saved, index, name, built, metric)
         rows.append(

@@ -222,6 +222,8 @@ def _round_down(matrix: Matrix, first: torch.Tensor, second: torch.Tensor, known
     for t, f in enumerate(first.chunk(matrix.groups)):
         inputs, own = slice(t * size + pivots, (t + 1) * size), slice(t * rank, (t + 1) * rank)
         moment = None if known.moment is None else known.moment[inputs, inputs]
+        # The group's own block: factors are rounded group by group, and the fit of the second, below, sees
+        # all of them.
         firsts.append(_rounded(f, moment, weighed[own, own]))
     stacked = _stacked(firsts)
     before, after = (_spread(matrix, f.double()) for f in (first, stacked.expanded()))

@@ -150,6 +150,7 @@ def _curves(plan: Plan, channels: int, tails: torch.Tensor | None) -> tuple[Curv
         if tails is None:
             tail = np.append(np.full(min(h, part), np.inf), 0.0)  # dense, or not at all
         else:
+            # Only parts that add up are fitted again together (`factor_inputs`).
             gain = REFIT_GAIN if name == "down_proj" and plan.groups > 1 else 0.0
             tail = tails[position].numpy() * (1.0 - gain)
         curves.append(Curve(out, n_in, tail, plan.groups))
@@ -281,6 +282,7 @@ def _with_losses(found: FactoredLayer, mlp: MLP, slim: MLP) -> FactoredLayer:
         energies.append(_energy(weight, slim.inputs, metric))
     error = mlp.down.double().clone()
     energies.append(_energy(error, mlp.channels, mlp.down_metric))
+    # Removed channels keep their whole columns in the error.
     error[:, found.channels.to(device)] -= found.low_rank("down_proj").to(device)
     losses.append(_energy(error, mlp.channels, mlp.down_metric))
     return dataclasses.replace(found, losses=torch.tensor(losses), energies=torch.tensor(energies))

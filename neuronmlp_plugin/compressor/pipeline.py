@@ -246,6 +246,7 @@ def _be_faster(run: Run, layers: list[Layer], factor: float, bars: ProgressBars)
     with bars.stage("simulated prices", priced_launches(plan)) as tick:
         prices = level_prices(plan, tick)
     report = _make(run, _choices_for(run, priced(layers, prices), 1.0 / factor, bars), bars)
+    # As stored, which may differ from what was chosen: weak pivots become uv (`build._store`).
     made = parse_block(report.block, plan.base.config, str(plan.base.folder)).layers
     before, simulated_us = dense_us(plan), model_us(made)
     decode = {

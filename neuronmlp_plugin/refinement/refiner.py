@@ -69,6 +69,7 @@ class RefinePlan:
         stored = self.source.block or dense_block(self.source)
         if self.settings.is_int8:
             return int8_block(stored)
+        # A narrow folder without a block has its own size in its config; the base's is in the dense one's.
         return stored if self.source.block else FormatBlock(stored.layers, dense_block(self.dense).shape)
 
     def moving(self, model: torch.nn.Module, index: int | None = None) -> dict[str, Any]:
@@ -121,6 +122,7 @@ class RefinePlan:
 def make_plan(settings: RefineSettings) -> RefinePlan:
     """Open and check all that a run will touch. Raises the errors of the parts, each naming its file."""
     source, dense = Checkpoint(settings.model), Checkpoint(settings.dense)
+    # A folder without a block may still be compressed, to fewer channels in all layers: then shapes differ.
     if dense.block is not None or (source.block is None and source.shapes() == dense.shapes()):
         raise CheckpointError(
             f"{settings.model}: expected a compressed folder, and its dense one as --dense, found them "

@@ -286,12 +286,11 @@ class DispatchRecord:
                 entries = json.load(handle)
             if not isinstance(entries, list):
                 raise ValueError("expected a list")
-            for layer, phase, tokens, *words in entries:
-                if not all(type(n) is int for n in (layer, tokens)) or not all(
-                    isinstance(word, str) for word in (phase, *words)
-                ):
+            for entry in entries:
+                if [type(part) for part in entry] != [int, str, int, str, str, str]:
                     raise ValueError("expected [layer, phase, tokens, path, reason, weights]")
-                self.add(layer, phase, tokens, Decision(*words))
+                layer, phase, tokens, *decision = entry
+                self.add(layer, phase, tokens, Decision(*decision))
         except (FileNotFoundError, ValueError, TypeError, RecursionError) as error:
             found = "none" if isinstance(error, FileNotFoundError) else "another file"
             raise ArtifactError(

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from neuronmlp_plugin.bench.engines import Engine, EngineSettings, Job, engines
+from neuronmlp_plugin.bench.engines import Answer, Engine, EngineSettings, Job, engines
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.errors import CheckpointError, UsageError
 from neuronmlp_plugin.models.definition import quantize
@@ -223,23 +223,27 @@ def measure_serving(
         with engines(models, settings) as ask:
             for name in names:  # warm up: packing, caches, first-shape costs
                 for cell in cells:
-                    _seconds(ask[name], cell, 3)
+                    _ask(ask[name], cell, 3)
             for turn, cell, name in missing:
-                kept.add(name, cell, turn, *_seconds(ask[name], cell, new_tokens))
+                answer = _ask(ask[name], cell, new_tokens)
+                kept.add(name, cell, turn, answer.seconds, answer.peak_bytes)
                 tick(1)
     return [
         _summary(kept.times, cell, name, models, rounds, settings.dtype) for cell in cells for name in names
     ]
 
 
-def _seconds(engine: Engine, cell: Cell, new_tokens: int) -> tuple[float, int]:
-    """Seconds to the first token, or for each token after it."""
+def _ask(engine: Engine, cell: Cell, new_tokens: int, *, parts: bool = False) -> Answer:
+    """Seconds to the first token, or for each token after it; by part, too, if `parts`."""
     if cell.kind == "first":
-        answer = engine(Job(1, cell.size, 1))
-        return answer.seconds, answer.peak_bytes
-    first = engine(Job(cell.size, PROMPT_TOKENS, 1))
-    whole = engine(Job(cell.size, PROMPT_TOKENS, new_tokens))
-    return (whole.seconds - first.seconds) / (new_tokens - 1), whole.peak_bytes
+        return engine(Job(1, cell.size, 1, parts))
+    first, whole = (engine(Job(cell.size, PROMPT_TOKENS, new, parts)) for new in (1, new_tokens))
+    later = new_tokens - 1
+    return Answer(
+        (whole.seconds - first.seconds) / later,
+        whole.peak_bytes,
+        {part: (seconds - first.parts[part]) / later for part, seconds in whole.parts.items()},
+    )
 
 
 def _summary(
@@ -265,25 +269,18 @@ def measure_parts(
     """(model, cell) -> seconds by part, the median over rounds of each: of a prompt with its first token, or
     of each token after it.
     """
-    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    found: dict[tuple[str, str], list[Mapping[str, float]]] = {}
     with engines(models, settings) as ask:
         for turn in range(rounds + 1):  # the first one warms up
             for cell in cells:
                 for name in in_turn(list(models), turn):
-                    found.setdefault((name, str(cell)), []).append(_parts(ask[name], cell, new_tokens))
+                    answer = _ask(ask[name], cell, new_tokens, parts=True)
+                    found.setdefault((name, str(cell)), []).append(answer.parts)
                     tick(1)
     return {
         key: {part: statistics.median(each[part] for each in turns[1:]) for part in turns[0]}
         for key, turns in found.items()
     }
-
-
-def _parts(engine: Engine, cell: Cell, new_tokens: int) -> dict[str, float]:
-    if cell.kind == "first":
-        return dict(engine(Job(1, cell.size, 1, parts=True)).parts)
-    first = engine(Job(cell.size, PROMPT_TOKENS, 1, parts=True)).parts
-    whole = engine(Job(cell.size, PROMPT_TOKENS, new_tokens, parts=True)).parts
-    return {part: (seconds - first[part]) / (new_tokens - 1) for part, seconds in whole.items()}
 
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

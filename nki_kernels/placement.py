@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from nki_kernels.casts import natural_cols
 from nki_kernels.request import Request, z_is_natural
 from nki_kernels.targets import PMAX
 from nki_kernels.tile_plan import Addresses, Plan
@@ -134,12 +135,12 @@ def _spread(room: Room, start: int, in_pieces: bool) -> dict[str, int]:
     """Addresses, from `start` on, of the spread int8 scales of natural output and of what it takes to spread
     them, and where that ends; none where the plan spreads them the other way.
     """
-    last = room.request.layout.down_second
-    if not room.request.layout.is_int8 or last is None or last.tile_cols != MOVING_COLS:
+    natural = natural_cols(room.request.layout)
+    if not room.request.layout.is_int8 or not natural:
         return {"spread": start, "small": start, "end": start}
     if in_pieces != room.spreads_pieces:
         return {"end": start}
-    small = start + aligned((room.out_cols if in_pieces else last.cols) * 4)
+    small = start + aligned((room.out_cols if in_pieces else natural) * 4)
     return {"spread": start, "small": small, "end": small + 5 * PMAX * 4}
 
 

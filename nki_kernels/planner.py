@@ -289,9 +289,7 @@ def _casts(
 def _pythons(request: Request, choice: Choice) -> tuple[Request, Choice]:
     """The same in Python's numbers: a compiler before nki 0.7 would read numpy's as None."""
     eps = None if request.norm_eps is None else float(request.norm_eps)
-    numbers: dict[str, Any] = {
-        name: int(n) for name, n in vars(choice).items() if n is not True and n is not False
-    }
+    numbers: dict[str, Any] = {name: int(n) for name, n in vars(choice).items() if not isinstance(n, bool)}
     return (
         dataclasses.replace(request, tokens=int(request.tokens), norm_eps=eps),
         dataclasses.replace(choice, **numbers),

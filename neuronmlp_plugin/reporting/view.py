@@ -41,7 +41,7 @@ class Sample:
 
 
 def base_name(report: Report) -> str:
-    """What the dense model is called: as recorded, else (older reports) its folder's name."""
+    """What the dense model is called: as recorded, else its folder's name."""
     recorded = (report.base or {}).get("name")
     return str(recorded or pathlib.Path(report.provenance.get("model") or "").name or "unknown model")
 

@@ -302,7 +302,7 @@ static int64_t count_of(Cut cut) { return cut.across * cut.down; }
 static Cut cut_of(const Product *p, int64_t tokens, int64_t stage_work, int threads) {
     int64_t all = (p->n + LANES - 1) / LANES, k = p->dtype == SILU ? SILU_WORK : p->k;
     int64_t share = stage_work / (4 * threads) + 1, panels = share / k;
-    int64_t least = tokens < 16 ? 1 : 4, most = tokens < 16 ? all : 16;
+    int64_t least = tokens < 16 ? 1 : 4, most = tokens < 16 ? all : MOST_PANELS;
     panels = panels < least ? least : panels > most ? most : panels;
     panels = (panels + 3) / 4 * 4;
     int64_t block = p->dtype == INT8 ? 1024 : 192;

@@ -21,7 +21,7 @@ NEW_TOKENS = 4
 # engine does, so a process that has imported it waits for requests and forks one engine for each: it reads
 # lines of JSON and answers each with the exit code.
 _PROGRAM = """
-import json, os, sys, torch
+import json, os, signal, sys, torch
 from vllm import LLM, SamplingParams
 
 def answer(options, prompts, new_tokens, vocabulary):
@@ -41,6 +41,7 @@ if __name__ == "__main__":
         request = json.loads(line)
         child = os.fork()
         if child == 0:
+            signal.alarm(600)  # one that hangs is ended
             os.environ.clear()
             os.environ.update(request["environment"])
             for number, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):

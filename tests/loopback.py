@@ -1,6 +1,10 @@
-"""A beginning for programs that may reach this machine alone: anything else is an error where it is tried."""
+"""This machine alone: a free port of it, and a beginning for programs that may reach nothing else, to which all
+other addresses are errors where they are tried.
+"""
 
 from __future__ import annotations
+
+import socket
 
 # Python's own sockets. A datagram socket that is connected asks the kernel which address it would send from,
 # no more.
@@ -22,3 +26,10 @@ def _only_here(event, arguments):
 
 sys.addaudithook(_only_here)
 """
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -18,6 +18,7 @@ from neuronmlp_plugin.calibration.text import held_out_windows
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from tests.conftest import ROOT, neuronmlp
+from tests.load.server import Server
 from tests.serving.engine import PROMPTS, environment, served_logits
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
@@ -126,47 +127,11 @@ def test_offline_example_runs(smollm2_compressed):
 @pytest.mark.vllm
 @needs_vllm
 def test_client_example_runs_against_vllm_serve(compress_smollm2, tmp_path):
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    serve = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.cli.main",
-        "serve",
-        str(compress_smollm2("compact", 0.1, "global")),
-    ]
-    options = [
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--dtype",
-        "float32",
-        "--enforce-eager",
-        "--max-model-len",
-        "512",
-    ]
-    env = {**environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with (
-        (tmp_path / "server.log").open("w") as log,
-        subprocess.Popen([*serve, *options], stdout=log, stderr=log, env=env) as server,
-    ):
-        try:
-            client = [
-                sys.executable,
-                "examples/openai_client.py",
-                "--url",
-                f"http://127.0.0.1:{port}/v1",
-                "--wait",
-                "300",
-            ]
-            done = subprocess.run(client, capture_output=True, text=True, cwd=ROOT, check=False, timeout=600)
-        finally:
-            server.terminate()
-    assert done.returncode == 0, done.stderr + (tmp_path / "server.log").read_text()[-3000:]
+    folder, log = compress_smollm2("compact", 0.1, "global"), tmp_path / "server.log"
+    with Server(folder, log, "--enforce-eager") as server:
+        client = [sys.executable, "examples/openai_client.py", "--url", server.url, "--wait", "300"]
+        done = subprocess.run(client, capture_output=True, text=True, cwd=ROOT, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr + log.read_text()[-3000:]
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert "Paris" in lines["chat"] and lines["streaming"] == lines["chat"]
     assert done.stdout.index("completion") < done.stdout.index("chat") < done.stdout.index("streaming")

@@ -26,7 +26,6 @@ from tests.letters import write_text, write_tokenizer
 from tests.tiny_models import write_dense
 
 COMMANDS = ("compress", "refine", "quantize", "convert")
-DISTURBANCES = ("clock", "power", "source", "read-only")
 LONG_AGO, FAR_AHEAD = 86_400, 4_102_444_800  # 1970 and 2100
 Files = dict[str, bytes]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import urllib.error
 import urllib.request
 
 from tests.conftest import ROOT
+from tests.loopback import free_port
 from tests.serving.engine import environment
 
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -24,7 +24,7 @@ class Server:
     def __init__(self, folder: pathlib.Path, log: pathlib.Path, *options: str, tp: int = 1) -> None:
         self.folder, self.log, self.tp = folder, log, tp
         self.options = ("--dtype", "float32", "--max-model-len", "512", *options)
-        self.port, self.process = _free_port(), None
+        self.port, self.process = free_port(), None
         self.start()
 
     @property
@@ -99,12 +99,6 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _fields(process: int) -> list[str]:

@@ -27,6 +27,7 @@ pytestmark = [
     ),
 ]
 TOLERANCE = 1e-3
+OF_EACH_CLASS = ("llama", "qwen2")  # vLLM has two classes of MLP for the four families
 
 
 def check(served, model) -> None:
@@ -45,11 +46,8 @@ def mixed(tmp_path, family: str):
 
 def ranks_of(family: str) -> list:
     """One rank and two; two of a family whose class of MLP another stands for only where `-m large` asks."""
-    other = family not in ("llama", "qwen2")  # vLLM has two classes of MLP for the four families
-    return [
-        pytest.param(family, 1),
-        pytest.param(family, 2, marks=[pytest.mark.large] if other else []),
-    ]
+    marks = [] if family in OF_EACH_CLASS else [pytest.mark.large]
+    return [pytest.param(family, 1), pytest.param(family, 2, marks=marks)]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +59,7 @@ def test_served_logits_equal_the_torch_forward(tmp_path, family, tensor_parallel
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", OF_EACH_CLASS)
 def test_int8_matrices_beside_others_give_the_logits_of_what_they_stand_for(
     tmp_path, family, tensor_parallel
 ):

@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.checkpoint.writer import write_factor_file
 from neuronmlp_plugin.serving.trainium.sharding import partition_dim
 from neuronmlp_plugin.serving.trainium.state_dict import lay_out_state, read_factored
+from tests.loopback import free_port
 from tests.models.layers import in_int8
 from tests.serving.trainium.nxdi_cases import PROMPT_LENGTHS, Case, family_cases, grouped_cases
 from tests.tiny_models import FAMILIES, MIXED_LAYERS, grouped_layers, write_dense, write_mixed
@@ -56,9 +56,7 @@ def run_cases(cases: list[Case], tp: int, work: pathlib.Path, classes: str = "ou
         str(results_path),
         classes,
     ]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     ranks = []
     for rank in range(tp):
         environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}

@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import torch
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.checkpoint.writer import write_factor_file
+from tests.loopback import free_port
 from tests.models.layers import in_int8
 from tests.serving.trainium.neuron_platform import write_distribution
 from tests.tiny_models import FAMILIES, grouped_layers, write_dense, write_mixed
@@ -171,9 +171,7 @@ def test_options_beside_the_ones_that_are_read_are_refused(environment, tmp_path
 @pytest.fixture
 def server(smollm2_compressed, environment, tmp_path) -> Iterator[str]:
     """Address of `vllm serve` with the real compressed SmolLM2, in vLLM's usual two processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [
         sys.executable,
         "-W",

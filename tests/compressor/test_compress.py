@@ -29,6 +29,7 @@ from neuronmlp_plugin.compressor.plan import make_plan
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import CheckpointError, NeuronMLPError, NonFiniteError, OutputError, UsageError
 from neuronmlp_plugin.reporting import folder as folder_module
+from neuronmlp_plugin.reporting.run_report import Report
 from tests.letters import write_text, write_tokenizer
 from tests.tiny_models import FAMILIES, write_dense
 
@@ -514,7 +515,7 @@ def test_a_factored_model_is_not_compressed_again(home):
 
 def test_the_report_is_json_with_every_matrix(home):
     compress(make_plan(settings_for(home, groups=1, channels="keep")), QUIET)
-    report = json.loads((home / "out" / "neuronmlp_report.json").read_text())
+    report = Report.of(json.loads((home / "out" / "neuronmlp_report.json").read_text()))
     assert [(row["layer"], row["projection"]) for row in report.matrices][:4] == [
         (0, "gate_proj"),
         (0, "up_proj"),
@@ -544,7 +545,7 @@ def test_a_matrix_of_zeros_is_no_obstacle(home, options):
     tensors["model.layers.1.mlp.gate_proj.weight"].zero_()
     save_file(tensors, weights)
     report = compress(make_plan(settings_for(home, **options)), QUIET)
-    json.dumps(report, allow_nan=False)
+    json.dumps(report.to_json(), allow_nan=False)
     quantize_folder(home / "out", home / "int8", QUIET)
     ids = torch.randint(3, 128, (2, 9))
     with torch.no_grad():

@@ -186,9 +186,14 @@ def _sample(entry: dict[str, str]) -> Sample:
 def refinement_rows(refinement: dict[str, Any]) -> list[list[str]]:
     """Quality before and after, a row a measure; a dash for what was not measured."""
     pair = [Quality.of(refinement.get(when)) for when in ("before", "after")]
+    measures = {
+        "candidate_perplexity": "Perplexity",
+        **MEASURES,
+        "kl_divergence": "KL from dense, nats a token",
+    }
     return [
         [label, *(_DASH if quality is None else quality.written(name) for quality in pair)]
-        for name, label in MEASURES.items()
+        for name, label in measures.items()
     ]
 
 

@@ -95,7 +95,7 @@ def test_the_headline_says_what_was_removed_and_what_it_cost(page):
 
 
 def test_refinement_is_told_where_there_was_one(page):
-    assert view.refinement_rows(full_report().refinement)[0] == [
+    assert view.refinement_rows(full_report().refinement)[1] == [
         "Perplexity over dense",
         "x 1.3600",
         "x 1.1800",

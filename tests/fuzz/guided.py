@@ -11,8 +11,8 @@ outside, and writes that input into the current folder.
 from __future__ import annotations
 
 import argparse
-import atexit
 import collections
+import os
 import pathlib
 import random
 import sys
@@ -25,7 +25,7 @@ with atheris.instrument_imports(include=["neuronmlp_plugin"]):
     from tests.fuzz.targets import TARGETS, Target
 
 LONGEST = 1 << 16  # bytes of an input
-COUNTED = 1000  # inputs after which the counts so far are told
+COUNTED = 500  # inputs after which the counts so far are told: libFuzzer ends the process at once
 
 
 class Guided:
@@ -76,19 +76,21 @@ def _as_target(target: Target, rng: random.Random, data: bytes) -> bytes | None:
         return None
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.guided", description=__doc__)
     parser.add_argument(
         "target", choices=[name for name, target in TARGETS.items() if len(target.files) == 1]
     )
     args, options = parser.parse_known_args()
     with tempfile.TemporaryDirectory(prefix="neuronmlp-fuzz-") as scratch:
-        guided = Guided(args.target, pathlib.Path(scratch))
-        atexit.register(guided.tell)
-        given = [sys.argv[0], f"-max_len={LONGEST}", *options, str(guided.corpus)]
-        atheris.Setup(given, guided.feed, custom_mutator=guided.changed)
-        atheris.Fuzz()
+        child = os.fork()
+        if not child:
+            guided = Guided(args.target, pathlib.Path(scratch))
+            given = [sys.argv[0], f"-max_len={LONGEST}", *options, str(guided.corpus)]
+            atheris.Setup(given, guided.feed, custom_mutator=guided.changed)
+            atheris.Fuzz()
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -69,6 +69,13 @@ class WeightStream(nl.NKIObject):
         while self.bounds[self.chunk + 1] < position:
             self.chunk += 1
 
+    def ask(self, position: int) -> None:
+        """Have the chunk that begins at packed column `position` in its slot, before what is asked for next."""
+        chunk = 0
+        while self.bounds[chunk] < position:
+            chunk += 1
+        self.load(chunk)
+
     def take(self, cols: int) -> tuple:
         """The next block of `cols` columns: (slot, first column), to be sliced where it is used."""
         if self.position >= self.bounds[self.chunk + 1]:
@@ -329,6 +336,11 @@ class Workspace(nl.NKIObject):
     def output_rows(self, token_tiles: int) -> Tensor:
         """`[128, token tiles, out_cols]`: natural results on their way out."""
         return tensor_at(self.plan.at.output, (PMAX, token_tiles, self.plan.out_cols), self.dtype)
+
+    def early_sums(self) -> Tensor:
+        """`[128, early tiles, block_tokens]` fp32: sums over the rows of x^T that have come."""
+        plan = self.plan
+        return tensor_at(plan.at.output, (PMAX, plan.early_tiles, plan.block_tokens), nl.float32)
 
     def output_turns(self) -> list:
         """Two tensors `[128, block_tokens]`: the turns of a transposed column tile on its way out."""

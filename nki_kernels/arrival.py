@@ -38,9 +38,10 @@ def early_tiles(wanted: int, room: Room) -> int:
 
 def early_group(plan: Plan) -> int:
     """How many early tiles share the first rows as they come: each in PSUM banks of its own, its weights in a
-    slot, and a slot left for those of the next.
+    slot, and a slot left for those of the next. One where few tokens make weights what takes the time: slots
+    that wait for rows would keep them from coming.
     """
-    if not plan.early_tiles or not keeps_apart(plan, plan.ring_slots):
+    if not plan.early_tiles or plan.block_tokens <= PMAX or not keeps_apart(plan, plan.ring_slots):
         return 1
     banks = tile_count(plan.block_tokens, plan.moving_tokens)
     return min(plan.early_tiles, plan.ring_slots - 1, PSUM_BANKS // banks)

@@ -82,6 +82,8 @@ def test_spare_memory_never_makes_weights_wait_for_one_another(rows):
     tile_chunks = rows // plan.ring_cols
     slots = [n * tile_chunks % plan.ring_slots for n in range(plan.early_tiles)]
     assert plan.early_tiles > plan.early_group == min(8, plan.ring_slots - 1)
+    few = plan_launch(Request(layout, 64, DTYPES["bf16"], transposed_input=True))
+    assert few.early_tiles > few.early_group == 1  # with few tokens weights are what it waits for
     assert len(set(slots[: plan.ring_slots])) == plan.ring_slots
     assert slots[-1] != 1
 

@@ -24,8 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="what to judge (the dense model runs once for all), or the dense folder when --factors is given",
     )
-    parser.add_argument("--dense", type=pathlib.Path, required=True, help="the dense folder it was made from")
-    parser.add_argument("--text", type=pathlib.Path, required=True, help="held-out text: .txt or .jsonl")
+    parser.add_argument(
+        "--dense", type=pathlib.Path, required=True, help="the dense folder it was made from (required)"
+    )
+    parser.add_argument(
+        "--text", type=pathlib.Path, required=True, help="held-out text, as for `compress` (required)"
+    )
     parser.add_argument("--factors", type=pathlib.Path, help="a factor file to lay over MODEL")
     parser.add_argument(
         "--tokens",

@@ -65,7 +65,7 @@ def test_compress_inspect_and_evaluate(home, capsys):
     assert "of the MLP parameters" in capsys.readouterr().out
     assert main(["inspect", str(home / "out")]) == 0
     shown = capsys.readouterr().out
-    assert "compact" in shown and "form and rank in each group of each matrix" in shown
+    assert "compact" in shown and "form and rank (of each group) of a matrix" in shown
     assert "MB, 80." in shown or "MB, 79." in shown, shown
     assert main(["inspect", str(home / "out"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["format_version"] == 1

@@ -102,4 +102,4 @@ def _print(folder: pathlib.Path, quality: Quality) -> None:
     print(f"  tokens      {quality.num_tokens:,}")
     print(f"  perplexity  {quality.perplexities} ({quality.written('perplexity_ratio')})")
     print(f"  KL          {quality.written('kl_divergence')} nats a token, KL(dense || compressed)")
-    print(f"  top-1       {quality.written('top1_agreement')} the same token")
+    print(f"  top-1       {quality.written('top1_agreement')} of the positions: the same most likely token")

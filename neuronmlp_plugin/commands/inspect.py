@@ -85,9 +85,9 @@ def _print_table(block) -> None:  # type: ignore[no-untyped-def]
 
 def _caption(block) -> Iterator[str]:  # type: ignore[no-untyped-def]
     """What the table shows, in which units, and its sums."""
-    ranks = " in each group" if block.groups > 1 else ""
+    ranks = " (of each group)" if block.groups > 1 else ""
     yield "A row is a layer. channels: numbers between gate, up and down that stay."
-    yield f"gate, up, down: form and rank{ranks} of each matrix; dense has no rank, int8 is one byte a number."
+    yield f"gate, up, down: form and rank{ranks} of a matrix; dense has no rank; int8 is one byte a number."
     yield "bytes: of the layer's MLP over a dense one in bf16 (floating point is counted as bf16)."
     yield f"All layers: {block.weight_bytes / 1e6:.1f} MB, {block.bytes_ratio:.1%} of the dense MLPs."
     yield f"Full speed at tensor-parallel sizes {', '.join(map(str, block.full_speed_sizes))}."

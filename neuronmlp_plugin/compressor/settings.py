@@ -76,8 +76,8 @@ def parse_target(text: str) -> Target:
         if number > 0 and (metric != "top1_agreement" or bound < 1):
             return Target(metric, bound)
     raise UsageError(
-        '--target: expected "ppl+2%", "kl<0.05" or "top1>95%" with a number that leaves room, found '
-        f"{text!r}; quote it."
+        '--target: expected "ppl+2%", "kl<0.05" or "top1>95%" (numbers above 0, top1 below 100), found '
+        f"{text!r}; put it in quotes."
     )
 
 

@@ -13,12 +13,12 @@ from neuronmlp_plugin import __version__
 from neuronmlp_plugin.errors import NeuronMLPError, printable
 
 COMMANDS = {
-    "compress": "make a low-rank checkpoint of a Hugging Face folder",
-    "refine": "train the factors of a checkpoint on text, to bring it closer to the dense model",
-    "quantize": "store the MLP weights of a dense or compressed folder as int8: one byte a number, half of bf16",
-    "inspect": "what a checkpoint holds: forms, ranks and bytes per layer",
-    "evaluate": "perplexity, KL divergence and agreement of a checkpoint against its dense model",
-    "report": "make a checkpoint's HTML report again from its neuronmlp_report.json",
+    "compress": "make a compressed copy of a Hugging Face folder, with low-rank MLPs",
+    "refine": "train the factors of a compressed folder on text, to bring it closer to the dense model",
+    "quantize": "store a dense or compressed folder's MLPs in int8: one byte a number, half of bf16",
+    "inspect": "what a compressed folder holds: forms, ranks and bytes per layer",
+    "evaluate": "perplexity, KL divergence and agreement of compressed folders against their dense model",
+    "report": "make a folder's HTML report again from its neuronmlp_report.json",
     "convert": "turn published *_v_proj / *_u_proj factors (SVD-LLM, NeuronMM) into a neuronmlp checkpoint",
     "bench": "decode throughput in vLLM (measured); kernels, plans and whole models on Trainium (simulated)",
     "doctor": "say whether the fast path runs here, and if not, why and what to do",

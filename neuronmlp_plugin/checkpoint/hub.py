@@ -76,8 +76,8 @@ def known_folder(name: str | pathlib.Path, revision: str | None = None) -> pathl
     folder = model_folder(name, revision)
     if not folder.exists():
         raise CheckpointError(
-            f"{name}: expected a model's folder, or its id on the hub (owner/model), found no such path; check "
-            "the name."
+            f"{name}: expected a model's folder, or its id on the hub (owner/model), found no such path; "
+            "check the name."
         )
     check_supported(read_config(folder), str(folder / "config.json"))
     return folder

@@ -36,15 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=pathlib.Path,
-        help="folder to write; must not exist yet (required, but with --factors-only)",
+        help="folder to write; must not exist yet (required, unless --factors-only)",
     )
     _add_size(parser)
     parser.add_argument(
         "--text",
         type=pathlib.Path,
         help=(
-            "calibration text (required): .txt, .jsonl (`text` or `messages` a line), .csv, .parquet or a saved "
-            "dataset; what the MLPs see on it decides what is taken away"
+            "calibration text (required): .txt, .jsonl (`text` or `messages` a line), .csv, .parquet or a "
+            "saved dataset; what the MLPs see on it decides what is taken away"
         ),
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
@@ -75,7 +75,8 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
         "--metric-tokens",
         type=int,
         default=_DEFAULTS["metric_tokens"],
-        help="of which the backward pass sees (default %(default)s)",
+        help="of which also go through the backward pass, for what each output is worth (default "
+        "%(default)s)",
     )
     text.add_argument(
         "--judge-tokens",
@@ -123,9 +124,9 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
         "--faster",
         type=float,
         metavar="FACTOR",
-        help="take away only as much as it needs until the MLPs decode a token FACTOR times as fast as dense ones "
-        "on a core of trn1 (1.15: 15 %% faster); the time of each rank is simulated by our cost model, nothing "
-        "runs on a chip",
+        help="take away only as much as it needs until the MLPs decode a token FACTOR times as fast as dense "
+        "ones on a core of trn1 (1.15: 15 %% faster); the time of each rank is simulated by our cost model, "
+        "nothing runs on a chip",
     )
 
 
@@ -134,8 +135,9 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--form",
         choices=FORMS,
-        help="compact (default): pivoted factors, no break-even rank; uv: the paper's; narrow: fewer "
-        "channels, no factors, and with --allocation uniform an ordinary folder that any engine loads",
+        help="compact (default): a matrix of rank R in as few numbers as it has, so that every rank saves "
+        "bytes; uv: the paper's two factors, which save bytes at low ranks only; narrow: fewer channels, no "
+        "factors, and with --allocation uniform an ordinary folder that any engine loads",
     )
     method.add_argument(
         "--groups",
@@ -150,7 +152,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         default=_DEFAULTS["tp"],
-        help="groups that serve N ranks at full speed: a multiple of N",
+        help="choose a number of groups that serves N tensor-parallel ranks at full speed: a multiple of N",
     )
     method.add_argument(
         "--channels",
@@ -167,17 +169,18 @@ def _add_ranks(method: Any) -> None:
         choices=METHODS,
         default=_DEFAULTS["method"],
         help=(
-            "two-sided (default) or a baseline: whitened (SVD-LLM), plain (SVD), modegpt (its MLP step: "
-            "channels by leverage)"
+            "two-sided (default): an error counts by what goes into a matrix and by what its output is worth "
+            "to the model; or a baseline: whitened (SVD-LLM), plain (SVD), modegpt (its MLP step: channels "
+            "by leverage)"
         ),
     )
     method.add_argument(
         "--allocation",
         choices=ALLOCATIONS,
-        help="how the removal is shared out. measured (default): choose ranks by predicted losses, run the model "
-        "so compressed once to measure what each layer is worth there, and choose again; global: the first "
-        "choice alone, minutes less and somewhat worse (what --target uses); uniform: the same share of every "
-        "matrix (what the baselines use)",
+        help="how the removal is shared out. measured (default): choose ranks by predicted losses, run the "
+        "model so compressed once to measure what each layer is worth there, and choose again; global: the "
+        "first choice alone, minutes less and somewhat worse (what --target uses); uniform: the same share "
+        "of every matrix (what the baselines use)",
     )
     method.add_argument(
         "--rank-multiple",

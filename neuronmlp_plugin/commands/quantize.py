@@ -31,8 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text",
         type=pathlib.Path,
         help=(
-            "calibration text, as for `compress`: the model runs over it, and numbers are rounded so that the MLPs' "
-            "outputs there change least; without it each number goes to the nearest of its 255 steps"
+            "calibration text, as for `compress`: the model runs over it, and numbers are rounded so that "
+            "the MLPs' outputs there change least; without it each number goes to the nearest of its 255 "
+            "steps"
         ),
     )
     parser.add_argument(
@@ -44,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dense",
         type=pathlib.Path,
-        help="with --text: the dense folder; the end of the text, which is then not rounded by, judges the result "
-        "against it for the report",
+        help="with --text: the dense folder; the end of the text, which is then not rounded by, judges the "
+        "result against it for the report",
     )
     parser.add_argument(
         "--judge-tokens",

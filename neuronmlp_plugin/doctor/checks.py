@@ -215,8 +215,8 @@ def verdict(env: Environment, findings: list[Finding]) -> str:
         return f"not ready: {problems} {'problem' if problems == 1 else 'problems'} above, each with its fix"
     if _serves_on_cpu(env):
         return (
-            "ready: on this CPU `vllm serve DIR` runs each compressed MLP as one compiled call, unless vLLM's own products "
-            "turn out much faster when the model is loaded (docs/cpu.md)"
+            "ready: on this CPU `vllm serve DIR` runs each compressed MLP as one compiled call, unless "
+            "vLLM's own products turn out much faster when the model is loaded (docs/cpu.md)"
         )
     return "ready as far as can be seen without running it: go on with examples/trn1/smoke_test.py"
 

@@ -125,7 +125,8 @@ def make_plan(settings: RefineSettings) -> RefinePlan:
     # A folder without a block may still be compressed, to fewer channels in all layers: then shapes differ.
     if source.block is None and source.shapes() == dense.shapes():
         raise CheckpointError(
-            f"{settings.model}: expected a folder that `compress` wrote, found a dense one; compress it first."
+            f"{settings.model}: expected a folder that `compress` wrote, found a dense one; compress it "
+            "first."
         )
     if source.block is not None and source.block.has_int8:
         raise CheckpointError(

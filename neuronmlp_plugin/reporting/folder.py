@@ -44,8 +44,8 @@ def read_report(folder: pathlib.Path) -> Report:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: expected the report that `neuronmlp compress` writes, found: {reason_of(error)}; name a "
-            "folder that it wrote."
+            f"{path}: expected the report that `neuronmlp compress` writes, found: {reason_of(error)}; name "
+            "a folder that it wrote."
         ) from error
     if not isinstance(found, dict) or not (found.get("block") and found.get("matrices")):
         raise CheckpointError(

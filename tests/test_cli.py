@@ -64,7 +64,9 @@ def test_compress_inspect_and_evaluate(home, capsys):
     assert compress(home, "--out", str(home / "out"), "--keep", "0.8", remove=None) == 0
     assert "of the MLP parameters" in capsys.readouterr().out
     assert main(["inspect", str(home / "out")]) == 0
-    assert "compact" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "compact" in shown and "form and rank (of each group) of a matrix" in shown
+    assert "MB, 80." in shown or "MB, 79." in shown, shown
     assert main(["inspect", str(home / "out"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["format_version"] == 1
     judge = [
@@ -200,6 +202,37 @@ def refused(capsys, code: int, *words: str) -> None:
     assert code == 2
     assert error.count("\n") == 1 and error.startswith("neuronmlp ")
     assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        ["compress", "--remove", "2"],
+        ["refine", "--dense", "D", "--text", "T", "--out", "O", "--stages", "none"],
+        ["quantize", "--out", "O", "--dense", "D"],
+        ["evaluate", "--dense", "D", "--text", "T"],
+    ],
+    ids=lambda rest: rest[0],
+)
+@pytest.mark.parametrize("kind", ["nothing there", "no model", "an unknown model"])
+def test_a_wrong_model_is_said_before_anything_else(home, capsys, rest, kind):
+    folder = home / "wrong"
+    words = {"nothing there": "no such path", "no model": "config.json", "an unknown model": "architecture"}
+    if kind != "nothing there":
+        folder.mkdir()
+    if kind == "an unknown model":
+        (folder / "config.json").write_text('{"architectures": ["BertModel"]}')
+    refused(capsys, main([rest[0], str(folder), *rest[1:]]), f"{folder}", words[kind])
+
+
+def test_a_per_cent_is_told_how_it_is_written(home, capsys):
+    out = ["--out", str(home / "out")]
+    refused(capsys, compress(home, *out, remove="2"), "--remove", "for 2 % write 0.02")
+    refused(capsys, compress(home, *out, "--keep", "80", remove=None), "--keep", "for 80 % write 0.8")
+    refused(capsys, compress(home, *out, remove="-1"), "found -1.")
+    with pytest.raises(SystemExit):
+        compress(home, *out, remove="20%")
+    assert "write 0.20 for 20 %" in capsys.readouterr().err
 
 
 def test_an_existing_output_is_refused(home, capsys):

@@ -261,7 +261,8 @@ def channels_row(report: Report) -> str:
     """How many channels layers keep, and which tensor-parallel sizes are at full speed."""
     kept = [row["channels"] for row in report.matrices]
     sizes = ", ".join(map(str, report.full_speed_tensor_parallel))
-    return f"{min(kept)} to {max(kept)} a layer; full speed at tensor parallel size {sizes}"
+    span = f"{min(kept)} to {max(kept)}" if min(kept) < max(kept) else f"{kept[0]}"
+    return f"{span} a layer; full speed at tensor parallel size {sizes}"
 
 
 def bytes_row(report: Report) -> str:

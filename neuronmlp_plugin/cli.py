@@ -62,10 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NeuronMLPError as error:
         print(f"neuronmlp {args.command}: {printable(str(error))}", file=sys.stderr)
     except KeyboardInterrupt:
-        print(
-            f"neuronmlp {args.command}: interrupted; the same command goes on from what is finished.",
-            file=sys.stderr,
-        )
+        resumes = args.command in ("compress", "refine")
+        then = "; the same command goes on from what is finished" if resumes else ""
+        print(f"neuronmlp {args.command}: interrupted{then}.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

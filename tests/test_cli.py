@@ -329,15 +329,16 @@ def test_a_wrong_option_is_argparses_to_refuse(home):
     assert stop.value.code == 2
 
 
-def test_an_interruption_is_one_line(monkeypatch, capsys):
+def test_an_interruption_is_one_line_that_says_whether_the_command_goes_on(home, monkeypatch, capsys):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("neuronmlp_plugin.commands.doctor.run", interrupted)
-    assert main(["doctor"]) == 130
-    assert capsys.readouterr().err == (
-        "neuronmlp doctor: interrupted; the same command goes on from what is finished.\n"
-    )
+    for command in ("compress", "quantize"):
+        monkeypatch.setattr(f"neuronmlp_plugin.commands.{command}.run", interrupted)
+    assert compress(home) == 130 and main(["quantize", str(home / "dense"), "--out", "out"]) == 130
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "neuronmlp compress: interrupted; the same command goes on from what is finished."
+    assert second == "neuronmlp quantize: interrupted."
 
 
 def test_a_reader_that_has_enough_ends_the_command_in_silence(tmp_path):

@@ -204,16 +204,7 @@ def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan 
     moving_tokens = tile_count(choice.block_tokens, tile_count(choice.block_tokens, MOVING_COLS))
     out_cols = staged_cols(layout, choice.out_cols)
     ring_cols = max(end - start for start, end in itertools.pairwise(bounds))
-    room = Room(
-        request,
-        choice.block_tokens,
-        moving_tokens,
-        out_cols,
-        ring_cols,
-        choice.shares_rows,
-        choice.spreads_pieces,
-    )
-    room = dataclasses.replace(room, early_tiles=early_tiles(choice.early_tiles, room))
+    room = _room(request, choice, moving_tokens, out_cols, ring_cols)
     plan = Plan(
         products=layout.products,
         external_z=layout.external_z,
@@ -233,13 +224,10 @@ def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan 
         with_residual=request.residual,
         silu=request.silu,
         transposed_input=request.transposed_input,
-        is_int8=layout.is_int8,
-        scale_cols=layout.scale_cols,
         **_casts(request, choice, moving_tokens, bounds, target),
-        natural_z=z_is_natural(request.tokens, request.dtype),
         early_tiles=room.early_tiles,
         early_group=1,
-        **_products(layout),
+        **_products(request),
         **place(room),
     )
     plan = dataclasses.replace(plan, early_group=early_group(plan))
@@ -249,10 +237,21 @@ def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan 
     return plan
 
 
-def _products(layout: Layout) -> dict[str, Any]:
-    """Which products the launch runs, and the row tiles of their operands."""
+def _room(request: Request, choice: Choice, moving_tokens: int, out_cols: int, ring_cols: int) -> Room:
+    """What decides where the tensors of a plan lie."""
+    shared = choice.shares_rows, choice.spreads_pieces
+    room = Room(request, choice.block_tokens, moving_tokens, out_cols, ring_cols, *shared)
+    return dataclasses.replace(room, early_tiles=early_tiles(choice.early_tiles, room))
+
+
+def _products(request: Request) -> dict[str, Any]:
+    """Which products the launch runs, the row tiles of their operands, and how weights and z come."""
+    layout = request.layout
     last = layout.down_second
     return {
+        "is_int8": layout.is_int8,
+        "scale_cols": layout.scale_cols,
+        "natural_z": z_is_natural(request.tokens, request.dtype),
         "hidden": layout.hidden,
         "intermediate": layout.intermediate,
         "x_tiles": tile_count(layout.hidden),

@@ -70,7 +70,7 @@ class WeightStream(nl.NKIObject):
             self.chunk += 1
 
     def ask(self, position: int) -> None:
-        """Have the chunk that begins at packed column `position` in its slot, before what is asked for next."""
+        """Have the chunk that begins at packed column `position` in its slot, ahead of its use."""
         chunk = 0
         while self.bounds[chunk] < position:
             chunk += 1

@@ -4,6 +4,7 @@ that judge never calibrated.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib.util
 import subprocess
@@ -19,6 +20,7 @@ from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from tests.conftest import FEWER_TOKENS, ROOT, neuronmlp
 from tests.load.server import Server
+from tests.load.traffic import KINDS, Traffic
 from tests.serving.engine import PROMPTS, environment, served_logits
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
@@ -127,12 +129,24 @@ def test_offline_example_runs(smollm2_compressed):
 
 @pytest.mark.vllm
 @needs_vllm
-def test_client_example_runs_against_vllm_serve(smollm2_compressed, tmp_path):
+def test_a_server_answers_the_example_of_a_client_and_many_requests_at_once(smollm2_compressed, tmp_path):
+    """One server for both, since its start takes longest; `python -m tests.load` sends more."""
     log = tmp_path / "server.log"
     with Server(smollm2_compressed, log, "--enforce-eager") as server:
         client = [sys.executable, "examples/openai_client.py", "--url", server.url, "--wait", "300"]
         done = subprocess.run(client, capture_output=True, text=True, cwd=ROOT, check=False, timeout=600)
+        traffic = asyncio.run(flooded(Traffic(server.url, prompts=3, new_tokens=6)))
+        assert server.idle()
     assert done.returncode == 0, done.stderr + log.read_text()[-3000:]
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert "Paris" in lines["chat"] and lines["streaming"] == lines["chat"]
     assert done.stdout.index("completion") < done.stdout.index("chat") < done.stdout.index("streaming")
+    assert not traffic.told, traffic.told
+    assert set(traffic.outcomes) == {(kind, outcome) for kind, (outcome, _) in KINDS.items()}
+
+
+async def flooded(traffic: Traffic) -> Traffic:
+    """Each prompt alone, then requests of every kind, 16 at once."""
+    await traffic.learn()
+    await traffic.flood(map(str, range(48)), 16)
+    return traffic

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import io
 import itertools
 import os
@@ -27,18 +28,25 @@ from tests.tiny_models import write_dense
 
 COMMANDS = ("compress", "refine", "quantize", "convert")
 LONG_AGO, FAR_AHEAD = 86_400, 4_102_444_800  # 1970 and 2100
-Files = dict[str, bytes]
+Files = dict[str, str]  # path in the folder -> SHA-256
 
 
 class Bench:
-    """A tiny model, text, and for each command its arguments; `home/whole-COMMAND` is what nobody
-    interrupted.
+    """A model, text, and for each command its arguments; `whole` is what it writes when nobody interrupts it.
+
+    The model is tiny, or the folder `real` has it and its text (examples/prepare_smollm2.py).
     """
 
-    def __init__(self, home: pathlib.Path) -> None:
+    def __init__(self, home: pathlib.Path, real: pathlib.Path | None = None) -> None:
         self.home = home
-        write_tokenizer(write_dense(home / "dense", "llama"))
-        write_text(home / "text.jsonl", 12000)
+        self.measuring = ["--metric-tokens", "256", "--samples", "2"]
+        if real is not None:
+            self.measuring += ["--allocation", "global"]  # to measure every layer would take minutes
+            shutil.copytree(real / "dense", home / "dense")
+            shutil.copy(real / "calibration.jsonl", home / "text.jsonl")
+        else:
+            write_tokenizer(write_dense(home / "dense", "llama"))
+            write_text(home / "text.jsonl", 12000)
         _published(home / "published", home / "dense")
         self.whole: dict[str, Files] = {}
 
@@ -46,7 +54,7 @@ class Bench:
         text = ["--text", str(self.home / "text.jsonl")]
         sizes = ["--window", "32", "--tokens", "1024", "--judge-tokens"]
         given = {
-            "compress": [str(self.home / "dense"), "--remove", "0.2", *text, *sizes, "64", "--metric-tokens", "256", "--samples", "2"],
+            "compress": [str(self.home / "dense"), "--remove", "0.2", *text, *sizes, "64", *self.measuring],
             "refine": [str(self.home / "small"), "--dense", str(self.home / "dense"), *text, *sizes, "1024", "--stages", "blocks,distill"],
             "quantize": [str(self.home / "small")],
             "convert": [str(self.home / "published")],
@@ -149,7 +157,8 @@ class Bench:
 
 
 def files_of(folder: pathlib.Path) -> Files:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def run(

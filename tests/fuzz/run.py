@@ -65,9 +65,9 @@ def _one(target: Target, folder: pathlib.Path, key: str, found: Found) -> None:
     before = path.read_bytes()
     path.write_bytes(target.change(rng, before))
     try:
-        outcome, told, took = _use(target, folder)
+        outcome, told, took = used(target, folder)
         if took > SLOW_S:  # a machine that stalls does not do so twice
-            took = min(took, _use(target, folder)[2])
+            took = min(took, used(target, folder)[2])
     finally:
         path.write_bytes(before)
     found.slowest_s = max(found.slowest_s, took)
@@ -81,7 +81,7 @@ def _one(target: Target, folder: pathlib.Path, key: str, found: Found) -> None:
         found.told.append(f"--- {key}, in {path.relative_to(folder)}\n{told}")
 
 
-def _use(target: Target, folder: pathlib.Path) -> tuple[str, str, float]:
+def used(target: Target, folder: pathlib.Path) -> tuple[str, str, float]:
     """The outcome, its traceback where it is a defect, and seconds of this process."""
     outcome, told, began = "accepted", "", time.process_time()
     try:
@@ -104,5 +104,5 @@ def _limit() -> None:
     signal.signal(signal.SIGALRM, hung)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm", encoding="ascii") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, hard))
+        resident = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (resident + MEMORY_BYTES, hard))

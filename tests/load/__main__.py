@@ -47,14 +47,6 @@ class Served:
         self.wall_s += time.monotonic() - began
         self.processor_s += self.server.processor_s() - used
 
-    async def idle(self) -> bool:
-        """Whether nothing runs any more, half a minute after the last answer at most."""
-        for _ in range(60):
-            if not self.server.running():
-                return True
-            await asyncio.sleep(0.5)
-        return False
-
     def grown(self) -> float:
         third = len(self.memory) // 3
         return statistics.mean(self.memory[2 * third :]) / statistics.mean(
@@ -133,7 +125,7 @@ def main() -> int:
             every.append(Served(Server(folder, logs / f"{index}.log", *options, tp=args.tp)))
             every[-1].server.wait()
         asyncio.run(load(every, args.requests, args.seconds, args.seed))
-        idle = [asyncio.run(served.idle()) for served in every]
+        idle = [served.server.idle() for served in every]
         good = all([report(served) for served in every])  # noqa: C419 (each is printed)
         lost, same = asyncio.run(restart(every[0], args.seed))
     finally:

@@ -58,6 +58,15 @@ class Server:
         names = ("vllm:num_requests_running", "vllm:num_requests_waiting{")
         return int(sum(float(line.split()[-1]) for line in lines if line.startswith(names)))
 
+    def idle(self, seconds: float = 30) -> bool:
+        """Whether nothing runs any more, so long after the last answer at most."""
+        deadline = time.monotonic() + seconds
+        while self.running():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.5)
+        return True
+
     def tree(self) -> list[int]:
         """The process and all its descendants, parents first."""
         children: dict[int, list[int]] = {}

@@ -19,7 +19,8 @@ PROMPTS = [[5, 17, 99, 4, 63, 12, 7, 3, 88], [101, 3, 42], [9] * 20]
 NEW_TOKENS = 4
 # One engine a process: vLLM keeps its process groups until the end. Importing vLLM takes longer than a tiny
 # engine does, so a process that has imported it waits for requests and forks one engine for each, and an
-# engine forks its ranks (vLLM spawns them: `spawn`): it reads lines of JSON and answers each with the exit code.
+# engine forks its ranks (vLLM spawns them: `spawn`): it reads lines of JSON and answers each with "ENDED" and
+# the exit code (older vLLM logs to stdout as well).
 _PROGRAM = """
 import json, multiprocessing, os, signal, sys, torch
 from vllm import LLM, SamplingParams
@@ -51,7 +52,7 @@ if __name__ == "__main__":
                 os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
             answer(*request["arguments"])
             break  # and end as any program does
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        print("ENDED", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -94,9 +95,9 @@ def run_engine(
         waiting = _waiting()
         assert waiting.stdin is not None and waiting.stdout is not None
         print(json.dumps({**request, **outputs}), file=waiting.stdin, flush=True)
-        code = int(waiting.stdout.readline())
+        ended = next(line for line in waiting.stdout if line.startswith("ENDED"))
         said = {name: pathlib.Path(path).read_text(errors="replace") for name, path in outputs.items()}
-    return subprocess.CompletedProcess(arguments, code, **said)
+    return subprocess.CompletedProcess(arguments, int(ended.split()[1]), **said)
 
 
 def served_logits(folder: pathlib.Path, **options) -> list[tuple[list[int], torch.Tensor]]:

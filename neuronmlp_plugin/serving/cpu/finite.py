@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from vllm import envs
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.v1.request import RequestStatus
 
@@ -56,8 +57,15 @@ def check_model(model: nn.Module) -> None:
 
 
 def marked(logits: torch.Tensor) -> torch.Tensor:
-    """`[rows, V]`, in place: a row with an Inf becomes one of NaN, which is what vLLM counts."""
+    """`[rows, V]`, in place: a row with an Inf becomes one of NaN, which is what vLLM counts. Raises
+    NonFiniteError where that vLLM is to stop, and is too old to (0.11 to 0.16 at least count, and sample).
+    """
     if not is_finite(logits):
+        if os.environ.get(RAISE) == "1" and RAISE not in envs.environment_variables:
+            raise NonFiniteError(
+                "logits: expected finite values, found NaN or Inf; the engine stops, start it in another "
+                "--dtype."
+            )
         logits[~torch.isfinite(logits).all(-1)] = float("nan")
     return logits
 

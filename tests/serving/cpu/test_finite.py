@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
 from neuronmlp_plugin.checkpoint.writer import write_layer, write_rest
+from neuronmlp_plugin.errors import NonFiniteError
 from neuronmlp_plugin.models.factors import DENSE, MLPLayer
 from tests.serving.engine import PROMPTS, environment, run_engine, served_logits
 from tests.tiny_models import SHAPE, write_dense, write_mixed
@@ -109,6 +110,22 @@ def test_a_request_of_logits_that_are_not_finite_ends_with_an_error_and_others_g
     assert [done[3][0], done[5][0], done[6][0]] == alone
     assert [tokens for tokens, _ in done[7:]] == [alone[1]] * 4 + alone
     assert "expected finite logits, found NaN or Inf" in process.stdout + process.stderr
+
+
+def test_a_vllm_that_cannot_stop_by_itself_is_stopped(monkeypatch):
+    from vllm import envs
+
+    from neuronmlp_plugin.serving.cpu.finite import RAISE, marked
+
+    def logits():
+        return torch.tensor([[1.0, float("inf")], [1.0, 2.0]])
+
+    monkeypatch.setenv(RAISE, "1")
+    monkeypatch.setitem(envs.environment_variables, RAISE, lambda: True)
+    assert torch.isnan(marked(logits())).tolist() == [[True, True], [False, False]]
+    monkeypatch.delitem(envs.environment_variables, RAISE)
+    with pytest.raises(NonFiniteError, match="expected finite values, found NaN or Inf"):
+        marked(logits())
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,10 @@ def test_what_cannot_be_quantised_is_refused(home, capsys):
     ):
         assert main(["quantize", str(home / source), "--out", str(home / target)]) == 2
         assert message in capsys.readouterr().err
-    assert main(["quantize", str(home / "dense"), "--out", str(home / "new"), "--dense", "d"]) == 2
+    assert (
+        main(["quantize", str(home / "dense"), "--out", str(home / "new"), "--dense", str(home / "dense")])
+        == 2
+    )
     assert "--dense: expected --text to judge on" in capsys.readouterr().err
 
 

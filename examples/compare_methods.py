@@ -14,15 +14,18 @@ results.png have the same. `MLP bytes` are those of the stored MLP tensors over 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
+import io
 import itertools
 import json
 import pathlib
 import statistics
-import subprocess
 import sys
 from typing import Any
+
+from neuronmlp_plugin import cli
 
 Row = dict[str, Any]
 UNIFORM_UV = ("--allocation", "uniform", "--form", "uv")
@@ -95,8 +98,12 @@ class Cell:
 
 
 def neuronmlp(*arguments: object) -> str:
-    command = [sys.executable, "-m", "neuronmlp_plugin.cli", *map(str, arguments)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    """What the command prints; run in this process, since importing torch takes longer than a small model."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        status = cli.main([str(argument) for argument in arguments])
+    if status:
+        raise SystemExit(status)
+    return printed.getvalue()
 
 
 def build(cell: Cell, args: argparse.Namespace) -> pathlib.Path:

@@ -13,15 +13,15 @@ from neuronmlp_plugin import __version__
 from neuronmlp_plugin.errors import NeuronMLPError, printable
 
 COMMANDS = {
-    "compress": "make a low-rank checkpoint of a Hugging Face folder",
-    "refine": "move the factors of a checkpoint closer to the dense model, on text",
-    "quantize": "the MLPs of a dense or compressed folder in int8, one scale per output channel",
-    "inspect": "what a checkpoint holds: forms, ranks and bytes per layer",
-    "evaluate": "perplexity, KL divergence and agreement of a checkpoint against its dense model",
-    "report": "make a checkpoint's HTML report again from its neuronmlp_report.json",
+    "compress": "make a compressed copy of a Hugging Face folder, with low-rank MLPs",
+    "refine": "train the factors of a compressed folder on text, to bring it closer to the dense model",
+    "quantize": "store a dense or compressed folder's MLPs in int8: one byte a number, half of bf16",
+    "inspect": "what a compressed folder holds: forms, ranks and bytes per layer",
+    "evaluate": "perplexity, KL divergence and agreement of compressed folders against their dense model",
+    "report": "make a folder's HTML report again from its neuronmlp_report.json",
     "convert": "turn published *_v_proj / *_u_proj factors (SVD-LLM, NeuronMM) into a neuronmlp checkpoint",
     "bench": "decode throughput in vLLM (measured); kernels, plans and whole models on Trainium (simulated)",
-    "doctor": "find out why the fast path does not run here",
+    "doctor": "say whether the fast path runs here, and if not, why and what to do",
 }
 
 # What a plain `pip install neuronmlp` leaves out, and the extra that brings it.
@@ -62,10 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NeuronMLPError as error:
         print(f"neuronmlp {args.command}: {printable(str(error))}", file=sys.stderr)
     except KeyboardInterrupt:
-        print(
-            f"neuronmlp {args.command}: interrupted; the same command goes on from what is finished.",
-            file=sys.stderr,
-        )
+        resumes = args.command in ("compress", "refine")
+        then = "; the same command goes on from what is finished" if resumes else ""
+        print(f"neuronmlp {args.command}: interrupted{then}.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -82,11 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _folders(given: Any, revision: str | None) -> Any:
-    """The local folder of a path or hub id, or of each in a list."""
-    from neuronmlp_plugin.checkpoint.hub import model_folder
+    """The local folder of a path or hub id, or of each in a list, once a model is known to lie there."""
+    from neuronmlp_plugin.checkpoint.hub import known_folder
 
     return (
-        [model_folder(name) for name in given] if isinstance(given, list) else model_folder(given, revision)
+        [known_folder(name) for name in given] if isinstance(given, list) else known_folder(given, revision)
     )
 
 

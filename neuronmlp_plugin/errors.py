@@ -81,5 +81,9 @@ def shown(value: object) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what another library said, for the middle of a sentence of ours."""
+    """The first line of what another library said, for the middle of a sentence of ours, which names the file
+    itself: of an OSError its words alone.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return (str(error).strip().partition("\n")[0] or type(error).__name__)[:300].rstrip(".")

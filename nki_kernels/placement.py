@@ -46,6 +46,7 @@ class Room:
     ring_cols: int
     shares_rows: bool
     spreads_pieces: bool = False
+    early_tiles: int = 0
 
     def row_tiles(self, count: int) -> int:
         """Bytes of `count` row tiles of a block of tokens."""
@@ -55,6 +56,11 @@ class Room:
 def aligned(size_bytes: int) -> int:
     """The next multiple of ALIGN_BYTES."""
     return tile_count(size_bytes, ALIGN_BYTES) * ALIGN_BYTES
+
+
+def sum_bytes(block_tokens: int) -> int:
+    """Bytes of a column tile's sums of a block of tokens, in fp32."""
+    return block_tokens * 4
 
 
 def raw_slots(block_tokens: int) -> int:
@@ -67,7 +73,7 @@ def place(room: Room) -> dict[str, Any]:
     layout, itemsize = room.request.layout, room.request.dtype.itemsize
     turn_bytes = aligned(room.block_tokens * itemsize)
     row_bytes = aligned(_input_row_cols(room.request) * itemsize)
-    wide = _wide(room, turn_bytes, row_bytes)
+    wide = _wide(room, row_bytes)
     z = wide.pop("end")
     gate_bytes, up_bytes, down_bytes = (
         room.row_tiles(layout.z_tiles(name)) for name in ("gate", "up", "down")
@@ -144,7 +150,7 @@ def _spread(room: Room, start: int, in_pieces: bool) -> dict[str, int]:
     return {"spread": start, "small": small, "end": small + 5 * PMAX * 4}
 
 
-def _wide(room: Room, turn_bytes: int, row_bytes: int) -> dict[str, int]:
+def _wide(room: Room, row_bytes: int) -> dict[str, int]:
     """Addresses of x, h, output and rows, and where the last of them ends."""
     layout = room.request.layout
     x_end = room.row_tiles(tile_count(layout.hidden))
@@ -153,7 +159,8 @@ def _wide(room: Room, turn_bytes: int, row_bytes: int) -> dict[str, int]:
     # Output may lie over h where h is dead by the time that results are staged, and never over x, which the
     # next block's rows are on their way to.
     output = x_end if layout.hidden and layout.down_first is not None else max(x_end, h_end)
-    output_end = output + _output_bytes(room, turn_bytes)
+    early_bytes = aligned(room.early_tiles * sum_bytes(room.block_tokens))
+    output_end = output + max(output_bytes(room), early_bytes)
     rows = output if room.shares_rows else output_end
     rows_end = rows + row_bytes * (2 if room.request.norm_eps is None else 3)
     spread = _spread(room, max(output_end, rows_end), in_pieces=True)
@@ -185,13 +192,13 @@ def _z_row_cols(request: Request) -> int:
     return max(given + made, default=0)
 
 
-def _output_bytes(room: Room, turn_bytes: int) -> int:
+def output_bytes(room: Room) -> int:
     """Bytes of staged natural output, or of two turns of a transposed column tile."""
     last = room.request.layout.down_second
     if last is None:
         return 0
     if last.tile_cols != MOVING_COLS:
-        return 2 * turn_bytes
+        return 2 * room.row_tiles(1)
     return aligned(tile_count(room.block_tokens) * room.out_cols * room.request.dtype.itemsize)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from nki_kernels.layout import MATRICES
 from nki_kernels.request import Request
+from nki_kernels.tiling import Matrix
 
 VARIABLE = "NKI_KERNELS_PLANS"
 Choices = dict[str, dict[str, Any]]
@@ -27,16 +28,27 @@ def plan_key(request: Request) -> str:
     for name in MATRICES:
         matrix = request.layout.matrix(name)
         if matrix is not None:
-            pivots = f"/{matrix.pivot_axis}:{matrix.pivots}+{matrix.shift}" if matrix.pivot_axis else ""
-            parts.append(f"{name}={matrix.rows}x{matrix.cols}/{matrix.tile_cols}{pivots}")
+            parts.append(f"{name}={_matrix_key(matrix)}")
     parts += [f"z:{name}" for name in request.layout.external_z]
     flags = {
+        "int8": request.layout.is_int8,
         "norm": request.norm_eps is not None,
         "residual": request.residual,
         "silu": request.silu,
         "transposed": request.transposed_input,
     }
     return " ".join([*parts, *(name for name, on in flags.items() if on)])
+
+
+def _matrix_key(matrix: Matrix) -> str:
+    """All of a matrix but where its scales lie: `2048x1310/128`, and what is out of the ordinary behind."""
+    parts = [f"{matrix.rows}x{matrix.cols}", str(matrix.tile_cols)]
+    if matrix.pivot_axis:
+        parts.append(f"{matrix.pivot_axis}:{matrix.pivots}+{matrix.shift}")
+    if matrix.row_groups > 1 or matrix.col_groups > 1:
+        parts.append(f"groups:{matrix.row_groups}x{matrix.col_groups}")
+    parts += [name for name in ("halves", "twice") if getattr(matrix, name)]
+    return "/".join(parts)
 
 
 @functools.lru_cache(maxsize=4)

@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from nki_kernels.arrival import early_group, early_tiles, keeps_apart, more_tiles
 from nki_kernels.casts import Block, natural_stored, scalar_shares
 from nki_kernels.effort import effort_us
 from nki_kernels.layout import Layout, Projection, mlp_layout
 from nki_kernels.placement import Room, largest, place, raw_slots
 from nki_kernels.plan_file import own_choice
 from nki_kernels.request import Request, z_is_natural
-from nki_kernels.targets import PMAX, PSUM_BANKS, TRN1, Target
+from nki_kernels.targets import PMAX, TRN1, Target
 from nki_kernels.tile_plan import Plan
 from nki_kernels.tiling import MOVING_COLS, SHARED, tile_count
 
@@ -48,6 +49,7 @@ class Choice:
     shares_rows: bool = False
     # int8 scales of natural output spread piece by piece: less memory, but in every block again
     spreads_pieces: bool = False
+    early_tiles: int = 0  # 0: as many as the place of staged output has room for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,13 +94,12 @@ def plan_launch(request: Request, target: Target = TRN1) -> Plan | Declined:
     own = build_plan(request, Choice(**fields), target) if fields else None
     if isinstance(own, Plan):
         return own
-    plans = [build_plan(request, choice, target) for choice in choices(request)]
-    fitting = [plan for plan in plans if isinstance(plan, Plan)]
-    return (
-        _with_spare_ring(min(fitting, key=lambda plan: _cost(plan, target)), target)
-        if fitting
-        else why_not(request, target)
-    )
+    plans = [(choice, build_plan(request, choice, target)) for choice in choices(request)]
+    fitting = [(choice, plan) for choice, plan in plans if isinstance(plan, Plan)]
+    if not fitting:
+        return why_not(request, target)
+    choice, plan = min(fitting, key=lambda item: _cost(item[1], target))
+    return build_plan(request, with_spare(choice, plan, target), target)
 
 
 def why_not(request: Request, target: Target) -> Declined:
@@ -182,11 +183,17 @@ def block_sizes(request: Request) -> list[int]:
     return sorted(sizes, reverse=True)
 
 
-def _with_spare_ring(plan: Plan, target: Target) -> Plan:
-    """Deepen the ring with what SBUF has left: more transfers in flight."""
-    spare = (target.sbuf_usable_bytes - plan.sbuf_bytes()) // plan.slot_bytes
-    slots = min(plan.ring_slots + spare, max(MAX_SLOTS, plan.ring_slots), plan.chunks())
-    return dataclasses.replace(plan, ring_slots=slots)
+def with_spare(choice: Choice, plan: Plan, target: Target = TRN1) -> Choice:
+    """`choice`, which made `plan`, with what SBUF has left: for a deeper ring, which has more transfers in
+    flight, and then for more early tiles.
+    """
+    spare = target.sbuf_usable_bytes - plan.sbuf_bytes()
+    deepest = min(plan.ring_slots + spare // plan.slot_bytes, max(MAX_SLOTS, plan.ring_slots), plan.chunks())
+    if not plan.early_tiles:
+        return dataclasses.replace(choice, ring_slots=deepest)
+    slots = max((n for n in range(plan.ring_slots, deepest + 1) if keeps_apart(plan, n)), default=deepest)
+    spare -= (slots - plan.ring_slots) * plan.slot_bytes
+    return dataclasses.replace(choice, ring_slots=slots, early_tiles=more_tiles(plan, slots, spare))
 
 
 def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan | Declined:
@@ -197,7 +204,7 @@ def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan 
     moving_tokens = tile_count(choice.block_tokens, tile_count(choice.block_tokens, MOVING_COLS))
     out_cols = staged_cols(layout, choice.out_cols)
     ring_cols = max(end - start for start, end in itertools.pairwise(bounds))
-    shared = choice.shares_rows, choice.spreads_pieces
+    room = _room(request, choice, moving_tokens, out_cols, ring_cols)
     plan = Plan(
         products=layout.products,
         external_z=layout.external_z,
@@ -217,38 +224,34 @@ def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan 
         with_residual=request.residual,
         silu=request.silu,
         transposed_input=request.transposed_input,
-        is_int8=layout.is_int8,
-        scale_cols=layout.scale_cols,
         **_casts(request, choice, moving_tokens, bounds, target),
-        natural_z=z_is_natural(request.tokens, request.dtype),
-        early_tiles=_early_tiles(request, tile_count(choice.block_tokens, moving_tokens), ring_cols),
-        **_products(layout),
-        **place(Room(request, choice.block_tokens, moving_tokens, out_cols, ring_cols, *shared)),
+        early_tiles=room.early_tiles,
+        early_group=1,
+        **_products(request),
+        **place(room),
     )
+    plan = dataclasses.replace(plan, early_group=early_group(plan))
     for declined in (_refuse_contradiction(plan), _refuse_oversize(plan, target)):
         if declined is not None:
             return declined
     return plan
 
 
-def _early_tiles(request: Request, banks: int, ring_cols: int) -> int:
-    """Column tiles of the first product to sum side by side while transposed input arrives, each in `banks`
-    banks; 0 unless chunks are whole pieces of column tiles that have more than one.
-    """
-    first = request.layout.down_first
-    if not request.transposed_input or first is None or request.layout.is_int8:
-        return 0
-    is_plain = first.row_groups == 1 and not first.pivots
-    rows = first.row_tiles() * PMAX
-    if not is_plain or rows <= ring_cols or rows % ring_cols:
-        return 0
-    return min(PSUM_BANKS // banks, first.cols // PMAX)
+def _room(request: Request, choice: Choice, moving_tokens: int, out_cols: int, ring_cols: int) -> Room:
+    """What decides where the tensors of a plan lie."""
+    shared = choice.shares_rows, choice.spreads_pieces
+    room = Room(request, choice.block_tokens, moving_tokens, out_cols, ring_cols, *shared)
+    return dataclasses.replace(room, early_tiles=early_tiles(choice.early_tiles, room))
 
 
-def _products(layout: Layout) -> dict[str, Any]:
-    """Which products the launch runs, and the row tiles of their operands."""
+def _products(request: Request) -> dict[str, Any]:
+    """Which products the launch runs, the row tiles of their operands, and how weights and z come."""
+    layout = request.layout
     last = layout.down_second
     return {
+        "is_int8": layout.is_int8,
+        "scale_cols": layout.scale_cols,
+        "natural_z": z_is_natural(request.tokens, request.dtype),
         "hidden": layout.hidden,
         "intermediate": layout.intermediate,
         "x_tiles": tile_count(layout.hidden),

@@ -10,6 +10,7 @@ from nki_kernels.plan_file import chosen_file
 ROOT = pathlib.Path(__file__).parent
 # Packing and plans are part of it: an artifact compiled for another layout would read the weights wrongly.
 PROGRAM = (
+    "arrival.py",
     "backend.py",
     "casts.py",
     "effort.py",

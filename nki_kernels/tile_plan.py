@@ -28,7 +28,7 @@ class Addresses(nl.NKIObject):
     gate_z: int
     up_z: int
     down_z: int
-    output: int  # results on their way out
+    output: int  # results on their way out; before there are any, sums of early tiles so far
     rows: int  # raw natural input: two rows and, with a norm, one normalised
     z_rows: int  # natural z from a collective, or on its way to one, two turns
     activated: int  # silu(gate), two turns
@@ -96,9 +96,8 @@ class Plan(nl.NKIObject):
     natural_share: int  # and in chunks of the last, natural product,
     natural_chunk: int  # which begin here
     natural_z: bool  # z crosses collectives as [T, channels]
-    early_tiles: (
-        int  # column tiles that the first block sums side by side while transposed input arrives; or 0
-    )
+    early_tiles: int  # column tiles that the first block sums while transposed input arrives; or 0
+    early_group: int  # and how many of them side by side while the first rows do
     with_norm: bool = False  # RMSNorm in front
     norm_eps: float = 0.0
     with_residual: bool = False  # a residual is added behind

@@ -64,7 +64,9 @@ def test_compress_inspect_and_evaluate(home, capsys):
     assert compress(home, "--out", str(home / "out"), "--keep", "0.8", remove=None) == 0
     assert "of the MLP parameters" in capsys.readouterr().out
     assert main(["inspect", str(home / "out")]) == 0
-    assert "compact" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "compact" in shown and "form and rank (of each group) of a matrix" in shown
+    assert "MB, 80." in shown or "MB, 79." in shown, shown
     assert main(["inspect", str(home / "out"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["format_version"] == 1
     judge = [
@@ -202,6 +204,37 @@ def refused(capsys, code: int, *words: str) -> None:
     assert all(word in error for word in words), error
 
 
+@pytest.mark.parametrize(
+    "rest",
+    [
+        ["compress", "--remove", "2"],
+        ["refine", "--dense", "D", "--text", "T", "--out", "O", "--stages", "none"],
+        ["quantize", "--out", "O", "--dense", "D"],
+        ["evaluate", "--dense", "D", "--text", "T"],
+    ],
+    ids=lambda rest: rest[0],
+)
+@pytest.mark.parametrize("kind", ["nothing there", "no model", "an unknown model"])
+def test_a_wrong_model_is_said_before_anything_else(home, capsys, rest, kind):
+    folder = home / "wrong"
+    words = {"nothing there": "no such path", "no model": "config.json", "an unknown model": "architecture"}
+    if kind != "nothing there":
+        folder.mkdir()
+    if kind == "an unknown model":
+        (folder / "config.json").write_text('{"architectures": ["BertModel"]}')
+    refused(capsys, main([rest[0], str(folder), *rest[1:]]), f"{folder}", words[kind])
+
+
+def test_a_per_cent_is_told_how_it_is_written(home, capsys):
+    out = ["--out", str(home / "out")]
+    refused(capsys, compress(home, *out, remove="2"), "--remove", "for 2 % write 0.02")
+    refused(capsys, compress(home, *out, "--keep", "80", remove=None), "--keep", "for 80 % write 0.8")
+    refused(capsys, compress(home, *out, remove="-1"), "found -1.")
+    with pytest.raises(SystemExit):
+        compress(home, *out, remove="20%")
+    assert "write 0.20 for 20 %" in capsys.readouterr().err
+
+
 def test_an_existing_output_is_refused(home, capsys):
     (home / "out").mkdir()
     refused(capsys, compress(home, "--out", str(home / "out")), str(home / "out"), "does not exist yet")
@@ -296,15 +329,16 @@ def test_a_wrong_option_is_argparses_to_refuse(home):
     assert stop.value.code == 2
 
 
-def test_an_interruption_is_one_line(monkeypatch, capsys):
+def test_an_interruption_is_one_line_that_says_whether_the_command_goes_on(home, monkeypatch, capsys):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("neuronmlp_plugin.commands.doctor.run", interrupted)
-    assert main(["doctor"]) == 130
-    assert capsys.readouterr().err == (
-        "neuronmlp doctor: interrupted; the same command goes on from what is finished.\n"
-    )
+    for command in ("compress", "quantize"):
+        monkeypatch.setattr(f"neuronmlp_plugin.commands.{command}.run", interrupted)
+    assert compress(home) == 130 and main(["quantize", str(home / "dense"), "--out", "out"]) == 130
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "neuronmlp compress: interrupted; the same command goes on from what is finished."
+    assert second == "neuronmlp quantize: interrupted."
 
 
 def test_a_reader_that_has_enough_ends_the_command_in_silence(tmp_path):

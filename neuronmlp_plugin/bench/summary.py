@@ -1,4 +1,4 @@
-"""Small tables that draw on several kinds of bench: what was asked against what is reached, how much hangs on
+"""Small tables that draw on several kinds of bench: goals against what is reached, how much hangs on
 the DMA rates, how good the planner's rule is. Simulated throughout.
 """
 
@@ -33,7 +33,7 @@ def _gains(results: list[Result], name: str) -> list[float]:
 
 def against_what_was_asked(results: list[Result], write: Write) -> None:
     """What the kernels are asked to reach, and what they do."""
-    head = ("", "asked", "reached (simulated, constants calibrated)")
+    head = ("", "goal", "reached (simulated, constants calibrated)")
     for what, asked, reached in (head, *_reached_by_chain(results), *_reached_by_mlps(results)):
         write(f"{what:<66}{asked:>9}  {reached}")
 

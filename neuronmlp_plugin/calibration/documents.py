@@ -59,7 +59,9 @@ def _opened(path: pathlib.Path) -> io.TextIOWrapper:
         # Lines end at newlines alone: JSON strings may hold U+2028 and its like as they are.
         return open(path, encoding="utf-8-sig", newline="\n")
     except OSError as error:
-        raise CalibrationError(f"{path}: expected a readable text file, found: {error}.") from error
+        raise CalibrationError(
+            f"{path}: expected a readable text file, found: {reason_of(error)}; check the path."
+        ) from error
 
 
 def _lines(path: pathlib.Path) -> Iterator[str]:

@@ -46,7 +46,9 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: expected a readable file in UTF-8, found: {error}.") from error
+        raise CheckpointError(
+            f"{path}: expected a readable file in UTF-8, found: {reason_of(error)}."
+        ) from error
     return parse_object(text, path)
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import pathlib
 import re
 
+from neuronmlp_plugin.checkpoint.files import read_config
 from neuronmlp_plugin.errors import CheckpointError, reason_of
+from neuronmlp_plugin.models.families import check_supported
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Tokenizer and generation files, and the licence that goes with the weights: copied into every folder made.
@@ -65,6 +67,20 @@ def model_folder(name: str | pathlib.Path, revision: str | None = None) -> pathl
             f"{name}: expected a local folder, or a model that the hub or its cache has, found neither: "
             f"{reason_of(error)}; check the name."
         ) from error
+
+
+def known_folder(name: str | pathlib.Path, revision: str | None = None) -> pathlib.Path:
+    """`model_folder`, refused where no model that we know lies there: what is wrong with MODEL is said before
+    anything else is. Raises CheckpointError, UnsupportedModelError.
+    """
+    folder = model_folder(name, revision)
+    if not folder.exists():
+        raise CheckpointError(
+            f"{name}: expected a model's folder, or its id on the hub (owner/model), found no such path; "
+            "check the name."
+        )
+    check_supported(read_config(folder), str(folder / "config.json"))
+    return folder
 
 
 def hub_name(folder: pathlib.Path) -> str | None:

@@ -104,8 +104,8 @@ def whole_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     partial = partial_folder(target)
     if partial.exists():
         raise OutputError(
-            f"{partial}: expected no unfinished run, found one; finish it, remove it, or choose another "
-            "--out."
+            f"{partial}: expected no unfinished run, found one; `compress` and `refine` go on from theirs "
+            "when given again, what other commands left can only be removed; or choose another --out."
         )
     with told_when_unwritable(partial):
         partial.mkdir(parents=True)

@@ -15,6 +15,7 @@ from neuronmlp_plugin.compressor.settings import (
     Settings,
     default_allocation,
     default_form,
+    per_cent_hint,
 )
 from neuronmlp_plugin.errors import UsageError, printable
 
@@ -32,13 +33,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Hugging Face folder, or a model's id on the hub (Llama, Qwen2, Qwen3 or Mistral)",
     )
     parser.add_argument("--revision", help="branch, tag or commit, where MODEL is an id on the hub")
-    parser.add_argument("--out", type=pathlib.Path, help="folder to write; must not exist yet")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        help="folder to write; must not exist yet (required, unless --factors-only)",
+    )
     _add_size(parser)
     parser.add_argument(
         "--text",
         type=pathlib.Path,
         help=(
-            "calibration text: .txt, .jsonl (`text` or `messages` a line), .csv, .parquet or a saved dataset"
+            "calibration text (required): .txt, .jsonl (`text` or `messages` a line), .csv, .parquet or a "
+            "saved dataset; what the MLPs see on it decides what is taken away"
         ),
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
@@ -69,7 +75,8 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
         "--metric-tokens",
         type=int,
         default=_DEFAULTS["metric_tokens"],
-        help="of which the backward pass sees (default %(default)s)",
+        help="of which also go through the backward pass, for what each output is worth (default "
+        "%(default)s)",
     )
     text.add_argument(
         "--judge-tokens",
@@ -101,11 +108,11 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument(
         "--remove",
-        type=float,
+        type=_number,
         metavar="SHARE",
-        help="share of the MLP parameters to take away (0.20: a fifth)",
+        help="share of the MLP parameters to take away, between 0 and 1 (0.20: a fifth; 0.02: 2 %%)",
     )
-    size.add_argument("--keep", type=float, metavar="SHARE", help="the same, as the share that stays")
+    size.add_argument("--keep", type=_number, metavar="SHARE", help="the same, as the share that stays")
     size.add_argument(
         "--target",
         metavar="QUALITY",
@@ -117,7 +124,9 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
         "--faster",
         type=float,
         metavar="FACTOR",
-        help="as little as makes decode's MLPs FACTOR times faster on trn1; simulated",
+        help="take away only as much as it needs until the MLPs decode a token FACTOR times as fast as dense "
+        "ones on a core of trn1 (1.15: 15 %% faster); the time of each rank is simulated by our cost model, "
+        "nothing runs on a chip",
     )
 
 
@@ -126,8 +135,9 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--form",
         choices=FORMS,
-        help="compact (default): pivoted factors, no break-even rank; uv: the paper's; narrow: fewer "
-        "channels, no factors, and with --allocation uniform an ordinary folder that any engine loads",
+        help="compact (default): a matrix of rank R in as few numbers as it has, so that every rank saves "
+        "bytes; uv: the paper's two factors, which save bytes at low ranks only; narrow: fewer channels, no "
+        "factors, and with --allocation uniform an ordinary folder that any engine loads",
     )
     method.add_argument(
         "--groups",
@@ -142,7 +152,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         default=_DEFAULTS["tp"],
-        help="groups that serve N ranks at full speed: a multiple of N",
+        help="choose a number of groups that serves N tensor-parallel ranks at full speed: a multiple of N",
     )
     method.add_argument(
         "--channels",
@@ -159,17 +169,18 @@ def _add_ranks(method: Any) -> None:
         choices=METHODS,
         default=_DEFAULTS["method"],
         help=(
-            "two-sided (default) or a baseline: whitened (SVD-LLM), plain (SVD), modegpt (its MLP step: "
-            "channels by leverage)"
+            "two-sided (default): an error counts by what goes into a matrix and by what its output is worth "
+            "to the model; or a baseline: whitened (SVD-LLM), plain (SVD), modegpt (its MLP step: channels "
+            "by leverage)"
         ),
     )
     method.add_argument(
         "--allocation",
         choices=ALLOCATIONS,
-        help="global: ranks across all matrices; measured (default for two-sided, but with --target): once "
-        "more, after a pass that "
-        "measures what each matrix is worth at its rank; uniform (default for the baselines): the same share "
-        "of each",
+        help="how the removal is shared out. measured (default): choose ranks by predicted losses, run the "
+        "model so compressed once to measure what each layer is worth there, and choose again; global: the "
+        "first choice alone, minutes less and somewhat worse (what --target uses); uniform: the same share "
+        "of every matrix (what the baselines use)",
     )
     method.add_argument(
         "--rank-multiple",
@@ -180,6 +191,15 @@ def _add_ranks(method: Any) -> None:
     method.add_argument(
         "--dtype", choices=DTYPES, default=_DEFAULTS["dtype"], help="of the factors (default: the model's)"
     )
+
+
+def _number(text: str) -> float:
+    """A share as a number; what stands before a per cent sign is told how to write it."""
+    try:
+        return float(text)
+    except ValueError:
+        hint = "; write 0.20 for 20 %" if text.rstrip().endswith("%") else ""
+        raise argparse.ArgumentTypeError(f"expected a number, found {text!r}{hint}") from None
 
 
 def _groups(text: str) -> int | None:
@@ -199,7 +219,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     known["out"] = args.out if args.out is not None else args.model
     if args.keep is not None and not 0.0 < args.keep < 1.0:
         raise UsageError(
-            f"--keep: expected a share between 0 and 1 (0.80 takes a fifth away), found {args.keep}."
+            f"--keep: expected a share between 0 and 1 (0.80 takes a fifth away), found {args.keep:g}"
+            f"{per_cent_hint(args.keep)}."
         )
     known["remove"] = args.remove if args.keep is None else 1.0 - args.keep
     known["form"] = args.form or default_form(args.method)
@@ -240,7 +261,8 @@ def channels_row(report: Report) -> str:
     """How many channels layers keep, and which tensor-parallel sizes are at full speed."""
     kept = [row["channels"] for row in report.matrices]
     sizes = ", ".join(map(str, report.full_speed_tensor_parallel))
-    return f"{min(kept)} to {max(kept)} a layer; full speed at tensor parallel size {sizes}"
+    span = f"{min(kept)} to {max(kept)}" if min(kept) < max(kept) else f"{kept[0]}"
+    return f"{span} a layer; full speed at tensor parallel size {sizes}"
 
 
 def bytes_row(report: Report) -> str:

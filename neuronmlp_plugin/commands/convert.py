@@ -12,7 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=pathlib.Path,
         help="folder with model.layers.N.mlp.{gate,up,down}_{v,u}_proj.weight in safetensors",
     )
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write; must not exist yet")
+    parser.add_argument(
+        "--out", type=pathlib.Path, required=True, help="folder to write; must not exist yet (required)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

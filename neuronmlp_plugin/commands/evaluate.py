@@ -24,8 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="what to judge (the dense model runs once for all), or the dense folder when --factors is given",
     )
-    parser.add_argument("--dense", type=pathlib.Path, required=True, help="the dense folder it was made from")
-    parser.add_argument("--text", type=pathlib.Path, required=True, help="held-out text: .txt or .jsonl")
+    parser.add_argument(
+        "--dense", type=pathlib.Path, required=True, help="the dense folder it was made from (required)"
+    )
+    parser.add_argument(
+        "--text", type=pathlib.Path, required=True, help="held-out text, as for `compress` (required)"
+    )
     parser.add_argument("--factors", type=pathlib.Path, help="a factor file to lay over MODEL")
     parser.add_argument(
         "--tokens",
@@ -98,4 +102,4 @@ def _print(folder: pathlib.Path, quality: Quality) -> None:
     print(f"  tokens      {quality.num_tokens:,}")
     print(f"  perplexity  {quality.perplexities} ({quality.written('perplexity_ratio')})")
     print(f"  KL          {quality.written('kl_divergence')} nats a token, KL(dense || compressed)")
-    print(f"  top-1       {quality.written('top1_agreement')} the same token")
+    print(f"  top-1       {quality.written('top1_agreement')} of the positions: the same most likely token")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+from collections.abc import Iterator
 
 from neuronmlp_plugin.errors import printable
 
@@ -77,11 +78,19 @@ def _print_table(block) -> None:  # type: ignore[no-untyped-def]
     for index, layer in enumerate(block.layers):
         cells = (_cell(layer[name]) for name in PROJECTIONS)
         table.add_row(str(index), str(layer.channels), *cells, f"{layer.weight_bytes / dense:.1%}")
-    table.caption = (
-        f"{block.weight_bytes / 1e6:.1f} MB with floating point in bf16: {block.bytes_ratio:.1%} of the "
-        f"dense MLPs; tensor-parallel sizes at full speed: {', '.join(map(str, block.full_speed_sizes))}"
-    )
     Console().print(table)
+    for line in _caption(block):
+        print(line)
+
+
+def _caption(block) -> Iterator[str]:  # type: ignore[no-untyped-def]
+    """What the table shows, in which units, and its sums."""
+    ranks = " (of each group)" if block.groups > 1 else ""
+    yield "A row is a layer. channels: numbers between gate, up and down that stay."
+    yield f"gate, up, down: form and rank{ranks} of a matrix; dense has no rank; int8 is one byte a number."
+    yield "bytes: of the layer's MLP over a dense one in bf16 (floating point is counted as bf16)."
+    yield f"All layers: {block.weight_bytes / 1e6:.1f} MB, {block.bytes_ratio:.1%} of the dense MLPs."
+    yield f"Full speed at tensor-parallel sizes {', '.join(map(str, block.full_speed_sizes))}."
 
 
 def _cell(spec) -> str:  # type: ignore[no-untyped-def]

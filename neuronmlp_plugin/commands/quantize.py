@@ -24,13 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", type=pathlib.Path, help="a dense Hugging Face folder, or one that `neuronmlp compress` wrote"
     )
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write; must not exist yet")
+    parser.add_argument(
+        "--out", type=pathlib.Path, required=True, help="folder to write; must not exist yet (required)"
+    )
     parser.add_argument(
         "--text",
         type=pathlib.Path,
         help=(
-            "calibration text, as for `compress`: numbers are rounded by what the MLPs see on it, not by "
-            "themselves"
+            "calibration text, as for `compress`: the model runs over it, and numbers are rounded so that "
+            "the MLPs' outputs there change least; without it each number goes to the nearest of its 255 "
+            "steps"
         ),
     )
     parser.add_argument(
@@ -42,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dense",
         type=pathlib.Path,
-        help="with --text: the dense folder, to measure the quality for the report on the text's end",
+        help="with --text: the dense folder; the end of the text, which is then not rounded by, judges the "
+        "result against it for the report",
     )
     parser.add_argument(
         "--judge-tokens",

@@ -15,14 +15,18 @@ _DEFAULTS: dict[str, Any] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=pathlib.Path, help="folder that `compress` wrote")
-    parser.add_argument("--dense", type=pathlib.Path, required=True, help="the dense folder it was made from")
+    parser.add_argument(
+        "--dense", type=pathlib.Path, required=True, help="the dense folder it was made from (required)"
+    )
     parser.add_argument(
         "--text",
         type=pathlib.Path,
         required=True,
-        help="the calibration text; its end judges and is not trained on",
+        help="the calibration text (required); its end judges and is not trained on",
     )
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write; must not exist yet")
+    parser.add_argument(
+        "--out", type=pathlib.Path, required=True, help="folder to write; must not exist yet (required)"
+    )
     _add_training(parser)
     _add_steps(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")

@@ -153,7 +153,7 @@ class Plan:
             (
                 "calibration",
                 f"{self.calibration.numel():,} tokens in {len(self.calibration)} windows; backward pass on "
-                f"{self.metric_windows}",
+                f"{self.metric_windows} of them",
             ),
             ("judged on", f"{self.judge.numel():,} tokens that are not calibrated on"),
             ("memory", f"about {self.memory_bytes / 2**30:.1f} GiB"),

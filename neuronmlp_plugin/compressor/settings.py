@@ -34,6 +34,11 @@ def default_form(method: str) -> str:
     return "narrow" if method == "modegpt" else "compact"
 
 
+def per_cent_hint(found: float) -> str:
+    """How to write what was perhaps meant by a number from 1 to 99: `2` -> "; for 2 % write 0.02"."""
+    return f"; for {found:g} % write {found / 100:g}" if 1 <= found < 100 else ""
+
+
 def check_seed(seed: int) -> None:
     """UsageError for a seed that torch's generators do not take."""
     if not 0 <= seed < 2**63:
@@ -71,8 +76,8 @@ def parse_target(text: str) -> Target:
         if number > 0 and (metric != "top1_agreement" or bound < 1):
             return Target(metric, bound)
     raise UsageError(
-        '--target: expected "ppl+2%", "kl<0.05" or "top1>95%" with a number that leaves room, found '
-        f"{text!r}; quote it."
+        '--target: expected "ppl+2%", "kl<0.05" or "top1>95%" (numbers above 0, top1 below 100), found '
+        f"{text!r}; put it in quotes."
     )
 
 
@@ -186,7 +191,8 @@ class Settings:
             )
         if self.remove is not None and not 0.0 < self.remove < 1.0:
             raise UsageError(
-                f"--remove: expected a share between 0 and 1 (0.20 takes a fifth away), found {self.remove}."
+                f"--remove: expected a share between 0 and 1 (0.20 takes a fifth away), found {self.remove:g}"
+                f"{per_cent_hint(self.remove)}."
             )
         if self.target is not None:
             parse_target(self.target)

@@ -1,5 +1,6 @@
 """The findings: each function looks at one cause and says what is wrong and how to mend it, or nothing.
-The last asks, without a chip, whether the NKI compiler of this machine would take our kernels.
+The last ones ask: the C compiler for the products of a CPU, and, without a chip, the NKI compiler whether it
+would take our kernels.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def check_sampling(env: Environment) -> Iterator[Finding]:
 
 
 def check_cpu(env: Environment) -> Iterator[Finding]:
-    if not env.has("vllm") or env.has("vllm_neuron"):
+    if not _serves_on_cpu(env):
         return
     if not env.compiler:
         what = "there is no C compiler, so the products of an MLP run one by one through vLLM"
@@ -184,6 +185,44 @@ CHECKS: tuple[Callable[[Environment], Iterator[Finding]], ...] = (
     check_sampling,
     check_cpu,
 )
+
+
+def ask_c_compiler(env: Environment) -> tuple[str, list[Finding]]:
+    """Which compiled products vLLM on this CPU will run, in words, and what keeps them from being had. The
+    library is compiled where the cache has none, as a server would at its start. Empty where no CPU serves.
+    """
+    if not _serves_on_cpu(env):
+        return "", []
+    if not env.compiler:
+        return "none: there is no C compiler", []  # the finding is `check_cpu`'s
+    from neuronmlp_plugin.serving.cpu.library import CompileError, kernels_of
+
+    try:
+        return kernels_of(env.compiler), []
+    except (CompileError, OSError, AttributeError) as error:
+        said = " ".join(str(error).split())[:300]
+        what = (
+            f"{env.compiler} cannot make the products of an MLP ({said}), so they run one by one through vLLM"
+        )
+        fix = "install a recent gcc (with OpenMP), or name another compiler in CC"
+        return "none: they do not compile", [Finding(PROBLEM, what, fix)]
+
+
+def verdict(env: Environment, findings: list[Finding]) -> str:
+    """All of it in one sentence."""
+    problems = sum(finding.severity == PROBLEM for finding in findings)
+    if problems:
+        return f"not ready: {problems} {'problem' if problems == 1 else 'problems'} above, each with its fix"
+    if _serves_on_cpu(env):
+        return (
+            "ready: on this CPU `vllm serve DIR` runs each compressed MLP as one compiled call, unless "
+            "vLLM's own products turn out much faster when the model is loaded (docs/cpu.md)"
+        )
+    return "ready as far as can be seen without running it: go on with examples/trn1/smoke_test.py"
+
+
+def _serves_on_cpu(env: Environment) -> bool:
+    return env.has("vllm") and not env.has("vllm_neuron")
 
 
 TOKENS = (1, 256)  # decode and prefill are the same program, with other loops

@@ -135,7 +135,7 @@ def _narrow(layer: Layer, keep: float) -> Choice:
     if not fitting:
         raise UsageError(
             f"size: expected at most {1 - layer[-1].kept / layer[0].kept:.2f} of the channels taken away, "
-            f"found {1 - keep:.2f} asked for; "
+            f"found {1 - keep:.4g} asked for; "
             "ask for less."
         )
     return Choice(max(level.kept for level in fitting), (None,) * len(layer[0].curves))
@@ -150,7 +150,7 @@ def check_removable(
     if least > keep:
         raise UsageError(
             f"size: expected at most {1 - least:.2f} of the {what} taken away at rank multiple {multiple}, "
-            f"form {form}, found {1 - keep:.2f} asked for; ask for less, or for a smaller --rank-multiple."
+            f"form {form}, found {1 - keep:.4g} asked for; ask for less, or for a smaller --rank-multiple."
         )
 
 

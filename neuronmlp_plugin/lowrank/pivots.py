@@ -42,10 +42,7 @@ class _Basis:
         return q @ q.T - done @ done.T
 
     def take(self, rows: torch.Tensor) -> None:
-        """Project the (independent) `rows` out of all others."""
-        rows = rows[: self.rank - self.taken]
-        if not len(rows):
-            return
+        """Project the (independent) `rows`, at most rank - taken, out of all others."""
         triangle = torch.linalg.cholesky(self.gram(rows))
         done = self.factor[:, : self.taken]
         against = self.q @ self.q[rows].T - done @ done[rows].T

@@ -26,9 +26,7 @@ class RefineSettings:
     dense: pathlib.Path
     text: pathlib.Path  # .txt or .jsonl, as for `compress`; its end judges and is never trained on
     out: pathlib.Path
-    stages: tuple[str, ...] = (
-        "distill",
-    )  # in order: blocks (S5, layer by layer) | distill (the whole model)
+    stages: tuple[str, ...] = ("distill",)  # in order: blocks (layer by layer) | distill (the whole model)
     # of distill: KL(dense || compressed) with a share of the text's next token | without | that token alone
     # (the paper's)
     loss: str = "mixed"

@@ -26,7 +26,7 @@ from neuronmlp_plugin.calibration.text import (
 )
 from neuronmlp_plugin.checkpoint.digests import is_whole
 from neuronmlp_plugin.checkpoint.loader import load_model
-from neuronmlp_plugin.checkpoint.reader import Checkpoint, dense_block
+from neuronmlp_plugin.checkpoint.reader import Checkpoint, dense_block, open_dense
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
 from neuronmlp_plugin.checkpoint.writer import (
     alone_in,
@@ -121,12 +121,12 @@ class RefinePlan:
 
 def make_plan(settings: RefineSettings) -> RefinePlan:
     """Open and check all that a run will touch. Raises the errors of the parts, each naming its file."""
-    source, dense = Checkpoint(settings.model), Checkpoint(settings.dense)
+    source, dense = Checkpoint(settings.model), open_dense(settings.dense)
     # A folder without a block may still be compressed, to fewer channels in all layers: then shapes differ.
-    if dense.block is not None or (source.block is None and source.shapes() == dense.shapes()):
+    if source.block is None and source.shapes() == dense.shapes():
         raise CheckpointError(
-            f"{settings.model}: expected a compressed folder, and its dense one as --dense, found them "
-            "otherwise."
+            f"{settings.model}: expected a folder that `compress` wrote, found a dense one; compress it "
+            "first."
         )
     if source.block is not None and source.block.has_int8:
         raise CheckpointError(

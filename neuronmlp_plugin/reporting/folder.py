@@ -17,7 +17,7 @@ import jinja2
 from neuronmlp_plugin.checkpoint.files import read_config
 from neuronmlp_plugin.checkpoint.hub import hub_name, is_hub_id
 from neuronmlp_plugin.checkpoint.writer import save_json, save_text
-from neuronmlp_plugin.errors import CheckpointError
+from neuronmlp_plugin.errors import CheckpointError, reason_of
 from neuronmlp_plugin.reporting import view
 from neuronmlp_plugin.reporting.figures import (
     Plot,
@@ -44,7 +44,8 @@ def read_report(folder: pathlib.Path) -> Report:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: expected the report that `neuronmlp compress` writes, found: {error}."
+            f"{path}: expected the report that `neuronmlp compress` writes, found: {reason_of(error)}; name "
+            "a folder that it wrote."
         ) from error
     if not isinstance(found, dict) or not (found.get("block") and found.get("matrices")):
         raise CheckpointError(

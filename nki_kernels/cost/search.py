@@ -16,7 +16,7 @@ from nki_kernels.cost.estimate import Estimate
 from nki_kernels.cost.launches import PlanRuns, z_rows
 from nki_kernels.effort import OVERLAP_LOSS, tensor_us
 from nki_kernels.layout import MATRICES, Layout, layout_of
-from nki_kernels.planner import MAX_SLOTS, Choice, Declined, Request, build_plan, choices, why_not
+from nki_kernels.planner import Choice, Declined, Request, build_plan, choices, why_not, with_spare
 from nki_kernels.targets import PMAX, TRN1, TURNAROUND_CYCLES, Target
 from nki_kernels.tile_plan import Plan
 from nki_kernels.tiling import MOVING_COLS, tile_count
@@ -94,13 +94,14 @@ def dma_bound_us(plan: Plan, target: Target = TRN1, constants: Constants = CALIB
 
 
 def _deepest(request: Request, choice: Choice, target: Target) -> tuple[Choice, Plan] | None:
-    """The choice with as many ring slots as fit, up to MAX_SLOTS: more transfers in flight."""
-    for slots in sorted({choice.ring_slots, *range(choice.ring_slots, MAX_SLOTS + 1)}, reverse=True):
-        deeper = dataclasses.replace(choice, ring_slots=slots)
-        plan = build_plan(request, deeper, target)
-        if isinstance(plan, Plan):
-            return deeper, plan
-    return None
+    """The choice with what memory it leaves, and its plan."""
+    plan = build_plan(request, choice, target)
+    if not isinstance(plan, Plan):
+        return None
+    fuller = with_spare(choice, plan, target)
+    deeper = build_plan(request, fuller, target)
+    assert isinstance(deeper, Plan), "what is spare fits"
+    return fuller, deeper
 
 
 def _behaviour(plan: Plan) -> Plan:

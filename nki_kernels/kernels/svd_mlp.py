@@ -14,11 +14,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from nki_kernels.backend import nki, nl
+from nki_kernels.backend import nisa, nki, nl
 from nki_kernels.kernels.load import load_transposed, store_transposed
 from nki_kernels.kernels.products import (
     add_transposed,
-    evict_transposed_tile,
     transposed_banks,
     transposed_product,
 )
@@ -65,25 +64,62 @@ def product_on_arrival(work: Workspace, src: Tensor, tokens: int) -> None:
     """z of down for the launch's first block, from src `[features, T]` in HBM, which stays on chip as h.
 
     Rows of x^T are short and so slow to come, and a sum needs all of them. So `plan.early_tiles` column tiles
-    are summed side by side, in all banks of PSUM, a chunk of each at a time as the rows for it come. Every
-    sum has the terms and the order that it has in `transposed_product`.
+    are summed over the rows that have come, a chunk of weights each, and their sums so far wait in SBUF, in
+    fp32. The first `plan.early_group` of them take the first rows side by side, one by one as they come.
     """
     matrix = work.plan.products.down_first
     widths = pieces(tokens, work.plan.moving_tokens)
-    early = work.plan.early_tiles
-    sums = []
-    for n in range(early):
-        sums.append(transposed_banks(work, matrix, n, widths))
-    tiles = pieces(matrix.row_tiles(), work.plan.ring_cols // PMAX)
-    for i in range(len(tiles)):
-        load_transposed(work.h, src, tiles[i], 0, tokens)
-        for n in range(early):
-            work.stream.seek((n * matrix.row_tiles() + tiles[i][0]) * PMAX)
-            blocks = matrix.blocks(n)[tiles[i][0] : tiles[i][0] + tiles[i][1]]
-            add_transposed(work, blocks, i == 0, sums[n], work.h, widths, -1)
-    for n in range(early):
-        evict_transposed_tile(work, matrix, n, work.h, work.down_z, sums[n], widths)
-    transposed_product(work, matrix, early, work.h, work.down_z, widths)
+    sums = work.early_sums()
+    rows = pieces(matrix.row_tiles(), work.plan.ring_cols // PMAX)
+    for i in range(len(rows)):
+        group = work.plan.early_group if i == 0 else 1
+        # Weights come faster than rows: those that the first products need are not kept behind them.
+        for n in range(group):
+            work.stream.ask((n * matrix.row_tiles() + rows[i][0]) * PMAX)
+        load_transposed(work.h, src, rows[i], 0, tokens)
+        done = 0
+        while done < work.plan.early_tiles:
+            banks = early_banks(work, (done, group), rows[i], widths)
+            for j in range(group):
+                keep_early(work, sums, banks[j], done + j, (i == 0, i == len(rows) - 1), widths)
+            done += group
+            group = 1  # the others one after another, as their weights come
+    transposed_product(work, matrix, work.plan.early_tiles, work.h, work.down_z, widths)
+
+
+def early_banks(work: Workspace, tiles: tuple, rows: tuple, widths: list) -> list:
+    """PSUM tiles of column tiles (first, count), summed over row tiles (first, count) alone: a list over the
+    column tiles of lists over `widths`.
+    """
+    matrix = work.plan.products.down_first
+    banks = []
+    blocks = []
+    for j in range(tiles[1]):
+        banks.append(transposed_banks(work, matrix, tiles[0] + j, widths))
+        blocks.append(matrix.blocks(tiles[0] + j))
+    for k in range(rows[0], rows[0] + rows[1]):
+        for j in range(tiles[1]):
+            work.stream.seek(((tiles[0] + j) * matrix.row_tiles() + k) * PMAX)
+            block = blocks[j][k : k + 1]
+            add_transposed(work, block, k == rows[0], banks[j], work.h, widths, -1)
+    return banks
+
+
+def keep_early(work: Workspace, sums: Tensor, banks: list, n: int, ends: tuple, widths: list) -> None:
+    """Column tile `n` out of PSUM: added to its sums so far or, with the last rows, to z; ends = (whether
+    these rows are the first, the last).
+    """
+    first, last = ends
+    for j in range(len(widths)):
+        start, width = widths[j]
+        so_far = sums[:, n, start : start + width]
+        if first:
+            nisa.tensor_copy(dst=so_far, src=banks[j])
+        elif last:
+            there = work.down_z[:, n, start : start + width]
+            nisa.tensor_tensor(dst=there, data1=banks[j], data2=so_far, op=nl.add)
+        else:
+            nisa.tensor_tensor(dst=so_far, data1=banks[j], data2=so_far, op=nl.add)
 
 
 @nki.jit

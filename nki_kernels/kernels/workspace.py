@@ -69,6 +69,13 @@ class WeightStream(nl.NKIObject):
         while self.bounds[self.chunk + 1] < position:
             self.chunk += 1
 
+    def ask(self, position: int) -> None:
+        """Have the chunk that begins at packed column `position` in its slot, ahead of its use."""
+        chunk = 0
+        while self.bounds[chunk] < position:
+            chunk += 1
+        self.load(chunk)
+
     def take(self, cols: int) -> tuple:
         """The next block of `cols` columns: (slot, first column), to be sliced where it is used."""
         if self.position >= self.bounds[self.chunk + 1]:
@@ -194,6 +201,7 @@ class Scales(nl.NKIObject):
         self.packed = packed  # None where the weights are not int8, and so are the others then
         self.columns = packed
         self.spread = packed
+        self.ones = packed
         self.first_col = 0  # of the columns whose scales are spread
         self.is_loaded = False
         self.scaled = []
@@ -213,7 +221,12 @@ class Scales(nl.NKIObject):
             return
         self.is_loaded = True
         nisa.dma_copy(dst=self.columns, src=self.packed, dge_mode=nisa.dge_mode.none)
-        if work.plan.natural_output and not work.plan.spreads_pieces:
+        if not work.plan.natural_output:
+            return
+        if work.plan.block_tokens > PMAX:
+            # The first weights are there before all rows of a block are: their casts need not wait.
+            work.stream.load(0)
+        if not work.plan.spreads_pieces:
             self.spread_rows(work, 0, work.plan.products.down_second.cols)
 
     def spread_rows(self, work: Workspace, first_col: int, cols: int) -> None:
@@ -223,8 +236,10 @@ class Scales(nl.NKIObject):
         self.first_col = first_col
         matrix = work.plan.products.down_second
         at = work.plan.at
-        ones = tensor_at(at.small, (PMAX, PMAX), nl.float32)
-        nisa.memset(ones, 1.0)
+        if first_col == 0:
+            # Not for every piece: VectorE would come to it behind the last piece's results, and TensorE wait.
+            self.ones = tensor_at(at.small, (PMAX, PMAX), nl.float32)
+            nisa.memset(self.ones, 1.0)
         self.spread = tensor_at(at.spread, (PMAX, cols), nl.float32)
         banks = pieces(cols, MOVING_COLS)
         for b in range(len(banks)):
@@ -240,7 +255,7 @@ class Scales(nl.NKIObject):
                     bias=work.zero[0:width, :],
                     scale=self.of(matrix, (first_col + first) // PMAX + i, width),
                 )
-                matmul(bank[:, col : col + width], ones[0:width, :], diagonal[0:width, 0:width], True)
+                matmul(bank[:, col : col + width], self.ones[0:width, :], diagonal[0:width, 0:width], True)
             nisa.tensor_copy(dst=self.spread[:, first : first + count], src=bank)
 
     def of(self, matrix: Matrix, n: int, cols: int) -> Tensor:
@@ -329,6 +344,11 @@ class Workspace(nl.NKIObject):
     def output_rows(self, token_tiles: int) -> Tensor:
         """`[128, token tiles, out_cols]`: natural results on their way out."""
         return tensor_at(self.plan.at.output, (PMAX, token_tiles, self.plan.out_cols), self.dtype)
+
+    def early_sums(self) -> Tensor:
+        """`[128, early tiles, block_tokens]` fp32: sums over the rows of x^T that have come."""
+        plan = self.plan
+        return tensor_at(plan.at.output, (PMAX, plan.early_tiles, plan.block_tokens), nl.float32)
 
     def output_turns(self) -> list:
         """Two tensors `[128, block_tokens]`: the turns of a transposed column tile on its way out."""

@@ -85,8 +85,8 @@ def test_an_int8_prefill_is_no_slower_than_the_bf16_kernel_of_its_form(model):
 
 @pytest.mark.large
 def test_the_chain_against_the_published_kernels():
-    """Slower than the paper's kernel by 1.2 % at 1K tokens, where x^T in rows of 1 KiB arrives more slowly
-    than it is multiplied; ahead everywhere else.
+    """Ahead of all of them everywhere; closest at 1K tokens, where x^T in rows of 1 KiB arrives more slowly
+    than it is multiplied.
     """
     over: dict[str, dict[int, float]] = {"AWS dense": {}, "AWS twice": {}, "paper": {}}
     for tokens in CHAIN_TOKENS:
@@ -95,5 +95,4 @@ def test_the_chain_against_the_published_kernels():
         for name, us in published_us(tokens, TRN1, CALIBRATED).items():
             over[name][tokens] = us / ours
     assert statistics.mean(over["AWS twice"][t] for t in (8192, 16384, 32768)) >= 1.45
-    behind = {(name, t) for name, gain in over.items() for t, x in gain.items() if x < 1}
-    assert behind <= {("paper", 1024)} and over["paper"][1024] > 0.985
+    assert not {(name, t) for name, gain in over.items() for t, x in gain.items() if x < 1}

@@ -211,11 +211,14 @@ def test_what_cannot_be_quantised_is_refused(home, capsys):
     for source, target, message in (
         ("out", "again", "found int8"),
         ("dense", "out", "does not exist yet"),
-        ("none", "new", "config.json"),
+        ("none", "new", "found no such path"),
     ):
         assert main(["quantize", str(home / source), "--out", str(home / target)]) == 2
         assert message in capsys.readouterr().err
-    assert main(["quantize", str(home / "dense"), "--out", str(home / "new"), "--dense", "d"]) == 2
+    assert (
+        main(["quantize", str(home / "dense"), "--out", str(home / "new"), "--dense", str(home / "dense")])
+        == 2
+    )
     assert "--dense: expected --text to judge on" in capsys.readouterr().err
 
 

@@ -113,7 +113,7 @@ def check_peak(home: pathlib.Path, shape: MLPShape, bound: int, sizes: dict[str,
     assert plan.memory_bytes == pytest.approx(peak, rel=0.25)
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_a_quarter_of_8b_takes_a_quarter_of_the_memory(tmp_path):
     shape = dataclasses.replace(LLAMA_8B, hidden_size=1024, intermediate_size=3584, num_layers=1)
     check_peak(

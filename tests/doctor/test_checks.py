@@ -9,9 +9,10 @@ import json
 import pytest
 
 from neuronmlp_plugin import doctor
-from neuronmlp_plugin.doctor.checks import NOTE, PROBLEM, examine
+from neuronmlp_plugin.doctor.checks import NOTE, PROBLEM, ask_c_compiler, examine, verdict
 from neuronmlp_plugin.doctor.environment import Environment, numbers, observe
 from neuronmlp_plugin.doctor.stacks import STACKS, nki_of, stack_of
+from neuronmlp_plugin.serving.cpu.library import CompileError
 
 TRN1 = Environment(
     versions={
@@ -168,3 +169,42 @@ def test_the_command_looks_at_this_machine(as_json, capsys):
         ]
     else:
         assert "python" in printed and all(finding.fix in printed for finding in findings)
+        assert printed.splitlines()[-1].startswith("verdict: ")
+
+
+@pytest.fixture
+def libraries(monkeypatch):
+    """What the C compiler of the day makes: words, or an error."""
+    from neuronmlp_plugin.serving.cpu import library
+
+    return lambda answer: monkeypatch.setattr(library, "kernels_of", answer)
+
+
+def test_a_cpu_is_told_its_kernels_and_that_the_fast_path_runs(libraries):
+    libraries(lambda compiler: f"AVX2 by {compiler}")
+    assert ask_c_compiler(CPU) == ("AVX2 by /usr/bin/cc", [])
+    assert verdict(CPU, examine(CPU)).startswith("ready: on this CPU")
+
+
+def test_a_compiler_that_makes_nothing_is_a_problem(libraries):
+    def fails(compiler):
+        raise CompileError("omp.h: No such file\n  or directory")
+
+    libraries(fails)
+    products, (finding,) = ask_c_compiler(CPU)
+    assert products == "none: they do not compile" and finding.severity == PROBLEM
+    assert "/usr/bin/cc cannot make" in finding.what and "No such file or directory" in finding.what
+    assert verdict(CPU, [finding]) == "not ready: 1 problem above, each with its fix"
+
+
+def test_without_a_compiler_the_verdict_counts_it_once():
+    without = dataclasses.replace(CPU, compiler="")
+    products, found = ask_c_compiler(without)
+    assert products == "none: there is no C compiler" and not found
+    assert verdict(without, examine(without)).startswith("not ready: 1 problem above")
+
+
+def test_no_product_of_a_cpu_is_compiled_for_trainium(libraries):
+    libraries(lambda compiler: pytest.fail("nothing to compile here"))
+    assert ask_c_compiler(TRN1) == ("", [])
+    assert "smoke_test.py" in verdict(TRN1, [])

@@ -216,25 +216,32 @@ BY_HAND = (
     (
         "svd_mlp",
         "all rows of x^T as the first came",
-        "work.h, src, tiles[i], 0, tokens",
-        "work.h, src, tiles[0], 0, tokens",
+        "work.h, src, rows[i], 0, tokens",
+        "work.h, src, rows[0], 0, tokens",
     ),
     (
         "svd_mlp",
         "blocks of the first column tile for all",
-        "(n * matrix.row_tiles() + tiles[i][0])",
-        "tiles[i][0]",
+        "((tiles[0] + j) * matrix.row_tiles() + k)",
+        "k",
     ),
     (
         "svd_mlp",
-        "sums begun anew with every chunk",
-        "blocks, i == 0,",
-        "blocks, True,",
+        "sums begun anew with every row tile",
+        "block, k == rows[0],",
+        "block, True,",
+    ),
+    ("svd_mlp", "last rows not in z", "elif last:", "elif False:"),
+    (
+        "svd_mlp",
+        "sums of the last rows alone",
+        "data1=banks[j], data2=so_far",
+        "data1=banks[j], data2=banks[j]",
     ),
     (
         "svd_mlp",
-        "side by side tiles twice",
-        "transposed_product(work, matrix, early,",
+        "early tiles twice",
+        "transposed_product(work, matrix, work.plan.early_tiles,",
         "transposed_product(work, matrix, 0,",
     ),
     ("workspace", "z of up over z of gate", "self.tiles(at.up_z,", "self.tiles(at.gate_z,"),
@@ -289,7 +296,7 @@ BY_HAND = (
 )
 MODULES = ("products", "load", "stages", "svd_mlp", "sharded", "workspace", "matmul")
 # Module -> what is changed by rule, where a module has entry kernels that the judges do not run in whole.
-JUDGED = {"svd_mlp": {"svd_mlp", "product_on_arrival"}}
+JUDGED = {"svd_mlp": {"svd_mlp", "product_on_arrival", "early_banks", "keep_early"}}
 # Changes by rule that no run can tell from the original -> why they are no mistakes.
 TURNS = (
     "two turns are there to overlap one tile's use with the next one's making; in program order one will do"
@@ -306,9 +313,8 @@ EQUIVALENT: dict[str, str] = {
     "+ 1 in `2` of `row = rows[i % 2]`": "z in rows has at most two tiles of tokens; where x has more, it is caught",
     "+ 1 in `0` of `positions.append(0)`": "a place is set before it is read",
     "+ 1 in `1` of `if self.plan.is_int8 and len(self.slots) > 1 and (self.chunk + 2 < len(self.bounds)):`": EARLY,
-    "FloorDiv -> Mult in `work.plan.ring_cols // PMAX` of `tiles = pieces(matrix.row_tiles(), work.plan.ring_cols // PMAX)`": EARLY,
     "+ 1 in `0` of `if middle > 0:`": "a multiple of 128",
-    "+ 1 in `1` of `add_transposed(work, blocks, i == 0, sums[n], work.h, widths, -1)`": NO_OWNER,
+    "+ 1 in `1` of `add_transposed(work, block, k == rows[0], banks[j], work.h, widths, -1)`": NO_OWNER,
     "+ 1 in `1` of `sums = transposed_tile(work, matrix, n, source, widths, -1)`": NO_OWNER,
     "Add -> Sub in `plan.at.raw + i * plan.raw_bytes` of `raw = nl.ndarray((packed.shape[0], "
     "plan.ring_cols), dtype=packed.dtype, "

@@ -19,6 +19,8 @@ from nki_kernels.cases import (
     random_array,
     random_weights,
 )
+from nki_kernels.cost.estimate import schedule
+from nki_kernels.cost.launches import launch_of
 from nki_kernels.kernels.sharded import first_factors, last_factor, second_factors
 from nki_kernels.kernels.svd_mlp import xuv
 from nki_kernels.layout import (
@@ -174,6 +176,10 @@ def test_scales_spread_piece_by_piece_give_the_same_digits(form):
     assert all(found.tobytes() == once.tobytes() for found in pieces)
     spread_bytes = [plan.at.small - plan.at.spread for plan in plans]
     assert spread_bytes == [4608, 2048, 4096, 4608]
+    # The ones that spread them are made once a block: at every piece, TensorE would wait for VectorE.
+    timelines = [schedule(*launch_of(plan, DTYPES["bf16"]))[0] for plan in plans]
+    once, *others = (sum(slot.op == "memset" for slot in timeline.slots) for timeline in timelines)
+    assert others == [once + plans[0].blocks() - 1] * 3
 
 
 @pytest.mark.parametrize("form", ["uv", "dense"])

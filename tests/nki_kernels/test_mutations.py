@@ -188,8 +188,10 @@ def arriving_chain() -> tuple:
     layout = chain_layout(1024, 64, case.projections[2])
     x = random_array(np.random.default_rng(10), (TOKENS, 1024), DTYPES["fp32"])
     packed = pack(layout, factors_by_name(weights))
-    plan = build_plan(Request(layout, TOKENS, DTYPES["fp32"], transposed_input=True), Choice(520, 3, 512))
-    assert plan.early_tiles == 2
+    plan = build_plan(
+        Request(layout, TOKENS, DTYPES["fp32"], transposed_input=True), Choice(520, 3, 512, early_tiles=2)
+    )
+    assert plan.early_tiles == plan.early_group == 2
     return plan, packed, np.ascontiguousarray(x.T), reference.xuv(x, weights["down_proj"])
 
 

@@ -297,7 +297,7 @@ def test_the_text_that_judges_is_not_trained_on(home, tmp_path):
         ({"learning_rate": float("nan")}, UsageError, "--learning-rate"),
         ({"learning_rate": float("inf")}, UsageError, "--learning-rate"),
         ({"seed": -1}, UsageError, "--seed"),
-        ({"model": "dense"}, CheckpointError, "expected a compressed folder"),
+        ({"model": "dense"}, CheckpointError, "expected a folder that `compress` wrote, found a dense one"),
         ({"judge_tokens": 100}, UsageError, "--judge-tokens: expected at least one window of 1,024 tokens"),
         ({"window": 1}, UsageError, "--window: expected at least 3 tokens"),
     ],

@@ -18,13 +18,17 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 PROMPTS = [[5, 17, 99, 4, 63, 12, 7, 3, 88], [101, 3, 42], [9] * 20]
 NEW_TOKENS = 4
 # One engine a process: vLLM keeps its process groups until the end. Importing vLLM takes longer than a tiny
-# engine does, so a process that has imported it waits for requests and forks one engine for each: it reads
-# lines of JSON and answers each with "ENDED" and the exit code (older vLLM logs to stdout as well).
+# engine does, so a process that has imported it waits for requests and forks one engine for each, and an
+# engine forks its ranks (vLLM spawns them: `spawn`): it reads lines of JSON and answers each with "ENDED" and
+# the exit code (older vLLM logs to stdout as well).
 _PROGRAM = """
-import json, os, signal, sys, torch
+import json, multiprocessing, os, signal, sys, torch
 from vllm import LLM, SamplingParams
+from vllm.v1.executor import multiproc_executor
 
-def answer(options, prompts, new_tokens, vocabulary):
+def answer(options, prompts, new_tokens, vocabulary, spawn):
+    if not spawn:
+        multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
     llm = LLM(skip_tokenizer_init=True, **{"dtype": "float32", **options}, max_model_len=64, max_num_seqs=4, max_logprobs=vocabulary,
               logprobs_mode="raw_logits", enable_prefix_caching=False)
     params = SamplingParams(max_tokens=new_tokens, temperature=0, logprobs=vocabulary, prompt_logprobs=vocabulary, detokenize=False,
@@ -79,12 +83,14 @@ def environment(tensor_parallel: int = 1) -> dict[str, str]:
     return {**os.environ, **settings, "PYTHONPATH": str(ROOT)}
 
 
-def run_engine(folder: pathlib.Path, *, vocabulary: int = 128, **options) -> subprocess.CompletedProcess[str]:
+def run_engine(
+    folder: pathlib.Path, *, vocabulary: int = 128, spawn: bool = False, **options
+) -> subprocess.CompletedProcess[str]:
     """The finished process; its stdout ends in a RESULT line if all went well."""
     options = {"model": str(folder), "enforce_eager": True, **options}
     with tempfile.TemporaryDirectory() as home:
         outputs = {name: str(pathlib.Path(home, name)) for name in ("stdout", "stderr")}
-        arguments = [options, PROMPTS, NEW_TOKENS, vocabulary]
+        arguments = [options, PROMPTS, NEW_TOKENS, vocabulary, spawn]
         request = {"environment": environment(options.get("tensor_parallel_size", 1)), "arguments": arguments}
         waiting = _waiting()
         assert waiting.stdin is not None and waiting.stdout is not None

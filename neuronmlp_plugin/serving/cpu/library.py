@@ -50,6 +50,14 @@ def open_library(compiler: str) -> ctypes.CDLL:
         return ctypes.CDLL(os.path.join(scratch, "product.so"))
 
 
+def kernels_of(compiler: str) -> str:
+    """Which kernels the library runs on this processor, in words. Raises CompileError, OSError."""
+    say = open_library(compiler).neuronmlp_kernels
+    say.restype = ctypes.c_char_p
+    words: bytes = say()
+    return words.decode()
+
+
 def _from_cache(library: pathlib.Path, command: list[str]) -> ctypes.CDLL:
     loaded = _load_checked(library)
     if loaded is None:

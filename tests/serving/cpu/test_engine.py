@@ -91,7 +91,7 @@ def test_dummy_weights_are_drawn_where_the_checkpoints_would_be_read(tmp_path):
 
 def test_options_change_how_not_what(tmp_path):
     folder, options = mixed(tmp_path, "llama"), {"neuronmlp": {"fast_path": False}}
-    process = run_engine(folder, tensor_parallel_size=2, additional_config=options)
+    process = run_engine(folder, tensor_parallel_size=2, additional_config=options, spawn=True)
     check(logits_of(process), load_model(folder))
     assert "plain torch products (fast_path is off)" in process.stdout + process.stderr
 

@@ -41,6 +41,15 @@ def library(monkeypatch, tmp_path):
     return library
 
 
+def test_the_library_names_the_kernels_of_this_processor():
+    from neuronmlp_plugin.serving.cpu.library import kernels_of
+
+    flags = pathlib.Path("/proc/cpuinfo").read_text().split()
+    said = kernels_of(shutil.which("cc"))
+    assert ("AVX-512" in said) == ("avx512f" in flags)
+    assert "AMX" not in said or "amx_tile" in flags
+
+
 def cached(tmp_path) -> pathlib.Path:
     (found,) = (tmp_path / "cache" / "neuronmlp").glob("*.so")
     return found

@@ -18,7 +18,7 @@ from neuronmlp_plugin.calibration.quality import Judge, Quality
 from neuronmlp_plugin.calibration.text import held_out_windows
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
-from tests.conftest import FEWER_TOKENS, ROOT, neuronmlp
+from tests.conftest import FEWER_TOKENS, HALF_THE_TOKENS, ROOT, neuronmlp
 from tests.load.server import Server
 from tests.load.traffic import KINDS, Traffic
 from tests.serving.engine import PROMPTS, environment, served_logits
@@ -70,7 +70,7 @@ EVERY_PUSH = ("compact", 0.1)
     ids=str,
 )
 def test_quality_in_the_served_form(smollm2, compress_smollm2, form, removed):
-    tokens = FEWER_TOKENS if (form, removed) == EVERY_PUSH else 2 * FEWER_TOKENS
+    tokens = FEWER_TOKENS if (form, removed) == EVERY_PUSH else HALF_THE_TOKENS
     folder = compress_smollm2(form, removed, "global", tokens)
     block = Checkpoint(folder).block
     assert block.removed_ratio == pytest.approx(removed, abs=0.005)

@@ -67,7 +67,7 @@ def check_new(target: pathlib.Path) -> None:
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:  # too long, a file in the place of a folder, or a NUL in it
-        shown = str(target).encode("unicode_escape").decode()[:80]
+        shown = str(target).encode("unicode_escape").decode()[:200]
         raise OutputError(
             f"{shown}: expected a place to write to, found: {reason_of(error)}; choose another --out."
         ) from error

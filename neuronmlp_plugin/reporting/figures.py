@@ -148,9 +148,9 @@ def rank_plot(report: Report) -> Plot | None:
     )
     _legend(figure, axes)
     low, high = min(cut, key=lambda r: r["rank"]), max(cut, key=lambda r: r["rank"])
-    dense = "1 matrix" if kept == 1 else f"{kept} matrices"
+    stayed = "1 matrix" if kept == 1 else f"{kept} matrices"
     alt = (
-        f"Lowest rank {low['rank']} ({_name(low)}), highest {high['rank']} ({_name(high)}); {dense} stayed "
+        f"Lowest rank {low['rank']} ({_name(low)}), highest {high['rank']} ({_name(high)}); {stayed} stayed "
         "dense."
     )
     return Plot("ranks", "Rank of every matrix", figure, alt)

@@ -70,7 +70,7 @@ def test_inspect_says_which_sizes_are_served_at_full_speed(folder, capsys):
     assert printed["full_speed_tensor_parallel"] == [1, 2, 4]
     arguments.json = False
     assert run_inspect(arguments) == 0
-    assert "at full speed: 1, 2, 4" in " ".join(capsys.readouterr().out.split())
+    assert "Full speed at tensor-parallel sizes 1, 2, 4" in " ".join(capsys.readouterr().out.split())
 
 
 UP = "model.layers.0.mlp.up_proj"

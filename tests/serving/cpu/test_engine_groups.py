@@ -30,7 +30,7 @@ def grouped(tmp_path, groups, int8=False, family="llama"):
 # (groups, ranks, int8, without torch.compile): few engines, each of which mixes much.
 ENGINES = (
     (1, 1, False, True),
-    (8, 1, True, False),
+    (8, 1, True, True),
     (2, 2, True, True),
     (4, 2, False, False),
     (1, 4, False, True),

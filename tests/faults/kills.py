@@ -20,6 +20,8 @@ import sys
 import time
 import traceback
 
+import torch
+
 from neuronmlp_plugin.checkpoint.digests import check_record
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.cli import main
@@ -38,6 +40,8 @@ class Bench:
     """
 
     def __init__(self, home: pathlib.Path, real: pathlib.Path | None = None) -> None:
+        # A forked process has none of the threads of this one's products, and would wait for them for ever.
+        torch.set_num_threads(1)
         self.home = home
         self.measuring = ["--metric-tokens", "256", "--samples", "2"]
         if real is not None:

@@ -99,7 +99,7 @@ def plan_launch(request: Request, target: Target = TRN1) -> Plan | Declined:
     if not fitting:
         return why_not(request, target)
     choice, plan = min(fitting, key=lambda item: _cost(item[1], target))
-    return build_plan(request, with_spare(choice, plan, target), target)
+    return filled(request, choice, plan, target)[1]
 
 
 def why_not(request: Request, target: Target) -> Declined:
@@ -183,7 +183,15 @@ def block_sizes(request: Request) -> list[int]:
     return sorted(sizes, reverse=True)
 
 
-def with_spare(choice: Choice, plan: Plan, target: Target = TRN1) -> Choice:
+def filled(request: Request, choice: Choice, plan: Plan, target: Target = TRN1) -> tuple[Choice, Plan]:
+    """`choice`, which made `plan`, with what memory it leaves, and the plan of that."""
+    fuller = _with_spare(choice, plan, target)
+    found = build_plan(request, fuller, target)
+    assert isinstance(found, Plan), "what is spare fits"
+    return fuller, found
+
+
+def _with_spare(choice: Choice, plan: Plan, target: Target) -> Choice:
     """`choice`, which made `plan`, with what SBUF has left: for a deeper ring, which has more transfers in
     flight, and then for more early tiles.
     """

@@ -16,6 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Of those 98,304 that `compress` takes by itself, on every push, and where `-m large` asks for more. The README's
 # numbers come from the default.
 FEWER_TOKENS, HALF_THE_TOKENS = 16384, 49152
+EVERY_PUSH = ("compact", 0.1)  # form and removed share of the one size that every push compresses
 
 
 def sources_digest() -> str:
@@ -45,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             )
         if item.get_closest_marker("smollm2"):
             item.add_marker(pytest.mark.timeout(3000))
-    first = "test_quality_in_the_served_form[compact-0.1]"
+    first = "test_quality_in_the_served_form[{}-{}]".format(*EVERY_PUSH)
     items.sort(key=lambda item: 0 if item.name == first else 2 if item.get_closest_marker("smollm2") else 1)
 
 
@@ -88,4 +89,4 @@ def compress_smollm2(smollm2: pathlib.Path):
 @pytest.fixture(scope="session")
 def smollm2_compressed(compress_smollm2) -> pathlib.Path:
     """The real model with 10 % of its MLP parameters removed, compact."""
-    return compress_smollm2("compact", 0.1, "global", FEWER_TOKENS)
+    return compress_smollm2(*EVERY_PUSH, "global", FEWER_TOKENS)

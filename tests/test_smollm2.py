@@ -18,7 +18,7 @@ from neuronmlp_plugin.calibration.quality import Judge, Quality
 from neuronmlp_plugin.calibration.text import held_out_windows
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
-from tests.conftest import FEWER_TOKENS, HALF_THE_TOKENS, ROOT, neuronmlp
+from tests.conftest import EVERY_PUSH, FEWER_TOKENS, HALF_THE_TOKENS, ROOT, neuronmlp
 from tests.load.server import Server
 from tests.load.traffic import KINDS, Traffic
 from tests.serving.engine import PROMPTS, environment, served_logits
@@ -60,10 +60,8 @@ def test_no_article_both_calibrates_and_judges(smollm2):
     assert first and all(other and not first & other for other in others)
 
 
-# The other sizes take five minutes each and run only where `-m large` names them (docs/quality.md says when).
-EVERY_PUSH = ("compact", 0.1)
-
-
+# Sizes but that of every push take five minutes each and run only where `-m large` names them (docs/quality.md
+# says when).
 @pytest.mark.parametrize(
     ("form", "removed"),
     [pytest.param(*size, marks=() if size == EVERY_PUSH else pytest.mark.large) for size in BOUNDS],

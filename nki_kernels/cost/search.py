@@ -16,7 +16,7 @@ from nki_kernels.cost.estimate import Estimate
 from nki_kernels.cost.launches import PlanRuns, z_rows
 from nki_kernels.effort import OVERLAP_LOSS, tensor_us
 from nki_kernels.layout import MATRICES, Layout, layout_of
-from nki_kernels.planner import Choice, Declined, Request, build_plan, choices, why_not, with_spare
+from nki_kernels.planner import Choice, Declined, Request, build_plan, choices, filled, why_not
 from nki_kernels.targets import PMAX, TRN1, TURNAROUND_CYCLES, Target
 from nki_kernels.tile_plan import Plan
 from nki_kernels.tiling import MOVING_COLS, tile_count
@@ -96,12 +96,7 @@ def dma_bound_us(plan: Plan, target: Target = TRN1, constants: Constants = CALIB
 def _deepest(request: Request, choice: Choice, target: Target) -> tuple[Choice, Plan] | None:
     """The choice with what memory it leaves, and its plan."""
     plan = build_plan(request, choice, target)
-    if not isinstance(plan, Plan):
-        return None
-    fuller = with_spare(choice, plan, target)
-    deeper = build_plan(request, fuller, target)
-    assert isinstance(deeper, Plan), "what is spare fits"
-    return fuller, deeper
+    return filled(request, choice, plan, target) if isinstance(plan, Plan) else None
 
 
 def _behaviour(plan: Plan) -> Plan:

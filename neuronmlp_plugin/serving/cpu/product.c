@@ -395,16 +395,6 @@ void neuronmlp_products(const Chain *chain, void *input, void *output, void *scr
     }
 }
 
-#if defined(__AVX512F__)
-#define VECTOR_NAME "AVX-512"
-#elif defined(__AVX2__)
-#define VECTOR_NAME "AVX2"
-#elif defined(__ARM_NEON)
-#define VECTOR_NAME "NEON"
-#else
-#define VECTOR_NAME "vectors of 4 floats"
-#endif
-
 /* Which kernels run on this processor, in words. */
 const char *neuronmlp_kernels(void) {
     if (HAS_TILES && tiles_granted()) return VECTOR_NAME "; bf16 of 4 tokens and more in AMX tiles";

@@ -12,15 +12,19 @@
 
 #define LANES 16 /* columns of a panel */
 #if defined(__AVX512F__)
+#define VECTOR_NAME "AVX-512"
 #define WIDTH 16  /* floats of a vector */
 #define SUMS 24   /* vectors that hold sums; the rest holds a row of weights and a number of x */
 #elif defined(__AVX2__)
+#define VECTOR_NAME "AVX2"
 #define WIDTH 8
 #define SUMS 12
 #elif defined(__aarch64__)
+#define VECTOR_NAME "NEON"
 #define WIDTH 4
 #define SUMS 24
 #else
+#define VECTOR_NAME "vectors of 4 floats"
 #define WIDTH 4
 #define SUMS 8
 #endif

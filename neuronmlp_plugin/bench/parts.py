@@ -65,7 +65,7 @@ class Stopwatch:
 def timed_parts(model: nn.Module, clock: Callable[[], float]) -> Iterator[dict[str, float]]:
     """Seconds by part, of all that the model does meanwhile; AROUND is the rest, once it has ended."""
     watch, begin = Stopwatch(clock), clock()
-    modules = [(module, part_of(name)) for name, module in model.named_modules()]
+    modules = [(module, getattr(module, "part", part_of(name))) for name, module in model.named_modules()]
     changed = [(module, part) for module, part in [*modules, (model, BETWEEN)] if part]
     for module, part in changed:
         module.forward = watch.timed(part, module.forward)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from neuronmlp_plugin.models.definition import Linear, Weight
-from neuronmlp_plugin.serving.cpu.compiled import Product, ProductChain, load_products
+from neuronmlp_plugin.serving.cpu.compiled import Norm, Product, ProductChain, load_products
 
 LANES = 16
 TILE_ROWS = 32  # numbers of k that a tile register holds, and a cache line
@@ -85,10 +85,10 @@ class Chain:
         """y = silu(x) * factor, of so many columns; y may be x."""
         self.products.append(Product(stage, SILU, 0, columns, *x, *y, *factor, None, None))
 
-    def finish(self, large: tuple[float, Linear] | None = None) -> Linear:
-        """The callable, once all products are in; `large`: from how many tokens on another way is taken, and
-        which. Under torch.compile it is a torch operator, which leaves it
-        whole; otherwise the way through torch's dispatcher would cost as much as a small product.
+    def finish(self, large: tuple[float, Linear] | None = None) -> Chain:
+        """Itself as a callable, once all products are in; `large`: from how many tokens on another way is
+        taken, and which. Under torch.compile a call is a torch operator, which leaves it whole; otherwise the
+        way through torch's dispatcher would cost as much as a small product.
         """
         self.large = large or self.large
         # product.c takes neighbours of one number for a stage, and stages in the order in which they come.
@@ -105,28 +105,46 @@ class Chain:
         _CHAINS.append(self)
         # A tensor, not a number: a number would be baked into compiled graphs and keep them from being
         # shared.
-        handle = torch.tensor(len(_CHAINS) - 1, dtype=torch.int64)
-        out_features = self.out_features
+        self.handle = torch.tensor(len(_CHAINS) - 1, dtype=torch.int64)
+        return self
 
-        def call(x: torch.Tensor) -> torch.Tensor:
-            if torch.compiler.is_compiling():
-                return torch.ops.neuronmlp.chain(x, handle, out_features)
-            return self.run(x)
-
-        return call
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return torch.ops.neuronmlp.chain(x, self.handle, self.out_features)
+        return self.run(x)
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        assert self.function is not None
         if x.dtype is not self.dtype:
             return self.run(x.to(self.dtype)).to(x.dtype)
-        tokens = x.numel() // self.in_features
-        if tokens >= self.large[0]:
+        if x.numel() >= self.large[0] * self.in_features:
             return self.large[1](x)
-        rows = x if x.is_contiguous() else x.contiguous()
+        return self._run(x.contiguous(), None)
+
+    def add_norm(self, weight: torch.Tensor, epsilon: float) -> None:
+        """An RMS norm of x + residual before the products, for `normed`."""
+        self.kept.append(weight)
+        self.chain.norm = Norm(weight.data_ptr(), len(weight), epsilon)
+
+    def norms(self, x: torch.Tensor, residual: torch.Tensor) -> bool:
+        """Whether `normed` may be called: in the chain's own dtype, and for so many tokens."""
+        small = x.numel() < self.large[0] * self.in_features
+        return small and x.dtype is residual.dtype is self.dtype
+
+    def normed(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both `[..., in]` -> the products of the normed x + residual, and x + residual. Both may be written
+        over, as vLLM's own fused norm does.
+        """
+        residual = residual.contiguous()
+        return self._run(x.contiguous(), residual), residual
+
+    def _run(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        assert self.function is not None
+        tokens = x.numel() // self.in_features
         output = x.new_empty((*x.shape[:-1], self.out_features))
         if tokens:
             scratch = _scratch(tokens * self.scratch_width * x.element_size())
-            self.function(self.address, rows.data_ptr(), output.data_ptr(), scratch, tokens)
+            beside = None if residual is None else residual.data_ptr()
+            self.function(self.address, x.data_ptr(), output.data_ptr(), scratch, beside, tokens)
         return output
 
 

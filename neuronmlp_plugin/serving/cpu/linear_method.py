@@ -27,12 +27,13 @@ from neuronmlp_plugin.models.definition import (
 )
 from neuronmlp_plugin.models.factors import SCALE, Matrix, MLPLayer
 from neuronmlp_plugin.models.gather import GatherDown, GatherGateUp, Shard, gather_shard
-from neuronmlp_plugin.serving.cpu.chain import usable
+from neuronmlp_plugin.serving.cpu.chain import Chain, usable
 from neuronmlp_plugin.serving.cpu.collectives import tensor_parallel
 from neuronmlp_plugin.serving.cpu.crossover import limit_of
 from neuronmlp_plugin.serving.cpu.finite import parent_of
 from neuronmlp_plugin.serving.cpu.fused import Large, fused_down, fused_gate_up, fused_mlp
 from neuronmlp_plugin.serving.cpu.gemm import prepacked_linear
+from neuronmlp_plugin.serving.cpu.normed import take_norm
 from neuronmlp_plugin.serving.options import Options
 
 MakeLinear = Callable[..., Linear]
@@ -243,12 +244,13 @@ class LowRankDownMethod(LowRankMethod):
             self.run = fused_down(self._mine("down_proj"), self.dtype, self._large())
         else:
             gate_up: LowRankGateUpMethod = mlp.gate_up_proj.quant_method
-            self.run = self._whole(gate_up)
+            chain = self._whole(gate_up)
+            self.run = _unchanged if take_norm(parent_of(mlp), mlp, chain) else chain
             gate_up.run, gate_up.owned = _unchanged, {}
             mlp.act_fn = nn.Identity()
         self.owned = {}
 
-    def _whole(self, gate_up: LowRankGateUpMethod) -> Linear:
+    def _whole(self, gate_up: LowRankGateUpMethod) -> Chain:
         """The MLP in one call; vLLM's layers before it hand its input on as it is."""
         before, after = gate_up._large(), self._large()
         large = None

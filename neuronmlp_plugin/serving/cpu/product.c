@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include "vectors.h"
 #include "tiles.h"
+#include "norm.h"
 
 enum { FP32, BF16, INT8, SILU, PAIRS }; /* dtypes of weights; SILU: no product; PAIRS: bf16 times bf16 without widening */
 
@@ -29,6 +30,7 @@ typedef struct {
     const Product *products; /* ordered by stage */
     int64_t count, half;     /* half: activations are bf16 */
     int64_t widths[3];       /* of the input, the output and scratch */
+    Norm norm;               /* of the input, in calls that bring a residual */
 } Chain;
 
 typedef struct {
@@ -373,10 +375,11 @@ static void run_local(const Call *call, const Product *begin, const Product *end
                 run_task(call, p, first, all - first < most ? all - first : most, t, t + LOCAL_TOKENS < call->tokens ? t + LOCAL_TOKENS : call->tokens, memory);
 }
 
-void neuronmlp_products(const Chain *chain, void *input, void *output, void *scratch, int64_t tokens) {
+/* With a residual [tokens, widths[0]], it and the input are written over by the chain's norm; null: it does not run. */
+void neuronmlp_products(const Chain *chain, void *input, void *output, void *scratch, void *residual, int64_t tokens) {
     const Call call = {{{input, chain->widths[0]}, {output, chain->widths[1]}, {scratch, chain->widths[2]}}, tokens, chain->half};
     const Product *const end = chain->products + chain->count;
-    int64_t longest = 0, wide = 0;
+    int64_t longest = chain->norm.n, wide = 0;
     for (const Product *p = chain->products; p < end; p++) {
         const int64_t bytes = wide_bytes(p->k, (int)chain->half), all = p->dtype == INT8 ? widened_at_once(bytes) * bytes : 0;
         longest = p->k > longest ? p->k : longest;
@@ -386,6 +389,7 @@ void neuronmlp_products(const Chain *chain, void *input, void *output, void *scr
 #pragma omp parallel
     {
         char *memory = thread_memory(float_bytes(longest) + wide);
+        if (residual) run_norm(&chain->norm, input, residual, tokens, chain->half, (float *)memory);
         for (const Product *stage = chain->products, *next; stage < end; stage = next) {
             next = end_of_local(&call, stage, end, omp_get_num_threads());
             if (next > stage) run_local(&call, stage, next, memory);

@@ -20,7 +20,7 @@ from neuronmlp_plugin.serving.cpu.compiled import Norm, Product, ProductChain, l
 
 LANES = 16
 TILE_ROWS = 32  # numbers of k that a tile register holds, and a cache line
-LARGE_PAGE = 2 << 20  # bytes
+CACHE_LINE, LARGE_PAGE = 64, 2 << 20  # bytes
 INPUT, OUTPUT, SCRATCH, NOTHING = 0, 1, 2, -1
 DTYPES = (torch.float32, torch.bfloat16)  # of activations
 WEIGHTS = (*DTYPES, torch.int8)  # in the order of `product.c`
@@ -63,6 +63,7 @@ class Chain:
         self.large: tuple[float, Linear] = (math.inf, self.run)
         self.scratch_width = 0
         self.products: list[Product] = []
+        self.weights: list[torch.Tensor] = []  # of the products, packed, until they run
         self.kept: list[torch.Tensor | None] = []  # what the products point to
 
     def scratch(self, columns: int) -> Place:
@@ -77,13 +78,15 @@ class Chain:
         scale = None if weight.scale is None else weight.scale.float().contiguous()
         n, k = weight.values.shape
         kind = WEIGHTS.index(weight.values.dtype)
-        pointers = (packed.data_ptr(), None if scale is None else scale.data_ptr())
-        self.products.append(Product(stage, kind, k, n, *x, *y, *addend, *pointers))
-        self.kept += [packed, scale]
+        pointer = None if scale is None else scale.data_ptr()
+        self.products.append(Product(stage, kind, k, n, *x, *y, *addend, None, pointer))
+        self.weights.append(packed)
+        self.kept.append(scale)
 
     def add_silu(self, stage: int, columns: int, x: Place, y: Place, factor: Place) -> None:
         """y = silu(x) * factor, of so many columns; y may be x."""
         self.products.append(Product(stage, SILU, 0, columns, *x, *y, *factor, None, None))
+        self.weights.append(torch.empty(0))
 
     def finish(self, large: tuple[float, Linear] | None = None) -> Chain:
         """Itself as a callable, once all products are in; `large`: from how many tokens on another way is
@@ -92,8 +95,14 @@ class Chain:
         """
         self.large = large or self.large
         # product.c takes neighbours of one number for a stage, and stages in the order in which they come.
-        self.products.sort(key=lambda product: product.stage)
-        array = (Product * len(self.products))(*self.products)
+        ordered = sorted(zip(self.products, self.weights, strict=True), key=lambda pair: pair[0].stage)
+        for product, packed in ordered:
+            if packed.numel():
+                settled = _settled(packed)
+                product.weight = settled.data_ptr()
+                self.kept.append(settled)
+        self.weights = []
+        array = (Product * len(ordered))(*(product for product, _ in ordered))
         # Rows of a power of two of bytes would fall on the same lines of a cache.
         width = self.scratch_width = self.scratch_width + TILE_ROWS
         widths = (ctypes.c_int64 * 3)(self.in_features, self.out_features, width)
@@ -158,18 +167,41 @@ def _keep_freed_memory() -> None:
 
 
 _MEMORY = threading.local()
+_SHELF: list[tuple[mmap.mmap, int]] = []  # where the next weight goes, and how many bytes before it are taken
+SHELF_BYTES = 16 * LARGE_PAGE
+
+
+def _large_pages(bytes_needed: int) -> mmap.mmap:
+    """At least so much memory, in large pages where the system has them: rows, and panels, lie on so many of
+    the small ones that looking those up costs as much as reading.
+    """
+    whole = -(-bytes_needed // LARGE_PAGE) * LARGE_PAGE
+    memory = mmap.mmap(-1, whole, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError, AttributeError):  # a system without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _settled(packed: torch.Tensor) -> torch.Tensor:
+    """The same numbers right behind those of the call before, in cache lines of their own: what is fetched
+    ahead of a product's end is then the beginning of the next. Chains are never freed, nor is this memory.
+    """
+    taken = packed.numel() * packed.element_size()
+    if not _SHELF or len(_SHELF[0][0]) - _SHELF[0][1] < taken:
+        _SHELF[:] = [(_large_pages(max(taken, SHELF_BYTES)), 0)]
+    memory, begin = _SHELF[0]
+    _SHELF[:] = [(memory, -(-(begin + taken) // CACHE_LINE) * CACHE_LINE)]
+    settled = torch.frombuffer(memory, dtype=packed.dtype, count=packed.numel(), offset=begin)
+    return settled.copy_(packed.reshape(-1))
 
 
 def _scratch(bytes_needed: int) -> int:
     """Address of memory that this thread's chains share: its pages are there once, and not for every call
-    anew, and are large ones where the system has them, since every row lies on another of the small ones.
+    anew.
     """
     memory: mmap.mmap | None = getattr(_MEMORY, "bytes", None)
     if memory is None or len(memory) < bytes_needed:
-        whole = -(-bytes_needed // LARGE_PAGE) * LARGE_PAGE
-        memory = _MEMORY.bytes = mmap.mmap(-1, whole, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError, AttributeError):  # a system without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        memory = _MEMORY.bytes = _large_pages(bytes_needed)
         _MEMORY.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     address: int = _MEMORY.address
     return address

@@ -56,11 +56,16 @@ static const char *place(const Call *c, int64_t of, int64_t at, int64_t token) {
 INLINE void block(const int kind, const int panels, const int tokens, int64_t k, const char *w, int64_t panel, const void *x, int64_t stride, float *out) {
     vec sum[SUMS] = {0};
     const int step = kind == BF16 || kind == PAIRS ? 2 : 1, vectors = panels * VECTORS;
+    const char *ahead = ahead_of(w, 0, panel, panels, panel);
+    int64_t left = panel - (ahead - w) % panel; /* bytes, until it has come to the end of its panel */
     for (int64_t at = 0; at < k; at += step) {
         for (int half = 0; half < (kind == BF16 ? 2 : 1); half++) {
             vec row[4 * VECTORS];
-            if (half == 0 && (kind != INT8 || at % 4 == 0)) /* once a cache line */
-                for (int i = 0; i < panels; i++) __builtin_prefetch(w + i * panel + at * LANES * (kind == INT8 ? 1 : 4) / step + AHEAD);
+            if (half == 0 && (kind != INT8 || at % 4 == 0)) { /* once a cache line */
+                for (int i = 0; i < panels; i++) __builtin_prefetch(ahead + i * panel);
+                ahead += 64;
+                if ((left -= 64) <= 0) ahead += (panels - 1) * panel, left += panel;
+            }
 #pragma GCC unroll 16
             for (int i = 0; i < vectors; i++) {
                 const char *from = w + (i / VECTORS) * panel;
@@ -149,7 +154,7 @@ INLINE void store(const Call *c, const Product *p, int64_t token, int64_t column
 
 /* An int8 panel [K][16] as one of the activations' dtype. */
 static void widen(int64_t k, const char *w, int half, char *out) {
-    for (int64_t at = 0; half && at < k; at += 32) widen_step(w + at * LANES, k - at, out + at * 2 * LANES);
+    for (int64_t at = 0; half && at < k; at += 32) widen_step(w + at * LANES, k - at, out + at * 2 * LANES, w + at * LANES + AHEAD / 2);
     for (int64_t i = 0; !half && i < k * LANES; i += WIDTH) {
         vec row = load_int8(w + i);
         memcpy(out + i * 4, &row, sizeof row);

@@ -140,16 +140,18 @@ class Chain:
         return small and x.dtype is residual.dtype is self.dtype
 
     def normed(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both `[..., in]` -> the products of the normed x + residual, and x + residual. Both may be written
-        over, as vLLM's own fused norm does.
+        """Both `[..., in]` -> the products of the normed x + residual, and x + residual; without products the
+        normed sum itself. Both may be written over, as vLLM's own fused norm does.
         """
-        residual = residual.contiguous()
-        return self._run(x.contiguous(), residual), residual
+        x, residual = x.contiguous(), residual.contiguous()
+        return self._run(x, residual) if self.products else self._call(x, residual, x), residual
 
     def _run(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        return self._call(x, residual, x.new_empty((*x.shape[:-1], self.out_features)))
+
+    def _call(self, x: torch.Tensor, residual: torch.Tensor | None, output: torch.Tensor) -> torch.Tensor:
         assert self.function is not None
         tokens = x.numel() // self.in_features
-        output = x.new_empty((*x.shape[:-1], self.out_features))
         if tokens:
             scratch = _scratch(tokens * self.scratch_width * x.element_size())
             beside = None if residual is None else residual.data_ptr()

@@ -244,8 +244,11 @@ class LowRankDownMethod(LowRankMethod):
             self.run = fused_down(self._mine("down_proj"), self.dtype, self._large())
         else:
             gate_up: LowRankGateUpMethod = mlp.gate_up_proj.quant_method
-            chain = self._whole(gate_up)
-            self.run = _unchanged if take_norm(parent_of(mlp), mlp, chain) else chain
+            self.run = chain = self._whole(gate_up)
+            if take_norm(parent_of(mlp), mlp, chain):
+                self.run = _unchanged
+                if self.collectives.size == 1:  # there is nothing to sum, either
+                    mlp.forward = _unchanged
             gate_up.run, gate_up.owned = _unchanged, {}
             mlp.act_fn = nn.Identity()
         self.owned = {}

@@ -12,6 +12,7 @@ import ast
 import functools
 import inspect
 import textwrap
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,10 +30,11 @@ END = [
 ]
 
 
-class NormedMLP(nn.Module):
-    """x, residual -> MLP of the normed x + residual, and x + residual, in the place of vLLM's norm."""
-
-    part = "MLP"  # in profiles
+class Normed(nn.Module):
+    """x, residual -> what a chain makes of the normed x + residual, and x + residual, in the place of vLLM's
+    norm. Without a residual (the first layer), of another dtype or under a compiler, which makes one loop of
+    vLLM's norm and of what stands before it, that norm runs.
+    """
 
     def __init__(self, norm: RMSNorm, chain: Chain) -> None:
         super().__init__()
@@ -40,30 +42,53 @@ class NormedMLP(nn.Module):
         self.norm, self.chain = norm, chain
         chain.add_norm(norm.weight, norm.variance_epsilon)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # A compiler makes one loop of vLLM's norm and of what stands before it.
-        if torch.compiler.is_compiling() or not self.chain.norms(x, residual):
-            x, residual = self.norm(x, residual)
-            return self.chain(x), residual
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        if residual is None or torch.compiler.is_compiling() or not self.chain.norms(x, residual):
+            return self.otherwise(x, residual)
         return self.chain.normed(x, residual)
+
+    def otherwise(self, x: torch.Tensor, residual: torch.Tensor | None) -> Any:
+        return self.norm(x) if residual is None else self.norm(x, residual)
+
+
+class NormedMLP(Normed):
+    """With the MLP in the chain."""
+
+    part = "MLP"  # in profiles
+
+    def otherwise(self, x: torch.Tensor, residual: torch.Tensor | None) -> Any:
+        x, residual = self.norm(x, residual)
+        return self.chain(x), residual
 
 
 def take_norm(layer: nn.Module | None, mlp: nn.Module, chain: Chain) -> bool:
-    """Have the norm of a decoder layer compute its MLP, too; whether it could be taken."""
-    norm = getattr(layer, NORM, None)
+    """Have the second norm of a decoder layer compute its MLP, too, and the first one be one call; whether
+    the second could be taken.
+    """
     if layer is None or getattr(layer, "mlp", None) is not mlp or not ends_in_mlp(layer):
         return False
+    norm: Any = getattr(layer, NORM)
+    if not _is_plain(norm, chain):
+        return False
+    setattr(layer, NORM, NormedMLP(norm, chain))
+    first: Any = getattr(layer, "input_layernorm", None)
+    if _is_plain(first, chain):
+        layer.input_layernorm = Normed(
+            first, Chain(chain.in_features, chain.in_features, chain.dtype).finish()
+        )
+    _say()
+    return True
+
+
+def _is_plain(norm: Any, chain: Chain) -> bool:
+    """An RMS norm of vLLM's over whole rows, in the dtype of the chain."""
     if type(norm) is not RMSNorm or norm.variance_size_override is not None:
         return False
     weight = norm.weight
-    if not isinstance(weight, nn.Parameter) or (weight.dtype, len(weight)) != (
+    return isinstance(weight, nn.Parameter) and (weight.dtype, len(weight)) == (
         chain.dtype,
         chain.in_features,
-    ):
-        return False
-    setattr(layer, NORM, NormedMLP(norm, chain))
-    _say()
-    return True
+    )
 
 
 @functools.cache

@@ -95,6 +95,25 @@ def test_one_call_gives_what_vllms_norm_and_the_products_give(hidden, tokens, dt
 
 
 @DTYPES
+@pytest.mark.parametrize("hidden", [2, 75, 96])
+def test_the_first_norm_of_such_a_layer_is_one_call_too(hidden, dtype):
+    from neuronmlp_plugin.serving.cpu.normed import take_norm
+
+    first, chain = vllms_norm(hidden, dtype), chain_of(hidden, dtype)
+    layer = Layer(vllms_norm(hidden, dtype), nn.Identity())
+    layer.input_layernorm = first
+    assert take_norm(layer, layer.mlp, chain)
+    assert layer.input_layernorm is not first and layer.input_layernorm.weight is first.weight
+    x, residual = torch.randn(2, 7, hidden).to(dtype)
+    assert torch.equal(layer.input_layernorm(x), first(x))
+    for some in (x, x.double()):  # of another dtype it is vLLM's
+        normed, added = first(some.clone(), residual.clone().to(some.dtype))
+        y, new = layer.input_layernorm(some.clone(), residual.clone().to(some.dtype))
+        assert torch.equal(new, added) and y.dtype is some.dtype
+        torch.testing.assert_close(y, normed, atol=2e-2, rtol=1e-2)
+
+
+@DTYPES
 def test_rows_that_are_strided_or_of_many_tokens_are_normed_too(dtype):
     from neuronmlp_plugin.serving.cpu.normed import NormedMLP
 

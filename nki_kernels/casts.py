@@ -32,6 +32,8 @@ def scalar_shares(layout: Layout, block: Block, target: Target) -> tuple[int, in
     transposed = _even(
         layout.stored_cols - last, _scalar_cycles(layout, block), _vector_cycles(layout, block), target
     )
+    # Passes over natural output (cost/costs.py): one to scale it, with an operand in PSUM; two to add the
+    # residual, with both in SBUF.
     vector = tile_count(block.tokens) * natural * (3 if block.residual else 1)
     return transposed, _even(last, 0, vector, target)
 
@@ -86,5 +88,6 @@ def _scalar_cycles(layout: Layout, block: Block) -> int:
 
 def _vector_cycles(layout: Layout, block: Block) -> int:
     """Products of gate and up, pivots added to z."""
+    # Two passes each: with int8 weights both are scalar_tensor_tensor.
     tiles = 2 * _tiles(layout.gate_second) + (2 * _tiles(layout.down_first) if _adds_pivots(layout) else 0)
     return tiles * _tile_cycles(block.tokens, block.moving_tokens)

@@ -155,5 +155,6 @@ class Plan(nl.NKIObject):
         if not self.natural_output:
             return 0
         matrix = self.products.down_second
+        # One chunk more than its columns fill: a column tile begins in the middle of one as a rule.
         spanned = (matrix.row_tiles() * matrix.tile_cols + self.ring_cols - 1) // self.ring_cols + 1
         return 0 if spanned <= self.ring_slots else matrix.row_tiles() * matrix.cols

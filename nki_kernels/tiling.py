@@ -12,9 +12,8 @@ from typing import Any
 from nki_kernels.backend import nl
 from nki_kernels.targets import PMAX
 
-STATIONARY_COLS = (
-    128  # a matrix that serves as stationary operand gives transposed results, this many columns at a time
-)
+# A matrix that serves as stationary operand gives transposed results, this many columns at a time.
+STATIONARY_COLS = 128
 MOVING_COLS = 512  # one that serves as moving operand gives natural results
 
 
@@ -117,6 +116,7 @@ class Matrix(nl.NKIObject):
         """
         first, end = 0, self.row_tiles()
         if self.row_groups > 1 and self.col_groups > 1:
+            # Block-diagonal: only the row tiles of the column tile's own group.
             first = n // self.group_col_tiles() * self.group_row_tiles()
             end = first + self.group_row_tiles()
         found = []
@@ -154,6 +154,9 @@ class Matrix(nl.NKIObject):
         """What is in block (k, n) of a group: "full", "zero" or "identity"."""
         row, col = k * PMAX, n * self.tile_cols
         rows, cols = self.tile_rows(k), self.tile_width(n)
+        # A tile of pivots alone has nothing but ones of the identity: `first`, on the other axis, is where
+        # they begin, `count` how many they are; the block reaches from `at` over `height` there. Any other
+        # tile has numbers.
         if self.pivot_axis == "cols" and col + cols <= self.pivots:
             first, count, at, height = self.shift + col, cols, row, rows
         elif self.pivot_axis == "rows" and row + rows <= self.pivots:
@@ -162,6 +165,8 @@ class Matrix(nl.NKIObject):
             return "full"
         if first >= at + height or first + count <= at:
             return "zero"
+        # Ones that begin elsewhere in the block, or go on in the next, are stored: an IDENTITY block is read
+        # from its first row on.
         return "identity" if first == at and count <= height else "full"
 
 

@@ -85,9 +85,8 @@ def _prices(rows: torch.Tensor, assigned: torch.Tensor, groups: int, ranks: list
         [rows[:, assigned == group][:, : rows.shape[1] // groups] for group in range(groups)], 1
     )
     wide = slices.shape[2] <= slices.shape[3]
-    spectra = torch.linalg.eigvalsh(slices @ slices.mT if wide else slices.mT @ slices).flip(
-        -1
-    )  # [M, groups, n]
+    # `[M, groups, n]`, descending, of the smaller Gram matrix of each slice: the same squared values.
+    spectra = torch.linalg.eigvalsh(slices @ slices.mT if wide else slices.mT @ slices).flip(-1)
     at = [
         matrix[:, min(rank, spectra.shape[-1] - 1)].mean()
         for matrix, rank in zip(spectra, ranks, strict=True)

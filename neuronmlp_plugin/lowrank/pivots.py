@@ -43,6 +43,7 @@ class _Basis:
 
     def take(self, rows: torch.Tensor) -> None:
         """Project the (independent) `rows`, at most rank - taken, out of all others."""
+        # A block step of Cholesky: the rows' own triangle first, then what is left of all rows against it.
         triangle = torch.linalg.cholesky(self.gram(rows))
         done = self.factor[:, : self.taken]
         against = self.q @ self.q[rows].T - done @ done[rows].T
@@ -100,6 +101,7 @@ def _common_order(active: list[_Basis], size: int) -> torch.Tensor:
             basis.take(rows)
         chosen += rows.tolist()
         free[rows] = False
+    # The others need no order: no basis has a pivot among them.
     return torch.cat((torch.tensor(chosen, dtype=torch.long), free.nonzero()[:, 0]))
 
 

@@ -42,6 +42,7 @@ def eliminate(
         removed += gone
         losses += costs
     loss = torch.full((channels + 1,), torch.inf, dtype=torch.float64)
+    # total[n] is the loss of n channels removed, so it stands at `channels - n` kept.
     total = torch.tensor([0.0, *losses], dtype=torch.float64).cumsum(0)
     loss[channels - len(removed) :] = total.flip(0)
     order = torch.tensor([*state.alive.tolist(), *reversed(removed)], dtype=torch.long)

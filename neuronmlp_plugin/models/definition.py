@@ -33,6 +33,8 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     scale = scales_of(weight)
     steps = weight.float() / scale.where(scale > 0, 1.0)[:, None]
+    # The clamp has work only where the scale is subnormal, so a few bits wide, and may have been rounded
+    # down.
     return steps.round().clamp(-LIMIT, LIMIT).to(torch.int8), scale
 
 
@@ -108,6 +110,8 @@ def share_of(matrix: Matrix, tensors: Tensors, tp: int, rank: int) -> dict[str, 
     share = {}
     for name, tensor in tensors.items():
         dim = matrix.split_dim(name.removesuffix(SCALE))
+        # Down's second factor is cut along its columns: each rank makes a summand of every output, so needs
+        # all scales.
         whole = dim != OUT and name.endswith(SCALE)
         share[name] = tensor if whole else tensor.chunk(tp, dim)[rank]
     return share
@@ -146,6 +150,7 @@ def product(matrix: Matrix, first: Linear | None, second: Linear | None, x: torc
         # Both in the order of z: R of each group, group after group.
         return second(pivots.flatten(-2) + first(others.flatten(-2)))
     z = first(x)
+    # Inside each group, z before what `second` makes of it: the group's pivots are its first channels.
     parts = (part.unflatten(-1, (matrix.groups, -1)) for part in (z, second(z)))
     return torch.cat(tuple(parts), dim=-1).flatten(-2)
 

@@ -135,6 +135,8 @@ class Matrix:
             return (None, (n_out, n_in)) if self.is_down else ((n_out, n_in), None)
         all_ranks, pivots = self.groups * self.rank, self.pivots
         if self.is_down:
+            # Pivots are stored nowhere: in a compact matrix their part of a factor is an identity, of each
+            # group.
             return (all_ranks, n_in // self.groups - pivots), (n_out, all_ranks)
         return (all_ranks, n_in), (n_out - self.groups * pivots, self.rank)
 
@@ -201,6 +203,7 @@ class MLPLayer(Mapping[str, ProjectionSpec]):
         return cls(shape.hidden_size, kept, groups=groups, **{name: specs[name] for name in PROJECTIONS})
 
     def __getitem__(self, projection: str) -> ProjectionSpec:
+        # Not getattr: a Mapping owes a KeyError for every other name, and `groups` is an attribute, too.
         return {"gate_proj": self.gate_proj, "up_proj": self.up_proj, "down_proj": self.down_proj}[projection]
 
     def __iter__(self) -> Iterator[str]:
@@ -282,4 +285,5 @@ def divisors(count: int) -> list[int]:
 
 def full_speed_sizes(layers: Iterable[MLPLayer]) -> list[int]:
     """The tensor-parallel sizes that every layer fits."""
+    # A size that divides every layer's units: groups, or single channels where no factor holds them together.
     return divisors(math.gcd(*(layer.groups if layer.is_low_rank else layer.channels for layer in layers)))

@@ -41,9 +41,8 @@ class Pipe:
                 continue
             fits = need_ns <= last - start
             end = start + need_ns if fits else last
-            need_ns = (
-                0.0 if fits else need_ns - (last - start)
-            )  # what fits is never subtracted: rounding would leave a trace of it
+            # What fits is never subtracted: rounding would leave a trace of it.
+            need_ns = 0.0 if fits else need_ns - (last - start)
             kept += [gap for gap in ((first, start), (end, last)) if gap[1] > gap[0]]
         self._gaps = kept
         return need_ns, end

@@ -41,6 +41,7 @@ def first_factors(
     gate_slots = plan.products.gate_first.cols if plan.runs_gate_first else 0
     up_slots = plan.products.up_first.cols if plan.runs_up_first else 0
     slots = gate_slots + up_slots
+    # Gate's slots, then up's: one tensor, so that one collective takes both.
     shape = (plan.tokens, slots) if plan.natural_z else (slots, plan.tokens)
     z = nl.ndarray(shape, dtype=x.dtype, buffer=nl.shared_hbm)
     work = Workspace(plan, weights, norm_weight, scales, x.dtype)

@@ -122,9 +122,8 @@ class Machine:
         self.target, self.listeners, self.dry, self.api = target, tuple(listeners), dry, api
         self.names, self.language = names, names is not None
         self.instructions = 0
-        self.passed: set[tuple[object, ...]] = (
-            set()
-        )  # geometries of the operands of matmuls that were checked
+        # Geometries of the operands of matmuls that were checked.
+        self.passed: set[tuple[object, ...]] = set()
         self._identities = 0
         self._live: dict[int, tuple[str, int]] = {}  # SBUF: identity -> name, bytes per partition
         self._banks: list[str | None] = [None] * target.psum_banks

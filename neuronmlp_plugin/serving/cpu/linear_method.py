@@ -94,9 +94,8 @@ class LowRankMethod(LinearMethodBase):
 
     def _loader(self, suffix: str) -> Callable[..., None]:
         def load(_parameter: nn.Parameter, tensor: torch.Tensor, shard_id: int | None = None) -> None:
-            position = getattr(
-                tensor, "shard_id", shard_id
-            )  # an argument before vLLM 0.2x, then an attribute of the tensor
+            # An argument before vLLM 0.2x, then an attribute of the tensor.
+            position = getattr(tensor, "shard_id", shard_id)
             if self.overlay is None:
                 self._arrive(self.projections[position or 0], suffix, tensor)
 

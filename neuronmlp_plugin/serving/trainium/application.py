@@ -47,9 +47,8 @@ class LowRankModel(_Base):
     """Before a NeuronBaseModel: decoder layers get our MLP once NxDI has built them."""
 
     def init_model(self, config: Any) -> None:
-        from neuronmlp_plugin.serving.trainium.nxd import (
-            NxdParallel,
-        )  # needs neuronx_distributed, which nothing else here does
+        # Needs neuronx_distributed, which nothing else here does.
+        from neuronmlp_plugin.serving.trainium.nxd import NxdParallel
 
         # NxDI has no seam for the MLP of every family, so its dense ones are built first: on the meta device
         # when it traces, in real memory only in its CPU mode.

@@ -83,9 +83,8 @@ class DispatchCollector:
         layers = GaugeMetricFamily("neuronmlp_mlp_layers", "MLP layers compiled for each path", labels=labels)
         runs = CounterMetricFamily("neuronmlp_mlp_runs", "MLP layer executions by each path", labels=labels)
         for key, family in (("layers", layers), ("runs", runs)):
-            totals: collections.Counter[tuple[str, ...]] = (
-                collections.Counter()
-            )  # one sample a label set, whatever number of processes
+            # One sample a label set, whatever number of processes.
+            totals: collections.Counter[tuple[str, ...]] = collections.Counter()
             for record in records():
                 for *label, count in record[key]:
                     totals[tuple(label)] += count

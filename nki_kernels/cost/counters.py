@@ -115,6 +115,7 @@ class Counting:
         count[1] += cycles
         if event.engine == TENSOR:
             self._sums["flops"] += event.flops
+            # A column a cycle through the whole array: 128 x 128 multiplications and additions.
             self._sums["flops_issued"] += 2 * PMAX * PMAX * cycles
 
     def _transfer(self, event: Instruction) -> None:

@@ -96,8 +96,8 @@ def natural_output(
     columns = pieces(matrix.cols, work.plan.out_cols)
     for c in range(len(columns)):
         first_col, cols = columns[c]
+        # A residual lies in the place of the output itself: each product is added to it as it leaves PSUM.
         if work.plan.with_residual:
-            # Into the place of the output itself: each product is then added to it as it leaves PSUM.
             copy_rows(stage, residual, first_token, tiles, columns[c], False)
         if work.plan.spreads_pieces:
             work.scales.spread_rows(work, first_col, cols)

@@ -94,6 +94,7 @@ class Storage:
             other = reference()
             if other is None:
                 continue
+            # Where this buffer begins, counted in bytes of the other one.
             at = self.address - other.address
             overlaps = at + first_byte < other.bytes_per_partition and at + end_byte > 0
             if other.written and overlaps:
@@ -213,6 +214,7 @@ class Machine:
                 and other.address < end
                 and first < other.address + other.bytes_per_partition
             ):
+                # Both ways: whichever is written last destroys the other.
                 storage.neighbours.append(reference)
                 other.neighbours.append(weakref.ref(storage))
         placed[storage.identity] = weakref.ref(storage)

@@ -86,6 +86,7 @@ class LowRankMethod(LinearMethodBase):
             parameter = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
             parameter.weight_loader = self._loader(suffix)  # type: ignore[attr-defined]
             module.register_parameter(leaf, parameter)
+        # vLLM builds layers inside torch's device context, so an empty tensor tells where they are to be.
         self.device = parameter.device
         self.fuses = fuses(self.options, self.gathers, self.device, self.dtype)
 
@@ -109,6 +110,7 @@ class LowRankMethod(LinearMethodBase):
                 f"{name}: expected {expected} from the checkpoint's config, found {list(tensor.shape)}."
             )
         self.arrived[projection][suffix] = tensor
+        # A projection at a time: the whole tensors of all would be the model once more, on every rank.
         if len(self.arrived[projection]) == len(sizes):
             self._keep(projection, self.arrived.pop(projection))
 
@@ -241,6 +243,8 @@ class LowRankDownMethod(LowRankMethod):
         if mlp is None:
             self.run = fused_down(self._mine("down_proj"), self.dtype, self._large())
         else:
+            # vLLM's MLP is down(act(gate_up(x))): with the first two as identities, down is called with x
+            # itself.
             gate_up: LowRankGateUpMethod = mlp.gate_up_proj.quant_method
             self.run = self._whole(gate_up)
             gate_up.run, gate_up.owned = _unchanged, {}

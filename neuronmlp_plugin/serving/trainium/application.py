@@ -39,6 +39,7 @@ _Base: Any = object  # the mixins below stand before an NxDI class, whose method
 @functools.cache
 def low_rank_application(base: Any) -> Any:
     """The subclass of a NeuronBaseForCausalLM that also serves low-rank MLPs, with its model class."""
+    # Ours first: their methods run, and `super()` inside them is NxDI's.
     model = type(f"LowRank{base._model_cls.__name__}", (LowRankModel, base._model_cls), {})
     return type(f"LowRank{base.__name__}", (LowRankApplication, base), {"_model_cls": model})
 
@@ -86,6 +87,7 @@ class LowRankApplication(_Base):
     @classmethod
     def get_state_dict(cls, model_name_or_path: str, config: Any) -> State:
         """As the base, which cannot read a factored folder: its files are not named `model*` (FORMAT.md)."""
+        # A factor file lies over an ordinary folder, which the base reads.
         if not is_low_rank(config) or options_of(config).factors:
             return super().get_state_dict(model_name_or_path, config)
         state = cls.convert_hf_to_neuron_state_dict(read_factored(model_name_or_path), config)

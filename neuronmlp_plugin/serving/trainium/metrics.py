@@ -48,6 +48,7 @@ def publish(record: dict[str, Any]) -> None:
             temporary.write_text(json.dumps(record), encoding="utf-8")
             temporary.replace(path)
         except OSError as error:
+            # No folder any more: that is how the next call, at every forward, knows not to try again.
             os.environ.pop(FOLDER_VARIABLE)
             logger.warning(
                 "neuronmlp: %s could not be written (%s), so /metrics no longer follows what runs",

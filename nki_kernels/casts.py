@@ -58,6 +58,8 @@ def _even(columns: int, scalar_cycles: int, vector_cycles: int, target: Target) 
     if columns == 0:
         return PMAX // 2
     scalar, vector = 1 / target.scalar_ghz, 1 / target.vector_ghz
+    # From share columns scalar + scalar_cycles scalar = (1 - share) columns vector + vector_cycles vector, in
+    # ns.
     share = (columns * vector + vector_cycles * vector - scalar_cycles * scalar) / (
         columns * (scalar + vector)
     )

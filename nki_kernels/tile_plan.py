@@ -129,6 +129,8 @@ class Plan(nl.NKIObject):
         if shared <= 0:
             return once
         # Chunks that have a slot to themselves are read once.
+        # Chunk c goes to slot c % ring_slots, so it shares it with c + ring_slots: those from `shared` to
+        # ring_slots - 1 share with nobody.
         held = (
             self.chunk_bounds[self.ring_slots] - self.chunk_bounds[shared] if shared < self.ring_slots else 0
         )

@@ -112,7 +112,13 @@ class Matrix(nl.NKIObject):
 
     def blocks(self, n: int) -> list[Block]:
         """The blocks of column tile `n`, in the order in which they are stored and summed; at least one, if
-        only of zeros.
+        only of zeros. Of 192 rows and 320 columns, 128 of them pivots: tile 0 is row tile 0 as it is
+        (IDENTITY); tiles 1 and 2 share a block for the 64 rows left, each in a half of the partitions.
+
+        >>> Matrix(192, 320, pivot_axis="cols", pivots=128, halves=True).blocks(0)
+        [(0, 0, 128, 2)]
+        >>> [Matrix(192, 320, pivot_axis="cols", pivots=128, halves=True).blocks(n) for n in (1, 2)]
+        [[(0, 0, 128, 0), (1, 0, 64, 0)], [(0, 0, 128, 0), (1, 64, 64, 1)]]
         """
         first, end = 0, self.row_tiles()
         if self.row_groups > 1 and self.col_groups > 1:
@@ -130,6 +136,8 @@ class Matrix(nl.NKIObject):
             elif kind == "full" and not self._is_tail(k):
                 found.append((k, 0, rows, STORED))
             elif kind == "full" and self._is_second_half(n):
+                # In the other half of the block that the column tile before has; the rows of z are there
+                # twice.
                 shared.append((k, HALF, rows, SHARED))
             elif kind == "full":
                 last.append((k, 0, rows, STORED))
@@ -137,6 +145,7 @@ class Matrix(nl.NKIObject):
         # enough to be on chip still.
         found = shared + found + last if self.row_groups > 1 else found + last + shared
         if len(found) == 0:
+            # A column tile of zeros still needs a product: its sum has to begin.
             found.append((first, 0, self.tile_rows(first), STORED))
         return found
 

@@ -184,6 +184,8 @@ def allocate(layers: Sequence[Layer], keep: float, form: str, multiple: int) -> 
     what = "cost of the MLPs" if has_prices else "MLP parameters"
     budget = keep * dense_cost
     check_removable(sum(float(o.costs[0]) for o in options) / dense_cost, keep, form, multiple, what)
+    # A price alone jumps over budgets: between two prices whole layers move at once, which leaves a rest to
+    # fill.
     picks = _fill(options, _pick(options, _bisect(options, budget)), budget)
     spent = _spent(options, picks)
     all_dense = all(p + 1 == len(o.costs) for o, p in zip(options, picks, strict=True))
@@ -283,6 +285,7 @@ def _saved(before: tuple[float, float, int], after: tuple[float, float, int]) ->
 
 
 def _pick(options: Sequence[_Options], mu: float) -> list[int]:
+    # At one price all layers decide for themselves: that is what makes the knapsack separable.
     return [int(np.argmin(o.losses + mu * o.costs)) for o in options]
 
 

@@ -148,7 +148,11 @@ def pivot_outputs(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tens
 
 def pivot_inputs(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`(c [R, in - R], v [out, R])` of second `[out, R]` first `[R, in]`, whose first R inputs pass into z as
-    they are; fp64 inside.
+    they are; fp64 inside. z = input 0 + 3 x input 1, and the outputs are 2 z and 10 z:
+
+    >>> c, v = pivot_inputs(torch.tensor([[2.0, 6.0]]), torch.tensor([[1.0], [5.0]]))
+    >>> c.tolist(), v.tolist()
+    ([[3.0]], [[2.0], [10.0]])
     """
     rank = first.shape[0]
     pivots, rest = first[:, :rank].double(), first[:, rank:].double()

@@ -28,7 +28,12 @@ def eliminate(
 
     Backward elimination for down `[H, I]` under C `[I, I]` and G `[H, H]`: with P = C^-1 and D = W^T G W the
     removal of channel j, repaired, costs D_jj / P_jj (the step of Optimal Brain Surgeon), and both matrices
-    are updated for the ones that stay.
+    are updated for the ones that stay. With C and G of 1 a channel costs its weight squared: the 1 goes
+    first, then the 2, for a loss of 1 + 4.
+
+    >>> order, loss = eliminate(torch.tensor([[3.0, 1.0, 2.0]]), torch.eye(3), torch.eye(1), least=1)
+    >>> order.tolist(), loss.round(decimals=3).tolist()
+    ([0, 2, 1], [inf, 5.0, 1.0, 0.0])
     """
     w = weight.double()
     state = _Elimination(

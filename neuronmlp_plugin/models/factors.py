@@ -70,8 +70,11 @@ class Matrix:
     """One matrix of a layer: `[out, in]` with `channels` intermediate channels on one side, in `groups` equal
     parts, each of which has factors of its own at the one rank of `spec`.
 
-    Example: gate, H 8, 12 channels, 2 groups, uv of rank 3: u `[6, 8]` is 2 stacked `[3, 8]`, v `[12, 3]` is
-    2 stacked `[6, 3]`; channels 0-5 come from rows 0-2 of u, channels 6-11 from rows 3-5.
+    Gate, H 8, 12 channels, 2 groups, uv of rank 3: u is 2 stacked `[3, 8]`, v 2 stacked `[6, 3]`; channels
+    0-5 come from rows 0-2 of u, channels 6-11 from rows 3-5.
+
+    >>> Matrix("gate_proj", ProjectionSpec("uv", 3), hidden_size=8, channels=12, groups=2).tensor_shapes()
+    {'u.weight': (6, 8), 'v.weight': (12, 3)}
     """
 
     projection: str

@@ -123,6 +123,7 @@ def rank_plot(report: Report) -> Plot | None:
     for offset, name in enumerate(PROJECTIONS):
         _line(axes, name, ((r["layer"], r["rank"]) for r in _of(report.matrices, name)))
         dense = [row["layer"] for row in _of(report.matrices, name) if row["rank"] is None]
+        # Above every rank, a line for each projection: none hides another, and nothing reads as a rank.
         axes.scatter(
             dense,
             [full * (1.06 + 0.05 * offset)] * len(dense),

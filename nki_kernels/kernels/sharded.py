@@ -86,6 +86,7 @@ def second_factors(
     ones start from; pass None for x or z if no projection needs it. Plan: of `second_stage(layout)`.
     """
     dtype = z.dtype if x == None else x.dtype  # noqa: E711
+    # A core's summand of all of down's z: the reduce-scatter that follows leaves each core its own slots.
     out = nl.ndarray(second_shape(plan, slots), dtype=dtype, buffer=nl.shared_hbm)
     work = Workspace(plan, weights, norm_weight, scales, dtype)
     stride = slots[0] + slots[1]

@@ -101,6 +101,7 @@ def natural_output(
             copy_rows(stage, residual, first_token, tiles, columns[c], False)
         if work.plan.spreads_pieces:
             work.scales.spread_rows(work, first_col, cols)
+        # `out_cols` is whole column tiles, or all columns: no tile lies in two pieces.
         for n in range(first_col // matrix.tile_cols, tile_count(first_col + cols, matrix.tile_cols)):
             natural_column(work, source, stage, n, n * matrix.tile_cols - first_col, tiles)
         copy_rows(stage, out, first_token, tiles, columns[c], True)

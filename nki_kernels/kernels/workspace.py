@@ -49,6 +49,7 @@ class WeightStream(nl.NKIObject):
                 address=(0, plan.at.ring + i * plan.slot_bytes),
             )
             self.slots.append(slot)
+            # Which chunk a slot holds; -1: none yet.
             self.held.append(-1)
         self.raw = []
         for i in range(plan.raw_slots):

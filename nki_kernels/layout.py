@@ -148,6 +148,7 @@ class Layout:
                     yield name, matrix, n, block, shared[name, block[0]]
                 if block[3] == STORED:
                     yield name, matrix, n, block, offset
+                    # The latest of this row tile: a SHARED block of the next column tile lies in it.
                     shared[name, block[0]] = offset
                     offset += matrix.tile_width(n)
 

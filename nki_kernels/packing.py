@@ -130,6 +130,7 @@ def _copy_scales(matrix: Matrix, scales: Array, out: Array) -> None:
     """Group by group, behind the pivots of a matrix that has them among its columns."""
     pivots = matrix.pivots if matrix.pivot_axis == "cols" else 0
     cols = matrix.group_cols()
+    # A column of 128 scales for each tile of a group; groups begin with a column of their own.
     tiles = scale_cols(matrix) // matrix.col_groups
     for group in range(matrix.col_groups):
         mine = scales[group * (cols - pivots) : (group + 1) * (cols - pivots)]

@@ -118,6 +118,7 @@ class Plan(nl.NKIObject):
 
     def sbuf_bytes(self) -> int:
         """Bytes per partition up to the end of the last tensor in SBUF, exactly."""
+        # The ring is the last tensor, and behind its last slot nothing needs to be aligned.
         return self.at.ring + (self.ring_slots - 1) * self.slot_bytes + self.ring_cols * self.itemsize
 
     def weight_cols_read(self) -> int:

@@ -84,6 +84,7 @@ class Matrix(nl.NKIObject):
 
     def tile_width(self, n: int) -> int:
         """Columns of column tile `n`."""
+        # Column tiles are numbered through all groups; `col` counts from the beginning of its own.
         col = n % self.group_col_tiles() * self.tile_cols
         return min(self.tile_cols, self.group_cols() - col)
 

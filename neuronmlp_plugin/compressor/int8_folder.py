@@ -154,6 +154,7 @@ def _layer_statistics(stream: LayerStream, index: int, hidden: torch.Tensor) -> 
         _add(squares, "up_proj", F.silu(gate))
 
     def by_up(_module: Any, _args: Any, up: torch.Tensor) -> None:
+        # transformers' MLP calls gate, then up: what was seen last belongs to this batch.
         gate = gates.pop()
         sigmoid = gate.sigmoid()
         # silu'(g) = s (1 + g (1 - s)) with s = sigmoid(g).

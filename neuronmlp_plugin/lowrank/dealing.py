@@ -106,6 +106,7 @@ def _moves(
     table, value = rows.new_empty(groups, channels), 0.0
     for group in range(groups):
         inside = assigned == group
+        # [M, n, H] of the group; B [M, H, H]; x^T B x and x^T B^2 x of every channel [M, I].
         part = rows[:, inside]
         inverse = torch.cholesky_inverse(
             torch.linalg.cholesky(part.transpose(1, 2) @ part / mu[..., None] + eye)
@@ -114,7 +115,7 @@ def _moves(
         product = rows @ inverse
         # Sherman-Morrison: with x x^T / mu more under the inverse, tr B falls by x^T B^2 x / mu over
         # 1 + x^T B x / mu; with it less, it rises by the same over 1 - x^T B x / mu, which is near 0 for a
-        # channel that has a direction to itself.
+        # channel that has a direction to itself. The value is mu (H - tr B): its mu cancels that one.
         one, two = (product * rows).sum(2) / mu, product.square().sum(2)
         change = torch.where(inside, -two / (1 - one).clamp_min(1e-4), two / (1 + one))
         table[group] = change.sum(0)

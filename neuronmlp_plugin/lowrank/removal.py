@@ -68,6 +68,8 @@ class _Elimination:
         D_jj q q^T with q = p / P_jj, which is b q^T + q b^T for b = d - D_jj q / 2.
         """
         p_diagonal, d_diagonal = self.p.diagonal().clone(), self.d.diagonal().clone()
+        # As far as the block has come P is p - p_done p_done^T, and D is d - b_done q_done^T - q_done
+        # b_done^T.
         p_done, q_done, b_done = (self.p.new_zeros(len(self.p), count) for _ in range(3))
         gone: list[int] = []
         costs: list[float] = []

@@ -184,6 +184,8 @@ def _refitted(
     under any metric.
     """
     c, ranks = moment.double(), [len(first) for first, _ in pairs]
+    # C U^T [I, g R], and below U C U^T [g R, g R]: U is block-diagonal, so a group's rows of it meet its own
+    # channels alone.
     spread = torch.cat(
         [c[:, group] @ first.double().T for group, (first, _) in zip(groups, pairs, strict=True)], 1
     )

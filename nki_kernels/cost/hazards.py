@@ -32,6 +32,7 @@ class _Cells:
 
     def part(self, base: int) -> _Cells:
         """The same cells for a tensor that begins at byte `base` of them."""
+        # The lists themselves and no copies: tensors on one place see each other's stamps.
         shared = object.__new__(_Cells)
         shared.grain, shared.base, shared.written, shared.read = self.grain, base, self.written, self.read
         return shared

@@ -326,6 +326,7 @@ class Workspace(nl.NKIObject):
         self.gate_z = self.tiles(at.gate_z, self.plan.gate_z_tiles)
         self.up_z = self.tiles(at.up_z, self.plan.up_z_tiles)
         self.down_z = self.tiles(at.down_z, self.plan.down_z_tiles)
+        # Every block of tokens meets all weights, from the first on.
         self.stream.seek(0)
 
     def tiles(self, address: int, count: int) -> Tensor:

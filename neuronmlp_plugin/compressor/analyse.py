@@ -159,9 +159,8 @@ def backward_pass(
     files = _Files(workspace, workers)
     with bars.stage("backward pass", 3 * stream.num_layers) as tick:
         # Metrics are made from the last layer on: what is behind the last missing one is there, but for this.
-        if not files.has(
-            "gradient", missing[-1] + 1
-        ):  # the beginning, or another number of processes than before
+        # The beginning, or another number of processes than before.
+        if not files.has("gradient", missing[-1] + 1):
             missing = list(range(stream.num_layers))
             _forward(stream, files, windows, tick)
         for index in reversed(missing):
@@ -220,5 +219,6 @@ def _layer(stream: LayerStream, workspace: Workspace, files: _Files, index: int,
     workers.wait()  # what led here is dropped only when the metrics are on disk
     files.drop("gradient", index + 1)
     files.drop("input", index)
+    # Nothing lies before layer 0 that would ask for its gradient.
     if index == 0:
         files.drop("gradient", 0)

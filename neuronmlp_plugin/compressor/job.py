@@ -60,9 +60,8 @@ class Workspace:
         self.path = path
         with told_when_unwritable(path):
             path.mkdir(parents=True, exist_ok=True)
-        if not (
-            path / PLAN_FILE
-        ).is_file():  # an analysis may serve two runs at once: neither writes what is there
+        # An analysis may serve two runs at once: neither writes what is there.
+        if not (path / PLAN_FILE).is_file():
             save_json(path / PLAN_FILE, {"fingerprint": fingerprint})
 
     def has(self, name: str) -> bool:

@@ -85,9 +85,8 @@ def _prices(rows: torch.Tensor, assigned: torch.Tensor, groups: int, ranks: list
         [rows[:, assigned == group][:, : rows.shape[1] // groups] for group in range(groups)], 1
     )
     wide = slices.shape[2] <= slices.shape[3]
-    spectra = torch.linalg.eigvalsh(slices @ slices.mT if wide else slices.mT @ slices).flip(
-        -1
-    )  # [M, groups, n]
+    # `[M, groups, n]`, descending, of the smaller Gram matrix of each slice: the same squared values.
+    spectra = torch.linalg.eigvalsh(slices @ slices.mT if wide else slices.mT @ slices).flip(-1)
     at = [
         matrix[:, min(rank, spectra.shape[-1] - 1)].mean()
         for matrix, rank in zip(spectra, ranks, strict=True)
@@ -107,6 +106,7 @@ def _moves(
     table, value = rows.new_empty(groups, channels), 0.0
     for group in range(groups):
         inside = assigned == group
+        # [M, n, H] of the group; B [M, H, H]; x^T B x and x^T B^2 x of every channel [M, I].
         part = rows[:, inside]
         inverse = torch.cholesky_inverse(
             torch.linalg.cholesky(part.transpose(1, 2) @ part / mu[..., None] + eye)
@@ -115,7 +115,7 @@ def _moves(
         product = rows @ inverse
         # Sherman-Morrison: with x x^T / mu more under the inverse, tr B falls by x^T B^2 x / mu over
         # 1 + x^T B x / mu; with it less, it rises by the same over 1 - x^T B x / mu, which is near 0 for a
-        # channel that has a direction to itself.
+        # channel that has a direction to itself. The value is mu (H - tr B): its mu cancels that one.
         one, two = (product * rows).sum(2) / mu, product.square().sum(2)
         change = torch.where(inside, -two / (1 - one).clamp_min(1e-4), two / (1 + one))
         table[group] = change.sum(0)

@@ -97,6 +97,8 @@ class Decomposition:
 
     def tail(self) -> torch.Tensor:
         """`tail[k]`: loss of keeping the first k terms, for k = 0 ... r (`[r + 1]`, fp64)."""
+        # From the smallest on: a small tail, taken as the difference of two large sums, would be all
+        # rounding.
         flipped = torch.cumsum(self.energy.flip(0), 0).flip(0)
         return torch.cat((flipped, flipped.new_zeros(1)))
 
@@ -154,6 +156,8 @@ def _from_inputs(w: torch.Tensor, moment: torch.Tensor | None, root: torch.Tenso
         spread = values.clamp_min(float(values[-1]) * 1e-14).sqrt()
         mapped, back = w @ (vectors * spread), (vectors / spread).T
     scaled = _apply(root, mapped)
+    # With B its eigenvectors, W S B B^T is the best W' S of a rank: the roots of G cancel, and S^-1 maps
+    # back.
     energy, basis = _descending_eigh(scaled.T @ scaled)
     return Decomposition(mapped @ basis, basis.T @ back, energy)
 

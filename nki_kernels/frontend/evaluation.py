@@ -216,6 +216,7 @@ class _Evaluation:
                 yield "range", node, ""
         elif name.startswith("builtins.") and short not in BUILTINS:
             yield "name", node, name
+        # The default, self, is no constant of anybody's: a name that is no built-in never matches.
         elif constants.get(node.id) is getattr(builtins, node.id, self) and node.id not in BUILTINS:
             yield "builtin", node, node.id
         elif not name and node.id not in constants and node.id not in MODULES:

@@ -168,6 +168,7 @@ class Gatherer:
         for decorator in node.decorator_list:
             self._visit(decorator)
         self.following = True
+        # Defaults come before the parameters are locals, keyword-only ones after: gather.c's order.
         arguments = node.args
         for default in arguments.defaults:
             self._visit(default)

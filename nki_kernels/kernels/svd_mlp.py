@@ -75,6 +75,8 @@ def product_on_arrival(work: Workspace, src: Tensor, tokens: int) -> None:
         group = work.plan.early_group if i == 0 else 1
         # Weights come faster than rows: those that the first products need are not kept behind them.
         for n in range(group):
+            # Block (k, n) begins at packed column (n row_tiles + k) 128: down_first is the first matrix here,
+            # without pivots or groups, and early column tiles are whole ones (`arrival.early_tiles`).
             work.stream.ask((n * matrix.row_tiles() + rows[i][0]) * PMAX)
         load_transposed(work.h, src, rows[i], 0, tokens)
         done = 0
@@ -97,6 +99,7 @@ def early_banks(work: Workspace, tiles: tuple, rows: tuple, widths: list) -> lis
     for j in range(tiles[1]):
         banks.append(transposed_banks(work, matrix, tiles[0] + j, widths))
         blocks.append(matrix.blocks(tiles[0] + j))
+    # Rows outside: as soon as one is there, all column tiles of the group use it.
     for k in range(rows[0], rows[0] + rows[1]):
         for j in range(tiles[1]):
             work.stream.seek(((tiles[0] + j) * matrix.row_tiles() + k) * PMAX)

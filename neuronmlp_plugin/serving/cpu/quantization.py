@@ -76,6 +76,7 @@ class NeuronMLPConfig(QuantizationConfig):
             return None
         block, overlay, options = self._open()
         parent, _, name = prefix.rpartition(".")
+        # None of either: attention's layers, and whatever else is no MLP of the block.
         stored, method = block.mlp(parent), _METHODS.get(name)
         if stored is None or method is None:
             return UnquantizedLinearMethod()

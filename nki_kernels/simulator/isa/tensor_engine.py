@@ -123,6 +123,7 @@ def _accumulates(dst: Tensor, accumulate: bool | None) -> bool:
     low, high = dst.states()
     if accumulate is None and high == UNWRITTEN:
         return False
+    # All written by matmuls; where accumulation goes by itself, none of it read since, either.
     clean = low >= BY_MATMUL and (accumulate or high == BY_MATMUL)
     told = {UNWRITTEN: "unwritten elements", WRITTEN: "elements of another instruction"}.get(
         low, "a sum that was read already"

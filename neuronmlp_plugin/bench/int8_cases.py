@@ -125,7 +125,7 @@ MODEL_HEAD = (
 
 
 def _form(wanted: str | None, compared: list[Compared]) -> str:
-    """The form that is asked for, or the best. Raises UsageError where the cores or the budget rule it out."""
+    """The form asked for, or the best. Raises UsageError where the cores or the budget rule it out."""
     offered = compared[0].forms
     if wanted and wanted not in offered:
         where = f"{compared[0].model} on {compared[0].tp} cores"

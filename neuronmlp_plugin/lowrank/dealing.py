@@ -116,7 +116,8 @@ def _moves(
         # Sherman-Morrison: with x x^T / mu more under the inverse, tr B falls by x^T B^2 x / mu over
         # 1 + x^T B x / mu; with it less, it rises by the same over 1 - x^T B x / mu, which is near 0 for a
         # channel that has a direction to itself. The value is mu (H - tr B): its mu cancels that one.
-        one, two = (product * rows).sum(2) / mu, product.square().sum(2)
+        two = torch.linalg.vector_norm(product, dim=2).square()
+        one = product.mul_(rows).sum(2) / mu
         change = torch.where(inside, -two / (1 - one).clamp_min(1e-4), two / (1 + one))
         table[group] = change.sum(0)
     own = table.gather(0, assigned[None])

@@ -23,7 +23,7 @@ from neuronmlp_plugin.errors import CalibrationError, NonFiniteError
 
 # Rows of the moment that are worked on at a time. At I = 14336 the moment is 1.6 GB in fp64, and no second
 # matrix of that size may exist.
-BLOCK = 2048
+BLOCK = 256
 
 
 class SecondMoment:

@@ -15,9 +15,14 @@ BLOCK = 64  # channels after whose removal the matrices are brought up to date, 
 
 def ridged(moment: torch.Tensor, share: float = RIDGE) -> torch.Tensor:
     """fp64 C plus a share of its mean diagonal."""
-    moment = moment.double()
-    ridge = share * moment.diagonal().mean().clamp_min(1e-30)
-    return moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    c = moment.to(torch.float64, copy=True)
+    c.diagonal().add_(ridge_of(c, share))
+    return c
+
+
+def ridge_of(moment: torch.Tensor, share: float = RIDGE) -> torch.Tensor:
+    """What `ridged` adds to the diagonal."""
+    return share * moment.diagonal().double().mean().clamp_min(1e-30)
 
 
 def eliminate(
@@ -108,9 +113,17 @@ def leverage_order(moment: torch.Tensor, ridge: float) -> torch.Tensor:
     return scores.argsort(descending=True, stable=True)
 
 
-def repaired(weight: torch.Tensor, moment: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Down `[H, k]` for the channels `kept [k]`: W C[:, S] (C[S, S] + ridge)^-1, fp64."""
-    # In both places, ridge included: keeping every channel then gives W back.
-    c = ridged(moment)
-    cross = weight.double() @ c[:, kept]
-    return torch.cholesky_solve(cross.T, torch.linalg.cholesky(c[kept][:, kept])).T
+def repaired(
+    weight: torch.Tensor, moment: torch.Tensor, kept: torch.Tensor, passed: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Down `[H, k]` for the channels `kept [k]`: W C[:, S] (C[S, S] + ridge)^-1, fp64.
+
+    `passed [H, I]`: W C in fp64, for who has it; several repairs of one matrix share it.
+    """
+    cross = weight.double() @ moment[:, kept].double() if passed is None else passed[:, kept]
+    # The ridge in both places: keeping every channel then gives W back.
+    ridge = ridge_of(moment)
+    own = moment[kept][:, kept].double()
+    own.diagonal().add_(ridge)
+    cross = cross + ridge * weight[:, kept].double()
+    return torch.cholesky_solve(cross.T, torch.linalg.cholesky(own)).T

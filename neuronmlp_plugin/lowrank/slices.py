@@ -49,10 +49,8 @@ class MLP:
         that stay, so their metrics grow with the energy of down's columns.
         """
         whole = len(kept) == self.width
-        down = self.down[:, kept].double() if whole else repaired(self.down, self.channels, kept)
-        grown = _energies(down, self.down_metric) / _energies(self.down[:, kept], self.down_metric).clamp_min(
-            1e-30
-        )
+        down = self.down[:, kept].double() if whole else repaired(self.down, self.channels, kept, self.passed)
+        grown = _energies(down, self.down_metric) / self.energies[kept].clamp_min(1e-30)
         slim = MLP(
             self.gate[kept],
             self.up[kept],
@@ -63,9 +61,12 @@ class MLP:
             self.up_metric[kept] * grown,
             self.down_metric,
         )
-        # Roots of what goes in and of what comes out, which removal leaves alone: an eigh each saved. A
-        # cached_property keeps its value in __dict__, which a frozen dataclass does not guard.
-        vars(slim).update({name: root for name, root in vars(self).items() if name.endswith("_root")})
+        # What removal leaves as it is, and rows that only grow, where they are known. A cached_property keeps
+        # its value in __dict__, which a frozen dataclass does not guard.
+        known = vars(self)
+        vars(slim).update({name: known[name] for name in ("input_root", "metric_root") if name in known})
+        if "outputs" in known:
+            vars(slim)["outputs"] = self.outputs[:, kept] * grown.sqrt().float()[:, None]
         return slim
 
     @functools.cached_property
@@ -78,29 +79,47 @@ class MLP:
         """G^1/2 of down `[H, H]`."""
         return root(self.down_metric)
 
+    @functools.cached_property
+    def passed(self) -> torch.Tensor:
+        """Down times the moment of what goes into it, `[H, I]` fp64: what every repair begins with."""
+        return self.down.double() @ self.channels.double()
+
+    @functools.cached_property
+    def energies(self) -> torch.Tensor:
+        """d^T G d of every column of down `[I]`."""
+        return _energies(self.down, self.down_metric)
+
+    @functools.cached_property
+    def weighted(self) -> torch.Tensor:
+        """G^1/2 times down `[H, I]` fp64."""
+        return self.metric_root @ self.down.double()
+
+    @functools.cached_property
+    def outputs(self) -> torch.Tensor:
+        """`[2, I, H]` fp32: the whitened rows of gate and up, G^1/2 W C_x^1/2."""
+        sides = ((self.gate, self.gate_metric), (self.up, self.up_metric))
+        found = [metric.double().sqrt()[:, None] * (w.double() @ self.input_root) for w, metric in sides]
+        return torch.stack(found).float()
+
     def rows(self) -> torch.Tensor:
-        """`[3, I, H]` fp32: the whitened rows of gate and up, and columns of down, that `deal` is about."""
-        found = [
-            metric.double().sqrt()[:, None] * (weight.double() @ self.input_root)
-            for weight, metric in ((self.gate, self.gate_metric), (self.up, self.up_metric))
-        ]
+        """`[3, I, H]` fp32: `outputs`, and the columns of `weighted`, each as long as what it carries: what
+        `deal` is about.
+        """
         # The diagonal alone: which correlations count depends on the groups, and those are being looked for.
         scale = self.channels.diagonal().double().clamp_min(0.0).sqrt()
-        found.append((self.metric_root @ self.down.double()).T * scale[:, None])
-        return torch.stack(found).float()
+        return torch.cat((self.outputs, (self.weighted * scale).T.float()[None]))
 
     def tails(self, groups: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """For gate, up and down: `tail[R] [min(n, H) + 1]` (fp64), the loss of rank R in every group's slice.
 
         `groups`: the channels `[n]` of each.
         """
-        rows, weighted = self.rows().double(), self.metric_root @ self.down.double()
-        spectra = [[_spectrum(matrix[group]) for group in groups] for matrix in rows[:2]]
+        spectra = [[_spectrum(matrix[group].double()) for group in groups] for matrix in self.outputs]
         spectra.append([])
         for group in groups:
             # Any S with S S^T = C gives W S the same singular values; a Cholesky factor is the cheapest.
             spread = torch.linalg.cholesky(ridged(self.channels[group][:, group]))
-            spectra[2].append(_spectrum((weighted[:, group] @ spread).T))
+            spectra[2].append(_spectrum((self.weighted[:, group] @ spread).T))
         # One rank serves every group of a matrix (FORMAT.md), so their losses at a rank add up.
         return [_tail(torch.stack(slices).sum(0)) for slices in spectra]
 

@@ -245,7 +245,7 @@ class Gatherer:
         """Full name and value of a name or dotted name that starts outside the function."""
         if isinstance(node, ast.Name):
             value = self._lookup(node.id)
-            # A local, or a definition that is known: it hides the module's name, as in Python.
+            # A local hides the module's name; what is known already needs no second look.
             if self._has(node.id):
                 self._compare(node.id, value)
                 return None

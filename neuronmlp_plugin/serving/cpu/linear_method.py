@@ -79,7 +79,7 @@ class LowRankMethod(LinearMethodBase):
             {"weight"} if self.overlay is not None else {s for p in self.projections for s in self._sizes(p)}
         )
         for suffix in sorted(suffixes):
-            # "u.weight" is a parameter `weight` of a child `u`: vLLM's loaders look a tensor's name up among
+            # A dotted name is a parameter `weight` of a child: vLLM's loaders look a tensor's name up among
             # the named parameters.
             owner, _, leaf = suffix.rpartition(".")
             if owner and not hasattr(layer, owner):

@@ -126,6 +126,7 @@ def _int8(room: Room, start: int) -> dict[str, int]:
     spread = _spread(room, start + aligned(layout.scale_cols * 4), in_pieces=False)
     scaled = spread.pop("end")
     raw = scaled + (2 * MOVING_COLS * 4 if room.request.residual else 0)
+    # The int8 identity, 128 columns, comes through one of them, too.
     raw_bytes = aligned(max(room.ring_cols, PMAX))
     ring = raw + raw_slots(room.block_tokens) * raw_bytes
     return {

@@ -40,6 +40,7 @@ def analyse(plan: Plan, workspace: Workspace, bars: ProgressBars, workers: Worke
     stream = LayerStream(plan.base, device=workers.device)
     if plan.settings.method == "two-sided":
         backward_pass(plan, workspace, stream, bars, workers)
+    # Layers are finished in order, so behind the first that is missing all are.
     start = next((i for i in range(stream.num_layers) if not workspace.has(layer_name(i))), stream.num_layers)
     if start == stream.num_layers:
         return

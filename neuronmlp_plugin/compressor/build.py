@@ -83,6 +83,8 @@ def build_layer(
     """Order the channels inside each group, pivot, and cast one layer."""
     order = _order(factored, layer)
     whole = torch.cat(order)
+    # `whole` are places among the channels that were kept; through `factored.channels` they are the base's
+    # own.
     built = BuiltLayer({}, layer, {}, [], factored.channels[whole], whole)
     specs: dict[str, ProjectionSpec] = dict(layer)
     for name, matrix in layer.matrices.items():

@@ -139,6 +139,7 @@ class ProgressBars:
         ) as progress:
             task = progress.add_task(name, total=total)
             yield lambda steps: progress.advance(task, steps)
+            # What an earlier run had finished was never ticked.
             progress.update(task, completed=total)
         if not self.quiet and not self.console.is_terminal:
             self.console.print(f"{name}: done")

@@ -180,6 +180,7 @@ class _Evaluation:
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 self.locals.add(node.id)
             elif isinstance(node, ast.For) and isinstance(node.iter, ast.Call) and not node.iter.keywords:
+                # range is a word of the loop's, not a function: anywhere else its name is unknown.
                 self.loop_ranges.add(node.iter.func)
 
     def findings(self) -> Iterator[Found]:

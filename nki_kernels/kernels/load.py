@@ -178,7 +178,6 @@ def natural_bank(work: Workspace, src: Tensor, channels: tuple, tokens: tuple) -
     done = 0
     while done < count:
         k, partition = (first + done) // PMAX, (first + done) % PMAX
-        # Up to the end of the row tile that channel `first + done` lies in.
         cols = min(count - done, PMAX - partition)
         end = partition + cols
         # Rows from 0 on, though those before `partition` are not wanted: operands may begin at partitions 0,

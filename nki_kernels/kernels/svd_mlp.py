@@ -119,6 +119,7 @@ def keep_early(work: Workspace, sums: Tensor, banks: list, n: int, ends: tuple, 
         if first:
             nisa.tensor_copy(dst=so_far, src=banks[j])
         elif last:
+            # z is rounded once, when all rows are in the sum.
             there = work.down_z[:, n, start : start + width]
             nisa.tensor_tensor(dst=there, data1=banks[j], data2=so_far, op=nl.add)
         else:
@@ -147,6 +148,7 @@ def xuv(x: Tensor, weights: Tensor, plan: Plan, residual: Tensor = None, scales:
             product_on_arrival(work, x, tokens)
             last_product(work, out, residual, first_token, tokens)
         else:
+            # A projection by itself is run as a down projection, whose input is h.
             load_input(work, work.h, x, first_token, tokens)
             finish(work, out, residual, first_token, tokens)
     return out

@@ -139,6 +139,7 @@ class Tensor:
             math.prod(shape) == self.size,
             f"reshape must keep the number of elements, got {self.shape} -> {shape}",
         )
+        # A partition is a memory of its own: on chip only the free dimensions can be cut anew.
         if self.on_chip:
             require(
                 shape[0] == self.shape[0],
@@ -236,6 +237,7 @@ class Tensor:
     def _describe(self) -> Access:
         storage, item = self.storage, self.storage.dtype.itemsize
         if self.on_chip:
+            # An offset on chip is so many rows, one a partition, and a place in the last of them.
             row = storage.bytes_per_partition // item
             partition, start = divmod(self.offset, row)
             partitions = (partition, partition + self.shape[0])

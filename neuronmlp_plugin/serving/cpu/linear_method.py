@@ -172,6 +172,8 @@ class LowRankMethod(LinearMethodBase):
             )
         make_linear = prepacked_linear if self.options.fast_path else plain_linear
         if self.fuses:
+            # Nothing is let go here: gate's and up's numbers may wait for the down layer, which vLLM comes to
+            # last.
             self._fuse(silu_mlp(parent_of(layer)))
             return
         if self.gathers:

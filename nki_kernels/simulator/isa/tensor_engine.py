@@ -165,5 +165,6 @@ def nc_transpose(
     )
     _check_one_bank("nc_transpose", machine, dst)
     if not machine.dry:
+        # Not BY_MATMUL: no sum may go on from a transpose.
         dst.write(as_float(data).T.astype(dst.dtype), WRITTEN)
     record(VECTOR if on_vector else TENSOR, "nc_transpose", dst, data)

@@ -103,9 +103,9 @@ class LayerStream:
         return nn.Sequential(norm, _Output(self._tensor(self._head_name())))
 
     @contextlib.contextmanager
-    def on_demand(self, tick: Callable[[int], None]) -> Iterator[Any]:
-        """The whole Hugging Face model, whose layers load when they are called and go when they are done;
-        `tick(1)` after each pass.
+    def on_demand(self, tick: Callable[[int], None], room: int = 0) -> Iterator[Any]:
+        """The whole Hugging Face model, whose layers load when they are called and go when they are done, but
+        for the first ones, as many as `room` bytes hold; `tick(1)` after each pass.
         """
         _, output = self.head()
         self.model.lm_head, self.model.model.embed_tokens = output, _Lookup(self)
@@ -113,12 +113,16 @@ class LayerStream:
             hooks.callback(output.to, "meta")  # another model's head comes next
             for index, layer in enumerate(self.model.model.layers):
                 hooks.enter_context(layer.register_forward_pre_hook(functools.partial(self._before, index)))
-                hooks.enter_context(layer.register_forward_hook(functools.partial(self._after, index)))
+                room -= sum(t.numel() for t in layer.state_dict().values()) * self.dtype.itemsize
+                if room < 0:
+                    hooks.enter_context(layer.register_forward_hook(functools.partial(self._after, index)))
+                hooks.callback(self.release, index)
             hooks.enter_context(self.model.register_forward_hook(lambda *_: tick(1)))
             yield self.model
 
-    def _before(self, index: int, *_: Any) -> None:
-        self.load(index)
+    def _before(self, index: int, layer: nn.Module, _: Any) -> None:
+        if next(layer.parameters()).is_meta:
+            self.load(index)
 
     def _after(self, index: int, *_: Any) -> None:
         self.release(index)

@@ -86,17 +86,22 @@ def compare(
 
 
 class Judge:
-    """Compares candidates with a reference that runs once, over all predicted tokens of `windows [n, S]`.
+    """Compares candidates with a reference that runs once, over all predicted tokens of `windows [n, S]`; not
+    at all where `exact`, its `last_hidden` there, is known.
 
     One layer of one model is in memory at a time; `tick(1)` after each of any model's layers. A window with
     NaN or Inf logits ends the run with NonFiniteError: skipping it would make a broken model look finite.
     """
 
     def __init__(
-        self, reference: LayerStream, windows: torch.Tensor, tick: Callable[[int], None] = lambda _: None
+        self,
+        reference: LayerStream,
+        windows: torch.Tensor,
+        tick: Callable[[int], None] = lambda _: None,
+        exact: torch.Tensor | None = None,
     ) -> None:
         self.reference, self.windows = reference, windows
-        self._exact = last_hidden(reference, windows, tick)
+        self._exact = last_hidden(reference, windows, tick) if exact is None else exact
 
     @torch.no_grad()
     def compare(self, candidate: LayerStream, tick: Callable[[int], None] = lambda _: None) -> Quality:

@@ -31,7 +31,7 @@ from neuronmlp_plugin.lowrank.allocate import Curve, Level, check_removable, mos
 from neuronmlp_plugin.models.factors import PROJECTIONS, MLPShape, divisors
 
 _FP32 = 4
-_LAYOUT = 4  # of the files in the analysis folder
+_LAYOUT = 5  # of the files in the analysis folder
 QUANTUM = 16  # channels of a group that go at a time
 LEAST_CHANNELS = 1 / 3  # of a layer: with fewer, summed losses predict nothing
 FACTORED_LEVELS = 6  # at about so many counts of channels factors are offered too, besides at all of them
@@ -101,22 +101,17 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Room for metrics (fp64), the backward pass or the moments and factors (fp32) with hidden states,
-        and the result.
+        """Room for metrics (fp64), moments and judged states (fp32); for what the analysis keeps between
+        layers, or later the layers as chosen with inputs to measure gains on; and for the result.
         """
         h, i, layers = self.shape.hidden_size, self.shape.intermediate_size, self.shape.num_layers
-        decompositions = layers * (h * h + i * i + 6 * h * i) * _FP32  # moments, and the layers as chosen
         metrics = layers * (h * h + 2 * i) * 8 if self.metric_windows else 0
-        inputs = (layers + 3) * self.metric_windows * self.settings.window * h * _FP32
-        # Twice: a layer's output is saved before its input is dropped. A measured allocation keeps every
-        # layer's input.
-        hidden = (
-            max(2 * (self.calibration.numel() + self.judge.numel()), layers * self.measured.numel())
-            * h
-            * _FP32
-        )
+        moments = (layers * (h * h + i * i) + self.judge.numel() * h) * _FP32
+        inputs = (layers + 3) * self.metric_windows * self.settings.window
+        passing = (inputs + 2 * (self.calibration.numel() + self.judge.numel())) * h * _FP32
+        chosen = layers * (6 * h * i + self.measured.numel() * h) * _FP32
         model = sum(path.stat().st_size for path in self.base.folder.glob("*.safetensors"))
-        return metrics + max(inputs, decompositions + hidden) + model
+        return metrics + moments + max(passing, chosen) + model
 
     @property
     def analysis(self) -> pathlib.Path:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from neuronmlp_plugin.lowrank.decompose import decompose
+from neuronmlp_plugin.lowrank.decompose import MetricRoots, decompose
 from neuronmlp_plugin.lowrank.removal import repaired, ridged
 
 ROOT_RIDGE = 1e-5  # share of the mean diagonal added to C_x or G before its root is taken
@@ -188,12 +188,13 @@ def factor_inputs(
     The groups' parts add up to the output, so their errors interact: the second factors that are best
     together are not the best of each.
     """
-    pairs = [decompose(weight[:, group], moment[group][:, group], metric).truncate(rank) for group in groups]
+    roots = MetricRoots.of(metric, weight)
+    pairs = [decompose(weight[:, group], moment[group][:, group], roots).truncate(rank) for group in groups]
     # Nothing to interact with: the truncated SVD is the best there is.
     if len(groups) == 1:
         return pairs
     pairs = _refitted(weight, moment, groups, pairs)
-    return _refitted(weight, moment, groups, _swept(weight, moment, metric, groups, pairs))
+    return _refitted(weight, moment, groups, _swept(weight, moment, roots, groups, pairs))
 
 
 def _refitted(
@@ -219,7 +220,7 @@ def _refitted(
 def _swept(
     weight: torch.Tensor,
     moment: torch.Tensor,
-    metric: torch.Tensor,
+    roots: MetricRoots,
     groups: Sequence[torch.Tensor],
     pairs: Sequence[Pair],
 ) -> list[Pair]:
@@ -237,6 +238,6 @@ def _swept(
         # correlate with it: left C[:, S] C[S, S]^-1.
         own = ridged(moment[group][:, group])
         fitted = torch.cholesky_solve((left @ moment[:, group].double()).T, torch.linalg.cholesky(own)).T
-        found[index] = first, second = decompose(fitted, own, metric).truncate(len(first))
+        found[index] = first, second = decompose(fitted, own, roots).truncate(len(first))
         left[:, group] -= second.double() @ first.double()
     return found

@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"neuronmlp {args.command}: interrupted{then}.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output has enough
+        # Python flushes stdout once more as it exits: into something that takes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except ModuleNotFoundError as error:

@@ -63,6 +63,7 @@ class LayerStream:
         return layer
 
     def release(self, index: int) -> None:
+        # Back to shapes without memory; the module itself stays, for the next `load`.
         self.model.model.layers[index].to_empty(device="meta")
 
     def embed(self, windows: torch.Tensor) -> torch.Tensor:
@@ -133,6 +134,7 @@ class LayerStream:
         )
 
     def _tensor(self, name: str) -> torch.Tensor:
+        # The prefixes are of changed MLPs alone: everything else of the layer is the dense folder's.
         if self.factors is not None and name.startswith(tuple(self.factors.prefixes)):
             return self.factors.tensor(name).to(self.device, self.dtype)
         return self.checkpoint.tensor(name).to(self.device, self.dtype)

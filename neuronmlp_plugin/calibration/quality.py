@@ -182,6 +182,7 @@ def kl_gradient(
         log_q, log_p = (F.linear(x.to(head.dtype), head).float().log_softmax(-1) for x in (h, t))
         p = log_p.exp()
         total += float((p * (log_p - log_q)).sum())
+        # dKL/dlogits = q - p, in the place of log q; then back through logits = hidden head^T.
         gradients.append((log_q.exp_().sub_(p).to(head.dtype) @ head).float())
     return total, torch.cat(gradients)
 

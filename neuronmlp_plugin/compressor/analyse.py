@@ -226,5 +226,6 @@ def _layer(stream: LayerStream, files: _Files, index: int) -> None:
     workers.wait()  # what led here is dropped only when the metrics are on disk
     files.drop("gradient", index + 1)
     files.drop("input", index)
+    # Nothing lies before layer 0 that would ask for its gradient.
     if index == 0:
         files.drop("gradient", 0)

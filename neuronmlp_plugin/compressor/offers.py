@@ -292,6 +292,7 @@ def _with_losses(found: FactoredLayer, mlp: MLP, slim: MLP) -> FactoredLayer:
 def _energy(weight: torch.Tensor, moment: torch.Tensor, metric: torch.Tensor) -> float:
     """|| G^1/2 W C^1/2 ||^2."""
     w, g = weight.double(), metric.double()
+    # tr(W^T G W C): no root of either is needed.
     spread = w @ moment.double()
     left = g[:, None] * w if g.ndim == 1 else g @ w
     return max(float((left * spread).sum()), 0.0)

@@ -211,9 +211,8 @@ def _meet_target(run: Run, layers: list[Layer], asked: str, bars: ProgressBars) 
     search = Search(run.plan.work / "target.json", asked, parse_target(asked))
     settings = run.plan.settings
     most = most_removable(layers, settings.form, settings.rank_multiple)
-    sizes = [size for size in SIZES if size <= most] or SIZES[
-        :1
-    ]  # where nothing can go, choosing ranks says so
+    # Where nothing can go, choosing ranks says so.
+    sizes = [size for size in SIZES if size <= most] or SIZES[:1]
     while True:
         removed = search.candidate(sizes, _prober(run, layers, bars))
         report = _make(run, _choose(run, layers, 1.0 - removed), bars)

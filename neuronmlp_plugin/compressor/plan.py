@@ -36,8 +36,7 @@ QUANTUM = 16  # channels of a group that go at a time
 LEAST_CHANNELS = 1 / 3  # of a layer: with fewer, summed losses predict nothing
 FACTORED_LEVELS = 6  # at about so many counts of channels factors are offered too, besides at all of them
 # What a measured allocation looks at: so many calibration windows, and of each the beginning, since attention
-# over all of it would be most
-# of the pass on a CPU.
+# over all of it would be most of the pass on a CPU.
 MEASURED_WINDOWS, MEASURED_LENGTH = 32, 256
 
 
@@ -290,6 +289,7 @@ def _levels(settings: Settings, shape: MLPShape, groups: int) -> tuple[int, ...]
     # A step takes as many channels from every group, so that groups stay equal.
     channels, step = shape.intermediate_size, QUANTUM * groups
     least = math.ceil(LEAST_CHANNELS * channels / step) * step
+    # From channels - 1: all of them are a level by themselves, also where they are a multiple of the step.
     fewer = range((channels - 1) // step * step, least - 1, -step)
     return (channels, *(fewer if settings.removes_channels else ()))
 
@@ -356,9 +356,8 @@ def _check_room(plan: Plan) -> None:
     while not parent.exists():
         parent = parent.parent
     here = {path for place in (plan.work, plan.analysis) for path in place.rglob("*") if path.is_file()}
-    needed = plan.disk_bytes - sum(
-        path.stat().st_size for path in here
-    )  # what an earlier run left need not find room again
+    # What an earlier run left need not find room again.
+    needed = plan.disk_bytes - sum(path.stat().st_size for path in here)
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OutputError(

@@ -90,9 +90,8 @@ def _prices(rows: torch.Tensor, assigned: torch.Tensor, groups: int, ranks: list
         [rows[:, assigned == group][:, : rows.shape[1] // groups] for group in range(groups)], 1
     )
     wide = slices.shape[2] <= slices.shape[3]
-    spectra = torch.linalg.eigvalsh(slices @ slices.mT if wide else slices.mT @ slices).flip(
-        -1
-    )  # [M, groups, n]
+    # `[M, groups, n]`, descending, of the smaller Gram matrix of each slice: the same squared values.
+    spectra = torch.linalg.eigvalsh(slices @ slices.mT if wide else slices.mT @ slices).flip(-1)
     at = [
         matrix[:, min(rank, spectra.shape[-1] - 1)].mean()
         for matrix, rank in zip(spectra, ranks, strict=True)
@@ -116,6 +115,7 @@ def _moves(
     mu, eye = prices[:, None], torch.eye(width, dtype=rows.dtype, device=rows.device)
     table, value = rows.new_empty(groups, len(own)), 0.0
     for group in range(groups):
+        # [M, n, H] of the group; B [M, H, H]; x^T B x and x^T B^2 x of every channel that may move [M, m].
         part = rows[:, assigned == group]
         inverse = torch.cholesky_inverse(
             torch.linalg.cholesky(part.transpose(1, 2) @ part / mu[..., None] + eye)
@@ -124,7 +124,7 @@ def _moves(
         product = moving @ inverse
         # Sherman-Morrison: with x x^T / mu more under the inverse, tr B falls by x^T B^2 x / mu over
         # 1 + x^T B x / mu; with it less, it rises by the same over 1 - x^T B x / mu, which is near 0 for a
-        # channel that has a direction to itself.
+        # channel that has a direction to itself. The value is mu (H - tr B): its mu cancels that one.
         two = torch.linalg.vector_norm(product, dim=2).square()
         one = product.mul_(moving).sum(2) / mu
         change = torch.where(own == group, -two / (1 - one).clamp_min(1e-4), two / (1 + one))

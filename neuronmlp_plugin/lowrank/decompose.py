@@ -97,6 +97,8 @@ class Decomposition:
 
     def tail(self) -> torch.Tensor:
         """`tail[k]`: loss of keeping the first k terms, for k = 0 ... r (`[r + 1]`, fp64)."""
+        # From the smallest on: a small tail, taken as the difference of two large sums, would be all
+        # rounding.
         flipped = torch.cumsum(self.energy.flip(0), 0).flip(0)
         return torch.cat((flipped, flipped.new_zeros(1)))
 

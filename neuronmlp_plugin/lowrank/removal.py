@@ -33,7 +33,12 @@ def eliminate(
 
     Backward elimination for down `[H, I]` under C `[I, I]` and G `[H, H]`: with P = C^-1 and D = W^T G W the
     removal of channel j, repaired, costs D_jj / P_jj (the step of Optimal Brain Surgeon), and both matrices
-    are updated for the ones that stay.
+    are updated for the ones that stay. With C and G of 1 a channel costs its weight squared: the 1 goes
+    first, then the 2, for a loss of 1 + 4.
+
+    >>> order, loss = eliminate(torch.tensor([[3.0, 1.0, 2.0]]), torch.eye(3), torch.eye(1), least=1)
+    >>> order.tolist(), loss.round(decimals=3).tolist()
+    ([0, 2, 1], [inf, 5.0, 1.0, 0.0])
     """
     w = weight.double()
     state = _Elimination(
@@ -47,6 +52,7 @@ def eliminate(
         removed += gone
         losses += costs
     loss = torch.full((channels + 1,), torch.inf, dtype=torch.float64)
+    # total[n] is the loss of n channels removed, so it stands at `channels - n` kept.
     total = torch.tensor([0.0, *losses], dtype=torch.float64).cumsum(0)
     loss[channels - len(removed) :] = total.flip(0)
     order = torch.tensor([*state.alive.tolist(), *reversed(removed)], dtype=torch.long)
@@ -67,6 +73,8 @@ class _Elimination:
         D_jj q q^T with q = p / P_jj, which is b q^T + q b^T for b = d - D_jj q / 2.
         """
         p_diagonal, d_diagonal = self.p.diagonal().clone(), self.d.diagonal().clone()
+        # As far as the block has come P is p - p_done p_done^T, and D is d - b_done q_done^T - q_done
+        # b_done^T.
         p_done, q_done, b_done = (self.p.new_zeros(len(self.p), count) for _ in range(3))
         gone: list[int] = []
         costs: list[float] = []

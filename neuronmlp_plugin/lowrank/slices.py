@@ -120,12 +120,14 @@ class MLP:
             # Any S with S S^T = C gives W S the same singular values; a Cholesky factor is the cheapest.
             spread = torch.linalg.cholesky(ridged(self.channels[group][:, group]))
             spectra[2].append(_spectrum((self.weighted[:, group] @ spread).T))
+        # One rank serves every group of a matrix (FORMAT.md), so their losses at a rank add up.
         return [_tail(torch.stack(slices).sum(0)) for slices in spectra]
 
 
 def root(symmetric: torch.Tensor) -> torch.Tensor:
     """The positive square root of a ridged, symmetric matrix, fp64."""
     values, vectors = torch.linalg.eigh(ridged(symmetric, ROOT_RIDGE))
+    # eigh errs by about 1e-16 of the largest value, so one near 0 may come out below it.
     return (vectors * values.clamp_min(float(values[-1]) * 1e-14).sqrt()) @ vectors.T
 
 
@@ -137,11 +139,13 @@ def _energies(down: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
 
 def _spectrum(rows: torch.Tensor) -> torch.Tensor:
     """Squared singular values, descending."""
+    # The smaller of the two: beyond min(rows, columns) all values are 0.
     gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
     return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0)
 
 
 def _tail(energy: torch.Tensor) -> torch.Tensor:
+    # From the smallest on: a small tail, taken as the difference of two large sums, would be all rounding.
     flipped = energy.flip(0).cumsum(0).flip(0)
     return torch.cat((flipped, flipped.new_zeros(1))).cpu()
 
@@ -200,6 +204,8 @@ def _refitted(
     under any metric.
     """
     c, ranks = moment.double(), [len(first) for first, _ in pairs]
+    # C U^T [I, g R], and below U C U^T [g R, g R]: U is block-diagonal, so a group's rows of it meet its own
+    # channels alone.
     spread = torch.cat(
         [c[:, group] @ first.double().T for group, (first, _) in zip(groups, pairs, strict=True)], 1
     )

@@ -16,6 +16,7 @@ from torch import nn
 from neuronmlp_plugin.checkpoint.loader import build_skeleton, swap_projections
 from neuronmlp_plugin.checkpoint.reader import Checkpoint, FactorFile
 from neuronmlp_plugin.errors import NonFiniteError, UsageError
+from neuronmlp_plugin.lowrank.decompose import all_finite
 
 CPU = torch.device("cpu")
 
@@ -89,7 +90,7 @@ class LayerStream:
         output = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
         # A layer of transformers 4 may return a tuple.
         output = output[0] if isinstance(output, tuple) else output
-        if not bool(torch.isfinite(output.detach()).all()):
+        if not all_finite(output.detach()):
             raise NonFiniteError(
                 f"{self.checkpoint.folder}: expected finite activations, found NaN or Inf in the forward "
                 "pass; check the weights."

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from neuronmlp_plugin.calibration.layer_stream import LayerStream
 from neuronmlp_plugin.calibration.statistics import run_in_place
 from neuronmlp_plugin.errors import NonFiniteError
+from neuronmlp_plugin.lowrank.decompose import all_finite
 
 # whose logits are in memory at a time: 33 MB in fp32 for 128256 tokens; larger pieces cost the kernel's page
 # faults
@@ -155,7 +156,7 @@ class _Totals:
 
 
 def _log_probabilities(logits: torch.Tensor, where: str) -> torch.Tensor:
-    if not bool(torch.isfinite(logits).all()):
+    if not all_finite(logits):
         raise NonFiniteError(f"{where}: expected finite logits, found NaN or Inf; the model is broken.")
     return logits.float().log_softmax(-1)
 

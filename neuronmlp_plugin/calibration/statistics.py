@@ -18,7 +18,7 @@ from neuronmlp_plugin.calibration.workers import Workers
 from neuronmlp_plugin.lowrank.decompose import SecondMoment
 from neuronmlp_plugin.models.factors import PROJECTIONS
 
-BATCH = 4  # windows per forward call: large enough for full-speed matmuls, small enough to bound memory
+BATCH = 2  # windows per forward call: large enough for full-speed matmuls, small enough for caches
 DAMPING = 0.1  # share of the mean diagonal added to down's metric: a short backward pass sees few directions
 
 

@@ -101,17 +101,17 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Room for metrics (fp64), moments and judged states (fp32); for what the analysis keeps between
-        layers, or later the layers as chosen with inputs to measure gains on; and for the result.
+        """Room for metrics (fp64), moments and judged states (fp32); inputs of the backward pass, or later the
+        layers as chosen; hidden states, or later inputs to measure gains on; and the result.
         """
         h, i, layers = self.shape.hidden_size, self.shape.intermediate_size, self.shape.num_layers
         metrics = layers * (h * h + 2 * i) * 8 if self.metric_windows else 0
         moments = (layers * (h * h + i * i) + self.judge.numel() * h) * _FP32
-        inputs = (layers + 3) * self.metric_windows * self.settings.window
-        passing = (inputs + 2 * (self.calibration.numel() + self.judge.numel())) * h * _FP32
-        chosen = layers * (6 * h * i + self.measured.numel() * h) * _FP32
+        inputs = (layers + 3) * self.metric_windows * self.settings.window * h * _FP32
+        chosen = layers * 6 * h * i * _FP32
+        hidden = max(2 * (self.calibration.numel() + self.judge.numel()), layers * self.measured.numel())
         model = sum(path.stat().st_size for path in self.base.folder.glob("*.safetensors"))
-        return metrics + moments + max(passing, chosen) + model
+        return metrics + moments + max(inputs, chosen) + hidden * h * _FP32 + model
 
     @property
     def analysis(self) -> pathlib.Path:

@@ -101,7 +101,7 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Room for metrics (fp64), moments and judged states (fp32); inputs of the backward pass, or later the
+        """Room for metrics (fp64), moments and judged states (fp32); inputs of the backward pass, or later
         layers as chosen; hidden states, or later inputs to measure gains on; and the result.
         """
         h, i, layers = self.shape.hidden_size, self.shape.intermediate_size, self.shape.num_layers

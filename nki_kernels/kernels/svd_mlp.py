@@ -41,9 +41,9 @@ def svd_mlp(
 ) -> Tensor:
     """x `[T, H]` (`[H, T]` if `plan.transposed_input`) -> y `[T, H]`, in the element type of the weights.
 
-    `weights`: `[128, C]` from `packing.pack(layout_of(plan.products, ...), ...)`. `norm_weight`, if `plan.with_norm`: `[128,
-    ceil(H / 128)]` fp32 from `packing.pack_norm`. `residual` `[T, H]`, if `plan.with_residual`, is added to y
-    in fp32 before y is rounded; for a Llama layer it is x.
+    `weights`: `[128, C]` from `packing.pack`, of `layout_of(plan.products, plan.external_z)`. `norm_weight`,
+    if `plan.with_norm`: `[128, ceil(H / 128)]` fp32 from `packing.pack_norm`. `residual` `[T, H]`, if
+    `plan.with_residual`, is added to y in fp32 before y is rounded; for a Llama layer it is x.
     """
     check_given("residual", residual, plan.with_residual)
     products = plan.products

@@ -81,6 +81,7 @@ INLINE void tile_block(Block o, int64_t begin, int64_t end, const int two, const
     if (begin) load_sums(o.sums, two, o.b);
     for (int64_t i = 0; narrow && i < 1 + two; i++) widen_step(o.w + i * o.panel + begin * LANES, o.k - begin, wide[begin / 32 % 2][i]);
     for (int64_t at = begin; at < end; at += 32) {
+        /* The tail of x has rows of its own, 32 numbers long. */
         const int64_t turn = at / 32 % 2, step = o.k - at < 32 ? 64 : bytes;
         const char *from = (const char *)(o.k - at < 32 ? o.tail : o.x + at), *w = o.w + at * 32;
         for (int64_t i = 0; fresh && i < 16; i++) {

@@ -80,7 +80,6 @@ class Chain:
         n, k = weight.values.shape
         kind = WEIGHTS.index(weight.values.dtype)
         pointers = (packed.data_ptr(), None if scale is None else scale.data_ptr())
-        # ctypes keeps addresses, not tensors: what they point to has to live as long as the chain.
         self.products.append(Product(stage, kind, k, n, *x, *y, *addend, *pointers))
         self.kept += [packed, scale]
 

@@ -211,8 +211,7 @@ def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan 
     request, choice = _pythons(request, choice)
     layout, itemsize = request.layout, request.dtype.itemsize
     bounds = chunk_bounds(layout, choice.ring_cols or SLOT_BYTES[0] // itemsize, request.tokens <= PMAX)
-    # Equal pieces of at most 512 tokens: a stub of a last one would cost a matmul's turnaround for few
-    # columns.
+    # Equal pieces of at most 512: a stub would cost a matmul's turnaround for few tokens.
     moving_tokens = tile_count(choice.block_tokens, tile_count(choice.block_tokens, MOVING_COLS))
     out_cols = staged_cols(layout, choice.out_cols)
     ring_cols = max(end - start for start, end in itertools.pairwise(bounds))
@@ -242,7 +241,6 @@ def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan 
         **_products(request),
         **place(room),
     )
-    # It depends on the ring, so on a plan: made with 1, then asked.
     plan = dataclasses.replace(plan, early_group=early_group(plan))
     for declined in (_refuse_contradiction(plan), _refuse_oversize(plan, target)):
         if declined is not None:

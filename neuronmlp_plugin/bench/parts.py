@@ -66,13 +66,16 @@ class Stopwatch:
 def timed_parts(model: nn.Module, clock: Callable[[], float]) -> Iterator[dict[str, float]]:
     """Seconds by part, of all that the model does meanwhile; AROUND is the rest, once it has ended."""
     watch, begin = Stopwatch(clock), clock()
-    modules = [(module, part_of(name)) for name, module in model.named_modules()]
+    modules = [(module, getattr(module, "part", part_of(name))) for name, module in model.named_modules()]
     changed = [(module, part) for module, part in [*modules, (model, BETWEEN)] if part]
+    own = [vars(module).get("forward") for module, _ in changed]  # an object may have one beside its class's
     for module, part in changed:
         module.forward = watch.timed(part, module.forward)
     try:
         yield watch.seconds
     finally:
-        for module, _ in changed:
+        for (module, _), forward in zip(changed, own, strict=True):
             del module.forward  # of the object; its class's is there again
+            if forward is not None:
+                module.forward = forward
         watch.seconds[AROUND] = clock() - begin - sum(watch.seconds.values())

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from neuronmlp_plugin.models.definition import Linear, Weight
-from neuronmlp_plugin.serving.cpu.compiled import Product, ProductChain, load_products
+from neuronmlp_plugin.serving.cpu.compiled import Norm, Product, ProductChain, load_products
 
 LANES = 16
 TILE_ROWS = 32  # numbers of k that a tile register holds, and a cache line
-LARGE_PAGE = 2 << 20  # bytes
+CACHE_LINE, LARGE_PAGE = 64, 2 << 20  # bytes
 INPUT, OUTPUT, SCRATCH, NOTHING = 0, 1, 2, -1
 DTYPES = (torch.float32, torch.bfloat16)  # of activations
 WEIGHTS = (*DTYPES, torch.int8)  # in the order of `product.c`
@@ -65,6 +65,7 @@ class Chain:
         self.large: tuple[float, Linear] = (math.inf, self.run)
         self.scratch_width = 0
         self.products: list[Product] = []
+        self.weights: list[torch.Tensor] = []  # of the products, packed, until they run
         self.kept: list[torch.Tensor | None] = []  # what the products point to
 
     def scratch(self, columns: int) -> Place:
@@ -79,23 +80,31 @@ class Chain:
         scale = None if weight.scale is None else weight.scale.float().contiguous()
         n, k = weight.values.shape
         kind = WEIGHTS.index(weight.values.dtype)
-        pointers = (packed.data_ptr(), None if scale is None else scale.data_ptr())
-        self.products.append(Product(stage, kind, k, n, *x, *y, *addend, *pointers))
-        self.kept += [packed, scale]
+        pointer = None if scale is None else scale.data_ptr()
+        self.products.append(Product(stage, kind, k, n, *x, *y, *addend, None, pointer))
+        self.weights.append(packed)
+        self.kept.append(scale)
 
     def add_silu(self, stage: int, columns: int, x: Place, y: Place, factor: Place) -> None:
         """y = silu(x) * factor, of so many columns; y may be x."""
         self.products.append(Product(stage, SILU, 0, columns, *x, *y, *factor, None, None))
+        self.weights.append(torch.empty(0))
 
-    def finish(self, large: tuple[float, Linear] | None = None) -> Linear:
-        """The callable, once all products are in; `large`: from how many tokens on another way is taken, and
-        which. Under torch.compile it is a torch operator, which leaves it
-        whole; otherwise the way through torch's dispatcher would cost as much as a small product.
+    def finish(self, large: tuple[float, Linear] | None = None) -> Chain:
+        """Itself as a callable, once all products are in; `large`: from how many tokens on another way is
+        taken, and which. Under torch.compile a call is a torch operator, which leaves it whole; otherwise the
+        way through torch's dispatcher would cost as much as a small product.
         """
         self.large = large or self.large
         # product.c takes neighbours of one number for a stage, and stages in the order in which they come.
-        self.products.sort(key=lambda product: product.stage)
-        array = (Product * len(self.products))(*self.products)
+        ordered = sorted(zip(self.products, self.weights, strict=True), key=lambda pair: pair[0].stage)
+        for product, packed in ordered:
+            if packed.numel():
+                settled = _settled(packed)
+                product.weight = settled.data_ptr()
+                self.kept.append(settled)
+        self.weights = []
+        array = (Product * len(ordered))(*(product for product, _ in ordered))
         # Rows of a power of two of bytes would fall on the same lines of a cache.
         width = self.scratch_width = self.scratch_width + TILE_ROWS
         widths = (ctypes.c_int64 * 3)(self.in_features, self.out_features, width)
@@ -108,28 +117,48 @@ class Chain:
         _CHAINS.append(self)
         # A tensor, not a number: a number would be baked into compiled graphs and keep them from being
         # shared.
-        handle = torch.tensor(len(_CHAINS) - 1, dtype=torch.int64)
-        out_features = self.out_features
+        self.handle = torch.tensor(len(_CHAINS) - 1, dtype=torch.int64)
+        return self
 
-        def call(x: torch.Tensor) -> torch.Tensor:
-            if torch.compiler.is_compiling():
-                return torch.ops.neuronmlp.chain(x, handle, out_features)
-            return self.run(x)
-
-        return call
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return torch.ops.neuronmlp.chain(x, self.handle, self.out_features)
+        return self.run(x)
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        assert self.function is not None
         if x.dtype is not self.dtype:
             return self.run(x.to(self.dtype)).to(x.dtype)
-        tokens = x.numel() // self.in_features
-        if tokens >= self.large[0]:
+        if x.numel() >= self.large[0] * self.in_features:
             return self.large[1](x)
-        rows = x if x.is_contiguous() else x.contiguous()
-        output = x.new_empty((*x.shape[:-1], self.out_features))
+        return self._run(x.contiguous(), None)
+
+    def add_norm(self, weight: torch.Tensor, epsilon: float) -> None:
+        """An RMS norm of x + residual before the products, for `normed`."""
+        self.kept.append(weight)
+        self.chain.norm = Norm(weight.data_ptr(), len(weight), epsilon)
+
+    def norms(self, x: torch.Tensor, residual: torch.Tensor) -> bool:
+        """Whether `normed` may be called: in the chain's own dtype, and for so many tokens."""
+        small = x.numel() < self.large[0] * self.in_features
+        return small and x.dtype is residual.dtype is self.dtype
+
+    def normed(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both `[..., in]` -> the products of the normed x + residual, and x + residual; without products the
+        normed sum itself. Both may be written over, as vLLM's own fused norm does.
+        """
+        x, residual = x.contiguous(), residual.contiguous()
+        return self._run(x, residual) if self.products else self._call(x, residual, x), residual
+
+    def _run(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        return self._call(x, residual, x.new_empty((*x.shape[:-1], self.out_features)))
+
+    def _call(self, x: torch.Tensor, residual: torch.Tensor | None, output: torch.Tensor) -> torch.Tensor:
+        assert self.function is not None
+        tokens = x.numel() // self.in_features
         if tokens:
             scratch = _scratch(tokens * self.scratch_width * x.element_size())
-            self.function(self.address, rows.data_ptr(), output.data_ptr(), scratch, tokens)
+            beside = None if residual is None else residual.data_ptr()
+            self.function(self.address, x.data_ptr(), output.data_ptr(), scratch, beside, tokens)
         return output
 
 
@@ -143,18 +172,41 @@ def _keep_freed_memory() -> None:
 
 
 _MEMORY = threading.local()
+_SHELF: list[tuple[mmap.mmap, int]] = []  # where the next weight goes, and how many bytes before it are taken
+SHELF_BYTES = 16 * LARGE_PAGE
+
+
+def _large_pages(bytes_needed: int) -> mmap.mmap:
+    """At least so much memory, in large pages where the system has them: rows, and panels, lie on so many of
+    the small ones that looking those up costs as much as reading.
+    """
+    whole = -(-bytes_needed // LARGE_PAGE) * LARGE_PAGE
+    memory = mmap.mmap(-1, whole, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError, AttributeError):  # a system without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _settled(packed: torch.Tensor) -> torch.Tensor:
+    """The same numbers right behind those of the call before, in cache lines of their own: what is fetched
+    ahead of a product's end is then the beginning of the next. Chains are never freed, nor is this memory.
+    """
+    taken = packed.numel() * packed.element_size()
+    if not _SHELF or len(_SHELF[0][0]) - _SHELF[0][1] < taken:
+        _SHELF[:] = [(_large_pages(max(taken, SHELF_BYTES)), 0)]
+    memory, begin = _SHELF[0]
+    _SHELF[:] = [(memory, -(-(begin + taken) // CACHE_LINE) * CACHE_LINE)]
+    settled = torch.frombuffer(memory, dtype=packed.dtype, count=packed.numel(), offset=begin)
+    return settled.copy_(packed.reshape(-1))
 
 
 def _scratch(bytes_needed: int) -> int:
     """Address of memory that this thread's chains share: its pages are there once, and not for every call
-    anew, and are large ones where the system has them, since every row lies on another of the small ones.
+    anew.
     """
     memory: mmap.mmap | None = getattr(_MEMORY, "bytes", None)
     if memory is None or len(memory) < bytes_needed:
-        whole = -(-bytes_needed // LARGE_PAGE) * LARGE_PAGE
-        memory = _MEMORY.bytes = mmap.mmap(-1, whole, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError, AttributeError):  # a system without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        memory = _MEMORY.bytes = _large_pages(bytes_needed)
         _MEMORY.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     address: int = _MEMORY.address
     return address

@@ -24,9 +24,15 @@ class Product(ctypes.Structure):
     )
 
 
+class Norm(ctypes.Structure):
+    """The RMS norm of `norm.h`."""
+
+    _fields_ = (("weight", ctypes.c_void_p), ("n", ctypes.c_int64), ("epsilon", ctypes.c_double))
+
+
 class ProductChain(ctypes.Structure):
-    """`Chain` of `product.c`: products in the order of their stages, and the row lengths of input, output and
-    scratch.
+    """`Chain` of `product.c`: products in the order of their stages, the row lengths of input, output and
+    scratch, and the norm of calls that bring a residual.
     """
 
     _fields_ = (
@@ -34,12 +40,15 @@ class ProductChain(ctypes.Structure):
         ("count", ctypes.c_int64),
         ("half", ctypes.c_int64),
         ("widths", ctypes.c_int64 * 3),
+        ("norm", Norm),
     )
 
 
 @functools.cache
 def load_products() -> Callable[..., None] | None:
-    """`neuronmlp_products(chain, input, output, scratch, tokens)`, or None, with the reason in the log."""
+    """`neuronmlp_products(chain, input, output, scratch, residual, tokens)`, or None, with the reason in the
+    log.
+    """
     compiler = find_compiler()
     if compiler is None:
         logger.warning(
@@ -58,5 +67,5 @@ def load_products() -> Callable[..., None] | None:
         return None
     function.restype = None
     # Without argtypes ctypes would pass addresses as C ints, which have 32 bits.
-    function.argtypes = (*(ctypes.c_void_p,) * 4, ctypes.c_int64)
+    function.argtypes = (*(ctypes.c_void_p,) * 5, ctypes.c_int64)
     return function

@@ -39,7 +39,7 @@ def fused_down(down: Owned, dtype: torch.dtype, large: Large = None) -> Linear:
     return chain.finish(large)
 
 
-def fused_mlp(gate: Owned, up: Owned, down: Owned, dtype: torch.dtype, large: Large = None) -> Linear:
+def fused_mlp(gate: Owned, up: Owned, down: Owned, dtype: torch.dtype, large: Large = None) -> Chain:
     """x `[..., H]` -> y `[..., H]` of down(silu(gate(x)) * up(x)), a summand where a rank owns a share of the
     channels.
     """

@@ -27,12 +27,13 @@ from neuronmlp_plugin.models.definition import (
 )
 from neuronmlp_plugin.models.factors import SCALE, Matrix, MLPLayer
 from neuronmlp_plugin.models.gather import GatherDown, GatherGateUp, Shard, gather_shard
-from neuronmlp_plugin.serving.cpu.chain import usable
+from neuronmlp_plugin.serving.cpu.chain import Chain, usable
 from neuronmlp_plugin.serving.cpu.collectives import tensor_parallel
 from neuronmlp_plugin.serving.cpu.crossover import limit_of
 from neuronmlp_plugin.serving.cpu.finite import parent_of
 from neuronmlp_plugin.serving.cpu.fused import Large, fused_down, fused_gate_up, fused_mlp
 from neuronmlp_plugin.serving.cpu.gemm import prepacked_linear
+from neuronmlp_plugin.serving.cpu.normed import take_norm
 from neuronmlp_plugin.serving.options import Options
 
 MakeLinear = Callable[..., Linear]
@@ -250,12 +251,16 @@ class LowRankDownMethod(LowRankMethod):
             # vLLM's MLP is down(act(gate_up(x))): with the first two as identities, down is called with x
             # itself.
             gate_up: LowRankGateUpMethod = mlp.gate_up_proj.quant_method
-            self.run = self._whole(gate_up)
+            self.run = chain = self._whole(gate_up)
+            if take_norm(parent_of(mlp), mlp, chain):
+                self.run = _unchanged
+                if self.collectives.size == 1:  # there is nothing to sum, either
+                    mlp.forward = _unchanged
             gate_up.run, gate_up.owned = _unchanged, {}
             mlp.act_fn = nn.Identity()
         self.owned = {}
 
-    def _whole(self, gate_up: LowRankGateUpMethod) -> Linear:
+    def _whole(self, gate_up: LowRankGateUpMethod) -> Chain:
         """The MLP in one call; vLLM's layers before it hand its input on as it is."""
         before, after = gate_up._large(), self._large()
         large = None

@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include "vectors.h"
 #include "tiles.h"
+#include "norm.h"
 
 enum { FP32, BF16, INT8, SILU, PAIRS }; /* dtypes of weights; SILU: no product; PAIRS: bf16 times bf16 without widening */
 
@@ -29,6 +30,7 @@ typedef struct {
     const Product *products; /* ordered by stage */
     int64_t count, half;     /* half: activations are bf16 */
     int64_t widths[3];       /* of the input, the output and scratch */
+    Norm norm;               /* of the input, in calls that bring a residual */
 } Chain;
 
 typedef struct {
@@ -54,11 +56,16 @@ static const char *place(const Call *c, int64_t of, int64_t at, int64_t token) {
 INLINE void block(const int kind, const int panels, const int tokens, int64_t k, const char *w, int64_t panel, const void *x, int64_t stride, float *out) {
     vec sum[SUMS] = {0};
     const int step = kind == BF16 || kind == PAIRS ? 2 : 1, vectors = panels * VECTORS;
+    const char *ahead = ahead_of(w, 0, panel, panels, panel);
+    int64_t left = panel - (ahead - w) % panel; /* bytes, until it has come to the end of its panel */
     for (int64_t at = 0; at < k; at += step) {
         for (int half = 0; half < (kind == BF16 ? 2 : 1); half++) {
             vec row[4 * VECTORS];
-            if (half == 0 && (kind != INT8 || at % 4 == 0)) /* once a cache line */
-                for (int i = 0; i < panels; i++) __builtin_prefetch(w + i * panel + at * LANES * (kind == INT8 ? 1 : 4) / step + AHEAD);
+            if (half == 0 && (kind != INT8 || at % 4 == 0)) { /* once a cache line */
+                for (int i = 0; i < panels; i++) __builtin_prefetch(ahead + i * panel);
+                ahead += 64;
+                if ((left -= 64) <= 0) ahead += (panels - 1) * panel, left += panel;
+            }
 #pragma GCC unroll 16
             for (int i = 0; i < vectors; i++) {
                 const char *from = w + (i / VECTORS) * panel;
@@ -149,7 +156,7 @@ INLINE void store(const Call *c, const Product *p, int64_t token, int64_t column
 
 /* An int8 panel [K][16] as one of the activations' dtype. */
 static void widen(int64_t k, const char *w, int half, char *out) {
-    for (int64_t at = 0; half && at < k; at += 32) widen_step(w + at * LANES, k - at, out + at * 2 * LANES);
+    for (int64_t at = 0; half && at < k; at += 32) widen_step(w + at * LANES, k - at, out + at * 2 * LANES, w + at * LANES + AHEAD / 2);
     for (int64_t i = 0; !half && i < k * LANES; i += WIDTH) {
         vec row = load_int8(w + i);
         memcpy(out + i * 4, &row, sizeof row);
@@ -384,10 +391,11 @@ static void run_local(const Call *call, const Product *begin, const Product *end
                 run_task(call, p, first, all - first < most ? all - first : most, t, t + LOCAL_TOKENS < call->tokens ? t + LOCAL_TOKENS : call->tokens, memory);
 }
 
-void neuronmlp_products(const Chain *chain, void *input, void *output, void *scratch, int64_t tokens) {
+/* With a residual [tokens, widths[0]], it and the input are written over by the chain's norm; null: it does not run. */
+void neuronmlp_products(const Chain *chain, void *input, void *output, void *scratch, void *residual, int64_t tokens) {
     const Call call = {{{input, chain->widths[0]}, {output, chain->widths[1]}, {scratch, chain->widths[2]}}, tokens, chain->half};
     const Product *const end = chain->products + chain->count;
-    int64_t longest = 0, wide = 0;
+    int64_t longest = chain->norm.n, wide = 0;
     for (const Product *p = chain->products; p < end; p++) {
         const int64_t bytes = wide_bytes(p->k, (int)chain->half), all = p->dtype == INT8 ? widened_at_once(bytes) * bytes : 0;
         longest = p->k > longest ? p->k : longest;
@@ -397,6 +405,7 @@ void neuronmlp_products(const Chain *chain, void *input, void *output, void *scr
 #pragma omp parallel
     {
         char *memory = thread_memory(float_bytes(longest) + wide);
+        if (residual) run_norm(&chain->norm, input, residual, tokens, chain->half, (float *)memory);
         for (const Product *stage = chain->products, *next; stage < end; stage = next) {
             next = end_of_local(&call, stage, end, omp_get_num_threads());
             if (next > stage) run_local(&call, stage, next, memory);

@@ -70,6 +70,8 @@ INLINE void store_sums(float *to, const int two, int64_t b) {
 /* The steps begin .. end of k of a block, added to its sums unless they are the first. What waits is stored meanwhile, as the vectors
  * are idle while tiles multiply. Weights are loaded past the nearest cache (`stream`), where the tokens should stay; `fresh`: from far. */
 INLINE void tile_block(Block o, int64_t begin, int64_t end, const int two, const int narrow, const int fresh, Waiting *waiting) {
+    const int64_t row = narrow ? LANES : 2 * LANES, part = (end - begin) * row; /* bytes */
+    const char *const first = o.w + begin * row;
     const int64_t bytes = 2 * o.stride, each = (32 * 32 + end - begin - 1) / (end - begin); /* rows stored a step */
     char __attribute__((aligned(64))) wide[2][2][1024];
     _tile_zero(0);
@@ -79,14 +81,16 @@ INLINE void tile_block(Block o, int64_t begin, int64_t end, const int two, const
         _tile_zero(3);
     }
     if (begin) load_sums(o.sums, two, o.b);
-    for (int64_t i = 0; narrow && i < 1 + two; i++) widen_step(o.w + i * o.panel + begin * LANES, o.k - begin, wide[begin / 32 % 2][i]);
+    for (int64_t i = 0; narrow && i < 1 + two; i++)
+        widen_step(first + i * o.panel, o.k - begin, wide[begin / 32 % 2][i], ahead_of(first, 0, part, 1 + two, o.panel) + i * o.panel);
     for (int64_t at = begin; at < end; at += 32) {
         /* The tail of x has rows of its own, 32 numbers long. */
         const int64_t turn = at / 32 % 2, step = o.k - at < 32 ? 64 : bytes;
         const char *from = (const char *)(o.k - at < 32 ? o.tail : o.x + at), *w = o.w + at * 32;
+        const char *ahead = ahead_of(first, (at - begin + (narrow ? 32 : 0)) * row, part, 1 + two, o.panel);
         for (int64_t i = 0; fresh && i < 16; i++) {
-            __builtin_prefetch(w + 64 * i + AHEAD);
-            if (two) __builtin_prefetch(w + o.panel + 64 * i + AHEAD);
+            __builtin_prefetch(ahead + 64 * i);
+            if (two) __builtin_prefetch(ahead + o.panel + 64 * i);
         }
         _tile_stream_loadd(6, narrow ? wide[turn][0] : w, 64);
         if (two) _tile_stream_loadd(7, narrow ? wide[turn][1] : w + o.panel, 64);
@@ -99,7 +103,7 @@ INLINE void tile_block(Block o, int64_t begin, int64_t end, const int two, const
             if (two) _tile_dpbf16ps(3, 5, 7);
         }
         for (int64_t i = 0; narrow && at + 32 < end && i < 1 + two; i++)
-            widen_step(o.w + i * o.panel + (at + 32) * LANES, o.k - at - 32, wide[!turn][i]);
+            widen_step(o.w + i * o.panel + (at + 32) * LANES, o.k - at - 32, wide[!turn][i], ahead + i * o.panel);
         store_waiting(waiting, each);
     }
     store_waiting(waiting, 32);

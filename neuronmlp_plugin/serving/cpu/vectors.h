@@ -29,8 +29,15 @@
 #define SUMS 8
 #endif
 #define VECTORS (LANES / WIDTH) /* of a panel's row */
-#define AHEAD 4096 /* bytes: the hardware's own prefetch stops at pages, and reading a panel for 8 tokens took 2.5 times as long */
+#define AHEAD 8192 /* bytes of weights that are asked for before they are read: the hardware's own prefetch stops at pages */
 #define INLINE static inline __attribute__((always_inline))
+
+/* Where reading will be AHEAD bytes after byte `at` of the first of some panels that lie `panel` apart, if `bytes` of each of them are
+ * read side by side, and then as much of those behind them. (Asking for what lies behind each panel misses most of its beginning.) */
+INLINE const char *ahead_of(const char *w, int64_t at, int64_t bytes, int64_t panels, int64_t panel) {
+    at += AHEAD / panels;
+    return w + at % bytes + at / bytes * panels * panel;
+}
 
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t words __attribute__((vector_size(4 * WIDTH)));
@@ -83,10 +90,10 @@ INLINE void store_pairs(char *out, const char *even, const char *odd) {
     }
 }
 
-/* 32 rows of an int8 panel, or those that are left of them, as 16 rows of pairs. */
-INLINE void widen_step(const char *w, int64_t left, char *out) {
+/* 32 rows of an int8 panel, or those that are left of them, as 16 rows of pairs; `ahead`: what will be read later. */
+INLINE void widen_step(const char *w, int64_t left, char *out, const char *ahead) {
     if (left >= 32) {
-        for (int64_t i = 0; i < 8; i++) __builtin_prefetch(w + 64 * i + AHEAD);
+        for (int64_t i = 0; i < 8; i++) __builtin_prefetch(ahead + 64 * i);
 #pragma GCC unroll 4
         for (int64_t i = 0; i < 16; i++) store_pairs(out + i * 64, w + 32 * i, w + 32 * i + 16);
         return;

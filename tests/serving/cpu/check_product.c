@@ -39,8 +39,8 @@ static double check(int64_t tokens, int64_t k, int64_t n, int half, int int8) {
         {0, int8 ? INT8 : half ? BF16 : FP32, k, n, 0, 3, 1, 0, 0, k + 4, packed, int8 ? scale : 0},
         {1, SILU, 0, n, 1, 0, 1, n, 0, k + 4, 0, 0},
     };
-    const Chain chain = {products, 2, half, {width, 2 * n, 0}};
-    neuronmlp_products(&chain, input, output, 0, tokens);
+    const Chain chain = {products, 2, half, {width, 2 * n, 0}, {0}};
+    neuronmlp_products(&chain, input, output, 0, 0, tokens);
     double worst = 0;
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t j = 0; j < n; j++) {
@@ -62,6 +62,31 @@ static double check(int64_t tokens, int64_t k, int64_t n, int half, int int8) {
     return worst;
 }
 
+/* residual = x + residual and x = its norm times a weight, rows of n; returns the largest error over its bound. */
+static double check_norm(int64_t tokens, int64_t n, int half) {
+    char *x = calloc(tokens * n, 4), *residual = calloc(tokens * n, 4), *weight = calloc(n, 4);
+    double *sums = malloc(tokens * n * sizeof *sums), worst = 0;
+    for (int64_t i = 0; i < n; i++) put(weight, half, i, draw());
+    for (int64_t i = 0; i < tokens * n; i++) {
+        put(x, half, i, draw()), put(residual, half, i, draw());
+        sums[i] = (double)get(x, half, i) + get(residual, half, i);
+    }
+    const Chain chain = {0, 0, half, {n, 0, 0}, {weight, n, 1e-3}};
+    neuronmlp_products(&chain, x, 0, 0, residual, tokens);
+    const double unit = half ? 1.0 / 128 : 1e-6;
+    for (int64_t t = 0; t < tokens; t++) {
+        double square = 0;
+        for (int64_t i = t * n; i < t * n + n; i++) square += sums[i] * sums[i] / n;
+        for (int64_t i = t * n; i < t * n + n; i++) {
+            const double normed = sums[i] / sqrt(square + 1e-3) * get(weight, half, i - t * n);
+            worst = fmax(worst, fabs(get(residual, half, i) - sums[i]) / (unit * (fabs(sums[i]) + 0.01)));
+            worst = fmax(worst, fabs(get(x, half, i) - normed) / (unit * (fabs(normed) + 0.01)));
+        }
+    }
+    free(x), free(residual), free(weight), free(sums);
+    return worst;
+}
+
 int main(void) {
     static const int64_t sizes[][2] = {{1, 1}, {7, 16}, {32, 48}, {33, 65}, {95, 130}, {160, 33}}, counts[] = {1, 2, 3, 4, 5, 7, 8, 13, 24, 33, 70, 300};
     double worst = 0;
@@ -69,6 +94,9 @@ int main(void) {
         for (int int8 = 0; int8 < 2; int8++)
             for (unsigned s = 0; s < sizeof sizes / sizeof *sizes; s++)
                 for (unsigned c = 0; c < sizeof counts / sizeof *counts; c++) worst = fmax(worst, check(counts[c], sizes[s][0], sizes[s][1], half, int8));
+    for (int half = 0; half < 2; half++)
+        for (unsigned s = 0; s < sizeof sizes / sizeof *sizes; s++)
+            for (unsigned c = 0; c < sizeof counts / sizeof *counts; c++) worst = fmax(worst, check_norm(counts[c], sizes[s][1], half));
     printf("vectors of %d floats, tiles %d, largest error %.3f of its bound\n", WIDTH, use_tiles, worst);
     return !(worst <= 1.0);
 }

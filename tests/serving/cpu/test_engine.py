@@ -183,7 +183,6 @@ def test_what_cannot_be_served_is_refused_in_words(tmp_path, spoil, options, mes
 
 def test_the_log_says_what_runs(tmp_path):
     process = run_engine(mixed(tmp_path, "mistral"))
-    assert (
-        "of the MLP parameters removed by the checkpoint; 3 compact, 3 dense, 3 uv; fused products"
-        in process.stdout + process.stderr
-    )
+    log = process.stdout + process.stderr
+    assert "of the MLP parameters removed by the checkpoint; 3 compact, 3 dense, 3 uv; fused products" in log
+    assert "the norm before an MLP is a part of its fused products" in log

@@ -5,6 +5,7 @@ ragged sizes included.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,8 @@ pytestmark = [
     ),
     pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler"),
 ]
+
+WEIGHT_BF16, WEIGHT_INT8 = 1, 2  # as product.c numbers them
 
 
 def owned(layer, dtype, int8):
@@ -107,6 +110,25 @@ def test_packing_pads_the_last_panel_with_zeros():
     panels = pack(weight)
     assert panels.shape == (2, 5, 16)
     assert torch.equal(panels[1, :, 2], weight[18]) and not panels[1, :, 5:].any()
+
+
+def test_weights_lie_one_after_the_other_in_the_order_in_which_they_are_read(monkeypatch):
+    """So that what is fetched ahead of a product's end is the beginning of the next."""
+    from neuronmlp_plugin.serving.cpu import chain as chains
+    from neuronmlp_plugin.serving.cpu.fused import fused_mlp
+
+    monkeypatch.setattr(chains, "_SHELF", [])  # a full one would part them
+    ranks = dict.fromkeys(PROJECTIONS, 9)
+    layer = mix_layer(("compact", "uv", "compact"), MLPShape(40, 96, 1), ranks=ranks, groups=2)
+    chain = fused_mlp(*owned(layer, torch.bfloat16, (False, True, False)), torch.bfloat16)
+    running = [chain.chain.products[i] for i in range(chain.chain.count)]
+    assert [product.stage for product in running] == sorted(product.stage for product in running)
+    sizes = {WEIGHT_BF16: lambda k: -(-k // 32) * 32 * 32, WEIGHT_INT8: lambda k: 16 * k}  # of a panel
+    reads = [product for product in running if product.weight]
+    for product, after in itertools.pairwise(reads):
+        taken = -(-product.n // 16) * sizes[product.dtype](product.k)
+        assert after.weight == product.weight + -(-taken // 64) * 64
+    assert reads[0].weight % 64 == 0 and len(reads) == 2 + 4 + 2 + 1 + 2
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ def answer(options, prompts, new_tokens, vocabulary, spawn):
     if not spawn:
         multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
     torch._dynamo.config.disable = options["enforce_eager"]
+    os.environ["TORCHDYNAMO_DISABLE"] = str(int(options["enforce_eager"]))  # for ranks that are spawned
     llm = LLM(skip_tokenizer_init=True, **{"dtype": "float32", **options}, max_model_len=64, max_num_seqs=4, max_logprobs=vocabulary,
               logprobs_mode="raw_logits", enable_prefix_caching=False)
     params = SamplingParams(max_tokens=new_tokens, temperature=0, logprobs=vocabulary, prompt_logprobs=vocabulary, detokenize=False,

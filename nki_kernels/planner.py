@@ -151,6 +151,7 @@ def choices(request: Request) -> Iterator[Choice]:
     spreads = (False, True) if offers_pieces(request) else (False,)
     for slot_bytes in SLOT_BYTES:
         cols = min(slot_bytes // request.dtype.itemsize, layout.packed_cols)
+        # A column tile of the last matrix, which begins in the middle of a chunk as a rule: one chunk more.
         tile_slots = MIN_SLOTS if last is None else tile_count(last.row_tiles() * last.tile_cols, cols) + 1
         least = INT8_SLOTS if layout.is_int8 else MIN_SLOTS
         rings = sorted(
@@ -199,6 +200,7 @@ def _with_spare(choice: Choice, plan: Plan, target: Target) -> Choice:
     deepest = min(plan.ring_slots + spare // plan.slot_bytes, max(MAX_SLOTS, plan.ring_slots), plan.chunks())
     if not plan.early_tiles:
         return dataclasses.replace(choice, ring_slots=deepest)
+    # Not the deepest at any price: in some rings two column tiles' weights for the same rows share a slot.
     slots = max((n for n in range(plan.ring_slots, deepest + 1) if keeps_apart(plan, n)), default=deepest)
     spare -= (slots - plan.ring_slots) * plan.slot_bytes
     return dataclasses.replace(choice, ring_slots=slots, early_tiles=more_tiles(plan, slots, spare))
@@ -209,6 +211,7 @@ def build_plan(request: Request, choice: Choice, target: Target = TRN1) -> Plan 
     request, choice = _pythons(request, choice)
     layout, itemsize = request.layout, request.dtype.itemsize
     bounds = chunk_bounds(layout, choice.ring_cols or SLOT_BYTES[0] // itemsize, request.tokens <= PMAX)
+    # Equal pieces of at most 512: a stub would cost a matmul's turnaround for few tokens.
     moving_tokens = tile_count(choice.block_tokens, tile_count(choice.block_tokens, MOVING_COLS))
     out_cols = staged_cols(layout, choice.out_cols)
     ring_cols = max(end - start for start, end in itertools.pairwise(bounds))
@@ -287,6 +290,7 @@ def _casts(
         return {**dict.fromkeys(fields, 0), "spreads_pieces": False}
     block = Block(choice.block_tokens, moving_tokens, request.norm_eps is not None, request.residual)
     scalar, natural = scalar_shares(layout, block, target)
+    # Chunks that begin before the last matrix does: so the number of the first one that does not.
     chunk = sum(bound < layout.stored_cols - natural_stored(layout) for bound in bounds[:-1])
     return {
         "raw_slots": min(raw_slots(choice.block_tokens), len(bounds) - 1),
@@ -383,6 +387,7 @@ def chunk_bounds(layout: Layout, ring_cols: int, halves_last: bool) -> tuple[int
         if block[3] == SHARED:
             continue
         end = offset + matrix.tile_width(n)
+        # A block is never cut: a chunk ends before the one that it has no room for.
         if end - bounds[-1] > ring_cols:
             bounds.append(offset)
         ends.append(end)

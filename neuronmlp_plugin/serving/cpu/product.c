@@ -80,6 +80,8 @@ INLINE void block(const int kind, const int panels, const int tokens, int64_t k,
 #if defined(__AVX512BF16__)
                 if (kind == PAIRS) {
                     uint32_t pair = ((const uint16_t *)x)[t * stride + at];
+                    /* The last of an odd k has no neighbour: that number is another's and, be it NaN, the weight's 0 would not silence
+                     * it. */
                     if (at + 1 < k) memcpy(&pair, (const uint16_t *)x + t * stride + at, sizeof pair);
 #pragma GCC unroll 16
                     for (int i = 0; i < vectors; i++)
@@ -178,6 +180,8 @@ static void run_tiles(const Call *c, const Product *p, const int kind, const cha
     uint16_t __attribute__((aligned(64))) tail[32 * 32];
     float __attribute__((aligned(64))) sums[MOST_PANELS / 2][32 * 32];
     const int64_t stride = c->buffers[p->x_of].width, left = p->k % 32, cuts = count > MOST_PANELS ? 1 : (p->k + TILE_STEP - 1) / TILE_STEP;
+    /* Equal parts of k, in whole steps of 32; in one where there are more panels than places for their sums, which are then used in
+     * turn. */
     const int64_t part = (p->k + 32 * cuts - 1) / (32 * cuts) * 32;
     int64_t configured = 0;
     Waiting waiting = {0};
@@ -195,6 +199,7 @@ static void run_tiles(const Call *c, const Product *p, const int kind, const cha
                 else if (t == begin) tile_block(o, at, to, (int)two, 0, 1, &waiting);
                 else if (two) tile_block(o, at, to, 1, 0, 0, &waiting);
                 else tile_block(o, at, to, 0, 0, 0, &waiting);
+                /* Stored while the next block multiplies: its place among the sums comes round only MOST_PANELS panels later. */
                 if (to < p->k) continue;
                 if (column + (1 + two) * LANES <= p->n) waiting = store_later(c, p, t, column, two, o.sums, rows);
                 else for (int64_t j = 0; j < 1 + two; j++)
@@ -211,6 +216,7 @@ static const float *as_float(const Call *c, const Product *p, int64_t token, int
     for (int64_t t = 0; t < tokens; t++) {
         const uint16_t *x = (const uint16_t *)place(c, p->x_of, p->x_at, token + t);
         for (int64_t k = 0; k < p->k; k++) memory[t * (p->k + 1) + k] = to_float(x[k]);
+        /* bf16 weights come in pairs of k: the second of the last pair of an odd k meets this zero. */
         memory[t * (p->k + 1) + p->k] = 0.0f;
     }
     return memory;
@@ -311,7 +317,9 @@ static Cut cut_of(const Product *p, int64_t tokens, int64_t stage_work, int thre
     int64_t share = stage_work / (4 * threads) + 1, panels = share / k;
     int64_t least = tokens < 16 ? 1 : 4, most = tokens < 16 ? all : MOST_PANELS;
     panels = panels < least ? least : panels > most ? most : panels;
+    /* Whole blocks of four panels, the widest that `block` takes. */
     panels = (panels + 3) / 4 * 4;
+    /* An int8 task widens its panels once: the more tokens it has, the less that costs. */
     int64_t block = p->dtype == INT8 ? 1024 : 192;
     if (p->dtype == SILU && tokens >= 16) panels = all, block = 16;
     if (block > tokens) block = tokens;
@@ -323,6 +331,7 @@ static char *thread_memory(int64_t bytes) {
     static __thread int64_t size = 0;
     if (size < bytes) {
         free(memory);
+        /* Kept for the next call: OpenMP's threads live as long as the process. */
         memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
         size = bytes;
     }
@@ -343,6 +352,7 @@ static void run_stage(const Call *call, const Product *begin, const Product *end
         int64_t local = task;
         Cut cut = cut_of(p, call->tokens, work, threads);
         for (; local >= count_of(cut); cut = cut_of(++p, call->tokens, work, threads)) local -= count_of(cut);
+        /* Tokens inside, panels outside: neighbouring tasks read the same panels. */
         const int64_t first = local / cut.down * cut.panels, left = panels_of(p) - first, t = local % cut.down * cut.tokens;
         const int64_t last = t + cut.tokens < call->tokens ? t + cut.tokens : call->tokens;
         run_task(call, p, first, left < cut.panels ? left : cut.panels, t, last, memory);
@@ -363,6 +373,7 @@ static const Product *end_of_stage(const Product *begin, const Product *end) {
 static const Product *end_of_local(const Call *call, const Product *begin, const Product *end, int threads) {
     const Product *last = begin;
     int64_t bytes = 0, stages = 0;
+    /* At least two tasks a thread, or some would have none at the end. */
     while (last < end && call->tokens >= 2 * threads * LOCAL_TOKENS) {
         const Product *next = end_of_stage(last, end);
         for (const Product *p = last; p < next; p++) bytes += p->dtype == SILU ? 0 : panels_of(p) * panel_bytes(p);

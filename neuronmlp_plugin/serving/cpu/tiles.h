@@ -84,6 +84,7 @@ INLINE void tile_block(Block o, int64_t begin, int64_t end, const int two, const
     for (int64_t i = 0; narrow && i < 1 + two; i++)
         widen_step(first + i * o.panel, o.k - begin, wide[begin / 32 % 2][i], ahead_of(first, 0, part, 1 + two, o.panel) + i * o.panel);
     for (int64_t at = begin; at < end; at += 32) {
+        /* The tail of x has rows of its own, 32 numbers long. */
         const int64_t turn = at / 32 % 2, step = o.k - at < 32 ? 64 : bytes;
         const char *from = (const char *)(o.k - at < 32 ? o.tail : o.x + at), *w = o.w + at * 32;
         const char *ahead = ahead_of(first, (at - begin + (narrow ? 32 : 0)) * row, part, 1 + two, o.panel);

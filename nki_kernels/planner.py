@@ -1,9 +1,9 @@
 """Chooses a tile plan from layout, token count and target. What it returns fits SBUF and PSUM by
 construction.
 
-The rule is `effort`: of all choices that fit, take the one that keeps TensorE and the DMA queues busy for the
-shortest time; of those the fewest blocks, then the least memory for staging. A cost model may try others
-through `build_plan`, which holds any choice to the same limits.
+The rule is `effort`: of all choices that fit, take the one that keeps TensorE (its waits included) and the
+DMA queues busy for the shortest time; of those the fewest blocks, then the least memory for staging. A cost
+model may try others through `build_plan`, which holds any choice to the same limits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from nki_kernels.tiling import MOVING_COLS, SHARED, tile_count
 SLOT_BYTES = (8 * 1024, 4 * 1024)  # per partition: twice what saturates a DMA queue, and just that
 MIN_SLOTS = 3  # one in use, one arriving, one asked for
 INT8_SLOTS = 4  # and one being cast
-STARVED_LOSS = 0.01  # about what a prefill loses with fewer
+STARVED_LOSS = 0.01  # about what a prefill loses with fewer,
+SHORT_LOSS = 0.03  # and with chunks of half the length
 MAX_SLOTS = 8  # deeper rings only where they save reads
 TOKEN_GROUPS = (4, 8)  # half the PSUM banks, so that the other half can be emptied meanwhile; or all
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
@@ -122,8 +123,8 @@ def _cost(plan: Plan, target: Target) -> tuple[float, ...]:
     short chunks, int8 scales spread piece by piece, short stores. Starved plans come last in decode.
     """
     shares = plan.at.rows == plan.at.output
-    starved = _is_starved(plan)
-    effort = effort_us(plan, target) * (1 + STARVED_LOSS * starved)
+    loss = _starved_loss(plan)
+    effort = effort_us(plan, target) * (1 + loss)
     overlap = (
         plan.token_group,
         shares,
@@ -132,13 +133,17 @@ def _cost(plan: Plan, target: Target) -> tuple[float, ...]:
         plan.spreads_pieces,
         -plan.out_cols,
     )
-    return starved and plan.block_tokens <= PMAX, effort, plan.blocks(), *overlap
+    return loss > 0 and plan.block_tokens <= PMAX, effort, plan.blocks(), *overlap
 
 
-def _is_starved(plan: Plan) -> bool:
-    """Whether casts of int8 and products wait for one another in a short ring, or in one of short chunks."""
-    is_short = plan.ring_slots < INT8_SLOTS or 4 * plan.ring_cols * plan.itemsize < 3 * SLOT_BYTES[0]
-    return plan.is_int8 and plan.chunks() > plan.ring_slots and is_short
+def _starved_loss(plan: Plan) -> float:
+    """What casts of int8 and products lose by waiting for one another in a short ring, or in one of short
+    chunks.
+    """
+    if not plan.is_int8 or plan.chunks() <= plan.ring_slots:
+        return 0.0
+    is_short = 4 * plan.ring_cols * plan.itemsize < 3 * SLOT_BYTES[0]
+    return STARVED_LOSS * (plan.ring_slots < INT8_SLOTS) + SHORT_LOSS * is_short
 
 
 def choices(request: Request) -> Iterator[Choice]:

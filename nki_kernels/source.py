@@ -23,6 +23,7 @@ PROGRAM = (
     "targets.py",
     "tile_plan.py",
     "tiling.py",
+    "waits.py",
     "kernels/*.py",
 )
 

@@ -23,16 +23,11 @@ from nki_kernels.layout import Layout, Projection, mlp_layout
 from nki_kernels.placement import Room, largest, place, raw_slots
 from nki_kernels.plan_file import own_choice
 from nki_kernels.request import Request, z_is_natural
+from nki_kernels.ring import INT8_SLOTS, MIN_SLOTS, SLOT_BYTES, deepest_ring, ring_loss
 from nki_kernels.targets import PMAX, TRN1, Target
 from nki_kernels.tile_plan import Plan
 from nki_kernels.tiling import MOVING_COLS, SHARED, tile_count
 
-SLOT_BYTES = (8 * 1024, 4 * 1024)  # per partition: twice what saturates a DMA queue, and just that
-MIN_SLOTS = 3  # one in use, one arriving, one asked for
-INT8_SLOTS = 4  # and one being cast
-STARVED_LOSS = 0.01  # about what a prefill loses with fewer,
-SHORT_LOSS = 0.03  # and with chunks of half the length
-MAX_SLOTS = 8  # deeper rings only where they save reads
 TOKEN_GROUPS = (4, 8)  # half the PSUM banks, so that the other half can be emptied meanwhile; or all
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
 
@@ -123,7 +118,7 @@ def _cost(plan: Plan, target: Target) -> tuple[float, ...]:
     short chunks, int8 scales spread piece by piece, short stores. Starved plans come last in decode.
     """
     shares = plan.at.rows == plan.at.output
-    loss = _starved_loss(plan)
+    loss = ring_loss(plan, target)
     effort = effort_us(plan, target) * (1 + loss)
     overlap = (
         plan.token_group,
@@ -133,17 +128,7 @@ def _cost(plan: Plan, target: Target) -> tuple[float, ...]:
         plan.spreads_pieces,
         -plan.out_cols,
     )
-    return loss > 0 and plan.block_tokens <= PMAX, effort, plan.blocks(), *overlap
-
-
-def _starved_loss(plan: Plan) -> float:
-    """What casts of int8 and products lose by waiting for one another in a short ring, or in one of short
-    chunks.
-    """
-    if not plan.is_int8 or plan.chunks() <= plan.ring_slots:
-        return 0.0
-    is_short = 4 * plan.ring_cols * plan.itemsize < 3 * SLOT_BYTES[0]
-    return STARVED_LOSS * (plan.ring_slots < INT8_SLOTS) + SHORT_LOSS * is_short
+    return plan.is_int8 and loss > 0 and plan.block_tokens <= PMAX, effort, plan.blocks(), *overlap
 
 
 def choices(request: Request) -> Iterator[Choice]:
@@ -200,12 +185,11 @@ def _with_spare(choice: Choice, plan: Plan, target: Target) -> Choice:
     """`choice`, which made `plan`, with what SBUF has left: for a deeper ring, which has more transfers in
     flight, and then for more early tiles.
     """
-    spare = target.sbuf_usable_bytes - plan.sbuf_bytes()
-    deepest = min(plan.ring_slots + spare // plan.slot_bytes, max(MAX_SLOTS, plan.ring_slots), plan.chunks())
+    deepest = deepest_ring(plan, target)
     if not plan.early_tiles:
         return dataclasses.replace(choice, ring_slots=deepest)
     slots = max((n for n in range(plan.ring_slots, deepest + 1) if keeps_apart(plan, n)), default=deepest)
-    spare -= (slots - plan.ring_slots) * plan.slot_bytes
+    spare = target.sbuf_usable_bytes - plan.sbuf_bytes() - (slots - plan.ring_slots) * plan.slot_bytes
     return dataclasses.replace(choice, ring_slots=slots, early_tiles=more_tiles(plan, slots, spare))
 
 

@@ -20,6 +20,7 @@ PROGRAM = (
     "plan_file.py",
     "planner.py",
     "request.py",
+    "ring.py",
     "targets.py",
     "tile_plan.py",
     "tiling.py",

@@ -24,8 +24,10 @@ def copy_us(rows: int, row_bytes: int, target: Target) -> float:
 
 
 def is_by_rows(plan: Plan) -> bool:
-    """Whether the launch takes rows in and gives rows out."""
-    return plan.natural_output and plan.row_bytes > 0
+    """Whether the launch takes rows in and gives rows out, and is no decode: there TensorE waits for weights
+    and both ends are short.
+    """
+    return plan.natural_output and plan.row_bytes > 0 and plan.tokens > PMAX
 
 
 def transfers_us(plan: Plan, target: Target) -> float:

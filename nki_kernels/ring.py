@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nki_kernels.targets import Target
 from nki_kernels.tile_plan import Plan
+from nki_kernels.tiling import tile_count
 from nki_kernels.waits import is_by_rows
 
 SLOT_BYTES = (8 * 1024, 4 * 1024)  # per partition: twice what saturates a DMA queue, and just that
@@ -30,7 +31,8 @@ def ring_loss(plan: Plan, target: Target) -> float:
     if plan.is_int8:
         is_short = 4 * plan.ring_cols * plan.itemsize < 3 * SLOT_BYTES[0]
         return STARVED_LOSS * max(0, INT8_SLOTS - plan.ring_slots) ** 2 + SHORT_LOSS * is_short
-    if not is_by_rows(plan):
+    if not is_by_rows(plan) or tile_count(plan.block_tokens) <= plan.token_group:
         return 0.0
+    # Every group of token tiles takes all weights of the last product once more, while results are stored.
     lacking = 1 - deepest_ring(plan, target) * plan.slot_bytes / (4 * SLOT_BYTES[0])
     return TRICKLE_LOSS * max(0.0, lacking)

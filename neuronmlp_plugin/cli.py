@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from neuronmlp_plugin import __version__
 from neuronmlp_plugin.errors import NeuronMLPError, printable
@@ -32,8 +33,29 @@ _EXTRAS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells a wrong command line in one sentence, without a page of usage before it."""
+
+    given: Sequence[str] = ()
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        self.given = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        # argparse misses what is required before it sees that a word was misspelt.
+        options = [word.partition("=")[0] for word in self.given if word.startswith("--")]
+        known = [*self._option_string_actions]
+        for option in options if self._subparsers is None else ():
+            if not any(name.startswith(option) for name in known):
+                near = difflib.get_close_matches(option, known, 1)
+                message = f"{option}: no such option{f', did you mean {near[0]}?' if near else ''}"
+                break
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="neuronmlp", description=__doc__)
+    parser = _Parser(prog="neuronmlp", description=__doc__)
     parser.add_argument("--version", action="version", version=f"neuronmlp {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
@@ -67,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"neuronmlp {args.command}: interrupted{then}.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output has enough
+        # Python flushes stdout once more as it exits: into something that takes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except ModuleNotFoundError as error:

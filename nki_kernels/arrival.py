@@ -31,6 +31,8 @@ def early_tiles(wanted: int, room: Room) -> int:
         return 0
     is_plain = first.row_groups == 1 and not first.pivots
     rows = first.row_tiles() * PMAX
+    # More than one chunk to a column tile, and whole ones: then a chunk is the weights of one piece of the
+    # rows.
     if not is_plain or rows <= room.ring_cols or rows % room.ring_cols:
         return 0
     return min(wanted or output_bytes(room) // sum_bytes(room.block_tokens), first.cols // PMAX, EARLY_TILES)
@@ -59,6 +61,8 @@ def more_tiles(plan: Plan, slots: int, spare_bytes: int) -> int:
     more = spare_bytes // ALIGN_BYTES * ALIGN_BYTES // sum_bytes(plan.block_tokens)
     tiles = min(plan.early_tiles + more, plan.products.down_first.cols // PMAX, EARLY_TILES)
     # The last tile's weights are in use when those of the first tile's next rows are asked for.
+    # Tile n's weights for rows i are chunk n tile_chunks + i; two chunks share a slot where `slots` divides
+    # their distance.
     shares_slot = ((tiles - 1) * _tile_chunks(plan) - 1) % slots == 0
     return tiles - 1 if shares_slot else tiles
 

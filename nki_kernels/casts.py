@@ -32,6 +32,8 @@ def scalar_shares(layout: Layout, block: Block, target: Target) -> tuple[int, in
     transposed = _even(
         layout.stored_cols - last, _scalar_cycles(layout, block), _vector_cycles(layout, block), target
     )
+    # Passes over natural output (cost/costs.py): one to scale it, with an operand in PSUM; two to add the
+    # residual, with both in SBUF.
     vector = tile_count(block.tokens) * natural * (3 if block.residual else 1)
     return transposed, _even(last, 0, vector, target)
 
@@ -56,6 +58,8 @@ def _even(columns: int, scalar_cycles: int, vector_cycles: int, target: Target) 
     if columns == 0:
         return PMAX // 2
     scalar, vector = 1 / target.scalar_ghz, 1 / target.vector_ghz
+    # From share columns scalar + scalar_cycles scalar = (1 - share) columns vector + vector_cycles vector, in
+    # ns.
     share = (columns * vector + vector_cycles * vector - scalar_cycles * scalar) / (
         columns * (scalar + vector)
     )
@@ -86,5 +90,6 @@ def _scalar_cycles(layout: Layout, block: Block) -> int:
 
 def _vector_cycles(layout: Layout, block: Block) -> int:
     """Products of gate and up, pivots added to z."""
+    # Two passes each: with int8 weights both are scalar_tensor_tensor.
     tiles = 2 * _tiles(layout.gate_second) + (2 * _tiles(layout.down_first) if _adds_pivots(layout) else 0)
     return tiles * _tile_cycles(block.tokens, block.moving_tokens)

@@ -76,6 +76,7 @@ class Projection:
     @property
     def halves(self) -> bool:
         """Whether the last row tile of z fits half the partitions, so that blocks for it can be shared."""
+        # A z that cores share out (slots < rank) leaves the chip, and collectives know nothing of halves.
         return self.is_whole and 0 < self.rank % PMAX <= HALF
 
 
@@ -147,6 +148,7 @@ class Layout:
                     yield name, matrix, n, block, shared[name, block[0]]
                 if block[3] == STORED:
                     yield name, matrix, n, block, offset
+                    # The latest of this row tile: a SHARED block of the next column tile lies in it.
                     shared[name, block[0]] = offset
                     offset += matrix.tile_width(n)
 
@@ -230,6 +232,7 @@ def gate_layout(hidden: int, intermediate: int, projection: Projection) -> tuple
     hidden, intermediate, part = int(hidden), int(intermediate), projection.in_python()
     if part.form == "dense":
         return None, Matrix(hidden, intermediate, col_groups=part.groups)
+    # Gate and up put channels out, so the pivots are columns of the second factor: y = z [1 | C].
     axis = "cols" if part.form == "compact" else ""
     groups = part.groups
     first = Matrix(hidden, groups * part.slots, col_groups=groups, twice=part.halves)
@@ -256,6 +259,7 @@ def down_layout(
     hidden, intermediate, part = int(hidden), int(intermediate), projection.in_python()
     if part.form == "dense":
         return None, Matrix(intermediate, hidden, tile_cols, row_groups=part.groups)
+    # Down takes channels in, so the pivots are rows of the first factor: z = h [1 ; C].
     axis = "rows" if part.form == "compact" else ""
     groups = part.groups
     first = Matrix(
@@ -340,6 +344,8 @@ def int8_layout(layout: Layout) -> Layout:
         matrix = layout.matrix(name)
         if matrix is None:
             continue
+        # Pivots are added behind the scale, column tile n taking row tile n of the source
+        # (`Matrix.added_tile`): a shift would put them into other tiles.
         if matrix.shift:
             raise ValueError(
                 f"{name}: expected pivots that begin with the core's own, found a shift of {matrix.shift}."

@@ -81,6 +81,7 @@ def pack(layout: Layout, weights: Mapping[str, Array], out: Array | None = None)
         dtype = next(iter(weights.values())).dtype
         out = np.zeros((PMAX, layout.packed_cols), dtype)
     for name, matrix, n, block, offset in layout.blocks():
+        # A SHARED block comes to the columns of a stored one, in the other half of the partitions.
         _copy_block(matrix, n, block, weights[name].T, out, offset, packing=True)
         if not matrix.adds_pivots():
             _write_identity(matrix, n, block, out, offset)
@@ -129,6 +130,7 @@ def _copy_scales(matrix: Matrix, scales: Array, out: Array) -> None:
     """Group by group, behind the pivots of a matrix that has them among its columns."""
     pivots = matrix.pivots if matrix.pivot_axis == "cols" else 0
     cols = matrix.group_cols()
+    # A column of 128 scales for each tile of a group; groups begin with a column of their own.
     tiles = scale_cols(matrix) // matrix.col_groups
     for group in range(matrix.col_groups):
         mine = scales[group * (cols - pivots) : (group + 1) * (cols - pivots)]
@@ -177,6 +179,7 @@ def _copy_block(
     # Stored are the groups one after another, each without its pivots.
     pivot_rows = matrix.pivots if matrix.pivot_axis == "rows" else 0
     pivot_cols = matrix.pivots if matrix.pivot_axis == "cols" else 0
+    # Blocks of a block-diagonal tensor are stacked along `out` (`stored_shape`): each begins at row 0 of it.
     row_group = 0 if is_block_diagonal(matrix) else k // matrix.group_row_tiles()
     first_row = row_group * matrix.group_rows() + row + skip_rows - pivot_rows
     col_group = n // matrix.group_col_tiles()
@@ -205,6 +208,8 @@ def _write_identity(matrix: Matrix, n: int, block: Block, out: Array, offset: in
     row, col = _within_group(matrix, k, n)
     start, count = (col, matrix.tile_width(n)) if by_column else (row, rows)
     for i in range(start, min(matrix.pivots, start + count)):
+        # W[shift + i, i] = 1 by columns, W[i, shift + i] = 1 by rows (`tiling.Matrix`), counted from this
+        # block's corner.
         r, c = (matrix.shift + i - row, i - col) if by_column else (i - row, matrix.shift + i - col)
         if 0 <= r < rows and 0 <= c < matrix.tile_width(n):
             out[first + r, offset + c] = 1

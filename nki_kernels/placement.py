@@ -78,6 +78,7 @@ def place(room: Room) -> dict[str, Any]:
     gate_bytes, up_bytes, down_bytes = (
         room.row_tiles(layout.z_tiles(name)) for name in ("gate", "up", "down")
     )
+    # Down's z lies over gate's and up's, which h has replaced by then.
     z_rows = z + max(gate_bytes + up_bytes, down_bytes)
     z_row_bytes = aligned(_z_row_cols(room.request) * itemsize)
     activated = z_rows + 2 * z_row_bytes
@@ -125,6 +126,7 @@ def _int8(room: Room, start: int) -> dict[str, int]:
     spread = _spread(room, start + aligned(layout.scale_cols * 4), in_pieces=False)
     scaled = spread.pop("end")
     raw = scaled + (2 * MOVING_COLS * 4 if room.request.residual else 0)
+    # The int8 identity, 128 columns, comes through one of them, too.
     raw_bytes = aligned(max(room.ring_cols, PMAX))
     ring = raw + raw_slots(room.block_tokens) * raw_bytes
     return {
@@ -147,6 +149,7 @@ def _spread(room: Room, start: int, in_pieces: bool) -> dict[str, int]:
     if in_pieces != room.spreads_pieces:
         return {"end": start}
     small = start + aligned((room.out_cols if in_pieces else natural) * 4)
+    # Five of `[128, 128]` fp32: the ones, and four diagonals (`workspace.Scales.spread_rows`).
     return {"spread": start, "small": small, "end": small + 5 * PMAX * 4}
 
 
@@ -154,6 +157,7 @@ def _wide(room: Room, row_bytes: int) -> dict[str, int]:
     """Addresses of x, h, output and rows, and where the last of them ends."""
     layout = room.request.layout
     x_end = room.row_tiles(tile_count(layout.hidden))
+    # A dense gate or up reads x while h is written; else x is used up once there is z.
     h = x_end if layout.x_outlives_firsts else 0
     h_end = h + room.row_tiles(layout.h_tiles)
     # Output may lie over h where h is dead by the time that results are staged, and never over x, which the

@@ -59,6 +59,7 @@ def input_projection(h: np.ndarray, weights: Weights, groups: int = 1) -> np.nda
     parts = []
     rows = groups_of(weights[first].shape[0], groups)
     for h_part, part in zip(np.split(h, groups, axis=1), rows, strict=True):
+        # c has R rows a group, and a group has as many pivots.
         pivots = 0 if first == "u.weight" else part.stop - part.start
         z = product(h_part[:, pivots:], weights, first, part)
         parts.append(z + h_part[:, :pivots].astype(np.float32) if pivots else z)

@@ -12,9 +12,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-PMAX = (
-    128  # partitions of SBUF and PSUM, and rows and columns of the TensorE array, on every generation [tile]
-)
+# Partitions of SBUF and PSUM, and rows and columns of the TensorE array, on every generation [tile].
+PMAX = 128
 KIB = 1024
 # "TensorE instruction turnaround time", MM_INIT_LATENCY on NeuronCore-v2 [perf]. [doc] gives a matmul the
 # larger of it and its moving columns; the matmul tutorial's fastest kernel, published at 6.97 ms, takes their

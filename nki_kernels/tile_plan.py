@@ -118,6 +118,7 @@ class Plan(nl.NKIObject):
 
     def sbuf_bytes(self) -> int:
         """Bytes per partition up to the end of the last tensor in SBUF, exactly."""
+        # The ring is the last tensor, and behind its last slot nothing needs to be aligned.
         return self.at.ring + (self.ring_slots - 1) * self.slot_bytes + self.ring_cols * self.itemsize
 
     def weight_cols_read(self) -> int:
@@ -129,6 +130,8 @@ class Plan(nl.NKIObject):
         if shared <= 0:
             return once
         # Chunks that have a slot to themselves are read once.
+        # Chunk c goes to slot c % ring_slots, so it shares it with c + ring_slots: those from `shared` to
+        # ring_slots - 1 share with nobody.
         held = (
             self.chunk_bounds[self.ring_slots] - self.chunk_bounds[shared] if shared < self.ring_slots else 0
         )
@@ -155,5 +158,6 @@ class Plan(nl.NKIObject):
         if not self.natural_output:
             return 0
         matrix = self.products.down_second
+        # One chunk more than its columns fill: a column tile begins in the middle of one as a rule.
         spanned = (matrix.row_tiles() * matrix.tile_cols + self.ring_cols - 1) // self.ring_cols + 1
         return 0 if spanned <= self.ring_slots else matrix.row_tiles() * matrix.cols

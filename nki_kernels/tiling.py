@@ -12,9 +12,8 @@ from typing import Any
 from nki_kernels.backend import nl
 from nki_kernels.targets import PMAX
 
-STATIONARY_COLS = (
-    128  # a matrix that serves as stationary operand gives transposed results, this many columns at a time
-)
+# A matrix that serves as stationary operand gives transposed results, this many columns at a time.
+STATIONARY_COLS = 128
 MOVING_COLS = 512  # one that serves as moving operand gives natural results
 
 
@@ -85,6 +84,7 @@ class Matrix(nl.NKIObject):
 
     def tile_width(self, n: int) -> int:
         """Columns of column tile `n`."""
+        # Column tiles are numbered through all groups; `col` counts from the beginning of its own.
         col = n % self.group_col_tiles() * self.tile_cols
         return min(self.tile_cols, self.group_cols() - col)
 
@@ -113,10 +113,17 @@ class Matrix(nl.NKIObject):
 
     def blocks(self, n: int) -> list[Block]:
         """The blocks of column tile `n`, in the order in which they are stored and summed; at least one, if
-        only of zeros.
+        only of zeros. Of 192 rows and 320 columns, 128 of them pivots: tile 0 is row tile 0 as it is
+        (IDENTITY); tiles 1 and 2 share a block for the 64 rows left, each in a half of the partitions.
+
+        >>> Matrix(192, 320, pivot_axis="cols", pivots=128, halves=True).blocks(0)
+        [(0, 0, 128, 2)]
+        >>> [Matrix(192, 320, pivot_axis="cols", pivots=128, halves=True).blocks(n) for n in (1, 2)]
+        [[(0, 0, 128, 0), (1, 0, 64, 0)], [(0, 0, 128, 0), (1, 64, 64, 1)]]
         """
         first, end = 0, self.row_tiles()
         if self.row_groups > 1 and self.col_groups > 1:
+            # Block-diagonal: only the row tiles of the column tile's own group.
             first = n // self.group_col_tiles() * self.group_row_tiles()
             end = first + self.group_row_tiles()
         found = []
@@ -130,6 +137,8 @@ class Matrix(nl.NKIObject):
             elif kind == "full" and not self._is_tail(k):
                 found.append((k, 0, rows, STORED))
             elif kind == "full" and self._is_second_half(n):
+                # In the other half of the block that the column tile before has; the rows of z are there
+                # twice.
                 shared.append((k, HALF, rows, SHARED))
             elif kind == "full":
                 last.append((k, 0, rows, STORED))
@@ -137,6 +146,7 @@ class Matrix(nl.NKIObject):
         # enough to be on chip still.
         found = shared + found + last if self.row_groups > 1 else found + last + shared
         if len(found) == 0:
+            # A column tile of zeros still needs a product: its sum has to begin.
             found.append((first, 0, self.tile_rows(first), STORED))
         return found
 
@@ -154,6 +164,9 @@ class Matrix(nl.NKIObject):
         """What is in block (k, n) of a group: "full", "zero" or "identity"."""
         row, col = k * PMAX, n * self.tile_cols
         rows, cols = self.tile_rows(k), self.tile_width(n)
+        # A tile of pivots alone has nothing but ones of the identity: `first`, on the other axis, is where
+        # they begin, `count` how many they are; the block reaches from `at` over `height` there. Any other
+        # tile has numbers.
         if self.pivot_axis == "cols" and col + cols <= self.pivots:
             first, count, at, height = self.shift + col, cols, row, rows
         elif self.pivot_axis == "rows" and row + rows <= self.pivots:
@@ -162,6 +175,8 @@ class Matrix(nl.NKIObject):
             return "full"
         if first >= at + height or first + count <= at:
             return "zero"
+        # Ones that begin elsewhere in the block, or go on in the next, are stored: an IDENTITY block is read
+        # from its first row on.
         return "identity" if first == at and count <= height else "full"
 
 

@@ -7,8 +7,8 @@ import functools
 import pathlib
 from collections.abc import Callable, Collection
 
-from nki_kernels.cost.collectives import COLLECTIVES
 from nki_kernels.cost.constants import SETS
+from nki_kernels.cost.interconnect import COLLECTIVES
 from nki_kernels.targets import TARGETS
 
 Write = Callable[[str], None]

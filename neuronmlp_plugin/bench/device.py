@@ -84,6 +84,7 @@ def measure_us(core: Core, clock: Callable[[], float] = time.perf_counter) -> fl
     found = []
     for _ in range(WARMUP + ROUNDS):
         one, several = (_graph_us(core, launches, clock) for launches in (1, LAUNCHES))
+        # What starting a graph costs is in both.
         found.append((several - one) / (LAUNCHES - 1))
     median = statistics.median(found[WARMUP:])
     if median <= 0:

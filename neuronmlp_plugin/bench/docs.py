@@ -31,7 +31,10 @@ BLOCKS = (
     "layers mesh",
     "int8 MLPs",
     "int8 models",
+    "four groups",
 )
+# What the README says of a chip: folders that four cores serve, in the form that most of their layers have.
+FOUR_GROUPS = ("Llama-3.1-8B", "--tp", "4", "--batch", "1", "--form", "groups compact")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +77,7 @@ def _options(module: object, *given: str) -> argparse.Namespace:
 
 def make(made: Made) -> list[Result]:
     """All blocks and rows; the results of the kernels are given back for the pictures."""
-    from neuronmlp_plugin.bench import calibrate, int8_cases, kernels, layer_cases, layers, summary
+    from neuronmlp_plugin.bench import calibrate, int8, int8_cases, kernels, layer_cases, layers, summary
     from nki_kernels.cost.constants import CALIBRATED
 
     made.add(calibrate.csv_rows(calibrate.report(CALIBRATED, made.block("calibration")), CALIBRATED))
@@ -89,7 +92,10 @@ def make(made: Made) -> list[Result]:
         done = layer_cases.report(options, made.block(f"layers {name}"))
         made.add(row for item in done for row in item.rows(layer_cases.where(options)))
     made.add(int8_cases.report_mlps(0.20, made.block("int8 MLPs")))
-    made.add(int8_cases.report_models(_options(layers), made.block("int8 models")))
+    made.add(int8_cases.report_models(_options(int8), made.block("int8 models")))
+    for removed in ("0.10", "0.20", "0.40"):
+        options = _options(int8, *FOUR_GROUPS, "--remove", removed)
+        made.add(int8_cases.report_models(options, made.block("four groups")))
     return results
 
 

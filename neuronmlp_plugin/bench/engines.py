@@ -95,6 +95,7 @@ def engines(models: Mapping[str, pathlib.Path], settings: EngineSettings) -> Ite
             serve = _serve_llama if path.suffix == ".gguf" else _serve_vllm
             process = context.Process(target=serve, args=(theirs, str(path), settings), daemon=True)
             process.start()
+            # The engine has a copy of its own: only when that is gone does reading here end with EOF.
             theirs.close()
             pipes[name] = ours
             processes.append(process)

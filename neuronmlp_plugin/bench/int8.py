@@ -6,11 +6,13 @@ import argparse
 
 from neuronmlp_plugin.bench import layers
 from neuronmlp_plugin.bench.rows import append_rows
+from nki_kernels.cost.mlp_forms import FORMS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     layers.add_arguments(parser)
     parser.add_argument("--whole-models", action="store_true", help="whole models alone, no single MLPs")
+    parser.add_argument("--form", choices=FORMS, help="of whole models (default: the fastest in bf16)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,7 +9,15 @@ import dataclasses
 from collections.abc import Iterator
 
 from neuronmlp_plugin.bench.arguments import Write, say
-from neuronmlp_plugin.bench.layer_cases import best_form, compare, cores_of, setting_of, steps_of, where
+from neuronmlp_plugin.bench.layer_cases import (
+    Compared,
+    best_form,
+    compare,
+    cores_of,
+    setting_of,
+    steps_of,
+    where,
+)
 from neuronmlp_plugin.bench.rows import Row
 from neuronmlp_plugin.errors import UsageError
 from nki_kernels.cost.baselines import BF16
@@ -116,13 +124,19 @@ MODEL_HEAD = (
 )
 
 
+def _form(wanted: str | None, compared: list[Compared]) -> str:
+    """The form asked for, or the best. Raises UsageError where the cores or the budget rule it out."""
+    offered = compared[0].forms
+    if wanted and wanted not in offered:
+        where = f"{compared[0].model} on {compared[0].tp} cores"
+        raise UsageError(f"--form {wanted}: {where}: expected one of {', '.join(offered)}")
+    return wanted or best_form(compared)
+
+
 def report_models(args: argparse.Namespace, write: Write = say) -> list[Row]:
     """Whole models against what a user could do instead: dense bf16, dense int8, the same folder in bf16."""
-    write(
-        f"simulated, {where(args)}, removed_ratio {args.remove}; speed over dense bf16 of dense int8, and of "
-        "the"
-    )
-    write("best form in bf16 and int8")
+    write(f"simulated, {where(args)}, removed_ratio {args.remove}; speed over dense bf16 of dense int8,")
+    write(f"and of {args.form or 'the best form'} in bf16 and int8")
     write(MODEL_HEAD)
     rows: list[Row] = []
     steps = steps_of(args.prompt, args.batch)
@@ -130,7 +144,7 @@ def report_models(args: argparse.Namespace, write: Write = say) -> list[Row]:
         for tp in cores_of(args, shape):
             setting = setting_of(args, tp)
             compared = compare(shape, args.remove, steps, setting)
-            form = best_form(compared)
+            form = _form(args.form, compared)
             blends = {
                 "dense int8": in_int8(dense(shape, tp)),
                 f"{form} int8": in_int8(FORMS[form](shape, tp, args.remove)),
@@ -146,7 +160,7 @@ def report_models(args: argparse.Namespace, write: Write = say) -> list[Row]:
                 plain, low = times.values()
                 numbers = f"{whole:>14.0f}{whole / plain:>12.3f}{item.gain(form):>9.3f}{whole / low:>9.3f}"
                 write(f"{shape.name:<14}{tp:>3} {item.step:<13}{numbers}  {form:<15}{plain / low:>15.3f}")
-                case = f"layers {shape.name} tp={tp} {item.step}"
+                case = f"layers {shape.name} tp={tp} {item.step} removed {args.remove}"
                 rows += [
                     Row(f"{case} {n}", "simulated_us", "us", us, "simulated", where(args))
                     for n, us in times.items()

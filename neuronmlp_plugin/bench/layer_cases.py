@@ -12,8 +12,8 @@ from neuronmlp_plugin.bench.arguments import Write, say
 from neuronmlp_plugin.bench.rows import Row
 from neuronmlp_plugin.errors import UsageError
 from nki_kernels.cost import mlp_forms
-from nki_kernels.cost.collectives import COLLECTIVES
 from nki_kernels.cost.constants import SETS
+from nki_kernels.cost.interconnect import COLLECTIVES
 from nki_kernels.cost.mlp_forms import Blend
 from nki_kernels.cost.models import MODELS, ModelShape
 from nki_kernels.cost.tensor_parallel import Setting

@@ -49,6 +49,7 @@ class Stopwatch:
     def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
+            # What has ended inside the caller so far is put aside: `inside` now counts for this call.
             outer, self.inside = self.inside, 0.0
             begin = self.clock()
             try:

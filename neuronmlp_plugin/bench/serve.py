@@ -73,6 +73,7 @@ def bytes_per_step(folder: pathlib.Path, dtype: str) -> int:
         bool(checkpoint.config.get("tie_word_embeddings")),
         4 if dtype in ("float32", "float") else 2,
     )
+    # A tied table is the head as well, which reads all of it.
     read = {
         name: kind
         for name, kind in checkpoint.dtypes().items()

@@ -177,6 +177,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{model} tp={tp} {name}\n    {line}", flush=True)
             if fields is not None:
                 choices[name] = fields
+            # After every plan: a search of hours can be ended, and goes on from here.
             args.out.write_text(
                 json.dumps({"about": about, "choices": dict(sorted(choices.items()))}, indent=1) + "\n",
                 encoding="utf-8",

@@ -16,6 +16,7 @@ from torch import nn
 from neuronmlp_plugin.checkpoint.loader import build_skeleton, swap_projections
 from neuronmlp_plugin.checkpoint.reader import Checkpoint, FactorFile
 from neuronmlp_plugin.errors import NonFiniteError, UsageError
+from neuronmlp_plugin.lowrank.decompose import all_finite
 
 CPU = torch.device("cpu")
 
@@ -62,6 +63,7 @@ class LayerStream:
         return layer
 
     def release(self, index: int) -> None:
+        # Back to shapes without memory; the module itself stays, for the next `load`.
         self.model.model.layers[index].to_empty(device="meta")
 
     def embed(self, windows: torch.Tensor) -> torch.Tensor:
@@ -88,7 +90,7 @@ class LayerStream:
         output = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
         # A layer of transformers 4 may return a tuple.
         output = output[0] if isinstance(output, tuple) else output
-        if not bool(torch.isfinite(output.detach()).all()):
+        if not all_finite(output.detach()):
             raise NonFiniteError(
                 f"{self.checkpoint.folder}: expected finite activations, found NaN or Inf in the forward "
                 "pass; check the weights."
@@ -102,9 +104,9 @@ class LayerStream:
         return nn.Sequential(norm, _Output(self._tensor(self._head_name())))
 
     @contextlib.contextmanager
-    def on_demand(self, tick: Callable[[int], None]) -> Iterator[Any]:
-        """The whole Hugging Face model, whose layers load when they are called and go when they are done;
-        `tick(1)` after each pass.
+    def on_demand(self, tick: Callable[[int], None], room: int = 0) -> Iterator[Any]:
+        """The whole Hugging Face model, whose layers load when they are called and go when they are done, but
+        for the first ones, as many as `room` bytes hold; `tick(1)` after each pass.
         """
         _, output = self.head()
         self.model.lm_head, self.model.model.embed_tokens = output, _Lookup(self)
@@ -112,12 +114,16 @@ class LayerStream:
             hooks.callback(output.to, "meta")  # another model's head comes next
             for index, layer in enumerate(self.model.model.layers):
                 hooks.enter_context(layer.register_forward_pre_hook(functools.partial(self._before, index)))
-                hooks.enter_context(layer.register_forward_hook(functools.partial(self._after, index)))
+                room -= sum(t.numel() for t in layer.state_dict().values()) * self.dtype.itemsize
+                if room < 0:
+                    hooks.enter_context(layer.register_forward_hook(functools.partial(self._after, index)))
+                hooks.callback(self.release, index)
             hooks.enter_context(self.model.register_forward_hook(lambda *_: tick(1)))
             yield self.model
 
-    def _before(self, index: int, *_: Any) -> None:
-        self.load(index)
+    def _before(self, index: int, layer: nn.Module, _: Any) -> None:
+        if next(layer.parameters()).is_meta:
+            self.load(index)
 
     def _after(self, index: int, *_: Any) -> None:
         self.release(index)
@@ -128,6 +134,7 @@ class LayerStream:
         )
 
     def _tensor(self, name: str) -> torch.Tensor:
+        # The prefixes are of changed MLPs alone: everything else of the layer is the dense folder's.
         if self.factors is not None and name.startswith(tuple(self.factors.prefixes)):
             return self.factors.tensor(name).to(self.device, self.dtype)
         return self.checkpoint.tensor(name).to(self.device, self.dtype)

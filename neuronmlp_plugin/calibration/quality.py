@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from neuronmlp_plugin.calibration.layer_stream import LayerStream
 from neuronmlp_plugin.calibration.statistics import run_in_place
 from neuronmlp_plugin.errors import NonFiniteError
+from neuronmlp_plugin.lowrank.decompose import all_finite
 
 # whose logits are in memory at a time: 33 MB in fp32 for 128256 tokens; larger pieces cost the kernel's page
 # faults
@@ -86,17 +87,22 @@ def compare(
 
 
 class Judge:
-    """Compares candidates with a reference that runs once, over all predicted tokens of `windows [n, S]`.
+    """Compares candidates with a reference that runs once, over all predicted tokens of `windows [n, S]`; not
+    at all where `exact`, its `last_hidden` there, is known.
 
     One layer of one model is in memory at a time; `tick(1)` after each of any model's layers. A window with
     NaN or Inf logits ends the run with NonFiniteError: skipping it would make a broken model look finite.
     """
 
     def __init__(
-        self, reference: LayerStream, windows: torch.Tensor, tick: Callable[[int], None] = lambda _: None
+        self,
+        reference: LayerStream,
+        windows: torch.Tensor,
+        tick: Callable[[int], None] = lambda _: None,
+        exact: torch.Tensor | None = None,
     ) -> None:
         self.reference, self.windows = reference, windows
-        self._exact = last_hidden(reference, windows, tick)
+        self._exact = last_hidden(reference, windows, tick) if exact is None else exact
 
     @torch.no_grad()
     def compare(self, candidate: LayerStream, tick: Callable[[int], None] = lambda _: None) -> Quality:
@@ -150,7 +156,7 @@ class _Totals:
 
 
 def _log_probabilities(logits: torch.Tensor, where: str) -> torch.Tensor:
-    if not bool(torch.isfinite(logits).all()):
+    if not all_finite(logits):
         raise NonFiniteError(f"{where}: expected finite logits, found NaN or Inf; the model is broken.")
     return logits.float().log_softmax(-1)
 
@@ -176,6 +182,7 @@ def kl_gradient(
         log_q, log_p = (F.linear(x.to(head.dtype), head).float().log_softmax(-1) for x in (h, t))
         p = log_p.exp()
         total += float((p * (log_p - log_q)).sum())
+        # dKL/dlogits = q - p, in the place of log q; then back through logits = hidden head^T.
         gradients.append((log_q.exp_().sub_(p).to(head.dtype) @ head).float())
     return total, torch.cat(gradients)
 

@@ -18,7 +18,7 @@ from neuronmlp_plugin.calibration.workers import Workers
 from neuronmlp_plugin.lowrank.decompose import SecondMoment
 from neuronmlp_plugin.models.factors import PROJECTIONS
 
-BATCH = 4  # windows per forward call: large enough for full-speed matmuls, small enough to bound memory
+BATCH = 2  # windows per forward call: large enough for full-speed matmuls, small enough for caches
 DAMPING = 0.1  # share of the mean diagonal added to down's metric: a short backward pass sees few directions
 
 
@@ -102,7 +102,8 @@ def backward_in_place(
 
     The layer is run anew, batch by batch, so that only one batch of one layer keeps its activations.
     """
-    for batch, outer in zip(hidden.split(BATCH), gradient.split(BATCH), strict=True):
+    batches = zip(hidden.split(BATCH), gradient.split(BATCH), strict=True)
+    for batch, outer in batches if len(hidden) else ():
         leaf = batch.detach().to(stream.device).requires_grad_()
         stream.run(layer, leaf).backward(outer.to(stream.device))
         assert leaf.grad is not None
@@ -113,15 +114,15 @@ def loss_gradient(stream: LayerStream, hidden: torch.Tensor, windows: torch.Tens
     """dL/dhidden for the last layer's output `hidden [n, S, H]`, L the summed next-token loss over `windows
     [n, S]`.
     """
-    head, gradients = stream.head(), []
-    for states, ids in zip(hidden, windows, strict=True):
+    head, gradient = stream.head(), torch.empty_like(hidden)
+    for states, ids, found in zip(hidden, windows, gradient, strict=True):
         # A window at a time: logits of all of them would fill the memory. Summed and not averaged: what is
         # wanted is each token's own gradient.
         leaf = states.detach().to(stream.device).requires_grad_()
         F.cross_entropy(head(leaf[:-1]), ids[1:].to(stream.device), reduction="sum").backward()
         assert leaf.grad is not None
-        gradients.append(leaf.grad.to(hidden.device))
-    return torch.stack(gradients)
+        found.copy_(leaf.grad)
+    return gradient
 
 
 def layer_metrics(

@@ -21,9 +21,8 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
     """The folder's own tokenizer; remote code is never run. Raises CheckpointError where there is none."""
     from transformers import AutoTokenizer
 
-    if not any(
-        (pathlib.Path(folder) / name).is_file() for name in _VOCABULARIES
-    ):  # transformers would make an empty tokenizer
+    # Without any of them transformers would make an empty tokenizer.
+    if not any((pathlib.Path(folder) / name).is_file() for name in _VOCABULARIES):
         raise CheckpointError(
             f"{folder}: expected a tokenizer ({' or '.join(_VOCABULARIES)}), found none; copy the model's "
             "own."

@@ -47,6 +47,7 @@ class Workers:
                 f"expected at least one window for each of {self.count} processes, found {len(windows)}; "
                 "start fewer."
             )
+        # Cyclic: each sees all parts of the text, and shares differ by one window at most.
         return windows[self.index :: self.count]
 
     def own(self, name: str) -> str:

@@ -48,6 +48,7 @@ def _sampled(path: pathlib.Path, size: int, _written_ns: int) -> str:
     sha = hashlib.sha256(str(size).encode())
     length = SAMPLE if size > WHOLE else _CHUNK
     with path.open("rb") as file:
+        # And the end, where an interrupted copy differs.
         for start in [*range(0, size, _CHUNK), max(0, size - length)]:
             file.seek(start)
             sha.update(file.read(length))

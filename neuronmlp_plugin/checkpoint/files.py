@@ -79,6 +79,8 @@ def open_safetensors(path: pathlib.Path) -> Any:
     """`safe_open`, with a truncated or foreign file refused in words."""
     try:
         with open(path, "rb") as file:
+            # safetensors begins with the length of its header; whatever stands there would be allocated and
+            # parsed.
             size = int.from_bytes(file.read(8), "little")
         if size > LONGEST_HEADER:
             raise CheckpointError(

@@ -56,6 +56,7 @@ class Checkpoint:
             _check_all_read(self.folder, self._files)
             _check_headers(self.block, self._files, str(self.folder))
             self._check_known()
+        # Of a folder with a block our writer has settled that.
         elif self._has_its_own_head():
             self.config["tie_word_embeddings"] = False
 
@@ -201,6 +202,7 @@ def checked_tensor(tensor: torch.Tensor, name: str, path: pathlib.Path) -> torch
     if tensor.dtype not in _DTYPES:
         raise CheckpointError(f"{path}: {name}: expected bf16, fp16 or fp32, found {tensor.dtype}.")
     if not is_finite(tensor):
+        # Only now: the count costs a copy.
         bad = int((~torch.isfinite(tensor)).sum())
         raise NonFiniteError(
             f"{path}: {name}: expected finite weights, found {bad} of {tensor.numel()} NaN or Inf; the file "

@@ -216,9 +216,8 @@ def _is_count(value: Any, limit: int) -> bool:
 
 
 def _check_ratio(claimed: Any, block: FormatBlock, source: str) -> None:
-    found = (
-        isinstance(claimed, (int, float)) and -1 <= claimed <= 1
-    )  # before it is subtracted from: 10^400 is whole
+    # Asked before anything is subtracted from it: JSON may hold the integer 10^400, which no float takes.
+    found = isinstance(claimed, (int, float)) and -1 <= claimed <= 1
     if not found or not abs(claimed - block.removed_ratio) <= 1e-3:
         raise CheckpointError(
             f"{source}: expected removed_ratio {block.removed_ratio:.4f} (what the forms and ranks give), "

@@ -113,6 +113,7 @@ def whole_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
         yield partial
         move_whole(partial, target)
     finally:
+        # After the move nothing has this name any more.
         shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -1,8 +1,9 @@
 """First stage of a run: the statistics of every layer, saved one by one, so that neither memory nor lost work
 grows with the model.
 
-First the backward pass: forward, each layer's input is kept as a file; backward, each layer's gradient and
-output metrics. Then the moments of each layer's inputs.
+One forward pass over all windows: the moments of each layer's inputs, and files of what the rest begins
+from: each layer's input for the metric windows, the gradient at the end, and the judged windows' last hidden
+states. Then backward, from the last layer to the first: each layer's output metrics.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from neuronmlp_plugin.calibration.workers import Workers
 from neuronmlp_plugin.compressor.job import ProgressBars, Workspace
 from neuronmlp_plugin.compressor.plan import Plan
 
+JUDGED = "judged"  # file of the judged windows' hidden states after the dense model's last layer
 SAMPLE_ROWS = 512  # held-out rows per layer on which the achieved error is measured
 
 
@@ -34,67 +36,117 @@ def layer_name(index: int) -> str:
 
 
 def analyse(plan: Plan, workspace: Workspace, bars: ProgressBars, workers: Workers) -> None:
-    """Bring `layer-*` (input moments, sampled inputs) and `metrics-*` of every layer into the workspace,
-    skipping what is there.
+    """Bring `layer-*` (input moments, sampled inputs), `metrics-*` of every layer and `JUDGED` into the
+    workspace, skipping what is there.
     """
-    stream = LayerStream(plan.base, device=workers.device)
-    if plan.settings.method == "two-sided":
-        backward_pass(plan, workspace, stream, bars, workers)
-    start = next((i for i in range(stream.num_layers) if not workspace.has(layer_name(i))), stream.num_layers)
-    if start == stream.num_layers:
-        return
-    windows = workers.share(plan.calibration)
-    parts = [windows, plan.judge] if workers.is_first else [windows]
-    hidden = _hidden_states(workspace, stream, start, parts, workers)
+    stream, files = LayerStream(plan.base, device=workers.device), _Files(workspace, workers)
+    start = _first_layer(plan, files, stream.num_layers)
+    if start < stream.num_layers:
+        forward_pass(plan, files, stream, start, bars)
+    if not workspace.has(JUDGED):
+        _end_forward(plan, files, stream)
+    files.drop("hidden", stream.num_layers)
+    backward_pass(plan, files, stream, bars)
+
+
+class _Files:
+    """What this process keeps between layers: `hidden i` of all its windows before layer i, `input i` of the
+    metric windows among them, `gradient i` with respect to it.
+    """
+
+    def __init__(self, workspace: Workspace, workers: Workers) -> None:
+        self.workspace, self.workers = workspace, workers
+
+    def _name(self, what: str, index: int) -> str:
+        return self.workers.own(f"{what}-{index:05d}")
+
+    def has(self, what: str, index: int) -> bool:
+        return self.workspace.has(self._name(what, index))
+
+    def save(self, what: str, index: int, hidden: torch.Tensor) -> None:
+        self.workspace.save(self._name(what, index), {what: hidden})
+
+    def load(self, what: str, index: int) -> torch.Tensor:
+        return self.workspace.load(self._name(what, index))[what]
+
+    def drop(self, what: str, index: int) -> None:
+        self.workspace.drop(self._name(what, index))
+
+
+def _first_layer(plan: Plan, files: _Files, last: int) -> int:
+    """Where the forward pass goes on; `last` where it is finished. With another number of processes than
+    before, none of which finds its files, it begins anew.
+    """
+    start = next((i for i in range(last) if not files.workspace.has(layer_name(i))), last)
+    if files.has("hidden", start):
+        return start
+    missing = _missing_metrics(plan, files.workspace)
+    whole = start == last and files.workspace.has(JUDGED)
+    return last if whole and (not missing or files.has("gradient", missing[-1] + 1)) else 0
+
+
+def _missing_metrics(plan: Plan, workspace: Workspace) -> list[int]:
+    wanted = range(plan.shape.num_layers if plan.metric_windows else 0)
+    return [index for index in wanted if not workspace.has(metrics_name(index))]
+
+
+def _metric_places(plan: Plan, workers: Workers) -> torch.Tensor:
+    """Which of this process's calibration windows go through the backward pass."""
+    places = torch.arange(len(plan.calibration))
+    chosen = spread(places, plan.metric_windows) if plan.metric_windows else places[:0]
+    return torch.isin(workers.share(places), chosen).nonzero()[:, 0]
+
+
+def forward_pass(plan: Plan, files: _Files, stream: LayerStream, start: int, bars: ProgressBars) -> None:
+    """`layer-*` from layer `start` on, and the files of the backward pass; leaves `hidden` of the end."""
+    workers = files.workers
+    if files.has("hidden", start):
+        hidden = files.load("hidden", start)
+    else:
+        for name in (JUDGED, *map(layer_name, range(stream.num_layers))):  # of another number of processes
+            files.workspace.drop(name)
+        windows = workers.share(plan.calibration)
+        hidden = stream.embed(torch.cat([windows, plan.judge] if workers.is_first else [windows]))
     with bars.stage("statistics", (stream.num_layers - start) * max(len(hidden), 1)) as tick:
         for index in range(start, stream.num_layers):
-            _analyse_layer(plan, workspace, stream, index, hidden, tick, workers)
-    workspace.drop(workers.own(hidden_name(stream.num_layers)))
-
-
-def _hidden_states(
-    workspace: Workspace, stream: LayerStream, start: int, parts: list[torch.Tensor], workers: Workers
-) -> torch.Tensor:
-    """The input of layer `start` for all windows of `parts` (none for a method that uses no text): as left by
-    the last finished layer.
-    """
-    name = workers.own(hidden_name(start))
-    if workspace.has(name):
-        return workspace.load(name)["hidden"]
-    hidden = stream.embed(torch.cat(parts))
-    for index in range(start):  # only where a run goes on with another number of processes
-        layer = stream.load(index)
-        for part in hidden.split([len(part) for part in parts]):
-            run_in_place(stream, layer, part)
-        stream.release(index)
-    return hidden
-
-
-def hidden_name(index: int) -> str:
-    return f"hidden-{index:05d}"
+            _analyse_layer(plan, files, stream, index, hidden, tick)
 
 
 def _analyse_layer(
     plan: Plan,
-    workspace: Workspace,
+    files: _Files,
     stream: LayerStream,
     index: int,
     hidden: torch.Tensor,
     tick: Callable[[int], None],
-    workers: Workers,
 ) -> None:
-    layer = stream.load(index)
+    layer, workers = stream.load(index), files.workers
     count = len(workers.share(plan.calibration))
+    if plan.metric_windows:
+        files.save("input", index, hidden[_metric_places(plan, workers)])
     samples = _sample_inputs(stream, layer, hidden[count:])
     moments = layer_moments(stream, layer, hidden[:count], tick, workers) if count else None
-    workspace.save(workers.own(hidden_name(index + 1)), {"hidden": hidden})
+    files.save("hidden", index + 1, hidden)
     workers.wait()  # a finished layer says that every process can go on behind it
     if workers.is_first:
-        workspace.save(layer_name(index), samples | _moments(plan, moments))
+        files.workspace.save(layer_name(index), samples | _moments(plan, moments))
     stream.release(index)
     workers.wait()  # what led here is dropped only when the layer is on disk
-    workspace.drop(workers.own(hidden_name(index)))
+    files.drop("hidden", index)
     tick(len(hidden) - count)
+
+
+def _end_forward(plan: Plan, files: _Files, stream: LayerStream) -> None:
+    """From the last hidden states: what the judge compares with, and the gradient that goes backward."""
+    workers, last = files.workers, stream.num_layers
+    windows, places = workers.share(plan.calibration), _metric_places(plan, workers)
+    if plan.metric_windows:
+        hidden = files.load("hidden", last)[places]  # a copy: the others make room
+        files.save("gradient", last, loss_gradient(stream, hidden, windows[places]))
+    workers.wait()  # `JUDGED` says that every process can go on from here
+    if workers.is_first:
+        files.workspace.save(JUDGED, {"hidden": files.load("hidden", last)[len(windows) :].clone()})
+    workers.wait()  # what led here is dropped only when that is on disk
 
 
 def _moments(plan: Plan, moments: LayerMoments | None) -> dict[str, torch.Tensor]:
@@ -146,79 +198,34 @@ def metrics_name(index: int) -> str:
     return f"metrics-{index:05d}"
 
 
-def backward_pass(
-    plan: Plan, workspace: Workspace, stream: LayerStream, bars: ProgressBars, workers: Workers
-) -> None:
+def backward_pass(plan: Plan, files: _Files, stream: LayerStream, bars: ProgressBars) -> None:
     """Bring `metrics-*` of every layer into the workspace, from the last layer to the first, skipping what is
     there.
     """
-    missing = [i for i in range(stream.num_layers) if not workspace.has(metrics_name(i))]
+    missing = _missing_metrics(plan, files.workspace)
     if not missing:
         return
-    windows = workers.share(spread(plan.calibration, plan.metric_windows))
-    files = _Files(workspace, workers)
-    with bars.stage("backward pass", 3 * stream.num_layers) as tick:
-        # Metrics are made from the last layer on: what is behind the last missing one is there, but for this.
-        if not files.has(
-            "gradient", missing[-1] + 1
-        ):  # the beginning, or another number of processes than before
-            missing = list(range(stream.num_layers))
-            _forward(stream, files, windows, tick)
+    # Metrics are made from the last layer on: what is behind the last missing one is there, but for another
+    # number of processes than before.
+    if not files.has("gradient", missing[-1] + 1):
+        missing = list(range(stream.num_layers))
+    with bars.stage("backward pass", len(missing)) as tick:
         for index in reversed(missing):
-            _layer(stream, workspace, files, index, workers)
-            tick(2)
+            _layer(stream, files, index)
+            tick(1)
 
 
-class _Files:
-    """What this process keeps between layers: `input i` of layer i, `gradient i` with respect to it."""
-
-    def __init__(self, workspace: Workspace, workers: Workers) -> None:
-        self.workspace, self.workers = workspace, workers
-
-    def _name(self, what: str, index: int) -> str:
-        return self.workers.own(f"{what}-{index:05d}")
-
-    def has(self, what: str, index: int) -> bool:
-        return self.workspace.has(self._name(what, index))
-
-    def save(self, what: str, index: int, hidden: torch.Tensor) -> None:
-        self.workspace.save(self._name(what, index), {what: hidden})
-
-    def load(self, what: str, index: int) -> torch.Tensor:
-        return self.workspace.load(self._name(what, index))[what]
-
-    def drop(self, what: str, index: int) -> None:
-        self.workspace.drop(self._name(what, index))
-
-
-def _forward(stream: LayerStream, files: _Files, windows: torch.Tensor, tick: Callable[[int], None]) -> None:
-    """Save the input of every layer, and the gradient at the end; goes on from the last input that is
-    there.
-    """
-    last = stream.num_layers
-    start = next((i for i in reversed(range(last + 1)) if files.has("input", i)), 0)
-    if not files.has("input", start):
-        files.save("input", start, stream.embed(windows))
-    hidden = files.load("input", start)
-    for index in range(start, last):
-        run_in_place(stream, stream.load(index), hidden)
-        stream.release(index)
-        files.save("input", index + 1, hidden)
-        tick(1)
-    files.save("gradient", last, loss_gradient(stream, hidden, windows))
-    files.drop("input", last)
-
-
-def _layer(stream: LayerStream, workspace: Workspace, files: _Files, index: int, workers: Workers) -> None:
-    gradient = files.load("gradient", index + 1)
+def _layer(stream: LayerStream, files: _Files, index: int) -> None:
+    gradient, workers = files.load("gradient", index + 1), files.workers
     metrics = layer_metrics(stream, stream.load(index), files.load("input", index), gradient, workers)
     stream.release(index)
     files.save("gradient", index, gradient)
     workers.wait()  # the metrics say that every process can go on from here
     if workers.is_first:
-        workspace.save(metrics_name(index), dict(vars(metrics)))
+        files.workspace.save(metrics_name(index), dict(vars(metrics)))
     workers.wait()  # what led here is dropped only when the metrics are on disk
     files.drop("gradient", index + 1)
     files.drop("input", index)
+    # Nothing lies before layer 0 that would ask for its gradient.
     if index == 0:
         files.drop("gradient", 0)

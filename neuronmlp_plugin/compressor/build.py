@@ -83,6 +83,8 @@ def build_layer(
     """Order the channels inside each group, pivot, and cast one layer."""
     order = _order(factored, layer)
     whole = torch.cat(order)
+    # `whole` are places among the channels that were kept; through `factored.channels` they are the base's
+    # own.
     built = BuiltLayer({}, layer, {}, [], factored.channels[whole], whole)
     specs: dict[str, ProjectionSpec] = dict(layer)
     for name, matrix in layer.matrices.items():
@@ -167,6 +169,8 @@ def _store(matrix: Matrix, pairs: list[Pair], dtype: torch.dtype) -> Stored:
     if found[2] <= ROUNDING_LIMIT:
         return found
     n_in, n_out = pairs[0][0].shape[1], pairs[0][1].shape[0]
+    # The most uv terms that take no more numbers; terms come in order of worth, so the first of them are the
+    # best.
     rank = max(1, cost(matrix.rank, n_in, n_out, "compact") // (n_in + n_out))
     note = (
         f"pivots too weak (rounding {found[2]:.1%}), stored as uv of rank {rank} instead of compact of rank "
@@ -186,6 +190,8 @@ def _store_as(
         for (first, second), pair in zip(exact or stored, cast, strict=True)
     )
     firsts, seconds = zip(*cast, strict=True)
+    # Blocks stand one below another; only down's second factor, which joins the groups, has them side by
+    # side.
     joined = torch.cat(firsts), torch.cat(seconds, 1 if matrix.is_down else 0)
     return tensors_of(matrix, *joined), matrix.spec, change, note
 
@@ -259,6 +265,5 @@ def _achieved(
         exact, stored = rows @ weight.T, module(rows[:, channels])
     else:
         exact, stored = rows @ weight[channels].T, module(rows)
-    return metric_norm(exact - stored, metric) / max(
-        metric_norm(exact, metric), 1e-300
-    )  # a matrix of zeros has no error
+    # A matrix of zeros has no error.
+    return metric_norm(exact - stored, metric) / max(metric_norm(exact, metric), 1e-300)

@@ -91,6 +91,8 @@ def level_prices(
         if channels in plan.factored_levels:
             found[channels] = rank_prices(h, part, plan.settings.form, tick)
         else:
+            # No rank is offered at such a level (`plan.factored_levels`), so of these prices only the last,
+            # dense, counts.
             third = _layer_us(h, part, dict.fromkeys(PROJECTIONS, DENSE)) / 3
             found[channels] = dict.fromkeys(PROJECTIONS, np.full(min(h, part) + 1, third))
     return found
@@ -115,6 +117,7 @@ def _prices(hidden: int, channels: int, name: str, form: str, tick: Callable[[in
     dense = _layer_us(hidden, channels, all_dense)
     for rank in ranks:
         made = {**all_dense, name: ProjectionSpec(form, rank)}
+        # The launch without the other two matrices, which stay dense at a third of the dense time each.
         found.append(_layer_us(hidden, channels, made) - dense * 2 / 3)
         tick(1)
     return np.append(np.interp(np.arange(min(hidden, channels)), ranks, found), dense / 3)

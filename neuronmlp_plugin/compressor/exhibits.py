@@ -32,20 +32,26 @@ _BEGINNINGS = (
 
 
 def sample_texts(
-    dense: LayerStream, candidate: LayerStream, tokenizer: Any, new_tokens: int, tick: Callable[[int], None]
+    dense: LayerStream,
+    candidate: LayerStream,
+    tokenizer: Any,
+    new_tokens: int,
+    tick: Callable[[int], None],
+    room: int = 0,
 ) -> dict[str, Any]:
     """Both models' continuations of built-in prompts: `{"new_tokens", "chat_template", "texts": [{"prompt",
     "dense", "compressed"}]}`.
 
     Questions through the tokenizer's chat template, or beginnings to go on from where it has none that can be
-    used. One layer is in memory at a time; `tick(1)` after each token of each model.
+    used. One layer is in memory at a time, and those that stay in `room` bytes; `tick(1)` after each token of
+    each model.
     """
     rendered = _rendered(tokenizer)
     prompts = _BEGINNINGS if rendered is None else _QUESTIONS
     inputs = tokenizer(list(prompts if rendered is None else rendered), add_special_tokens=rendered is None)[
         "input_ids"
     ]
-    answers = [_continued(stream, tokenizer, inputs, new_tokens, tick) for stream in (dense, candidate)]
+    answers = [_continued(stream, tokenizer, inputs, new_tokens, tick, room) for stream in (dense, candidate)]
     texts = [
         {"prompt": prompt, "dense": x, "compressed": y}
         for prompt, x, y in zip(prompts, *answers, strict=True)
@@ -69,15 +75,20 @@ def _rendered(tokenizer: Any) -> list[str] | None:
 
 @torch.no_grad()
 def _continued(
-    stream: LayerStream, tokenizer: Any, inputs: list[list[int]], new_tokens: int, tick: Callable[[int], None]
+    stream: LayerStream,
+    tokenizer: Any,
+    inputs: list[list[int]],
+    new_tokens: int,
+    tick: Callable[[int], None],
+    room: int,
 ) -> list[str]:
-    """All prompts in one batch, padded on the left, since every token costs a pass over all layers' files."""
+    """All prompts in one batch, padded on the left: a token may cost a pass over all layers' files."""
     width = max(len(ids) for ids in inputs)
     prompt = torch.tensor([[0] * (width - len(ids)) + ids for ids in inputs], device=stream.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in inputs], device=stream.device)
     end = stream.model.config.eos_token_id
     padding = end[0] if isinstance(end, list) else end or 0
-    with stream.on_demand(tick) as model:
+    with stream.on_demand(tick, room) as model:
         output = model.generate(
             prompt, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=padding
         )

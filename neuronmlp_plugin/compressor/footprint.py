@@ -64,6 +64,13 @@ class Footprint:
         }
         return {name: PROCESS_BYTES + size for name, size in parts.items()}
 
+    def room_for_layers(self) -> int:
+        """What the peak leaves to layers that stay loaded while texts are continued, beside the output
+        matrix.
+        """
+        output = self.vocabulary * self.shape.hidden_size * _FP32
+        return max(self.stages().values()) - PROCESS_BYTES - output
+
     def _hidden(self, tokens: int) -> int:
         return tokens * self.shape.hidden_size * _FP32
 
@@ -99,14 +106,15 @@ class Footprint:
         return self._batch(self.calibration_tokens, 4, 8) + BLOCK * self.shape.intermediate_size * _FP32
 
     def _offers(self) -> int:
-        """A layer with its moments; C_h^-1 and W^T G W in fp64, shrunk into copies, where channels go, and
-        what repairs down; or the whitened rows of all three matrices with two more of their size, and slices
-        at work.
+        """A layer with its moments; and the whitened rows of all three matrices with a product of their size,
+        and slices at work. Where channels go, C_h^-1 and W^T G W in fp64, shrunk into copies; or, later, the
+        layer of fewer channels too, and what all its sizes have from the whole one.
         """
         h, i = self.shape.hidden_size, self.shape.intermediate_size
         statistics = (3 * h * i + h * h + i * i) * _FP32 + 3 * h * h * _FP64
-        eliminated = 4 * i * i * _FP64 if self.removes_channels else i * i * _FP64
-        return statistics + max(eliminated, i * i * _FP32 + 9 * h * i * _FP32 + 3 * h * i * _FP64)
+        if not self.removes_channels:
+            return statistics + i * i * _FP32 + 9 * h * i * _FP32 + 3 * h * i * _FP64
+        return statistics + max(4 * i * i * _FP64, i * i * _FP32 + 13 * h * i * _FP32 + 4 * h * i * _FP64)
 
     def _measured(self) -> int:
         """Hidden states of both models and a gradient, with the output matrix; or a layer of both, its

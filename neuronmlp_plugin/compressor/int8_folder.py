@@ -154,6 +154,7 @@ def _layer_statistics(stream: LayerStream, index: int, hidden: torch.Tensor) -> 
         _add(squares, "up_proj", F.silu(gate))
 
     def by_up(_module: Any, _args: Any, up: torch.Tensor) -> None:
+        # transformers' MLP calls gate, then up: what was seen last belongs to this batch.
         gate = gates.pop()
         sigmoid = gate.sigmoid()
         # silu'(g) = s (1 + g (1 - s)) with s = sigmoid(g).
@@ -202,6 +203,8 @@ def _round_up(matrix: Matrix, first: torch.Tensor, second: torch.Tensor, known: 
     worth = torch.ones(matrix.channels) if known.worth is None else known.worth.float()
     firsts, seconds = [], []
     for f, s, w in zip(first.chunk(groups), second.chunk(groups), worth.chunk(groups), strict=True):
+        # What an error in z costs, [R, R]: through the outputs that the second factor makes of it and, below,
+        # as itself.
         weighed = s.T @ (w[pivots:, None] * s)
         if pivots:  # they are outputs themselves
             weighed += torch.diag(w[:pivots])
@@ -240,6 +243,7 @@ def _rounded(weight: torch.Tensor, inputs: torch.Tensor | None, outputs: torch.T
 def _spread(matrix: Matrix, first: torch.Tensor) -> torch.Tensor:
     """Down's first factor as the whole matrix `[g R, channels]` that it stands for."""
     blocks = first.chunk(matrix.groups)
+    # A pivot passes into its own z as it is.
     unit = torch.eye(matrix.rank, dtype=first.dtype)[:, : matrix.pivots]
     return torch.block_diag(*(torch.cat((unit, block), 1) for block in blocks))
 

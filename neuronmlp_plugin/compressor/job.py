@@ -60,9 +60,8 @@ class Workspace:
         self.path = path
         with told_when_unwritable(path):
             path.mkdir(parents=True, exist_ok=True)
-        if not (
-            path / PLAN_FILE
-        ).is_file():  # an analysis may serve two runs at once: neither writes what is there
+        # An analysis may serve two runs at once: neither writes what is there.
+        if not (path / PLAN_FILE).is_file():
             save_json(path / PLAN_FILE, {"fingerprint": fingerprint})
 
     def has(self, name: str) -> bool:
@@ -140,6 +139,7 @@ class ProgressBars:
         ) as progress:
             task = progress.add_task(name, total=total)
             yield lambda steps: progress.advance(task, steps)
+            # What an earlier run had finished was never ticked.
             progress.update(task, completed=total)
         if not self.quiet and not self.console.is_terminal:
             self.console.print(f"{name}: done")

@@ -111,12 +111,13 @@ def _offer(plan: Plan, mlp: MLP, tokens: int) -> Offer:
         order, removal = torch.arange(mlp.width), torch.zeros(mlp.width + 1, dtype=torch.float64)
     offer, whole = Offer(order, removal, {}, {}), torch.zeros(0)
     for channels in plan.factored_levels:
-        kept = offer.kept(channels).to(mlp.gate.device)
-        slim = mlp.keep(kept)
         ranks = _nominal_ranks(plan, channels)
         if channels == mlp.width:
-            dealt = whole = deal(slim.rows(), plan.groups, ranks)
+            slim, dealt = mlp, deal(mlp.rows(), plan.groups, ranks)
+            whole = dealt
         else:
+            kept = offer.kept(channels).to(mlp.gate.device)
+            slim = mlp.keep(kept)
             # The first level has all channels. Its deal serves the others: who stays keeps its group, as far
             # as the groups' sizes allow, where a deal for each level would take as long again.
             dealt = balanced(slim.rows(), whole[kept], plan.groups, ranks)
@@ -291,6 +292,7 @@ def _with_losses(found: FactoredLayer, mlp: MLP, slim: MLP) -> FactoredLayer:
 def _energy(weight: torch.Tensor, moment: torch.Tensor, metric: torch.Tensor) -> float:
     """|| G^1/2 W C^1/2 ||^2."""
     w, g = weight.double(), metric.double()
+    # tr(W^T G W C): no root of either is needed.
     spread = w @ moment.double()
     left = g[:, None] * w if g.ndim == 1 else g @ w
     return max(float((left * spread).sum()), 0.0)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from neuronmlp_plugin.calibration.layer_stream import LayerStream
-from neuronmlp_plugin.calibration.quality import Judge, Quality, compare
+from neuronmlp_plugin.calibration.quality import Judge, Quality
 from neuronmlp_plugin.calibration.text import load_tokenizer
 from neuronmlp_plugin.calibration.workers import Workers
 from neuronmlp_plugin.checkpoint.digests import file_digest
@@ -33,7 +33,7 @@ from neuronmlp_plugin.checkpoint.writer import (
     write_record,
     write_rest,
 )
-from neuronmlp_plugin.compressor.analyse import analyse
+from neuronmlp_plugin.compressor.analyse import JUDGED, analyse
 from neuronmlp_plugin.compressor.build import BuiltLayer, build_layer, layer_of, matrix_errors, untouched
 from neuronmlp_plugin.compressor.decode_time import dense_us, level_prices, model_us, priced_launches
 from neuronmlp_plugin.compressor.exhibits import loss_by_size, sample_texts, spectra
@@ -109,6 +109,10 @@ class Run:
         return TruncatedStream(
             self.plan.base, lambda index: self.factored(index, choices[index]), self.device
         )
+
+    def judge(self, dense: LayerStream) -> Judge:
+        """Of candidates, by what the analysis has seen of the dense model."""
+        return Judge(dense, self.plan.judge, exact=self.analysis.load(JUDGED)["hidden"])
 
     def finish(self) -> None:
         self.plan.target.parent.mkdir(parents=True, exist_ok=True)
@@ -207,9 +211,8 @@ def _meet_target(run: Run, layers: list[Layer], asked: str, bars: ProgressBars) 
     search = Search(run.plan.work / "target.json", asked, parse_target(asked))
     settings = run.plan.settings
     most = most_removable(layers, settings.form, settings.rank_multiple)
-    sizes = [size for size in SIZES if size <= most] or SIZES[
-        :1
-    ]  # where nothing can go, choosing ranks says so
+    # Where nothing can go, choosing ranks says so.
+    sizes = [size for size in SIZES if size <= most] or SIZES[:1]
     while True:
         removed = search.candidate(sizes, _prober(run, layers, bars))
         report = _make(run, _choose(run, layers, 1.0 - removed), bars)
@@ -224,11 +227,8 @@ def _meet_target(run: Run, layers: list[Layer], asked: str, bars: ProgressBars) 
 
 
 def _prober(run: Run, layers: list[Layer], bars: ProgressBars) -> Callable[[float], dict[str, float]]:
-    """The function that judges a size. The dense model runs at its first call, as a resumed run may need
-    none.
-    """
-    base = run.plan.base
-    judge = functools.cache(lambda: Judge(LayerStream(base, device=run.device), run.plan.judge))
+    """The function that judges a size."""
+    judge = functools.cache(lambda: run.judge(LayerStream(run.plan.base, device=run.device)))
 
     def measure(removed: float) -> dict[str, float]:
         truncated = run.factor(_choose(run, layers, 1.0 - removed), bars)
@@ -343,14 +343,14 @@ def _judge(run: Run, bars: ProgressBars) -> tuple[Quality | None, dict[str, Any]
     """Quality of what will be served against the dense model, on text that was not calibrated on, and sample
     texts of both.
     """
-    judge, base = run.plan.judge, run.plan.base.folder
-    if not len(judge):
+    base = run.plan.base.folder
+    if not len(run.plan.judge):
         return None, None
     overlay = run.result / FACTOR_FILE.name if run.plan.settings.factors_only else None
     folders = (open_folder(base), open_folder(run.result if overlay is None else base, overlay))
     dense, candidate = (LayerStream(*folder, device=run.device) for folder in folders)
-    with bars.stage("quality", 2 * dense.num_layers) as tick:
-        quality = compare(dense, candidate, judge, tick)
+    with bars.stage("quality", dense.num_layers) as tick:
+        quality = run.judge(dense).compare(candidate, tick)
     return quality, _samples(run, dense, candidate, bars)
 
 
@@ -362,4 +362,5 @@ def _samples(
         return None
     tokenizer = load_tokenizer(run.plan.base.folder)
     with bars.stage("sample texts", 2 * count) as tick:
-        return sample_texts(dense, candidate, tokenizer, count, tick)
+        room = run.plan.footprint().room_for_layers()
+        return sample_texts(dense, candidate, tokenizer, count, tick, room)

@@ -31,13 +31,12 @@ from neuronmlp_plugin.lowrank.allocate import Curve, Level, check_removable, mos
 from neuronmlp_plugin.models.factors import PROJECTIONS, MLPShape, divisors
 
 _FP32 = 4
-_LAYOUT = 4  # of the files in the analysis folder
+_LAYOUT = 5  # of the files in the analysis folder
 QUANTUM = 16  # channels of a group that go at a time
 LEAST_CHANNELS = 1 / 3  # of a layer: with fewer, summed losses predict nothing
 FACTORED_LEVELS = 6  # at about so many counts of channels factors are offered too, besides at all of them
 # What a measured allocation looks at: so many calibration windows, and of each the beginning, since attention
-# over all of it would be most
-# of the pass on a CPU.
+# over all of it would be most of the pass on a CPU.
 MEASURED_WINDOWS, MEASURED_LENGTH = 32, 256
 
 
@@ -102,20 +101,17 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Room for metrics (fp64), the backward pass or the moments and factors (fp32) with hidden states,
-        and the result.
+        """Room for metrics (fp64), moments and judged states (fp32); inputs of the backward pass, or later
+        layers as chosen; hidden states, or later inputs to measure gains on; and the result.
         """
         h, i, layers = self.shape.hidden_size, self.shape.intermediate_size, self.shape.num_layers
-        decompositions = layers * (h * h + i * i + 6 * h * i) * _FP32  # moments, and the layers as chosen
         metrics = layers * (h * h + 2 * i) * 8 if self.metric_windows else 0
+        moments = (layers * (h * h + i * i) + self.judge.numel() * h) * _FP32
         inputs = (layers + 3) * self.metric_windows * self.settings.window * h * _FP32
-        hidden = (
-            max(2 * (self.calibration.numel() + self.judge.numel()), layers * self.measured.numel())
-            * h
-            * _FP32
-        )
+        chosen = layers * 6 * h * i * _FP32
+        hidden = max(2 * (self.calibration.numel() + self.judge.numel()), layers * self.measured.numel())
         model = sum(path.stat().st_size for path in self.base.folder.glob("*.safetensors"))
-        return metrics + max(inputs, decompositions + hidden) + model
+        return metrics + moments + max(inputs, chosen) + hidden * h * _FP32 + model
 
     @property
     def analysis(self) -> pathlib.Path:
@@ -293,6 +289,7 @@ def _levels(settings: Settings, shape: MLPShape, groups: int) -> tuple[int, ...]
     # A step takes as many channels from every group, so that groups stay equal.
     channels, step = shape.intermediate_size, QUANTUM * groups
     least = math.ceil(LEAST_CHANNELS * channels / step) * step
+    # From channels - 1: all of them are a level by themselves, also where they are a multiple of the step.
     fewer = range((channels - 1) // step * step, least - 1, -step)
     return (channels, *(fewer if settings.removes_channels else ()))
 
@@ -359,9 +356,8 @@ def _check_room(plan: Plan) -> None:
     while not parent.exists():
         parent = parent.parent
     here = {path for place in (plan.work, plan.analysis) for path in place.rglob("*") if path.is_file()}
-    needed = plan.disk_bytes - sum(
-        path.stat().st_size for path in here
-    )  # what an earlier run left need not find room again
+    # What an earlier run left need not find room again.
+    needed = plan.disk_bytes - sum(path.stat().st_size for path in here)
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OutputError(

@@ -92,17 +92,13 @@ class Settings:
     text: pathlib.Path | None  # calibration text (.txt or .jsonl); `plain` needs none
     # The size, exactly one of three:
     remove: float | None = None  # share of the parameters of all gate, up and down matrices to take away
-    target: str | None = (
-        None  # as much as keeps this quality on the judge's windows: ppl+2%, kl<0.05 or top1>95%
-    )
-    faster: float | None = (
-        # as little as makes the MLPs this many times faster in decode, simulated (compressor/decode_time.py)
-        None
-    )
+    # As much as keeps this quality on the judge's windows: ppl+2%, kl<0.05 or top1>95%.
+    target: str | None = None
+    # As little as makes the MLPs this many times faster in decode, simulated (compressor/decode_time.py).
+    faster: float | None = None
     form: str = "compact"  # of the factors | "narrow": channels go, and all matrices stay dense
-    groups: int | None = (
-        None  # of channels that are factorised apart; None: what makes slices nearest to square
-    )
+    # Of channels that are factorised apart; None: what makes slices nearest to square.
+    groups: int | None = None
     tp: int = 1  # groups are to be a multiple of this
     channels: str = "remove"  # where it pays, beside factors | "keep" all
     # input moment and output metric | input moment alone (SVD-LLM) | neither (plain SVD) | MoDeGPT's MLP step
@@ -118,9 +114,8 @@ class Settings:
     samples: int = 48  # new tokens of each sample text in the report; 0 makes none
     factors_only: bool = False  # write a factor file for the dense folder instead of a folder
     seed: int = 0  # which windows are drawn when the text has more than needed
-    analysis: pathlib.Path | None = (
-        None  # where statistics and decompositions stay, to be used again for another size or form
-    )
+    # Where statistics and decompositions stay, to be used again for another size or form.
+    analysis: pathlib.Path | None = None
 
     def __post_init__(self) -> None:
         self._check_size()

@@ -78,6 +78,7 @@ class Search:
             return self.record(removed, measure(removed), stored=False) if known is None else known
 
         best = largest(sizes, meets)
+        # Only a failure rules a size out: one that was not built yet (None) is still to be tried.
         left = [
             size
             for size in sizes

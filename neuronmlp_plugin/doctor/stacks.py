@@ -103,6 +103,8 @@ def stack_of(versions: dict[str, str]) -> Stack | None:
             name in versions and _minor(versions[name]) == _minor(stack.versions.get(name))
             for name in _TELLING
         ]
+        # Compared as tuples: a less telling distribution decides only among stacks that the others leave
+        # equal.
         return tuple(2 * e + m for e, m in zip(exact, minor, strict=True))
 
     best = max(STACKS, key=score)

@@ -184,12 +184,14 @@ def allocate(layers: Sequence[Layer], keep: float, form: str, multiple: int) -> 
     what = "cost of the MLPs" if has_prices else "MLP parameters"
     budget = keep * dense_cost
     check_removable(sum(float(o.costs[0]) for o in options) / dense_cost, keep, form, multiple, what)
+    # A price alone jumps over budgets: between two prices whole layers move at once, which leaves a rest to
+    # fill.
     picks = _fill(options, _pick(options, _bisect(options, budget)), budget)
     spent = _spent(options, picks)
     all_dense = all(p + 1 == len(o.costs) for o, p in zip(options, picks, strict=True))
-    exact = not has_prices and all(
-        len(layer) == 1 for layer in layers
-    )  # channels are coarse in a small model
+    # A budget is met within 0.5 % by ranks alone: channels go many at a time, which is coarse in a small
+    # model.
+    exact = not has_prices and all(len(layer) == 1 for layer in layers)
     if exact and not all_dense and budget - spent > 0.005 * dense_cost:
         raise UsageError(
             f"--rank-multiple {multiple}: expected to keep {keep:.4f} of the {what} within 0.5 %, found "
@@ -198,11 +200,8 @@ def allocate(layers: Sequence[Layer], keep: float, form: str, multiple: int) -> 
     return [o.choices[p] for o, p in zip(options, picks, strict=True)]
 
 
-CHOOSERS = {
-    "global": allocate,
-    "measured": allocate,
-    "uniform": uniform,
-}  # "measured" scales the curves first
+# "measured" scales the curves first.
+CHOOSERS = {"global": allocate, "measured": allocate, "uniform": uniform}
 
 
 def _options(layer: Layer, form: str, multiple: int) -> _Options:
@@ -286,6 +285,7 @@ def _saved(before: tuple[float, float, int], after: tuple[float, float, int]) ->
 
 
 def _pick(options: Sequence[_Options], mu: float) -> list[int]:
+    # At one price all layers decide for themselves: that is what makes the knapsack separable.
     return [int(np.argmin(o.losses + mu * o.costs)) for o in options]
 
 

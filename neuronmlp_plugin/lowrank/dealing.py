@@ -68,10 +68,15 @@ def balanced(rows: torch.Tensor, assigned: torch.Tensor, groups: int, ranks: lis
         return assigned
     # Prices are means over slices of one size, which these groups do not have yet.
     cyclic = torch.arange(channels, device=rows.device) % groups
-    _, moves = _moves(rows, assigned, groups, _prices(rows, cyclic, groups, ranks))
+    movers = [
+        channel for channel, group in enumerate(assigned.tolist()) if counts[group] > channels // groups
+    ]
+    places = torch.tensor(movers, device=rows.device)
+    _, moves = _moves(rows, assigned, groups, _prices(rows, cyclic, groups, ranks), places)
     dealt = assigned.tolist()
     for move in moves.flatten().argsort().tolist():
-        group, channel = divmod(move, channels)
+        group, place = divmod(move, len(movers))
+        channel = movers[place]
         if counts[dealt[channel]] > channels // groups > counts[group]:
             counts[dealt[channel]] -= 1
             counts[group] += 1
@@ -85,9 +90,8 @@ def _prices(rows: torch.Tensor, assigned: torch.Tensor, groups: int, ranks: list
         [rows[:, assigned == group][:, : rows.shape[1] // groups] for group in range(groups)], 1
     )
     wide = slices.shape[2] <= slices.shape[3]
-    spectra = torch.linalg.eigvalsh(slices @ slices.mT if wide else slices.mT @ slices).flip(
-        -1
-    )  # [M, groups, n]
+    # `[M, groups, n]`, descending, of the smaller Gram matrix of each slice: the same squared values.
+    spectra = torch.linalg.eigvalsh(slices @ slices.mT if wide else slices.mT @ slices).flip(-1)
     at = [
         matrix[:, min(rank, spectra.shape[-1] - 1)].mean()
         for matrix, rank in zip(spectra, ranks, strict=True)
@@ -97,31 +101,36 @@ def _prices(rows: torch.Tensor, assigned: torch.Tensor, groups: int, ranks: list
 
 
 def _moves(
-    rows: torch.Tensor, assigned: torch.Tensor, groups: int, prices: torch.Tensor
+    rows: torch.Tensor,
+    assigned: torch.Tensor,
+    groups: int,
+    prices: torch.Tensor,
+    movers: torch.Tensor | None = None,
 ) -> tuple[float, torch.Tensor]:
     """The value of a deal, and `[groups, I]` what moving one channel to a group changes it by (inf for its
-    own).
+    own); `[groups, m]` for the channels `movers [m]` alone.
     """
-    channels, width = rows.shape[1:]
+    width = rows.shape[2]
+    moving, own = (rows, assigned) if movers is None else (rows[:, movers], assigned[movers])
     mu, eye = prices[:, None], torch.eye(width, dtype=rows.dtype, device=rows.device)
-    table, value = rows.new_empty(groups, channels), 0.0
+    table, value = rows.new_empty(groups, len(own)), 0.0
     for group in range(groups):
-        inside = assigned == group
-        part = rows[:, inside]
+        # [M, n, H] of the group; B [M, H, H]; x^T B x and x^T B^2 x of every channel that may move [M, m].
+        part = rows[:, assigned == group]
         inverse = torch.cholesky_inverse(
             torch.linalg.cholesky(part.transpose(1, 2) @ part / mu[..., None] + eye)
         )
         value += float((prices * (width - inverse.diagonal(dim1=1, dim2=2).sum(1))).sum())
-        product = rows @ inverse
+        product = moving @ inverse
         # Sherman-Morrison: with x x^T / mu more under the inverse, tr B falls by x^T B^2 x / mu over
         # 1 + x^T B x / mu; with it less, it rises by the same over 1 - x^T B x / mu, which is near 0 for a
-        # channel that has a direction to itself.
-        one, two = (product * rows).sum(2) / mu, product.square().sum(2)
-        change = torch.where(inside, -two / (1 - one).clamp_min(1e-4), two / (1 + one))
+        # channel that has a direction to itself. The value is mu (H - tr B): its mu cancels that one.
+        two = torch.linalg.vector_norm(product, dim=2).square()
+        one = product.mul_(moving).sum(2) / mu
+        change = torch.where(own == group, -two / (1 - one).clamp_min(1e-4), two / (1 + one))
         table[group] = change.sum(0)
-    own = table.gather(0, assigned[None])
     # Leaving its own group, and joining the other.
-    moves = (table + own).scatter(0, assigned[None], torch.inf)
+    moves = (table + table.gather(0, own[None])).scatter(0, own[None], torch.inf)
     return value, moves
 
 

@@ -23,7 +23,7 @@ from neuronmlp_plugin.errors import CalibrationError, NonFiniteError
 
 # Rows of the moment that are worked on at a time. At I = 14336 the moment is 1.6 GB in fp64, and no second
 # matrix of that size may exist.
-BLOCK = 2048
+BLOCK = 256
 
 
 class SecondMoment:
@@ -97,6 +97,8 @@ class Decomposition:
 
     def tail(self) -> torch.Tensor:
         """`tail[k]`: loss of keeping the first k terms, for k = 0 ... r (`[r + 1]`, fp64)."""
+        # From the smallest on: a small tail, taken as the difference of two large sums, would be all
+        # rounding.
         flipped = torch.cumsum(self.energy.flip(0), 0).flip(0)
         return torch.cat((flipped, flipped.new_zeros(1)))
 
@@ -110,40 +112,64 @@ class Decomposition:
         return first / scale[:, None], second * scale
 
 
+@dataclasses.dataclass(frozen=True)
+class MetricRoots:
+    """G^1/2 and G^-1/2, each `[out]` or `[out, out]` fp64."""
+
+    root: torch.Tensor
+    inverse: torch.Tensor
+
+    @classmethod
+    def of(cls, metric: torch.Tensor | None, weight: torch.Tensor) -> MetricRoots:
+        """Of the output metric of `weight [out, in]`; None is the identity. Raises NonFiniteError."""
+        _check_finite("output metric", metric)
+        if metric is None:
+            one = torch.ones(len(weight), dtype=torch.float64, device=weight.device)
+            return cls(one, one)
+        g = metric.double()
+        if g.ndim == 1:
+            # The ridge: an output whose gradient was always 0 would have no inverse root.
+            root = (g + RIDGE * g.mean().clamp_min(1e-30)).sqrt()
+            return cls(root, 1.0 / root)
+        values, vectors = torch.linalg.eigh(_ridged(g))
+        root = values.clamp_min(float(values[-1]) * 1e-14).sqrt()
+        return cls((vectors * root) @ vectors.T, (vectors / root) @ vectors.T)
+
+
 def decompose(
-    weight: torch.Tensor, moment: torch.Tensor | None = None, metric: torch.Tensor | None = None
+    weight: torch.Tensor,
+    moment: torch.Tensor | None = None,
+    metric: torch.Tensor | MetricRoots | None = None,
 ) -> Decomposition:
     """Decompose W `[out, in]` under C = `moment [in, in]` and G = `metric` (`[out]` diagonal or `[out,
-    out]`); None is the identity.
+    out]`, or its roots where many matrices share it); None is the identity.
 
     fp64 throughout. Raises NonFiniteError for NaN or Inf in any input.
     """
-    for what, tensor in (("weight", weight), ("input moment", moment), ("output metric", metric)):
-        if tensor is not None and not all_finite(tensor):
-            raise NonFiniteError(
-                f"{what}: expected finite values, found NaN or Inf; the model or its statistics are damaged."
-            )
+    _check_finite("weight", weight)
+    _check_finite("input moment", moment)
     w = weight.double()
-    root, inverse_root = _metric_roots(metric, w)
-    return (
-        _from_outputs(w, moment, root, inverse_root)
-        if w.shape[0] <= w.shape[1]
-        else _from_inputs(w, moment, root)
-    )
+    roots = metric if isinstance(metric, MetricRoots) else MetricRoots.of(metric, w)
+    return _from_outputs(w, moment, roots) if w.shape[0] <= w.shape[1] else _from_inputs(w, moment, roots)
 
 
-def _from_outputs(
-    w: torch.Tensor, moment: torch.Tensor | None, root: torch.Tensor, inverse_root: torch.Tensor
-) -> Decomposition:
+def _check_finite(what: str, tensor: torch.Tensor | None) -> None:
+    if tensor is not None and not all_finite(tensor):
+        raise NonFiniteError(
+            f"{what}: expected finite values, found NaN or Inf; the model or its statistics are damaged."
+        )
+
+
+def _from_outputs(w: torch.Tensor, moment: torch.Tensor | None, roots: MetricRoots) -> Decomposition:
     """in >= out: eigenvectors of (G^1/2 W) C (G^1/2 W)^T `[out, out]`."""
     # With A = G^1/2 W C^1/2 = V S U^T the best W' is G^-1/2 V V^T G^1/2 W: the root of C cancels, so a moment
     # of low rank does no harm and only the small side is ever decomposed.
-    scaled = _apply(root, w)
+    scaled = _apply(roots.root, w)
     energy, vectors = _descending_eigh(scaled @ (scaled.T if moment is None else moment.double() @ scaled.T))
-    return Decomposition(_apply(inverse_root, vectors), vectors.T @ scaled, energy)
+    return Decomposition(_apply(roots.inverse, vectors), vectors.T @ scaled, energy)
 
 
-def _from_inputs(w: torch.Tensor, moment: torch.Tensor | None, root: torch.Tensor) -> Decomposition:
+def _from_inputs(w: torch.Tensor, moment: torch.Tensor | None, roots: MetricRoots) -> Decomposition:
     """in < out: with C = S S^T, eigenvectors of S^T W^T G W S `[in, in]`."""
     if moment is None:
         mapped, back = w, torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
@@ -153,24 +179,9 @@ def _from_inputs(w: torch.Tensor, moment: torch.Tensor | None, root: torch.Tenso
         values, vectors = torch.linalg.eigh(_ridged(moment.double()))
         spread = values.clamp_min(float(values[-1]) * 1e-14).sqrt()
         mapped, back = w @ (vectors * spread), (vectors / spread).T
-    scaled = _apply(root, mapped)
+    scaled = _apply(roots.root, mapped)
     energy, basis = _descending_eigh(scaled.T @ scaled)
     return Decomposition(mapped @ basis, basis.T @ back, energy)
-
-
-def _metric_roots(metric: torch.Tensor | None, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """G^1/2 and G^-1/2, each `[out]` or `[out, out]`."""
-    if metric is None:
-        one = torch.ones(w.shape[0], dtype=w.dtype, device=w.device)
-        return one, one
-    g = metric.double()
-    if g.ndim == 1:
-        # The ridge: an output whose gradient was always 0 would have no inverse root.
-        root = (g + RIDGE * g.mean().clamp_min(1e-30)).sqrt()
-        return root, 1.0 / root
-    values, vectors = torch.linalg.eigh(_ridged(g))
-    root = values.clamp_min(float(values[-1]) * 1e-14).sqrt()
-    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
 
 
 def _ridged(matrix: torch.Tensor) -> torch.Tensor:

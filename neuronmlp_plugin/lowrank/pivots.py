@@ -43,6 +43,7 @@ class _Basis:
 
     def take(self, rows: torch.Tensor) -> None:
         """Project the (independent) `rows`, at most rank - taken, out of all others."""
+        # A block step of Cholesky: the rows' own triangle first, then what is left of all rows against it.
         triangle = torch.linalg.cholesky(self.gram(rows))
         done = self.factor[:, : self.taken]
         against = self.q @ self.q[rows].T - done @ done[rows].T
@@ -100,6 +101,7 @@ def _common_order(active: list[_Basis], size: int) -> torch.Tensor:
             basis.take(rows)
         chosen += rows.tolist()
         free[rows] = False
+    # The others need no order: no basis has a pivot among them.
     return torch.cat((torch.tensor(chosen, dtype=torch.long), free.nonzero()[:, 0]))
 
 
@@ -146,7 +148,11 @@ def pivot_outputs(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tens
 
 def pivot_inputs(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`(c [R, in - R], v [out, R])` of second `[out, R]` first `[R, in]`, whose first R inputs pass into z as
-    they are; fp64 inside.
+    they are; fp64 inside. z = input 0 + 3 x input 1, and the outputs are 2 z and 10 z:
+
+    >>> c, v = pivot_inputs(torch.tensor([[2.0, 6.0]]), torch.tensor([[1.0], [5.0]]))
+    >>> c.tolist(), v.tolist()
+    ([[3.0]], [[2.0], [10.0]])
     """
     rank = first.shape[0]
     pivots, rest = first[:, :rank].double(), first[:, rank:].double()

@@ -48,6 +48,7 @@ def round_under(
     along, down = (_carried(gram, damping) for gram in (inputs, outputs))
     for start in range(0, left.shape[1], BLOCK):
         columns = slice(start, min(start + BLOCK, left.shape[1]))
+        # Inside a block what is lost moves later columns one by one; those behind it, in one product.
         lost = _round_columns(left, q, step, limit, columns, along, down)
         if along is not None:
             left[:, columns.stop :] -= lost @ along[columns, columns.stop :]
@@ -71,8 +72,9 @@ def _round_columns(
     n = len(left)
     lost = torch.empty(n, columns.stop - columns.start, dtype=left.dtype, device=left.device)
     moved = torch.zeros_like(lost)  # by what was lost in earlier rows of the same column
-    unit = torch.eye(columns.stop - columns.start, dtype=left.dtype, device=left.device)
-    right = unit if along is None else along[columns, columns]
+    # Zeros where the inputs have nothing to do with each other: nothing moves to the right.
+    right = lost.new_zeros(lost.shape[1], lost.shape[1]) if along is None else along[columns, columns]
+    # Rows that have nothing to do with each other are one tile, however many.
     for start in range(0, n, BLOCK if down is not None else n):
         rows = slice(start, min(start + BLOCK, n) if down is not None else n)
         tile = left[rows, columns], q[rows, columns], step[rows, columns], lost[rows], moved[rows]

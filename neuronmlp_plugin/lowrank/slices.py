@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from neuronmlp_plugin.lowrank.decompose import decompose
+from neuronmlp_plugin.lowrank.decompose import MetricRoots, decompose
 from neuronmlp_plugin.lowrank.removal import repaired, ridged
 
 ROOT_RIDGE = 1e-5  # share of the mean diagonal added to C_x or G before its root is taken
@@ -49,10 +49,8 @@ class MLP:
         that stay, so their metrics grow with the energy of down's columns.
         """
         whole = len(kept) == self.width
-        down = self.down[:, kept].double() if whole else repaired(self.down, self.channels, kept)
-        grown = _energies(down, self.down_metric) / _energies(self.down[:, kept], self.down_metric).clamp_min(
-            1e-30
-        )
+        down = self.down[:, kept].double() if whole else repaired(self.down, self.channels, kept, self.passed)
+        grown = _energies(down, self.down_metric) / self.energies[kept].clamp_min(1e-30)
         slim = MLP(
             self.gate[kept],
             self.up[kept],
@@ -63,11 +61,12 @@ class MLP:
             self.up_metric[kept] * grown,
             self.down_metric,
         )
-        # Roots of what goes in and of what comes out, which removal leaves alone: an eigh each saved. A
-        # cached_property keeps its value in __dict__, which a frozen dataclass does not guard.
-        vars(slim).update(
-            {name: root for name, root in vars(self).items() if name.endswith("_root")}
-        )  # the same
+        # What removal leaves as it is, and rows that only grow, where they are known. A cached_property keeps
+        # its value in __dict__, which a frozen dataclass does not guard.
+        known = vars(self)
+        vars(slim).update({name: known[name] for name in ("input_root", "metric_root") if name in known})
+        if "outputs" in known:
+            vars(slim)["outputs"] = self.outputs[:, kept] * grown.sqrt().float()[:, None]
         return slim
 
     @functools.cached_property
@@ -80,35 +79,55 @@ class MLP:
         """G^1/2 of down `[H, H]`."""
         return root(self.down_metric)
 
+    @functools.cached_property
+    def passed(self) -> torch.Tensor:
+        """Down times the moment of what goes into it, `[H, I]` fp64: what every repair begins with."""
+        return self.down.double() @ self.channels.double()
+
+    @functools.cached_property
+    def energies(self) -> torch.Tensor:
+        """d^T G d of every column of down `[I]`."""
+        return _energies(self.down, self.down_metric)
+
+    @functools.cached_property
+    def weighted(self) -> torch.Tensor:
+        """G^1/2 times down `[H, I]` fp64."""
+        return self.metric_root @ self.down.double()
+
+    @functools.cached_property
+    def outputs(self) -> torch.Tensor:
+        """`[2, I, H]` fp32: the whitened rows of gate and up, G^1/2 W C_x^1/2."""
+        sides = ((self.gate, self.gate_metric), (self.up, self.up_metric))
+        found = [metric.double().sqrt()[:, None] * (w.double() @ self.input_root) for w, metric in sides]
+        return torch.stack(found).float()
+
     def rows(self) -> torch.Tensor:
-        """`[3, I, H]` fp32: the whitened rows of gate and up, and columns of down, that `deal` is about."""
-        found = [
-            metric.double().sqrt()[:, None] * (weight.double() @ self.input_root)
-            for weight, metric in ((self.gate, self.gate_metric), (self.up, self.up_metric))
-        ]
+        """`[3, I, H]` fp32: `outputs`, and the columns of `weighted`, each as long as what it carries: what
+        `deal` is about.
+        """
         # The diagonal alone: which correlations count depends on the groups, and those are being looked for.
         scale = self.channels.diagonal().double().clamp_min(0.0).sqrt()
-        found.append((self.metric_root @ self.down.double()).T * scale[:, None])
-        return torch.stack(found).float()
+        return torch.cat((self.outputs, (self.weighted * scale).T.float()[None]))
 
     def tails(self, groups: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """For gate, up and down: `tail[R] [min(n, H) + 1]` (fp64), the loss of rank R in every group's slice.
 
         `groups`: the channels `[n]` of each.
         """
-        rows, weighted = self.rows().double(), self.metric_root @ self.down.double()
-        spectra = [[_spectrum(matrix[group]) for group in groups] for matrix in rows[:2]]
+        spectra = [[_spectrum(matrix[group].double()) for group in groups] for matrix in self.outputs]
         spectra.append([])
         for group in groups:
             # Any S with S S^T = C gives W S the same singular values; a Cholesky factor is the cheapest.
             spread = torch.linalg.cholesky(ridged(self.channels[group][:, group]))
-            spectra[2].append(_spectrum((weighted[:, group] @ spread).T))
+            spectra[2].append(_spectrum((self.weighted[:, group] @ spread).T))
+        # One rank serves every group of a matrix (FORMAT.md), so their losses at a rank add up.
         return [_tail(torch.stack(slices).sum(0)) for slices in spectra]
 
 
 def root(symmetric: torch.Tensor) -> torch.Tensor:
     """The positive square root of a ridged, symmetric matrix, fp64."""
     values, vectors = torch.linalg.eigh(ridged(symmetric, ROOT_RIDGE))
+    # eigh errs by about 1e-16 of the largest value, so one near 0 may come out below it.
     return (vectors * values.clamp_min(float(values[-1]) * 1e-14).sqrt()) @ vectors.T
 
 
@@ -120,11 +139,13 @@ def _energies(down: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
 
 def _spectrum(rows: torch.Tensor) -> torch.Tensor:
     """Squared singular values, descending."""
+    # The smaller of the two: beyond min(rows, columns) all values are 0.
     gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
     return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0)
 
 
 def _tail(energy: torch.Tensor) -> torch.Tensor:
+    # From the smallest on: a small tail, taken as the difference of two large sums, would be all rounding.
     flipped = energy.flip(0).cumsum(0).flip(0)
     return torch.cat((flipped, flipped.new_zeros(1))).cpu()
 
@@ -167,12 +188,13 @@ def factor_inputs(
     The groups' parts add up to the output, so their errors interact: the second factors that are best
     together are not the best of each.
     """
-    pairs = [decompose(weight[:, group], moment[group][:, group], metric).truncate(rank) for group in groups]
+    roots = MetricRoots.of(metric, weight)
+    pairs = [decompose(weight[:, group], moment[group][:, group], roots).truncate(rank) for group in groups]
     # Nothing to interact with: the truncated SVD is the best there is.
     if len(groups) == 1:
         return pairs
     pairs = _refitted(weight, moment, groups, pairs)
-    return _refitted(weight, moment, groups, _swept(weight, moment, metric, groups, pairs))
+    return _refitted(weight, moment, groups, _swept(weight, moment, roots, groups, pairs))
 
 
 def _refitted(
@@ -182,6 +204,8 @@ def _refitted(
     under any metric.
     """
     c, ranks = moment.double(), [len(first) for first, _ in pairs]
+    # C U^T [I, g R], and below U C U^T [g R, g R]: U is block-diagonal, so a group's rows of it meet its own
+    # channels alone.
     spread = torch.cat(
         [c[:, group] @ first.double().T for group, (first, _) in zip(groups, pairs, strict=True)], 1
     )
@@ -196,7 +220,7 @@ def _refitted(
 def _swept(
     weight: torch.Tensor,
     moment: torch.Tensor,
-    metric: torch.Tensor,
+    roots: MetricRoots,
     groups: Sequence[torch.Tensor],
     pairs: Sequence[Pair],
 ) -> list[Pair]:
@@ -214,6 +238,6 @@ def _swept(
         # correlate with it: left C[:, S] C[S, S]^-1.
         own = ridged(moment[group][:, group])
         fitted = torch.cholesky_solve((left @ moment[:, group].double()).T, torch.linalg.cholesky(own)).T
-        found[index] = first, second = decompose(fitted, own, metric).truncate(len(first))
+        found[index] = first, second = decompose(fitted, own, roots).truncate(len(first))
         left[:, group] -= second.double() @ first.double()
     return found

@@ -33,6 +33,8 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     scale = scales_of(weight)
     steps = weight.float() / scale.where(scale > 0, 1.0)[:, None]
+    # The clamp has work only where the scale is subnormal, so a few bits wide, and may have been rounded
+    # down.
     return steps.round().clamp(-LIMIT, LIMIT).to(torch.int8), scale
 
 
@@ -108,6 +110,8 @@ def share_of(matrix: Matrix, tensors: Tensors, tp: int, rank: int) -> dict[str, 
     share = {}
     for name, tensor in tensors.items():
         dim = matrix.split_dim(name.removesuffix(SCALE))
+        # Down's second factor is cut along its columns: each rank makes a summand of every output, so needs
+        # all scales.
         whole = dim != OUT and name.endswith(SCALE)
         share[name] = tensor if whole else tensor.chunk(tp, dim)[rank]
     return share
@@ -120,7 +124,12 @@ def plain_linear(weight: torch.Tensor, blocks: int = 1) -> Linear:
 
 def block_product(x: torch.Tensor, weight: torch.Tensor, blocks: int = 1) -> torch.Tensor:
     """x `[..., b m]`, weight `[b n, m]` -> `[..., b n]`: part t of x meets rows t n ... of the weight. With
-    one block this is x weight^T; with more, x times the block-diagonal matrix that the weight stands for.
+    one block this is x weight^T; with more, x times the block-diagonal matrix that the weight stands for: the
+    sum of the first two, and the difference of the others.
+
+    >>> x, weight = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    >>> block_product(x, weight, blocks=2).tolist()
+    [3.0, -1.0]
     """
     if blocks == 1:
         return F.linear(x, weight)
@@ -132,7 +141,14 @@ def product(matrix: Matrix, first: Linear | None, second: Linear | None, x: torc
     """y `[..., out]` of x `[..., in]`, where `first` and `second` multiply by the matrix's factors.
 
     z is `first` of x; y is `second` of z. Of a compact gate or up each group's z is also its first channels
-    of y; of a compact down the pivots of each group pass into z as they are, and `first` sees the others.
+    of y; of a compact down the pivots of each group pass into z as they are, and `first` sees the others: of
+    rank 1, z = 10 + 3 x 1 - 2 x 5 and y = 2 z.
+
+    >>> from neuronmlp_plugin.models.factors import ProjectionSpec
+    >>> down = Matrix("down_proj", ProjectionSpec("compact", 1), hidden_size=1, channels=3)
+    >>> first, second = (plain_linear(torch.tensor(rows)) for rows in ([[3.0, -2.0]], [[2.0]]))
+    >>> product(down, first, second, torch.tensor([10.0, 1.0, 5.0])).tolist()
+    [6.0]
     """
     if first is None or second is None:
         only = first or second
@@ -146,6 +162,7 @@ def product(matrix: Matrix, first: Linear | None, second: Linear | None, x: torc
         # Both in the order of z: R of each group, group after group.
         return second(pivots.flatten(-2) + first(others.flatten(-2)))
     z = first(x)
+    # Inside each group, z before what `second` makes of it: the group's pivots are its first channels.
     parts = (part.unflatten(-1, (matrix.groups, -1)) for part in (z, second(z)))
     return torch.cat(tuple(parts), dim=-1).flatten(-2)
 

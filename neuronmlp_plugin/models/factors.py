@@ -70,8 +70,11 @@ class Matrix:
     """One matrix of a layer: `[out, in]` with `channels` intermediate channels on one side, in `groups` equal
     parts, each of which has factors of its own at the one rank of `spec`.
 
-    Example: gate, H 8, 12 channels, 2 groups, uv of rank 3: u `[6, 8]` is 2 stacked `[3, 8]`, v `[12, 3]` is
-    2 stacked `[6, 3]`; channels 0-5 come from rows 0-2 of u, channels 6-11 from rows 3-5.
+    Gate, H 8, 12 channels, 2 groups, uv of rank 3: u is 2 stacked `[3, 8]`, v 2 stacked `[6, 3]`; channels
+    0-5 come from rows 0-2 of u, channels 6-11 from rows 3-5.
+
+    >>> Matrix("gate_proj", ProjectionSpec("uv", 3), hidden_size=8, channels=12, groups=2).tensor_shapes()
+    {'u.weight': (6, 8), 'v.weight': (12, 3)}
     """
 
     projection: str
@@ -135,6 +138,8 @@ class Matrix:
             return (None, (n_out, n_in)) if self.is_down else ((n_out, n_in), None)
         all_ranks, pivots = self.groups * self.rank, self.pivots
         if self.is_down:
+            # Pivots are stored nowhere: in a compact matrix their part of a factor is an identity, of each
+            # group.
             return (all_ranks, n_in // self.groups - pivots), (n_out, all_ranks)
         return (all_ranks, n_in), (n_out - self.groups * pivots, self.rank)
 
@@ -201,6 +206,7 @@ class MLPLayer(Mapping[str, ProjectionSpec]):
         return cls(shape.hidden_size, kept, groups=groups, **{name: specs[name] for name in PROJECTIONS})
 
     def __getitem__(self, projection: str) -> ProjectionSpec:
+        # Not getattr: a Mapping owes a KeyError for every other name, and `groups` is an attribute, too.
         return {"gate_proj": self.gate_proj, "up_proj": self.up_proj, "down_proj": self.down_proj}[projection]
 
     def __iter__(self) -> Iterator[str]:
@@ -282,4 +288,5 @@ def divisors(count: int) -> list[int]:
 
 def full_speed_sizes(layers: Iterable[MLPLayer]) -> list[int]:
     """The tensor-parallel sizes that every layer fits."""
+    # A size that divides every layer's units: groups, or single channels where no factor holds them together.
     return divisors(math.gcd(*(layer.groups if layer.is_low_rank else layer.channels for layer in layers)))

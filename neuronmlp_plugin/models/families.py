@@ -55,10 +55,8 @@ def names_outside_mlps(config: dict[str, Any], num_layers: int) -> list[str]:
         in_layer += [f"self_attn.{p}_proj.bias" for p in "qkv"]
     elif family == "Qwen3ForCausalLM":
         in_layer += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
-    if config.get("attention_bias") and family in (
-        "LlamaForCausalLM",
-        "Qwen3ForCausalLM",
-    ):  # the others do not ask
+    # The other two families never look at it: Qwen2 always has these biases (but o's), Mistral never.
+    if config.get("attention_bias") and family in ("LlamaForCausalLM", "Qwen3ForCausalLM"):
         in_layer += [f"self_attn.{p}_proj.bias" for p in "qkvo"]
     head = [] if config.get("tie_word_embeddings") else ["lm_head.weight"]
     names = ["model.embed_tokens.weight", "model.norm.weight", *head]

@@ -124,6 +124,8 @@ def gather_shard(matrix: Matrix, tensors: Tensors, tp: int, rank: int) -> Shard:
         return weight.rearranged(lambda t: gathered_order(t, tp, dim), dim)
 
     if first is None or second is None:
+        # tp divides the channels wherever ranks gather (`MLPLayer.gathers`), so a dense matrix is dealt
+        # without padding.
         return Shard(first and dealt(first, OUT, deal), second and dealt(second, IN, deal))
     # Pivots are the channels before those that the factor on the channels' side has rows or columns for:
     # channel R + j belongs to rank (R + j) % tp.
@@ -163,6 +165,7 @@ class GatherGateUp:
         self.shards, self.collectives = shards, collectives
         firsts = [shard.first.expanded() for shard in shards if shard.first is not None]
         self.widths = [first.shape[0] for first in firsts]
+        # Gate and up start from one x: a single product makes z, or a dense one's output, of both.
         self.first = make_linear(torch.cat(firsts))
         self.seconds = [
             None if shard.second is None else make_linear(shard.second.expanded().contiguous())
@@ -173,6 +176,7 @@ class GatherGateUp:
         parts = list(self.first(x).split(self.widths, dim=-1))
         outputs: list[torch.Tensor] = []
         for shard, second, part, z in zip(self.shards, self.seconds, parts, self._gather(parts), strict=True):
+            # Not all of z: where tp does not divide R, the last slot of some ranks is padding and no channel.
             outputs += [part] if second is None else [part[..., : shard.pivots], second(z)]
         return torch.cat(outputs, dim=-1)
 

@@ -41,6 +41,7 @@ class Rounded(nn.Module):
     """
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        # The bracket has no gradient: weight goes through as if nothing were rounded.
         return weight + (dequantize(*quantize(weight.detach())) - weight.detach())
 
 

@@ -62,6 +62,7 @@ class BlockStreams:
         layer = self.compressed.load(index)
         linears = moving(layer)
         start = {name: linear.weight.detach().clone() for name, linear in linears.items()}
+        # What would be served without training is what training has to beat.
         stored = {n: dequantize(*quantize(w)) if settings.is_int8 else w for n, w in start.items()}
         _put(linears, stored)
         reached = error = self._held_out_error(layer)

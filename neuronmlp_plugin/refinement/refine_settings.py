@@ -37,9 +37,8 @@ class RefineSettings:
     window: int = 256  # tokens per training window: attention is dear on a CPU
     batch: int = 4  # windows per step: small steps, since few tokens are seen
     judge_tokens: int = 8192  # from the end of the text, in windows of 1024
-    arithmetic: str = (
-        "auto"  # of the matrix products (refinement/descent.py); the factors and their sums stay fp32
-    )
+    # Of the matrix products (refinement/descent.py); the factors and their sums stay fp32.
+    arithmetic: str = "auto"
     storage: str = "float"  # of the result: as the source | int8, which every step of distill sees
     seed: int = 0
 

@@ -145,9 +145,8 @@ def make_plan(settings: RefineSettings) -> RefinePlan:
             "another."
         )
     check_new(settings.out)
-    settings = dataclasses.replace(
-        settings, arithmetic=chosen(settings.arithmetic)
-    )  # the plan and the report say which it is
+    # The plan and the report say which it is.
+    settings = dataclasses.replace(settings, arithmetic=chosen(settings.arithmetic))
     return RefinePlan(
         settings, source, dense, *_windows(settings, dense.shapes()["model.embed_tokens.weight"][0])
     )

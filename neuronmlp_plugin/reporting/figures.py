@@ -25,10 +25,8 @@ def to_svg(plot: Plot) -> Markup:
     root = ET.fromstring(_drawn(plot))
     for parent in list(root.iter()):
         for child in list(parent):
-            if child.tag in (
-                f"{{{_SVG}}}metadata",
-                f"{{{_SVG}}}style",
-            ):  # a style inside would rule the whole page
+            # A style inside would rule the whole page.
+            if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
                 parent.remove(child)
     _drop_unused_ids(root)
     for size in ("width", "height"):  # the style sheet decides; the view box keeps the shape
@@ -83,13 +81,8 @@ _MARKERS = {"gate_proj": "o", "up_proj": "s", "down_proj": "^"}
 _DASHES = {"gate_proj": "-", "up_proj": (0, (4, 1.5)), "down_proj": (0, (1.2, 1.2))}
 # First layer to last; both ends and all between keep a contrast above 3 on white and on the dark page.
 _DEPTH = ("#2f7fd6", "#d2552b")
-_SHARES = {
-    1.0: "100%",
-    0.1: "10%",
-    0.01: "1%",
-    1e-3: "0.1%",
-    1e-4: "0.01%",
-}  # ticks of the spectra, which are cut off below
+# Ticks of the spectra, which are cut off below.
+_SHARES = {1.0: "100%", 0.1: "10%", 0.01: "1%", 1e-3: "0.1%", 1e-4: "0.01%"}
 
 STYLE: dict[Any, Any] = {
     "font.size": 11,
@@ -130,6 +123,7 @@ def rank_plot(report: Report) -> Plot | None:
     for offset, name in enumerate(PROJECTIONS):
         _line(axes, name, ((r["layer"], r["rank"]) for r in _of(report.matrices, name)))
         dense = [row["layer"] for row in _of(report.matrices, name) if row["rank"] is None]
+        # Above every rank, a line for each projection: none hides another, and nothing reads as a rank.
         axes.scatter(
             dense,
             [full * (1.06 + 0.05 * offset)] * len(dense),
@@ -245,9 +239,8 @@ def _spectrum(report: Report, spectra: dict[str, Any], name: str) -> Plot:
     figure, axes = _axes("rank", "share of output energy lost", width=3.7)
     colours, named = _depth_colours(len(layers)), {0, len(layers) // 2, len(layers) - 1}
     for index, layer in enumerate(layers):
-        shown = [
-            share or float("nan") for share in layer[name]
-        ]  # nothing is lost at full rank, and a logarithm has no place for it
+        # Nothing is lost at full rank, and a logarithm has no place for it.
+        shown = [share or float("nan") for share in layer[name]]
         axes.plot(
             ranks,
             shown,
@@ -295,10 +288,8 @@ def history_plot(refinement: dict[str, Any]) -> Plot | None:
     )
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.locator_params(axis="x", nbins=6)
-    tenth, losses = (
-        max(1, len(history) // 10),
-        [h["loss"] for h in history],
-    )  # steps see different text: one of them says little
+    # Steps see different text: one of them says little.
+    tenth, losses = max(1, len(history) // 10), [h["loss"] for h in history]
     first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
     alt = (
         f"Mean of the first and last tenth: {first:.4g} and {last:.4g}, over {history[-1]['tokens']:,} "

@@ -244,6 +244,7 @@ def word_differences(left: str, right: str) -> tuple[Parts, Parts]:
     matcher = difflib.SequenceMatcher(
         None, [word.strip() for word in a], [word.strip() for word in b], autojunk=False
     )
+    # A beginning that both share counts however short it is: it is not by chance.
     same = [
         block
         for block in matcher.get_matching_blocks()

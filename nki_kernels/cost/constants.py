@@ -20,9 +20,8 @@ FP32_PASSES = 4  # TensorE passes of an fp32 matmul [isa]
 RESULT_LATENCY_CYCLES = 200
 DMA_START_NS = 1300.0  # semaphore to first byte [dma]
 DMA_PARTITIONS_PER_ENGINE = 8  # an engine serves 8 partitions of a transfer [dma]
-OVERHEAD_BOUND_ROW_BYTES = (
-    256  # shorter rows cost as much as one of this length: "severely overhead bound" below it [dma]
-)
+# Shorter rows cost as much as one of this length: "severely overhead bound" below it [dma].
+OVERHEAD_BOUND_ROW_BYTES = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +39,8 @@ class Constants:
     long_row_bytes: int
     source: str
     fitted: int  # how many of the three numbers were fitted to published latencies
-    cast_factor: float = (
-        1.0  # what reads int8 takes so many times what is documented, to see how much hangs on it
-    )
+    # What reads int8 takes so many times what is documented, to see how much hangs on it.
+    cast_factor: float = 1.0
 
     def descriptor_ns(self, row_bytes: int, engine_gbps: float) -> float:
         """Time of one DMA engine for one contiguous row, in ns; `engine_gbps` is the documented achieved

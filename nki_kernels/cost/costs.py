@@ -25,6 +25,7 @@ def tensor_cycles(instruction: Instruction) -> int:
     """nc_matmul: a turnaround and a cycle per moving column, four in fp32; nc_transpose, where the data move:
     a turnaround and a cycle per partition. Back to back.
     """
+    # nc_matmul reads its stationary operand, then the moving one; a transpose reads its data alone.
     moving = instruction.reads[-1]
     if instruction.op == "nc_transpose":
         return TURNAROUND_CYCLES + moving.shape[0]
@@ -54,6 +55,7 @@ def elementwise_cycles(instruction: Instruction) -> int:
     """VectorE, ScalarE and GpSimdE: max(64, passes x elements per partition)."""
     if instruction.op == "activation_read_accumulator":
         return MIN_INTERVAL_CYCLES
+    # A scale or a bias has one element a partition: the longest operand is what the engine goes through.
     largest = max(access.free_elements for access in (*instruction.reads, *instruction.writes))
     elements = float(largest)
     if instruction.op == "tensor_tensor":

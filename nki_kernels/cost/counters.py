@@ -50,9 +50,8 @@ class Counters(Additive):
     scalar: EngineCount = EngineCount()
     gpsimd: EngineCount = EngineCount()
     flops: int = 0  # useful: 2 K M N of every matmul
-    flops_issued: int = (
-        0  # what the 128 x 128 array could have done in the cycles that matmuls and transposes took
-    )
+    # What the 128 x 128 array could have done in the cycles that matmuls and transposes took.
+    flops_issued: int = 0
     dma_transfers: int = 0
     dma_descriptors: int = 0
     dma_bytes: int = 0
@@ -116,6 +115,7 @@ class Counting:
         count[1] += cycles
         if event.engine == TENSOR:
             self._sums["flops"] += event.flops
+            # A column a cycle through the whole array: 128 x 128 multiplications and additions.
             self._sums["flops_issued"] += 2 * PMAX * PMAX * cycles
 
     def _transfer(self, event: Instruction) -> None:

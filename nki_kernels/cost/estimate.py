@@ -68,6 +68,7 @@ def _union_ns(intervals: np.ndarray) -> float:
         return 0.0
     order = intervals[np.argsort(intervals[:, 0])]
     reach = np.maximum.accumulate(order[:, 1])
+    # Nothing works between the latest end so far and a start behind it.
     idle = np.maximum(0.0, order[1:, 0] - reach[:-1]).sum()
     return float(reach[-1] - order[0, 0] - idle)
 
@@ -79,6 +80,7 @@ def _exposed(slots: Sequence[Slot]) -> Times:
     for resource in RESOURCES:
         claimed += [(slot.start_ns, slot.end_ns) for slot in slots if slot.engine == resource]
         union = _union_ns(np.array(claimed))
+        # What the union grows by is the time in which none of the resources before this one works.
         found[resource] = (union - covered) / 1000
         covered = union
     return Times(**found, waiting=(latency - covered) / 1000)
@@ -93,6 +95,7 @@ def critical_path(slots: Sequence[Slot]) -> list[tuple[int, str, float]]:
     until = slots[number].end_ns if number >= 0 else 0.0
     while number >= 0:
         slot = slots[number]
+        # From the back: the wait of the next instruction for this result, the work, and a transfer's start.
         found.append((number, "result_latency", until - slot.end_ns))
         found.append((number, slot.engine, slot.end_ns - slot.start_ns))
         found.append((number, "dma_start", slot.start_ns - slot.ready_ns))

@@ -32,6 +32,7 @@ class _Cells:
 
     def part(self, base: int) -> _Cells:
         """The same cells for a tensor that begins at byte `base` of them."""
+        # The lists themselves and no copies: tensors on one place see each other's stamps.
         shared = object.__new__(_Cells)
         shared.grain, shared.base, shared.written, shared.read = self.grain, base, self.written, self.read
         return shared
@@ -60,6 +61,7 @@ class Hazards:
             self._hbm_bytes[event.buffer] = event.bytes_per_partition
         elif event.address >= 0:
             if event.live:
+                # Its stamps are those of the place, which outlive it.
                 self._live[event.buffer] = self._memory[event.space].part(event.address)
             else:
                 del self._live[event.buffer]
@@ -85,12 +87,14 @@ class Hazards:
             stamp = max(stamp, (time, number))
             if available > size:
                 heapq.heappush(self._free_sbuf, (time, number, available - size))
+            # Below 0 where a piece was cut: then it was the last.
             size -= available
         return stamp
 
     def before_read(self, access: Access) -> Stamp:
         """When the operand may be read."""
         cells = self._live.get(access.buffer)
+        # Unknown is what no instruction wrote: an input of the kernel, there from the start.
         return START if cells is None else max(cells.written[cells.slice(access)])
 
     def before_write(self, access: Access) -> tuple[Stamp, Stamp]:

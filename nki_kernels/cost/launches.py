@@ -39,6 +39,8 @@ def launch_of(plan: Plan, dtype: np.dtype, tp: int = 1) -> Launch:
     residual = (
         Placeholder((plan.tokens, last.cols), dtype) if plan.with_residual and last is not None else None
     )
+    # What a layout has names its kernel: a z from outside, second_factors; gate and up, svd_mlp or gated_up;
+    # neither, one projection or the first stage.
     if layout.external_z:
         gate, up = (z_rows(layout, name) // tp for name in ("gate", "up"))
         down = layout.down_first.cols // tp if layout.down_first is not None else 0

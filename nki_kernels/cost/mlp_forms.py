@@ -6,9 +6,10 @@ groups   one group of channels a core, factorised by itself (`uv` or `compact`):
          channels, and the one all-reduce of a dense MLP
 gather   one group for all cores: three launches, an all-gather and a reduce-scatter more
 
-Ranks of a group, and the channels of a narrow layer, end on row tiles of 128, as `compress --multiple 128`
-makes them: a rank of 385 would read four tiles. A budget lies between two such sizes; layers then have the
-one or the other, in the share that meets the budget exactly, and their mean is what a step takes.
+Ranks of a group, and the channels of a narrow layer, end on row tiles of 128, as `compress
+--rank-multiple 128` makes them: a rank of 385 would read four tiles. A budget lies between two such sizes;
+layers then have the one or the other, in the share that meets the budget exactly, and their mean is what a
+step takes.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ def _events(slots: Sequence[Slot]) -> Iterator[dict[str, Any]]:
     lanes: list[float] = []
     for number, slot in enumerate(slots):
         if slot.engine == DMA:
+            # The first lane that is free by then, or a new one behind the others.
             lane = next((i for i, free in enumerate(lanes) if free <= slot.start_ns), len(lanes))
             lanes[lane:] = [slot.end_ns, *lanes[lane + 1 :]]
             track = len(ENGINES) + lane

@@ -20,6 +20,7 @@ class Pipe:
     def reserve(self, ready_ns: float, need_ns: float) -> float:
         """When a transfer that is ready at `ready_ns` and needs `need_ns` of the whole pipe ends."""
         self.busy_ns += need_ns
+        # Gaps are in order of time: where the last one is over by then, all are.
         if self._gaps and self._gaps[-1][1] > ready_ns:
             need_ns, end = self._fill_gaps(ready_ns, need_ns)
             if need_ns <= 0:
@@ -35,15 +36,15 @@ class Pipe:
         """(what is still needed, when the part that fits ends)."""
         end, kept = ready_ns, []
         for first, last in self._gaps:
+            # A transfer is many descriptors, so it may fall into several gaps.
             start = max(first, ready_ns)
             if need_ns <= 0 or last <= start:
                 kept.append((first, last))
                 continue
             fits = need_ns <= last - start
             end = start + need_ns if fits else last
-            need_ns = (
-                0.0 if fits else need_ns - (last - start)
-            )  # what fits is never subtracted: rounding would leave a trace of it
+            # What fits is never subtracted: rounding would leave a trace of it.
+            need_ns = 0.0 if fits else need_ns - (last - start)
             kept += [gap for gap in ((first, start), (end, last)) if gap[1] > gap[0]]
         self._gaps = kept
         return need_ns, end

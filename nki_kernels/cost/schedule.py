@@ -99,6 +99,7 @@ class Scheduler:
         if self.target.generation > 2 or event.engine == TENSOR:
             return ()
         ports = []
+        # GpSimdE cannot reach PSUM at all; ScalarE has its own way into SBUF.
         if event.engine != GPSIMD and touches_psum(event):
             ports.append(PSUM_PORT)
         if event.engine != SCALAR:

@@ -83,6 +83,7 @@ def dma_bound_us(plan: Plan, target: Target = TRN1, constants: Constants = CALIB
     weights = _dma_us(plan.weight_cols_read() * PMAX * weight, plan.ring_cols * weight, target, constants)
     layout = layout_of(plan.products, plan.external_z)
     given = sum(z_rows(layout, name) for name in ("gate", "up"))
+    # What comes in: z of another launch, x or, where there is neither, the h that down starts from.
     features = given + (plan.hidden or (0 if given else plan.intermediate))
     input_row = (plan.block_tokens if plan.transposed_input else features) * size
     inputs = _dma_us(plan.tokens * features * size, input_row, target, constants)

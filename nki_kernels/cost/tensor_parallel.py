@@ -8,8 +8,8 @@ import dataclasses
 
 import numpy as np
 
-from nki_kernels.cost.collectives import Collectives
 from nki_kernels.cost.constants import Constants
+from nki_kernels.cost.interconnect import Collectives
 from nki_kernels.cost.launches import price_launch
 from nki_kernels.cost.mlp_forms import Blend, CoreMLP
 from nki_kernels.layout import Layout

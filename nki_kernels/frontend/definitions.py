@@ -66,6 +66,7 @@ def source_of(definition: Any) -> Source | None:
     try:
         file = inspect.getsourcefile(definition)
         lines, first = inspect.getsourcelines(definition)
+        # A method's lines are indented as in its class.
         tree = ast.parse(textwrap.dedent("".join(lines)))
     except (OSError, TypeError, SyntaxError):
         return None

@@ -180,6 +180,7 @@ class _Evaluation:
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 self.locals.add(node.id)
             elif isinstance(node, ast.For) and isinstance(node.iter, ast.Call) and not node.iter.keywords:
+                # range is a word of the loop's, not a function: anywhere else its name is unknown.
                 self.loop_ranges.add(node.iter.func)
 
     def findings(self) -> Iterator[Found]:
@@ -216,6 +217,7 @@ class _Evaluation:
                 yield "range", node, ""
         elif name.startswith("builtins.") and short not in BUILTINS:
             yield "name", node, name
+        # The default, self, is no constant of anybody's: a name that is no built-in never matches.
         elif constants.get(node.id) is getattr(builtins, node.id, self) and node.id not in BUILTINS:
             yield "builtin", node, node.id
         elif not name and node.id not in constants and node.id not in MODULES:

@@ -141,6 +141,7 @@ def _from_file(path: pathlib.Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # dataclasses looks a class's module up by its name.
     sys.modules.setdefault(path.stem, module)
     spec.loader.exec_module(module)
     return module

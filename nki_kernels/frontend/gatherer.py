@@ -168,6 +168,7 @@ class Gatherer:
         for decorator in node.decorator_list:
             self._visit(decorator)
         self.following = True
+        # Defaults come before the parameters are locals, keyword-only ones after: gather.c's order.
         arguments = node.args
         for default in arguments.defaults:
             self._visit(default)
@@ -196,6 +197,7 @@ class Gatherer:
         else:
             for child in ast.iter_child_nodes(node):
                 self._visit(child)
+        # The innermost statement or expression under way is the place of a refusal.
         scope.node = outer
 
     def _statement(self, node: ast.stmt) -> None:
@@ -243,6 +245,7 @@ class Gatherer:
         """Full name and value of a name or dotted name that starts outside the function."""
         if isinstance(node, ast.Name):
             value = self._lookup(node.id)
+            # A local hides the module's name; what is known already needs no second look.
             if self._has(node.id):
                 self._compare(node.id, value)
                 return None
@@ -330,6 +333,7 @@ class Gatherer:
         if not isinstance(target, ast.Name):
             return "class field"
         value = getattr(definition, target.id, None)
+        # A slot of a class with __slots__ is no value.
         if not isinstance(value, types.MemberDescriptorType):
             Literals(self, arguments=False).take(value, target.id)
         return None

@@ -13,6 +13,8 @@ from nki_kernels.targets import PMAX
 from nki_kernels.tiling import MOVING_COLS, pieces, tile_count
 
 Tensor = Any
+# `dge_mode.none` everywhere: descriptors fixed at compile time. Before trn2 no hardware makes them, and
+# software ones would be GpSimd's work, which takes turns with VectorE at SBUF.
 
 
 def load_transposed(dst: Tensor, src: Tensor, tiles: tuple, first_token: int, tokens: int) -> None:
@@ -35,6 +37,7 @@ def load_natural(work: Workspace, dst: Tensor, src: Tensor, first_token: int, to
     rows = work.input_rows(src.shape[1])
     for i in range(len(tiles)):
         start, size = tiles[i]
+        # Two in turn: the next rows arrive while these are transposed.
         row = rows[i % 2]
         nisa.dma_copy(
             dst=row[0:size, :],
@@ -55,12 +58,15 @@ def transpose_row(work: Workspace, dst: Tensor, row: Tensor, start: int, size: i
     """
     features = row.shape[1]
     whole = features // PMAX
+    # A bank has MOVING_COLS fp32 a partition: room for so many tiles of `size` tokens, which one instruction
+    # evicts.
     groups = pieces(whole, max(1, MOVING_COLS // size))
     for g in range(len(groups)):
         first, count = groups[g]
         bank = work.banks.tile((PMAX, count, size))
         for j in range(count):
             col = (first + j) * PMAX
+            # stationary^T @ 1 is the row tile turned round; each is a sum of its own, so each begins one.
             matmul(bank[:, j, :], row[0:size, col : col + PMAX], work.identity[0:size, 0:size], True)
         evict_transposed(work, dst, bank, first, start, norms)
     left = features - whole * PMAX
@@ -81,6 +87,7 @@ def evict_transposed(work: Workspace, dst: Tensor, bank: Tensor, first: int, sta
         nisa.activation(dst=there, op=nl.copy, data=bank, bias=bias)
         return
     weight = norms[0].weight
+    # The weight goes by feature, so by partition, and is another one in each row tile: an eviction for each.
     for j in range(count):
         nisa.activation(
             dst=dst[0:rows, first + j, start : start + size],
@@ -103,6 +110,7 @@ def load_gathered(dst: Tensor, src: Tensor, share: tuple, where: tuple) -> None:
         row, end = r * slots, (r + 1) * slots
         while row < end:
             k, partition = row // PMAX, row % PMAX
+            # A core's share ends inside a row tile as a rule, and the next one's begins there.
             size = min(end - row, PMAX - partition)
             at = r * stride + base + row - r * slots
             nisa.dma_copy(
@@ -172,6 +180,8 @@ def natural_bank(work: Workspace, src: Tensor, channels: tuple, tokens: tuple) -
         k, partition = (first + done) // PMAX, (first + done) % PMAX
         cols = min(count - done, PMAX - partition)
         end = partition + cols
+        # Rows from 0 on, though those before `partition` are not wanted: operands may begin at partitions 0,
+        # 32, 64 or 96 alone. The columns of the identity choose the rows.
         matmul(
             bank[:, done : done + cols],
             src[0:end, k, start : start + size],

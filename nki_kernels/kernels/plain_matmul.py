@@ -108,9 +108,8 @@ def matmul_blocked(
     return out
 
 
-PASS_BYTES = (
-    96 * 1024
-)  # per partition, for the running sums; the rest of SBUF is for two turns of both operands
+# Per partition, for the running sums; the rest of SBUF is for two turns of both operands.
+PASS_BYTES = 96 * 1024
 
 
 def pass_rows(m_size: int, block_rows: int, n_tiles: int) -> int:
@@ -159,6 +158,8 @@ def add_block_products(
         for i in range(moving.shape[1]):
             left = stationary[:, row + i, col : col + PMAX]
             matmul(total, left, moving[:, i, n : n + width], i == 0)
+        # PSUM holds one block of K: what the blocks come to is added up in SBUF, rounded to the operands'
+        # type each time.
         there = results[:, tile, n : n + width]
         if first:
             nisa.tensor_copy(dst=there, src=total)

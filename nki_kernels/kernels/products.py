@@ -69,12 +69,15 @@ def add_transposed(
     the tile's first blocks.
     """
     cols = sums[0].shape[0]
+    # Blocks outside, tokens inside: the stream hands out a block once, and every piece of the tokens meets it
+    # then.
     for i in range(len(blocks)):
         k, first, rows, kind = blocks[i]
         block, at = block_of(work, kind, owner, k, cols)
         end = first + rows
         for j in range(len(widths)):
             start, width = widths[j]
+            # `first` is 0 or HALF, where an operand of at most 64 partitions may begin.
             weights, moving = block[first:end, at : at + cols], source[first:end, k, start : start + width]
             matmul(sums[j], weights, moving, begins and i == 0)
 
@@ -119,6 +122,8 @@ def evict_transposed_tile(
         start, width = widths[j]
         there = dst[0:cols, n, start : start + width]
         added = matrix.added_rows(n)
+        # Of int8 down: rows behind the pivots cannot be evicted alone, since an access may begin at few
+        # partitions. So all are, and the pivots' are written again, with what is added to them.
         if added < cols:
             evict(work, matrix, n, there, sums[j], nl.copy)
         if added > 0:
@@ -143,6 +148,7 @@ def natural_tile(work: Workspace, matrix: Matrix, n: int, source: Tensor, tiles:
     sums = []
     for j in range(len(tiles)):
         sums.append(work.banks.tile((tiles[j][1], cols)))
+    # As in `add_transposed`, with the operands exchanged: activations are stationary, weights move.
     for i in range(len(blocks)):
         k, first, rows, kind = blocks[i]
         block, at = block_of(work, kind, 2, k, cols)

@@ -41,6 +41,7 @@ def first_factors(
     gate_slots = plan.products.gate_first.cols if plan.runs_gate_first else 0
     up_slots = plan.products.up_first.cols if plan.runs_up_first else 0
     slots = gate_slots + up_slots
+    # Gate's slots, then up's: one tensor, so that one collective takes both.
     shape = (plan.tokens, slots) if plan.natural_z else (slots, plan.tokens)
     z = nl.ndarray(shape, dtype=x.dtype, buffer=nl.shared_hbm)
     work = Workspace(plan, weights, norm_weight, scales, x.dtype)
@@ -85,6 +86,7 @@ def second_factors(
     ones start from; pass None for x or z if no projection needs it. Plan: of `second_stage(layout)`.
     """
     dtype = z.dtype if x == None else x.dtype  # noqa: E711
+    # A core's summand of all of down's z: the reduce-scatter that follows leaves each core its own slots.
     out = nl.ndarray(second_shape(plan, slots), dtype=dtype, buffer=nl.shared_hbm)
     work = Workspace(plan, weights, norm_weight, scales, dtype)
     stride = slots[0] + slots[1]

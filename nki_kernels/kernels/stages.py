@@ -54,6 +54,8 @@ def gated_product(work: Workspace, tokens: int) -> None:
         up = column_tile(work, products.up_second, n, up_source, widths, 1)
         for j in range(len(widths)):
             start, width = widths[j]
+            # ScalarE leaves silu(gate) in SBUF, in two turns, for VectorE to multiply by up, which is still
+            # in PSUM: of two operands only one may be there.
             activated = work.activated[(n * len(widths) + j) % 2][0:cols, 0:width]
             gate_matrix, up_matrix = products.gate_second, products.up_second
             if is_source_itself(gate_matrix, n):
@@ -94,10 +96,12 @@ def natural_output(
     columns = pieces(matrix.cols, work.plan.out_cols)
     for c in range(len(columns)):
         first_col, cols = columns[c]
+        # A residual lies in the place of the output itself: each product is added to it as it leaves PSUM.
         if work.plan.with_residual:
             copy_rows(stage, residual, first_token, tiles, columns[c], False)
         if work.plan.spreads_pieces:
             work.scales.spread_rows(work, first_col, cols)
+        # `out_cols` is whole column tiles, or all columns: no tile lies in two pieces.
         for n in range(first_col // matrix.tile_cols, tile_count(first_col + cols, matrix.tile_cols)):
             natural_column(work, source, stage, n, n * matrix.tile_cols - first_col, tiles)
         copy_rows(stage, out, first_token, tiles, columns[c], True)
@@ -111,6 +115,7 @@ def natural_column(work: Workspace, source: Tensor, stage: Tensor, n: int, at: i
     groups = pieces(len(tiles), work.plan.token_group)
     for g in range(len(groups)):
         first, count = groups[g]
+        # Every group of token tiles meets the same weights: back to the first block of the column tile.
         work.stream.seek(mark)
         sums = natural_tile(work, matrix, n, source, tiles[first : first + count])
         for j in range(count):
@@ -133,6 +138,8 @@ def evict_scaled(work: Workspace, row: Tensor, total: Tensor, col: int, turn: in
     at = col - work.scales.first_col
     scale = work.scales.spread[0:size, at : at + cols]
     if work.plan.with_residual:
+        # In two steps: this scale goes by column, so it is a whole operand, and an instruction takes two of
+        # those.
         scaled = work.scales.scaled[turn % 2][0:size, 0:cols]
         nisa.tensor_tensor(dst=scaled, data1=total, data2=scale, op=nl.multiply)
         nisa.tensor_tensor(dst=row, data1=scaled, data2=row, op=nl.add)

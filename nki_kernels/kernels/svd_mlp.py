@@ -41,9 +41,9 @@ def svd_mlp(
 ) -> Tensor:
     """x `[T, H]` (`[H, T]` if `plan.transposed_input`) -> y `[T, H]`, in the element type of the weights.
 
-    `weights`: `[128, C]` from `packing.pack(plan.layout, ...)`. `norm_weight`, if `plan.with_norm`: `[128,
-    ceil(H / 128)]` fp32 from `packing.pack_norm`. `residual` `[T, H]`, if `plan.with_residual`, is added to y
-    in fp32 before y is rounded; for a Llama layer it is x.
+    `weights`: `[128, C]` from `packing.pack`, of `layout_of(plan.products, plan.external_z)`. `norm_weight`,
+    if `plan.with_norm`: `[128, ceil(H / 128)]` fp32 from `packing.pack_norm`. `residual` `[T, H]`, if
+    `plan.with_residual`, is added to y in fp32 before y is rounded; for a Llama layer it is x.
     """
     check_given("residual", residual, plan.with_residual)
     products = plan.products
@@ -75,6 +75,8 @@ def product_on_arrival(work: Workspace, src: Tensor, tokens: int) -> None:
         group = work.plan.early_group if i == 0 else 1
         # Weights come faster than rows: those that the first products need are not kept behind them.
         for n in range(group):
+            # Block (k, n) begins at packed column (n row_tiles + k) 128: down_first is the first matrix here,
+            # without pivots or groups, and early column tiles are whole ones (`arrival.early_tiles`).
             work.stream.ask((n * matrix.row_tiles() + rows[i][0]) * PMAX)
         load_transposed(work.h, src, rows[i], 0, tokens)
         done = 0
@@ -97,6 +99,7 @@ def early_banks(work: Workspace, tiles: tuple, rows: tuple, widths: list) -> lis
     for j in range(tiles[1]):
         banks.append(transposed_banks(work, matrix, tiles[0] + j, widths))
         blocks.append(matrix.blocks(tiles[0] + j))
+    # Rows outside: as soon as one is there, all column tiles of the group use it.
     for k in range(rows[0], rows[0] + rows[1]):
         for j in range(tiles[1]):
             work.stream.seek(((tiles[0] + j) * matrix.row_tiles() + k) * PMAX)
@@ -116,6 +119,7 @@ def keep_early(work: Workspace, sums: Tensor, banks: list, n: int, ends: tuple, 
         if first:
             nisa.tensor_copy(dst=so_far, src=banks[j])
         elif last:
+            # z is rounded once, when all rows are in the sum.
             there = work.down_z[:, n, start : start + width]
             nisa.tensor_tensor(dst=there, data1=banks[j], data2=so_far, op=nl.add)
         else:
@@ -144,6 +148,7 @@ def xuv(x: Tensor, weights: Tensor, plan: Plan, residual: Tensor = None, scales:
             product_on_arrival(work, x, tokens)
             last_product(work, out, residual, first_token, tokens)
         else:
+            # A projection by itself is run as a down projection, whose input is h.
             load_input(work, work.h, x, first_token, tokens)
             finish(work, out, residual, first_token, tokens)
     return out

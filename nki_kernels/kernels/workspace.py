@@ -49,6 +49,7 @@ class WeightStream(nl.NKIObject):
                 address=(0, plan.at.ring + i * plan.slot_bytes),
             )
             self.slots.append(slot)
+            # Which chunk a slot holds; -1: none yet.
             self.held.append(-1)
         self.raw = []
         for i in range(plan.raw_slots):
@@ -66,6 +67,7 @@ class WeightStream(nl.NKIObject):
         """Continue at packed column `position`, a block's first."""
         self.position = position
         self.chunk = 0
+        # A position on a bound stays in the chunk before it: `take` goes on to the next.
         while self.bounds[self.chunk + 1] < position:
             self.chunk += 1
 
@@ -98,6 +100,7 @@ class WeightStream(nl.NKIObject):
     def take_shared(self, owner: int, k: int) -> tuple:
         """The block that was taken for row tile `k` of the column tile before."""
         position = self.shared[owner][k]
+        # What is shared was handed out already, so it lies in this chunk or an earlier one.
         chunk = self.chunk
         while self.bounds[chunk] > position:
             chunk -= 1
@@ -127,6 +130,7 @@ class WeightStream(nl.NKIObject):
         share = self.plan.scalar_share
         if chunk >= self.plan.natural_chunk:
             share = self.plan.natural_share
+        # In whole blocks of 128 columns: share / 128 of them.
         middle = cols // PMAX * share // PMAX * PMAX
         if middle > 0:
             nisa.activation(dst=dst[:, 0:middle], op=nl.copy, data=src[:, 0:middle], bias=self.zero)
@@ -173,6 +177,7 @@ class Norm(nl.NKIObject):
         """
         hidden = row.shape[1]
         total = self.sums[turn % 2]
+        # Only the sum of the squares is wanted; they themselves go where the result will overwrite them.
         nisa.activation(
             dst=scratch[0:tokens, :],
             op=nl.square,
@@ -182,6 +187,7 @@ class Norm(nl.NKIObject):
             reduce_res=total[0:tokens, :],
             reduce_cmd=nisa.reduce_cmd.reset_reduce,
         )
+        # op(data scale + bias) in one instruction: 1 / sqrt(sum / H + eps).
         nisa.activation(
             dst=total[0:tokens, :],
             op=nl.rsqrt,
@@ -189,6 +195,8 @@ class Norm(nl.NKIObject):
             bias=self.eps[0:tokens, :],
             scale=1.0 / hidden,
         )
+        # Rounded to the type of x here, before the weight, as Hugging Face's norms are
+        # (`reference.rms_norm`).
         nisa.tensor_scalar(
             dst=scratch[0:tokens, :], data=row[0:tokens, :], op0=nl.multiply, operand0=total[0:tokens, :]
         )
@@ -247,6 +255,7 @@ class Scales(nl.NKIObject):
             bank = work.banks.tile((PMAX, count))
             for i in range(tile_count(count, PMAX)):
                 col, width = i * PMAX, min(PMAX, count - i * PMAX)
+                # Behind the ones, four of them: as many tiles of 128 as a bank of 512 columns has.
                 diagonal = tensor_at(at.small + (1 + i) * PMAX * 4, (PMAX, PMAX), nl.float32)
                 nisa.activation(
                     dst=diagonal[0:width, 0:width],
@@ -296,6 +305,7 @@ class Workspace(nl.NKIObject):
         self.identity = tensor_at(self.plan.at.identity, (PMAX, PMAX), self.dtype)
         there = self.identity
         if self.plan.is_int8:
+            # On its way through the raw slot that chunks come to last.
             last = self.plan.at.raw + (self.plan.raw_slots - 1) * self.plan.raw_bytes
             there = tensor_at(last, (PMAX, PMAX), weights.dtype)
         nisa.dma_copy(
@@ -316,6 +326,7 @@ class Workspace(nl.NKIObject):
         self.gate_z = self.tiles(at.gate_z, self.plan.gate_z_tiles)
         self.up_z = self.tiles(at.up_z, self.plan.up_z_tiles)
         self.down_z = self.tiles(at.down_z, self.plan.down_z_tiles)
+        # Every block of tokens meets all weights, from the first on.
         self.stream.seek(0)
 
     def tiles(self, address: int, count: int) -> Tensor:

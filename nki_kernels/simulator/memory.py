@@ -94,6 +94,7 @@ class Storage:
             other = reference()
             if other is None:
                 continue
+            # Where this buffer begins, counted in bytes of the other one.
             at = self.address - other.address
             overlaps = at + first_byte < other.bytes_per_partition and at + end_byte > 0
             if other.written and overlaps:
@@ -122,9 +123,8 @@ class Machine:
         self.target, self.listeners, self.dry, self.api = target, tuple(listeners), dry, api
         self.names, self.language = names, names is not None
         self.instructions = 0
-        self.passed: set[tuple[object, ...]] = (
-            set()
-        )  # geometries of the operands of matmuls that were checked
+        # Geometries of the operands of matmuls that were checked.
+        self.passed: set[tuple[object, ...]] = set()
         self._identities = 0
         self._live: dict[int, tuple[str, int]] = {}  # SBUF: identity -> name, bytes per partition
         self._banks: list[str | None] = [None] * target.psum_banks
@@ -214,6 +214,7 @@ class Machine:
                 and other.address < end
                 and first < other.address + other.bytes_per_partition
             ):
+                # Both ways: whichever is written last destroys the other.
                 storage.neighbours.append(reference)
                 other.neighbours.append(weakref.ref(storage))
         placed[storage.identity] = weakref.ref(storage)

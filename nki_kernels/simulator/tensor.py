@@ -139,6 +139,7 @@ class Tensor:
             math.prod(shape) == self.size,
             f"reshape must keep the number of elements, got {self.shape} -> {shape}",
         )
+        # A partition is a memory of its own: on chip only the free dimensions can be cut anew.
         if self.on_chip:
             require(
                 shape[0] == self.shape[0],
@@ -164,6 +165,7 @@ class Tensor:
         require(dtype in (None, self.dtype), f"ap of '{self.name}' as {dtype} is not modelled")
         steps = tuple(int(step) for step, _ in pattern)
         counts = tuple(int(count) for _, count in pattern)
+        # Elements of a partition: an offset on chip is so many rows of them and a rest. HBM is one row.
         row = math.prod(self.shape[1:]) if self.on_chip else self.size
         free = list(zip(steps, counts, strict=True))[1 if self.on_chip else 0 :]
         if self.on_chip:
@@ -174,6 +176,7 @@ class Tensor:
             )
             self._check_bounds(offset // row, offset // row + counts[0] - 1, 0, self.shape[0])
         start = offset % row if self.on_chip else offset
+        # The pattern's farthest elements to either side must lie in the row.
         low = start + sum((count - 1) * step for step, count in free if step < 0)
         high = start + sum((count - 1) * step for step, count in free if step > 0)
         self._check_bounds(low, high, len(self.shape) - 1, row)
@@ -234,6 +237,7 @@ class Tensor:
     def _describe(self) -> Access:
         storage, item = self.storage, self.storage.dtype.itemsize
         if self.on_chip:
+            # An offset on chip is so many rows, one a partition, and a place in the last of them.
             row = storage.bytes_per_partition // item
             partition, start = divmod(self.offset, row)
             partitions = (partition, partition + self.shape[0])
@@ -329,5 +333,6 @@ def _restride(old: Sequence[int], old_strides: Sequence[int], new: Sequence[int]
         if size > 1 and left % size:
             return None
         strides.append(step)
+        # `left`: how much of the run is not cut up yet; sizes of 1 take nothing from it.
         left, step = left // max(1, size), step * size
     return tuple(reversed(strides))

@@ -10,8 +10,8 @@ from neuronmlp_plugin.bench.int8_cases import MLP_FORMS, MLP_MODELS, mean_mlp
 from neuronmlp_plugin.bench.kernel_cases import CHAIN_TOKENS, chain_request, published_us
 from neuronmlp_plugin.bench.layer_cases import CORES, best_form, compare, steps_of
 from nki_kernels.cost.baselines import BF16
-from nki_kernels.cost.collectives import COLLECTIVES, MESH, RING
 from nki_kernels.cost.constants import CALIBRATED, SLOW_CASTS
+from nki_kernels.cost.interconnect import COLLECTIVES, MESH, RING
 from nki_kernels.cost.launches import price_launch
 from nki_kernels.cost.mlp_forms import FORMS, dense, in_int8
 from nki_kernels.cost.models import MODELS, rank_at

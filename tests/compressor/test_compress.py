@@ -170,7 +170,7 @@ def test_a_rerun_gives_the_same_bytes(home):
     (run_module, "factor_layer", 3),
     (run_module, "build_layer", 3),
     (run_module, "write_rest", 1),
-    (run_module, "compare", 1),
+    (run_module, "Judge", 1),
     (run_module, "sample_texts", 1),
     (folder_module, "write_page", 1),
 ])  # fmt: skip
@@ -277,7 +277,7 @@ def test_the_backward_pass_goes_on_where_it_stopped(home, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         compress(make_plan(settings_for(home)), QUIET)
     monkeypatch.setattr(analyse_module, "layer_metrics", lambda *args: (done.append(1), real(*args))[1])
-    monkeypatch.setattr(analyse_module, "_forward", lambda *_: pytest.fail("forward again"))
+    monkeypatch.setattr(analyse_module, "forward_pass", lambda *_: pytest.fail("forward again"))
     compress(make_plan(settings_for(home)), QUIET)
     assert len(done) == 3
 

@@ -44,7 +44,9 @@ class Bench:
         torch.set_num_threads(1)
         self.home = home
         self.measuring = ["--metric-tokens", "256", "--samples", "2"]
+        self.tokens = "1024"
         if real is not None:
+            self.tokens = "4096"  # twice its channels at least
             self.measuring += ["--allocation", "global"]  # to measure every layer would take minutes
             shutil.copytree(real / "dense", home / "dense")
             shutil.copy(real / "calibration.jsonl", home / "text.jsonl")
@@ -56,7 +58,7 @@ class Bench:
 
     def arguments(self, command: str, out: pathlib.Path) -> list[str]:
         text = ["--text", str(self.home / "text.jsonl")]
-        sizes = ["--window", "32", "--tokens", "1024", "--judge-tokens"]
+        sizes = ["--window", "32", "--tokens", self.tokens, "--judge-tokens"]
         given = {
             "compress": [str(self.home / "dense"), "--remove", "0.2", *text, *sizes, "64", *self.measuring],
             "refine": [str(self.home / "small"), "--dense", str(self.home / "dense"), *text, *sizes, "1024", "--stages", "blocks,distill"],

@@ -305,6 +305,7 @@ GATE_FIRST = "the scales of gate come before those of up, which never begin at 0
 FIRST_OF_ALL = "the int8 identity is cast before anything else is on chip: it may lie anywhere"
 NO_OWNER = "any negative number is no owner"
 EARLY = "when things come, and not what comes: tests of schedules hold it"
+ALIKE = "a first factor without pivots has the same blocks in every column tile"
 NO_SLOTS = "without slots the loop over a share's rows does nothing"
 EQUIVALENT: dict[str, str] = {
     "Lt -> LtE in `self.bounds[self.chunk + 1] < position` of `while self.bounds[self.chunk + 1] < position:`": "take() does it",
@@ -349,6 +350,19 @@ EQUIVALENT: dict[str, str] = {
     "Mod -> FloorDiv in `i % 2` of `row = rows[i % 2]`": TURNS,
     "+ 1 in `0` of `if left > 0:`": "a rest of one feature: no case has it",
     "Gt -> GtE in `left > 0` of `if left > 0:`": "a rest of no feature moves nothing",
+    "Gt -> GtE in `work.plan.block_tokens > PMAX` of `if work.plan.block_tokens > PMAX:`": EARLY,
+    "+ 1 in `0` of `chunk = 0`": EARLY,
+    "+ 1 in `1` of `chunk += 1`": EARLY,
+    "+ 1 in `0` of `self.first_col = 0`": "set before it is read",
+    "+ 1 in `0` of `group = work.plan.early_group if i == 0 else 1`": EARLY,
+    "+ 1 in `1` of `group = work.plan.early_group if i == 0 else 1`": EARLY,
+    "Eq -> NotEq in `i == 0` of `group = work.plan.early_group if i == 0 else 1`": EARLY,
+    "Add -> Sub in `n * matrix.row_tiles() + rows[i][0]` of "
+    "`work.stream.ask((n * matrix.row_tiles() + rows[i][0]) * PMAX)`": EARLY,
+    "Mult -> Add in `(n * matrix.row_tiles() + rows[i][0]) * PMAX` of "
+    "`work.stream.ask((n * matrix.row_tiles() + rows[i][0]) * PMAX)`": EARLY,
+    "Add -> Sub in `tiles[0] + j` of `blocks.append(matrix.blocks(tiles[0] + j))`": ALIKE,
+    "+ 1 in `0` of `blocks.append(matrix.blocks(tiles[0] + j))`": ALIKE,
     "Gt -> GtE in `gate_slots > 0` of `if gate_slots > 0:`": NO_SLOTS,
     "Gt -> GtE in `up_slots > 0` of `if up_slots > 0:`": NO_SLOTS,
     "Gt -> GtE in `plan.gate_z_tiles > 0` of `if plan.gate_z_tiles > 0:`": NO_SLOTS,

@@ -77,12 +77,15 @@ class Work:
         return self.flops, self.moved_bytes, self.peak.sbuf_bytes, dict(self.elements)
 
 
-def run_int8(tokens: int, slots: int, group: int, work: Work) -> float:
+def run_int8(tokens: int, slots: int, group: int, spreads_pieces: bool, work: Work) -> float:
     """Error of svd_mlp with int8 weights in a ring of `slots`, over what the format allows."""
     case = MLPCase(tokens, 600, 400, ("uv", "compact", "compact"), (70, 140, 257), "fp32", True, True)
     layout = int8_layout(mlp_layout(case.hidden, case.intermediate, *case.projections))
     request = Request(layout, case.tokens, DTYPES["fp32"], EPS, True)
-    plan = build_plan(request, Choice(tokens, slots, 512, 512, group))
+    plan = build_plan(
+        request, Choice(tokens, slots, 512, 512, group, spreads_pieces=spreads_pieces, shares_rows=True)
+    )
+    assert plan.spreads_pieces == spreads_pieces
     found, expected = run_svd_mlp(case, plan, quantised(random_weights(case)), listeners=[work])
     return error(found, expected) / MAX_ERROR["fp32"]
 
@@ -206,8 +209,8 @@ JUDGES = (
     *(functools.partial(run_pieces, shards) for shards in SHARDS),
     run_transposed,
     run_arriving,
-    functools.partial(run_int8, 140, 3, 1),
-    functools.partial(run_int8, 300, 1, 4),
+    functools.partial(run_int8, 140, 3, 1, False),
+    functools.partial(run_int8, 300, 1, 4, True),
     run_int8_alone,
 )
 

@@ -21,14 +21,19 @@ NEW_TOKENS = 4
 # engine does, so a process that has imported it waits for requests and forks one engine for each, and an
 # engine forks its ranks (vLLM spawns them: `spawn`): it reads lines of JSON and answers each with "ENDED" and
 # the exit code (older vLLM logs to stdout as well).
+# What every engine imports is imported here, and no engine's collector looks at it again. Where nothing else is
+# compiled the sampler is not: its ranks of logprobs take seconds to compile, and nobody asks for them.
 _PROGRAM = """
-import json, multiprocessing, os, signal, sys, torch
+import gc, json, multiprocessing, os, signal, sys, torch
+import vllm.model_executor.models.llama, vllm.model_executor.models.qwen2, vllm.model_executor.models.qwen3
+import vllm.v1.engine.core, vllm.v1.worker.cpu_worker
 from vllm import LLM, SamplingParams
 from vllm.v1.executor import multiproc_executor
 
 def answer(options, prompts, new_tokens, vocabulary, spawn):
     if not spawn:
         multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+    torch._dynamo.config.disable = options["enforce_eager"]
     llm = LLM(skip_tokenizer_init=True, **{"dtype": "float32", **options}, max_model_len=64, max_num_seqs=4, max_logprobs=vocabulary,
               logprobs_mode="raw_logits", enable_prefix_caching=False)
     params = SamplingParams(max_tokens=new_tokens, temperature=0, logprobs=vocabulary, prompt_logprobs=vocabulary, detokenize=False,
@@ -41,6 +46,8 @@ def answer(options, prompts, new_tokens, vocabulary, spawn):
     print("RESULT" + json.dumps(results))
 
 if __name__ == "__main__":
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()

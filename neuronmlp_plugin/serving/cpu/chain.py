@@ -46,6 +46,8 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     """
     n, k = weight.shape
     if weight.dtype is torch.bfloat16:
+        # Two neighbours of k beside each other for each of the 16 rows: what one bf16 instruction multiplies
+        # and adds.
         padded = F.pad(weight, (0, -k % TILE_ROWS, 0, -n % LANES))
         return padded.reshape(-1, LANES, padded.shape[1] // 2, 2).transpose(1, 2).contiguous()
     return F.pad(weight, (0, 0, 0, -n % LANES)).reshape(-1, LANES, k).transpose(1, 2).contiguous()
@@ -78,6 +80,7 @@ class Chain:
         n, k = weight.values.shape
         kind = WEIGHTS.index(weight.values.dtype)
         pointers = (packed.data_ptr(), None if scale is None else scale.data_ptr())
+        # ctypes keeps addresses, not tensors: what they point to has to live as long as the chain.
         self.products.append(Product(stage, kind, k, n, *x, *y, *addend, *pointers))
         self.kept += [packed, scale]
 
@@ -102,6 +105,7 @@ class Chain:
         self.function = load_products()
         assert self.function is not None
         _keep_freed_memory()
+        # For good: a compiled graph knows its chain by the place in this list.
         _CHAINS.append(self)
         # A tensor, not a number: a number would be baked into compiled graphs and keep them from being
         # shared.

@@ -19,9 +19,8 @@ from neuronmlp_plugin.serving.cpu.gemm import prepacked_linear
 
 TOKENS = (1, 8, 128, 1024)
 SIZE, COPIES, ROUNDS = 768, 4, 7
-MARGIN = (
-    1.25  # a chain saves calls and memory, which this does not measure; and a busy machine errs by as much
-)
+# A chain saves calls and memory, which this does not measure; and a busy machine errs by as much.
+MARGIN = 1.25
 
 
 @functools.cache

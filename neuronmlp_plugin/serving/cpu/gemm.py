@@ -18,6 +18,7 @@ def prepacked_linear(weight: torch.Tensor, blocks: int = 1) -> Linear:
     if not current_platform.is_cpu():
         return plain_linear(weight, blocks)
     if blocks > 1:
+        # vLLM packs a whole matrix: each block of a block-diagonal one is a product of its own.
         each = [prepacked_linear(block.contiguous()) for block in weight.chunk(blocks)]
         return lambda x: torch.cat([p(part) for p, part in zip(each, x.chunk(blocks, -1), strict=True)], -1)
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm

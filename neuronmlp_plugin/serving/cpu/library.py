@@ -36,6 +36,8 @@ def open_library(compiler: str) -> ctypes.CDLL:
     """The loaded library, compiled first where the cache has no good one. Raises CompileError, OSError."""
     command = [compiler, *_flags(), str(SOURCE), *_loaded_openmp()]
     texts = [path.read_bytes() for path in sorted(SOURCE.parent.glob("*.[ch]"))]
+    # The processor too: -march=native makes another library of the same command, and homes are shared between
+    # machines.
     key = hashlib.sha256(b"\n".join([*texts, _processor().encode(), *map(str.encode, command)])).hexdigest()[
         :16
     ]
@@ -101,6 +103,8 @@ def _load_checked(library: pathlib.Path) -> ctypes.CDLL | None:
     loaded through the descriptor that was checked, so that nobody can exchange it in between.
     """
     try:
+        # NOFOLLOW: a link may lead anywhere. NONBLOCK: to open a pipe that lies there would wait for its
+        # writer.
         descriptor = os.open(library, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
@@ -114,6 +118,8 @@ def _load_descriptor(descriptor: int, library: pathlib.Path) -> ctypes.CDLL | No
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or not _is_ours(status):
         return None
+    # A copy: the file object closes its own, and the library is to be loaded through the one that was
+    # checked.
     with os.fdopen(os.dup(descriptor), "rb") as file:
         content = file.read()
     if hashlib.sha256(content[:-_DIGEST_BYTES]).digest() != content[-_DIGEST_BYTES:]:

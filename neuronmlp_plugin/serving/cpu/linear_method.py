@@ -79,6 +79,8 @@ class LowRankMethod(LinearMethodBase):
             {"weight"} if self.overlay is not None else {s for p in self.projections for s in self._sizes(p)}
         )
         for suffix in sorted(suffixes):
+            # A dotted name is a parameter `weight` of a child: vLLM's loaders look a tensor's name up among
+            # the named parameters.
             owner, _, leaf = suffix.rpartition(".")
             if owner and not hasattr(layer, owner):
                 layer.add_module(owner, nn.Module())
@@ -86,6 +88,7 @@ class LowRankMethod(LinearMethodBase):
             parameter = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
             parameter.weight_loader = self._loader(suffix)  # type: ignore[attr-defined]
             module.register_parameter(leaf, parameter)
+        # vLLM builds layers inside torch's device context, so an empty tensor tells where they are to be.
         self.device = parameter.device
         self.fuses = fuses(self.options, self.gathers, self.device, self.dtype)
 
@@ -94,9 +97,8 @@ class LowRankMethod(LinearMethodBase):
 
     def _loader(self, suffix: str) -> Callable[..., None]:
         def load(_parameter: nn.Parameter, tensor: torch.Tensor, shard_id: int | None = None) -> None:
-            position = getattr(
-                tensor, "shard_id", shard_id
-            )  # an argument before vLLM 0.2x, then an attribute of the tensor
+            # An argument before vLLM 0.2x, then an attribute of the tensor.
+            position = getattr(tensor, "shard_id", shard_id)
             if self.overlay is None:
                 self._arrive(self.projections[position or 0], suffix, tensor)
 
@@ -110,6 +112,7 @@ class LowRankMethod(LinearMethodBase):
                 f"{name}: expected {expected} from the checkpoint's config, found {list(tensor.shape)}."
             )
         self.arrived[projection][suffix] = tensor
+        # A projection at a time: the whole tensors of all would be the model once more, on every rank.
         if len(self.arrived[projection]) == len(sizes):
             self._keep(projection, self.arrived.pop(projection))
 
@@ -169,6 +172,8 @@ class LowRankMethod(LinearMethodBase):
             )
         make_linear = prepacked_linear if self.options.fast_path else plain_linear
         if self.fuses:
+            # Nothing is let go here: gate's and up's numbers may wait for the down layer, which vLLM comes to
+            # last.
             self._fuse(silu_mlp(parent_of(layer)))
             return
         if self.gathers:
@@ -242,6 +247,8 @@ class LowRankDownMethod(LowRankMethod):
         if mlp is None:
             self.run = fused_down(self._mine("down_proj"), self.dtype, self._large())
         else:
+            # vLLM's MLP is down(act(gate_up(x))): with the first two as identities, down is called with x
+            # itself.
             gate_up: LowRankGateUpMethod = mlp.gate_up_proj.quant_method
             self.run = self._whole(gate_up)
             gate_up.run, gate_up.owned = _unchanged, {}

@@ -76,6 +76,7 @@ class NeuronMLPConfig(QuantizationConfig):
             return None
         block, overlay, options = self._open()
         parent, _, name = prefix.rpartition(".")
+        # None of either: attention's layers, and whatever else is no MLP of the block.
         stored, method = block.mlp(parent), _METHODS.get(name)
         if stored is None or method is None:
             return UnquantizedLinearMethod()
@@ -129,6 +130,8 @@ class NeuronMLPConfig(QuantizationConfig):
                     f"{folder}: expected a dense model under the factor file {options.factors}, found a "
                     "factored one; drop `factors`."
                 )
+            # The file itself, where there is one: transformers' config has defaults in the place of what is
+            # missing.
             config = read_config(folder) if folder.is_dir() else vllm_config.model_config.hf_config.to_dict()
             return parse_block(self.block, config, f"{folder}/config.json"), None, options
         overlay = FactorFile(options.factors or folder / FACTOR_FILE, read_config(folder))

@@ -42,6 +42,7 @@ def install(model_types: dict[str, dict[str, Any]]) -> None:
     """
     from neuronmlp_plugin.serving.trainium.application import low_rank_application
 
+    # A copy: Mistral is to stand on NxDI's own Llama, not on the subclass that has just taken its place.
     stock = {key: dict(tasks) for key, tasks in model_types.items()}
     for key, stand_in in FAMILIES.items():
         tasks = stock.get(key) or stock.get(stand_in or "")

@@ -39,6 +39,7 @@ _Base: Any = object  # the mixins below stand before an NxDI class, whose method
 @functools.cache
 def low_rank_application(base: Any) -> Any:
     """The subclass of a NeuronBaseForCausalLM that also serves low-rank MLPs, with its model class."""
+    # Ours first: their methods run, and `super()` inside them is NxDI's.
     model = type(f"LowRank{base._model_cls.__name__}", (LowRankModel, base._model_cls), {})
     return type(f"LowRank{base.__name__}", (LowRankApplication, base), {"_model_cls": model})
 
@@ -47,9 +48,8 @@ class LowRankModel(_Base):
     """Before a NeuronBaseModel: decoder layers get our MLP once NxDI has built them."""
 
     def init_model(self, config: Any) -> None:
-        from neuronmlp_plugin.serving.trainium.nxd import (
-            NxdParallel,
-        )  # needs neuronx_distributed, which nothing else here does
+        # Needs neuronx_distributed, which nothing else here does.
+        from neuronmlp_plugin.serving.trainium.nxd import NxdParallel
 
         # NxDI has no seam for the MLP of every family, so its dense ones are built first: on the meta device
         # when it traces, in real memory only in its CPU mode.
@@ -87,6 +87,7 @@ class LowRankApplication(_Base):
     @classmethod
     def get_state_dict(cls, model_name_or_path: str, config: Any) -> State:
         """As the base, which cannot read a factored folder: its files are not named `model*` (FORMAT.md)."""
+        # A factor file lies over an ordinary folder, which the base reads.
         if not is_low_rank(config) or options_of(config).factors:
             return super().get_state_dict(model_name_or_path, config)
         state = cls.convert_hf_to_neuron_state_dict(read_factored(model_name_or_path), config)

@@ -86,6 +86,8 @@ def low_rank_config(base: Any) -> Any:
             """From a checkpoint (`load_config`), or from what NxDI saved beside an artifact."""
             request = _REQUEST.get()
             from_checkpoint = kwargs.get("load_config") is not None
+            # Within one request the checkpoint's config comes first, an artifact's second: only that one can
+            # contradict it.
             if request is not None and request.asked is not None and not from_checkpoint:
                 check_artifact(request.asked, kwargs)
                 if KEY in kwargs:  # the same model, wherever it lies now
@@ -194,6 +196,7 @@ def check_artifact(asked: Any, saved: dict[str, Any]) -> None:
     elif wanted["weights"] != record.get("weights"):
         found = f"that of {saved.get('_name_or_path')}, whose weights are others"
     else:
+        # By way of JSON, as `saved` came: tuples and dtypes would differ from what they are read back as.
         mine = json.loads(asked.to_json_string())
         changed = [key for key in mine if key not in _NOT_THE_MODEL and mine[key] != saved.get(key)]
         if changed:

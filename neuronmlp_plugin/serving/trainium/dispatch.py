@@ -59,7 +59,7 @@ class Decision:
     weights: str = FLOATING
 
 
-_FLOATING = {"kernel": Reading(), "torch": Reading()}
+_NO_INT8 = {"kernel": Reading(), "torch": Reading()}
 
 
 def decide(
@@ -67,7 +67,7 @@ def decide(
     unavailable: str | None,
     declined: str | None,
     layer: int,
-    readings: Mapping[str, Reading] = _FLOATING,
+    readings: Mapping[str, Reading] = _NO_INT8,
 ) -> dict[str, Decision]:
     """Phase -> decision for one layer.
 

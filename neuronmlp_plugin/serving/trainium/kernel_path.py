@@ -138,6 +138,7 @@ def _slice(weight: Weight, tp: int, rank: int, dim: int) -> Weight:
 def _turned_back(weight: Weight, tp: int, rank: int, dim: int) -> Weight:
     """Rank-major slots of z along `dim`, those of `rank` first."""
     slots = weight.values.shape[dim] // tp
+    # The matrix in the order of `own_first`: share rank + i of z stands at place i.
     return weight.rearranged(lambda t: t.roll(-rank * slots, dims=dim), dim)
 
 
@@ -175,6 +176,7 @@ def pack_norm_in_graph(weight: torch.Tensor) -> torch.Tensor:
     """`pack_norm` by torch operations alone, for a weight that is a parameter of NxDI's and packed while
     tracing.
     """
+    # [tiles, 128], then turned round: element p, k belongs to channel 128 k + p.
     tiles = F.pad(weight.float(), (0, -weight.shape[0] % PMAX)).reshape(-1, PMAX)
     return tiles.t().contiguous()
 
@@ -235,6 +237,8 @@ class KernelPath(nn.Module):
         plan = self._plan(stage, rows.shape[0], rows.dtype, None if norm is None else norm.eps)
         weight = None if norm is None or not layout.hidden else norm.weight
         scales = packed.scale.data if layout.is_int8 else None
+        # As each kernel has them: norm_weight, residual, scales; xuv residual, scales; the others
+        # norm_weight, scales.
         optional = {"whole": (weight, None, scales), "last": (None, scales)}.get(stage, (weight, scales))
         while optional and optional[-1] is None:
             optional = optional[:-1]

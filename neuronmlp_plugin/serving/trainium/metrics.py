@@ -48,6 +48,7 @@ def publish(record: dict[str, Any]) -> None:
             temporary.write_text(json.dumps(record), encoding="utf-8")
             temporary.replace(path)
         except OSError as error:
+            # No folder any more: that is how the next call, at every forward, knows not to try again.
             os.environ.pop(FOLDER_VARIABLE)
             logger.warning(
                 "neuronmlp: %s could not be written (%s), so /metrics no longer follows what runs",
@@ -83,9 +84,8 @@ class DispatchCollector:
         layers = GaugeMetricFamily("neuronmlp_mlp_layers", "MLP layers compiled for each path", labels=labels)
         runs = CounterMetricFamily("neuronmlp_mlp_runs", "MLP layer executions by each path", labels=labels)
         for key, family in (("layers", layers), ("runs", runs)):
-            totals: collections.Counter[tuple[str, ...]] = (
-                collections.Counter()
-            )  # one sample a label set, whatever number of processes
+            # One sample a label set, whatever number of processes.
+            totals: collections.Counter[tuple[str, ...]] = collections.Counter()
             for record in records():
                 for *label, count in record[key]:
                     totals[tuple(label)] += count

@@ -32,6 +32,7 @@ class Int8Slice(BaseParallelLinear):  # type: ignore[misc]
     def __init__(self, size: tuple[int, int], dim: int, scale_size: tuple[int, ...], tp: int) -> None:
         super().__init__()
         self._slice("weight", size, dim, torch.int8, tp)
+        # Along the input every rank has all outputs, and so all of their scales: one part.
         self._slice("scale", scale_size, OUT, torch.float32, tp if dim == OUT else 1)
 
     def _slice(self, name: str, size: tuple[int, ...], dim: int, dtype: torch.dtype, parts: int) -> None:

@@ -89,6 +89,8 @@ PARTS = ("first", "second")
 
 def partition_dim(matrix: Matrix, part: str, gathers: bool) -> int:
     """Which dimension of `first` or `second` `[out, in]` is cut into tp slices."""
+    # Under `gather` a rank has some channels and needs all of z before the reduce-scatter: down's first
+    # factor is cut along them, where whole groups would have it cut along its rows.
     return IN if matrix.is_down and (gathers or part == "second") else OUT
 
 
@@ -138,6 +140,7 @@ def _uniform(shard: Shard, matrix: Matrix, tp: int, rank: int) -> Shard:
     assert shard.first is not None and shard.second is not None
     first, second = shard.first, shard.second
     unit = (first if matrix.is_down else second).values.new_zeros(tp * shard.slots)
+    # The pivot behind the even ones has that slot of this rank's share, in the rank-major order of z.
     unit[rank * shard.slots + even] = 1
     if matrix.is_down:
         assert first.scale is None, "a unit column has no scale"

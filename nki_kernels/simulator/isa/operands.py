@@ -134,6 +134,7 @@ def record(
     for operand in (dst, *sources):
         if operand is not None and operand.storage.destroyed_by:
             _refuse_destroyed(op, operand)
+    # Without neighbours only the first write changes anything, and there are millions.
     if dst.storage.neighbours or not dst.storage.written:
         dst.storage.note_write(*dst.access.span)
     reads = tuple(source.access for source in sources if source is not None)

@@ -123,6 +123,7 @@ def _accumulates(dst: Tensor, accumulate: bool | None) -> bool:
     low, high = dst.states()
     if accumulate is None and high == UNWRITTEN:
         return False
+    # All written by matmuls; where accumulation goes by itself, none of it read since, either.
     clean = low >= BY_MATMUL and (accumulate or high == BY_MATMUL)
     told = {UNWRITTEN: "unwritten elements", WRITTEN: "elements of another instruction"}.get(
         low, "a sum that was read already"
@@ -164,5 +165,6 @@ def nc_transpose(
     )
     _check_one_bank("nc_transpose", machine, dst)
     if not machine.dry:
+        # Not BY_MATMUL: no sum may go on from a transpose.
         dst.write(as_float(data).T.astype(dst.dtype), WRITTEN)
     record(VECTOR if on_vector else TENSOR, "nc_transpose", dst, data)

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from nki_kernels.cost.collectives import HOP_US, MESH, MESH_US, RING
 from nki_kernels.cost.constants import CALIBRATED, DOCUMENTED
+from nki_kernels.cost.interconnect import HOP_US, MESH, MESH_US, RING
 from nki_kernels.cost.mlp_forms import FORMS, dense, gather, groups, narrow
 from nki_kernels.cost.models import MODELS, ModelShape, rank_at
 from nki_kernels.cost.perfetto import trace_json

@@ -11,8 +11,8 @@ SLOT_BYTES = (8 * 1024, 4 * 1024)  # per partition: twice what saturates a DMA q
 MIN_SLOTS = 3  # one in use, one arriving, one asked for
 INT8_SLOTS = 4  # and one being cast
 MAX_SLOTS = 8  # deeper rings only where they save reads
-# Found in schedules of prefills: int8 loses a hundredth with one slot fewer than INT8_SLOTS, four with two, and
-# three with chunks of half the length; others up to six hundredths of what the ring lacks of four long slots.
+# Found in schedules of prefills: int8 loses a hundredth with one slot fewer than INT8_SLOTS, four with two,
+# and three with chunks of half the length; others up to six of what the ring lacks of four long slots.
 STARVED_LOSS, SHORT_LOSS, TRICKLE_LOSS = 0.01, 0.03, 0.06
 
 

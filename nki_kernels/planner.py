@@ -1,9 +1,9 @@
 """Chooses a tile plan from layout, token count and target. What it returns fits SBUF and PSUM by
 construction.
 
-The rule is `effort`: of all choices that fit, take the one that keeps TensorE and the DMA queues busy for the
-shortest time; of those the fewest blocks, then the least memory for staging. A cost model may try others
-through `build_plan`, which holds any choice to the same limits.
+The rule is `effort`: of all choices that fit, take the one that keeps TensorE (its waits included) and the
+DMA queues busy for the shortest time; of those the fewest blocks, then the least memory for staging. A cost
+model may try others through `build_plan`, which holds any choice to the same limits.
 """
 
 from __future__ import annotations
@@ -23,15 +23,11 @@ from nki_kernels.layout import Layout, Projection, mlp_layout
 from nki_kernels.placement import Room, largest, place, raw_slots
 from nki_kernels.plan_file import own_choice
 from nki_kernels.request import Request, z_is_natural
+from nki_kernels.ring import INT8_SLOTS, MIN_SLOTS, SLOT_BYTES, deepest_ring, ring_loss
 from nki_kernels.targets import PMAX, TRN1, Target
 from nki_kernels.tile_plan import Plan
 from nki_kernels.tiling import MOVING_COLS, SHARED, tile_count
 
-SLOT_BYTES = (8 * 1024, 4 * 1024)  # per partition: twice what saturates a DMA queue, and just that
-MIN_SLOTS = 3  # one in use, one arriving, one asked for
-INT8_SLOTS = 4  # and one being cast
-STARVED_LOSS = 0.01  # about what a prefill loses with fewer
-MAX_SLOTS = 8  # deeper rings only where they save reads
 TOKEN_GROUPS = (4, 8)  # half the PSUM banks, so that the other half can be emptied meanwhile; or all
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
 
@@ -122,8 +118,8 @@ def _cost(plan: Plan, target: Target) -> tuple[float, ...]:
     short chunks, int8 scales spread piece by piece, short stores. Starved plans come last in decode.
     """
     shares = plan.at.rows == plan.at.output
-    starved = _is_starved(plan)
-    effort = effort_us(plan, target) * (1 + STARVED_LOSS * starved)
+    loss = ring_loss(plan, target)
+    effort = effort_us(plan, target) * (1 + loss)
     overlap = (
         plan.token_group,
         shares,
@@ -132,13 +128,7 @@ def _cost(plan: Plan, target: Target) -> tuple[float, ...]:
         plan.spreads_pieces,
         -plan.out_cols,
     )
-    return starved and plan.block_tokens <= PMAX, effort, plan.blocks(), *overlap
-
-
-def _is_starved(plan: Plan) -> bool:
-    """Whether casts of int8 and products wait for one another in a short ring, or in one of short chunks."""
-    is_short = plan.ring_slots < INT8_SLOTS or 4 * plan.ring_cols * plan.itemsize < 3 * SLOT_BYTES[0]
-    return plan.is_int8 and plan.chunks() > plan.ring_slots and is_short
+    return plan.is_int8 and loss > 0 and plan.block_tokens <= PMAX, effort, plan.blocks(), *overlap
 
 
 def choices(request: Request) -> Iterator[Choice]:
@@ -196,13 +186,12 @@ def _with_spare(choice: Choice, plan: Plan, target: Target) -> Choice:
     """`choice`, which made `plan`, with what SBUF has left: for a deeper ring, which has more transfers in
     flight, and then for more early tiles.
     """
-    spare = target.sbuf_usable_bytes - plan.sbuf_bytes()
-    deepest = min(plan.ring_slots + spare // plan.slot_bytes, max(MAX_SLOTS, plan.ring_slots), plan.chunks())
+    deepest = deepest_ring(plan, target)
     if not plan.early_tiles:
         return dataclasses.replace(choice, ring_slots=deepest)
     # Not the deepest at any price: in some rings two column tiles' weights for the same rows share a slot.
     slots = max((n for n in range(plan.ring_slots, deepest + 1) if keeps_apart(plan, n)), default=deepest)
-    spare -= (slots - plan.ring_slots) * plan.slot_bytes
+    spare = target.sbuf_usable_bytes - plan.sbuf_bytes() - (slots - plan.ring_slots) * plan.slot_bytes
     return dataclasses.replace(choice, ring_slots=slots, early_tiles=more_tiles(plan, slots, spare))
 
 

@@ -20,9 +20,11 @@ PROGRAM = (
     "plan_file.py",
     "planner.py",
     "request.py",
+    "ring.py",
     "targets.py",
     "tile_plan.py",
     "tiling.py",
+    "waits.py",
     "kernels/*.py",
 )
 

@@ -10,6 +10,7 @@ of the op; [perf] the NKI performance guide.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 # Partitions of SBUF and PSUM, and rows and columns of the TensorE array, on every generation [tile].
 PMAX = 128
@@ -20,6 +21,23 @@ KIB = 1024
 TURNAROUND_CYCLES = 64
 # PSUM, alike on every generation [arch]: banks, and bytes of one bank in each partition.
 PSUM_BANKS, PSUM_BANK_BYTES = 8, 2 * KIB
+
+# Contiguous rows that a DMA engine moves: at the achieved rate from 4 KiB on [dma]; at 104 of 272 GB/s up to
+# the 1 KiB of the tutorial's slowest kernels, whose published latencies say so.
+SHORT_ROW_BYTES, SHORT_ROW_SHARE, LONG_ROW_BYTES = KIB, 104 / 272, 4 * KIB
+
+
+def row_share(
+    row_bytes: int, short: float = SHORT_ROW_SHARE, upto: int = SHORT_ROW_BYTES, above: int = LONG_ROW_BYTES
+) -> float:
+    """The share of the achieved DMA rate that rows of `row_bytes` reach: `short` up to `upto`, all of it from
+    `above` on, a power of their length between.
+    """
+    if row_bytes <= upto:
+        return short
+    if row_bytes >= above:
+        return 1.0
+    return float(short ** (math.log(above / row_bytes) / math.log(above / upto)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,8 @@ published latencies of AWS's matmul tutorial.
 from __future__ import annotations
 
 import dataclasses
-import math
+
+from nki_kernels.targets import LONG_ROW_BYTES, SHORT_ROW_BYTES, SHORT_ROW_SHARE, row_share
 
 MIN_INTERVAL_CYCLES = 64  # shortest initiation interval of any engine [isa]
 GPSIMD_START_CYCLES = 150  # [isa] affine_select, iota
@@ -46,16 +47,8 @@ class Constants:
         rate, in GB/s = bytes per ns.
         """
         row = max(row_bytes, OVERHEAD_BOUND_ROW_BYTES)
-        return row / (engine_gbps * self._share(row))
-
-    def _share(self, row: int) -> float:
-        if row <= self.short_row_bytes:
-            return self.short_share
-        if row >= self.long_row_bytes:
-            return 1.0
-        return self.short_share ** (
-            math.log(self.long_row_bytes / row) / math.log(self.long_row_bytes / self.short_row_bytes)
-        )
+        share = row_share(row, self.short_share, self.short_row_bytes, self.long_row_bytes)
+        return row / (engine_gbps * share)
 
 
 EVERY_ROW = 1 << 30  # longer than any row
@@ -67,9 +60,9 @@ EFFECTIVE = Constants(
 )
 CALIBRATED = Constants(
     "calibrated",
-    104 / 272,
-    1024,
-    4096,
+    SHORT_ROW_SHARE,
+    SHORT_ROW_BYTES,
+    LONG_ROW_BYTES,
     "104 GB/s up to the tutorial's rows of 1 KiB, the documented rate from 4 KiB [dma]",
     fitted=2,
 )

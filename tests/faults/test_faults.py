@@ -33,7 +33,7 @@ def test_a_command_without_room_says_so_and_goes_on_to_the_same_bytes(bench, com
     [
         ("compress", 8, "clock", True),
         ("compress", 8, "source", False),
-        ("compress", 3, "power", False),
+        ("compress", 5, "power", False),
         ("refine", 3, "power", True),
         ("refine", 8, "read-only", False),
     ],

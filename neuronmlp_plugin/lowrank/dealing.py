@@ -16,6 +16,7 @@ import torch
 SWEEPS = 12
 FIRST_SHARE, SHRINK = 0.25, 0.85  # of a group that swaps in the first sweep; times this in each later one
 GAIN = 4e-4  # a sweep that gains less than this share ends the search
+LEAST_PRICE = 1e-10  # of a rank, over the largest squared singular value: fp64 adds 1 to their quotient
 
 
 def deal(
@@ -96,8 +97,19 @@ def _prices(rows: torch.Tensor, assigned: torch.Tensor, groups: int, ranks: list
         matrix[:, min(rank, spectra.shape[-1] - 1)].mean()
         for matrix, rank in zip(spectra, ranks, strict=True)
     ]
-    # A slice of a lower rank than this has nothing there, and mu divides.
-    return torch.stack(at).clamp_min(torch.finfo(rows.dtype).tiny)
+    # A slice of a lower rank than this has nothing there but rounding, and mu divides.
+    floors = LEAST_PRICE * spectra.amax(dim=(1, 2))
+    return torch.stack(at).maximum(floors).clamp_min(torch.finfo(rows.dtype).tiny)
+
+
+def _inverse(part: torch.Tensor, mu: torch.Tensor) -> torch.Tensor:
+    """(part^T part / mu + 1)^-1 `[M, H, H]` of `part [M, n, H]`, `mu [M, 1, 1]`."""
+    eye = torch.eye(part.shape[2], dtype=part.dtype, device=part.device)
+    root, failed = torch.linalg.cholesky_ex(part.mT @ part / mu + eye)
+    if bool(failed.any()):  # fp32 loses the 1 beside what few tokens leave in few directions
+        wide = part.double()
+        root = torch.linalg.cholesky(wide.mT @ wide / mu.double() + eye.double())
+    return torch.cholesky_inverse(root).to(part.dtype)
 
 
 def _moves(
@@ -112,14 +124,12 @@ def _moves(
     """
     width = rows.shape[2]
     moving, own = (rows, assigned) if movers is None else (rows[:, movers], assigned[movers])
-    mu, eye = prices[:, None], torch.eye(width, dtype=rows.dtype, device=rows.device)
+    mu = prices[:, None]
     table, value = rows.new_empty(groups, len(own)), 0.0
     for group in range(groups):
         # [M, n, H] of the group; B [M, H, H]; x^T B x and x^T B^2 x of every channel that may move [M, m].
         part = rows[:, assigned == group]
-        inverse = torch.cholesky_inverse(
-            torch.linalg.cholesky(part.transpose(1, 2) @ part / mu[..., None] + eye)
-        )
+        inverse = _inverse(part, mu[..., None])
         value += float((prices * (width - inverse.diagonal(dim1=1, dim2=2).sum(1))).sum())
         product = moving @ inverse
         # Sherman-Morrison: with x x^T / mu more under the inverse, tr B falls by x^T B^2 x / mu over

@@ -67,5 +67,14 @@ def test_unequal_groups_become_equal_and_equal_ones_stay():
     assert balanced(rows, dealt, 3, [3]).tolist() == dealt.tolist()
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_rows_in_fewer_directions_than_ranks_are_dealt_all_the_same(scale):
+    """As few tokens leave them: prices are rounding, and fp32 has no inverse beside them."""
+    torch.manual_seed(3)
+    rows = torch.randn(2, 96, 5) @ torch.randn(2, 5, 64) * torch.tensor([scale, 1e3 * scale])[:, None, None]
+    dealt = deal(rows, groups=4, ranks=[12, 16])
+    assert torch.bincount(dealt).tolist() == [24] * 4
+
+
 def test_one_group_needs_no_deal():
     assert deal(torch.randn(3, 8, 4), 1, [2] * 3).tolist() == [0] * 8

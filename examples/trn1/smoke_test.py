@@ -83,6 +83,14 @@ def dispatch() -> dict[str, list[list[Any]]]:
     return {key: [row for record in records() for row in record[key]] for key in ("layers", "runs")}
 
 
+def paths(layers: list[list[Any]]) -> list[str]:
+    """A line for each way that MLP layers took, of `DispatchRecord.totals`."""
+    return [
+        f"{phase}: {count} MLP layers by {path}, {weights} weights ({reason})"
+        for phase, path, reason, weights, count in layers
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -115,8 +123,8 @@ def main() -> int:
     gaps = [worst_gap(model, prompt, new) for prompt, new in batch]
     for text, gap in zip(PROMPTS, gaps, strict=True):
         print(f"{'ok   ' if gap <= args.margin else 'WRONG'}  worst gap {gap:8.3f} logits  {text!r}")
-    for phase, path, reason, count in dispatch()["layers"]:
-        print(f"{phase}: {count} MLP layers by {path} ({reason})")
+    for line in paths(dispatch()["layers"]):
+        print(line)
     wrong = sum(not gap <= args.margin for gap in gaps)  # NaN agrees with nothing
     print(
         f"verdict: {'FAIL' if wrong else 'PASS'}, {len(gaps) - wrong} of {len(gaps)} sequences agree with "

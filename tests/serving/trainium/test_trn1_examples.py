@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from neuronmlp_plugin.checkpoint.loader import load_model
+from neuronmlp_plugin.serving.trainium.dispatch import Decision, DispatchRecord
+from neuronmlp_plugin.serving.trainium.sharding import FLOATING
 from tests.serving.trainium import test_vllm_neuron
 from tests.serving.trainium.test_vllm_neuron import environment, greedy, neuron_config  # noqa: F401  (a fixture)
 from tests.tiny_models import write_dense
@@ -50,6 +52,16 @@ def test_one_wrong_token_shows(model):
     )
 
 
+def test_every_way_that_layers_took_has_a_line():
+    record = DispatchRecord()
+    for layer, weights in enumerate(("int8", "int8", FLOATING)):
+        record.add(layer, "decode", 1, Decision("kernel", "it fits", weights))
+    assert smoke_test_module().paths(json.loads(json.dumps(record.totals()))["layers"]) == [
+        "decode: 1 MLP layers by kernel, floating point weights (it fits)",
+        "decode: 2 MLP layers by kernel, int8 weights (it fits)",
+    ]
+
+
 def run_example(
     script: str,
     model: pathlib.Path,
@@ -83,7 +95,9 @@ def test_the_smoke_test_passes_in_cpu_mode_and_names_the_path(smollm2_compressed
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "verdict: PASS, 8 of 8 sequences agree" in done.stdout
     layers = json.loads((smollm2_compressed / "config.json").read_text())["num_hidden_layers"]
-    assert f"decode: {layers} MLP layers by torch (NxDI runs on the CPU (on_cpu))" in done.stdout
+    assert (
+        f"decode: {layers} MLP layers by torch, floating point weights (NxDI runs on the CPU" in done.stdout
+    )
 
 
 @pytest.mark.vllm

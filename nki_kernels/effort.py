@@ -35,11 +35,15 @@ def matmul_counts(layout: Layout) -> tuple[int, int]:
     return transposed, natural
 
 
+def _passes(plan: Plan) -> int:
+    """TensorE takes fp32 apart and goes over the columns four times [perf]."""
+    return 4 if plan.itemsize == 4 else 1
+
+
 def tensor_us(plan: Plan, target: Target) -> float:
     """TensorE's time for all matmuls, back to back."""
     transposed, natural = matmul_counts(layout_of(plan.products, plan.external_z))
-    # TensorE takes fp32 apart and goes over the columns four times [perf].
-    passes = 4 if plan.itemsize == 4 else 1
+    passes = _passes(plan)
     cycles = 0
     for _, tokens in pieces(plan.tokens, plan.block_tokens):
         for _, width in pieces(tokens, plan.moving_tokens):
@@ -51,7 +55,7 @@ def tensor_us(plan: Plan, target: Target) -> float:
 def natural_us(plan: Plan, target: Target) -> float:
     """TensorE's time for the natural last product of a tile of 128 tokens."""
     _, natural = matmul_counts(layout_of(plan.products, plan.external_z))
-    return natural * (4 if plan.itemsize == 4 else 1) / target.tensor_ghz / 1000
+    return natural * _passes(plan) / target.tensor_ghz / 1000
 
 
 def weights_us(plan: Plan, target: Target) -> float:

@@ -76,16 +76,6 @@ class Quality:
         return f"perplexity {ratio} ({self.perplexities}), KL {kl} nats a token, {top1} of the top tokens"
 
 
-def compare(
-    reference: LayerStream,
-    candidate: LayerStream,
-    windows: torch.Tensor,
-    tick: Callable[[int], None] = lambda _: None,
-) -> Quality:
-    """One candidate against the reference over `windows [n, S]`; `Judge` says how."""
-    return Judge(reference, windows, tick).compare(candidate, tick)
-
-
 class Judge:
     """Compares candidates with a reference that runs once, over all predicted tokens of `windows [n, S]`; not
     at all where `exact`, its `last_hidden` there, is known.

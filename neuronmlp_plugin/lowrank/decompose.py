@@ -20,6 +20,7 @@ import dataclasses
 import torch
 
 from neuronmlp_plugin.errors import CalibrationError, NonFiniteError
+from neuronmlp_plugin.lowrank.removal import ridged
 
 # Rows of the moment that are worked on at a time. At I = 14336 the moment is 1.6 GB in fp64, and no second
 # matrix of that size may exist.
@@ -97,10 +98,7 @@ class Decomposition:
 
     def tail(self) -> torch.Tensor:
         """`tail[k]`: loss of keeping the first k terms, for k = 0 ... r (`[r + 1]`, fp64)."""
-        # From the smallest on: a small tail, taken as the difference of two large sums, would be all
-        # rounding.
-        flipped = torch.cumsum(self.energy.flip(0), 0).flip(0)
-        return torch.cat((flipped, flipped.new_zeros(1)))
+        return tail_of(self.energy)
 
     def truncate(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`(first [rank, in], second [out, rank])` with W' = second first, term by term of equal norm (fp16
@@ -110,6 +108,20 @@ class Decomposition:
         # 1e-30: beyond its rank a matrix has terms of zeros, whose norms cannot be made equal.
         scale = (first.norm(dim=1) / second.norm(dim=0).clamp_min(1e-30)).sqrt().clamp_min(1e-30)
         return first / scale[:, None], second * scale
+
+
+def tail_of(energy: torch.Tensor) -> torch.Tensor:
+    """`[r + 1]`: what is left of `energy [r]` behind its first 0 ... r terms."""
+    # From the smallest on: a small tail, taken as the difference of two large sums, would be all rounding.
+    flipped = energy.flip(0).cumsum(0).flip(0)
+    return torch.cat((flipped, flipped.new_zeros(1)))
+
+
+def eigen_roots(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(V, D^1/2) of V D V^T, a symmetric matrix with a ridge, fp64."""
+    values, vectors = torch.linalg.eigh(ridged(symmetric, RIDGE))
+    # eigh errs by about 1e-16 of the largest value, so one near 0 may come out below it.
+    return vectors, values.clamp_min(float(values[-1]) * 1e-14).sqrt()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +143,7 @@ class MetricRoots:
             # The ridge: an output whose gradient was always 0 would have no inverse root.
             root = (g + RIDGE * g.mean().clamp_min(1e-30)).sqrt()
             return cls(root, 1.0 / root)
-        values, vectors = torch.linalg.eigh(_ridged(g))
-        root = values.clamp_min(float(values[-1]) * 1e-14).sqrt()
+        vectors, root = eigen_roots(g)
         return cls((vectors * root) @ vectors.T, (vectors / root) @ vectors.T)
 
 
@@ -176,18 +187,11 @@ def _from_inputs(w: torch.Tensor, moment: torch.Tensor | None, roots: MetricRoot
     else:
         # S = V D^1/2, not the symmetric root: any S with S S^T = C will do, and this one is inverted by a
         # division.
-        values, vectors = torch.linalg.eigh(_ridged(moment.double()))
-        spread = values.clamp_min(float(values[-1]) * 1e-14).sqrt()
+        vectors, spread = eigen_roots(moment)
         mapped, back = w @ (vectors * spread), (vectors / spread).T
     scaled = _apply(roots.root, mapped)
     energy, basis = _descending_eigh(scaled.T @ scaled)
     return Decomposition(mapped @ basis, basis.T @ back, energy)
-
-
-def _ridged(matrix: torch.Tensor) -> torch.Tensor:
-    return matrix + RIDGE * matrix.diagonal().mean().clamp_min(1e-30) * torch.eye(
-        matrix.shape[0], dtype=matrix.dtype, device=matrix.device
-    )
 
 
 def _apply(root: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

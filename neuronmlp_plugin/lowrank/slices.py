@@ -13,10 +13,8 @@ from collections.abc import Sequence
 
 import torch
 
-from neuronmlp_plugin.lowrank.decompose import MetricRoots, decompose
+from neuronmlp_plugin.lowrank.decompose import MetricRoots, decompose, eigen_roots, tail_of
 from neuronmlp_plugin.lowrank.removal import repaired, ridged
-
-ROOT_RIDGE = 1e-5  # share of the mean diagonal added to C_x or G before its root is taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,14 +119,13 @@ class MLP:
             spread = torch.linalg.cholesky(ridged(self.channels[group][:, group]))
             spectra[2].append(_spectrum((self.weighted[:, group] @ spread).T))
         # One rank serves every group of a matrix (FORMAT.md), so their losses at a rank add up.
-        return [_tail(torch.stack(slices).sum(0)) for slices in spectra]
+        return [tail_of(torch.stack(slices).sum(0)).cpu() for slices in spectra]
 
 
 def root(symmetric: torch.Tensor) -> torch.Tensor:
     """The positive square root of a ridged, symmetric matrix, fp64."""
-    values, vectors = torch.linalg.eigh(ridged(symmetric, ROOT_RIDGE))
-    # eigh errs by about 1e-16 of the largest value, so one near 0 may come out below it.
-    return (vectors * values.clamp_min(float(values[-1]) * 1e-14).sqrt()) @ vectors.T
+    vectors, roots = eigen_roots(symmetric)
+    return (vectors * roots) @ vectors.T
 
 
 def _energies(down: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
@@ -142,12 +139,6 @@ def _spectrum(rows: torch.Tensor) -> torch.Tensor:
     # The smaller of the two: beyond min(rows, columns) all values are 0.
     gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
     return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0)
-
-
-def _tail(energy: torch.Tensor) -> torch.Tensor:
-    # From the smallest on: a small tail, taken as the difference of two large sums, would be all rounding.
-    flipped = energy.flip(0).cumsum(0).flip(0)
-    return torch.cat((flipped, flipped.new_zeros(1))).cpu()
 
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # of one group: (first [R, in], second [out, R])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from neuronmlp_plugin.calibration.layer_stream import LayerStream
-from neuronmlp_plugin.calibration.quality import compare
+from neuronmlp_plugin.calibration.quality import Judge
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.errors import NonFiniteError
@@ -43,7 +43,8 @@ def test_streams_give_what_whole_models_give(tmp_path, monkeypatch):
         log_p, log_q = (
             load_model(folder)(windows).logits[:, :-1].detach().log_softmax(-1) for folder in folders
         )
-        found = compare(*(LayerStream(Checkpoint(folder)) for folder in folders), windows)
+        dense, candidate = (LayerStream(Checkpoint(folder)) for folder in folders)
+        found = Judge(dense, windows).compare(candidate)
         losses = [F.nll_loss(log.flatten(0, 1), windows[:, 1:].flatten()).item() for log in (log_p, log_q)]
         assert found.reference_perplexity == pytest.approx(math.exp(losses[0]), rel=1e-4)
         assert found.candidate_perplexity == pytest.approx(math.exp(losses[1]), rel=1e-4)
@@ -59,7 +60,7 @@ def test_streams_give_what_whole_models_give(tmp_path, monkeypatch):
 def test_numbers_of_a_model_that_can_be_worked_out_by_hand():
     uniform, sure = torch.zeros(4, 4), torch.eye(4).roll(1, 1) * 50
     windows = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]])
-    quality = compare(Bigram(sure), Bigram(uniform), windows)
+    quality = Judge(Bigram(sure), windows).compare(Bigram(uniform))
     assert quality.num_tokens == 6
     assert quality.reference_perplexity == pytest.approx(1.0)
     assert quality.candidate_perplexity == pytest.approx(4.0)
@@ -69,7 +70,7 @@ def test_numbers_of_a_model_that_can_be_worked_out_by_hand():
 
 def test_a_model_agrees_with_itself():
     model = Bigram(torch.randn(9, 9))
-    quality = compare(model, model, torch.randint(0, 9, (3, 8)))
+    quality = Judge(model, torch.randint(0, 9, (3, 8))).compare(model)
     assert (quality.kl_divergence, quality.top1_agreement, quality.perplexity_ratio) == (0.0, 1.0, 1.0)
 
 
@@ -78,4 +79,4 @@ def test_a_window_with_nan_logits_ends_the_run():
     broken = table.clone()
     broken[3, 0] = float("nan")
     with pytest.raises(NonFiniteError, match="window 1"):
-        compare(Bigram(table), Bigram(broken), torch.tensor([[0, 1, 2, 2], [0, 3, 1, 1]]))
+        Judge(Bigram(table), torch.tensor([[0, 1, 2, 2], [0, 3, 1, 1]])).compare(Bigram(broken))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from neuronmlp_plugin.calibration.layer_stream import LayerStream
-from neuronmlp_plugin.calibration.quality import compare
+from neuronmlp_plugin.calibration.quality import Judge
 from neuronmlp_plugin.checkpoint.loader import load_model, open_folder
 from neuronmlp_plugin.compressor.exhibits import sample_texts, spectra
 from neuronmlp_plugin.lowrank.allocate import Curve, Level
@@ -104,9 +104,9 @@ def test_streams_still_judge_after_their_samples(pair):
     dense, mixed, tokenizer = pair
     windows = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(0))
     both = streams(dense, mixed)
-    before = compare(*both, windows)
+    before = Judge(both[0], windows).compare(both[1])
     sample_texts(*both, tokenizer, 1, lambda _: None)
-    assert compare(*both, windows) == before
+    assert Judge(both[0], windows).compare(both[1]) == before
 
 
 @torch.no_grad()

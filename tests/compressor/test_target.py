@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from neuronmlp_plugin.calibration.layer_stream import LayerStream
-from neuronmlp_plugin.calibration.quality import compare
+from neuronmlp_plugin.calibration.quality import Judge
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.compressor import pipeline as run_module
 from neuronmlp_plugin.compressor.marginal import TruncatedStream
@@ -96,7 +96,7 @@ def test_the_largest_removal_that_meets_is_made_and_is_the_folders_own_quality(h
     assert beyond and not beyond[0]["met"] and beyond[0]["removed"] == pytest.approx(last["removed"] + 0.005)
     # Judged once more from the folder, as a user would.
     dense, made = (LayerStream(Checkpoint(home / name)) for name in ("dense", "out"))
-    assert compare(dense, made, plan.judge).kl_divergence == pytest.approx(last["kl_divergence"])
+    assert Judge(dense, plan.judge).compare(made).kl_divergence == pytest.approx(last["kl_divergence"])
     assert json.loads((home / "out" / "neuronmlp_report.json").read_text())["target"] == report.target
 
 

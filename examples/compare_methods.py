@@ -2,8 +2,8 @@
 of them saw.
 
     python examples/compare_methods.py build/smollm2/dense --calibrate build/smollm2/calibration.jsonl \\
-        --judge wikipedia=build/smollm2/heldout.jsonl --judge news=build/smollm2/news.jsonl --out
-        build/compare --remove 0.20 --seeds 0
+        --judge wikipedia=build/smollm2/heldout.jsonl --judge news=build/smollm2/news.jsonl \\
+        --out build/compare --remove 0.20 --seeds 0 --methods "training-free" "int8 dense"
 
 Every folder and every judgement is kept in --out and not made again, so that a stopped run goes on, and
 several can share the work by seed; the table is over everything that is asked for, and results.csv and
@@ -265,24 +265,51 @@ def named_text(value: str) -> tuple[str, pathlib.Path]:
     return name or "held-out", pathlib.Path(path)
 
 
+def named_methods() -> str:
+    """For `--help`: a line a method, as it is typed, with what it runs."""
+    lines = ["methods (type the quotes as well; * by default):"]
+    for name, method in METHODS.items():
+        runs = " ".join((method.command, *method.options))
+        after = f', after "{method.parent}"' if method.parent else ""
+        lines.append(f'  {"*" if name in DEFAULT else " "} "{name}":  {runs}{after}')
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=named_methods(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=pathlib.Path)
-    parser.add_argument("--calibrate", type=pathlib.Path, required=True)
+    parser.add_argument("model", type=pathlib.Path, help="the dense model's folder")
+    parser.add_argument(
+        "--calibrate",
+        type=pathlib.Path,
+        required=True,
+        metavar="FILE",
+        help="text to compress and refine with",
+    )
     parser.add_argument(
         "--judge",
         type=named_text,
         action="append",
         required=True,
         metavar="NAME=FILE",
-        help="may be given again",
+        help="a text to judge on, and what to call it; may be given again",
     )
-    parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULT)
-    parser.add_argument("--remove", type=float, nargs="+", default=[0.20])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for everything that is made")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=DEFAULT,
+        metavar="NAME",
+        help="which to compare (default: those marked * below)",
+    )
+    parser.add_argument(
+        "--remove", type=float, nargs="+", default=[0.20], help="shares to take away (default 0.20)"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="of the choice of calibration text (default 0)"
+    )
     parser.add_argument(
         "--judge-tokens", type=int, nargs="+", default=[16384], help="of every text, or one number a text"
     )

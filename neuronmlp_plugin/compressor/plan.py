@@ -9,6 +9,7 @@ import json
 import math
 import pathlib
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -264,18 +265,26 @@ def _check_enough(settings: Settings, shape: MLPShape, found: int) -> None:
         )
 
 
+def _nearest(possible: Sequence[int], asked: int) -> str:
+    """The possible numbers on either side of one that is not."""
+    below, above = [n for n in possible if n < asked][-1:], [n for n in possible if n > asked][:1]
+    return " and ".join(map(str, below + above))
+
+
 def _groups(settings: Settings, shape: MLPShape) -> int:
     """Into how many groups the channels are dealt."""
     channels, tp, asked = shape.intermediate_size, settings.tp, settings.groups
     if channels % tp:
         raise UsageError(
-            f"--tp {tp}: expected a divisor of the {channels} intermediate channels, found {tp}; choose one."
+            f"--tp {tp}: expected a divisor of the {channels} intermediate channels, found {tp}; "
+            f"nearest: {_nearest(divisors(channels), tp)}."
         )
     if asked is not None:
-        if channels % asked or asked % tp:
+        possible = [g for g in divisors(channels) if g % tp == 0]
+        if asked not in possible:
             raise UsageError(
                 f"--groups {asked}: expected a divisor of the {channels} intermediate channels that is a "
-                f"multiple of --tp {tp}, found {asked}; choose one, or auto."
+                f"multiple of --tp {tp}, found {asked}; nearest: {_nearest(possible, asked)}; or give auto."
             )
         return asked
     if settings.method != "two-sided" or settings.form == "narrow":

@@ -22,6 +22,8 @@ from neuronmlp_plugin.calibration.text import (
     windows_digest,
 )
 from neuronmlp_plugin.checkpoint.digests import sampled_digest
+from neuronmlp_plugin.checkpoint.hub import files_to_copy
+from neuronmlp_plugin.checkpoint.loader import build_skeleton
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, dense_block
 from neuronmlp_plugin.checkpoint.writer import check_new, layer_prefix, partial_folder
 from neuronmlp_plugin.compressor.footprint import Footprint, available_bytes
@@ -217,6 +219,8 @@ def make_plan(settings: Settings) -> Plan:
             "original."
         )
     shape = dense_block(base).shape
+    build_skeleton(base)  # a config that contradicts its tensors is told before the text is read,
+    files_to_copy(base.folder)  # and a file that cannot go with the result before the work
     groups = _groups(settings, shape)
     _check_size(settings, shape, groups)
     calibration, judge = _windows(settings, shape, base.shapes()["model.embed_tokens.weight"][0])

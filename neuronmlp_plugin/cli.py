@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib
 import os
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -69,15 +70,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; an error that is the user's to mend becomes one line and exit code 2."""
     args = build_parser().parse_args(argv)
+    for name, given in vars(args).items():  # no shell expands the ~ of --out=~/small
+        if isinstance(given, pathlib.Path):
+            setattr(args, name, pathlib.Path(os.path.expanduser(given)))
     try:
         for option in ("model", "dense"):
             given = getattr(args, option, None)
             if given is not None:
-                setattr(
-                    args,
-                    option,
-                    _folders(given, getattr(args, "revision", None) if option == "model" else None),
-                )
+                revision = getattr(args, "revision", None) if option == "model" else None
+                setattr(args, option, _folders(given, revision))
         status = int(args.run(args))
         sys.stdout.flush()  # a closed pipe is noticed here, and not where nothing can be said any more
         return status

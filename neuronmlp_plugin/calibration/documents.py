@@ -17,6 +17,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -37,7 +38,7 @@ def documents_of(path: str | pathlib.Path, tokenizer: Any) -> Iterator[str]:
     """
     path = pathlib.Path(path)
     ending = path.suffix.lower()
-    if path.is_dir():
+    if os.path.isdir(path):
         entries = _dataset_rows(path)
     elif ending == ".parquet":
         entries = _parquet_rows(path)

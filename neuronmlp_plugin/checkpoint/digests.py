@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from neuronmlp_plugin.checkpoint.files import read_object
+from neuronmlp_plugin.checkpoint.files import read_object, safetensors_in
 from neuronmlp_plugin.checkpoint.hub import files_to_copy
 from neuronmlp_plugin.checkpoint.schema import INDEX_FILE
 from neuronmlp_plugin.errors import CheckpointError
@@ -121,5 +121,5 @@ def _loaded(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     for name in ("config.json", INDEX_FILE, "model.safetensors.index.json"):
         if os.path.isfile(folder / name):
             yield folder / name
-    yield from sorted(folder.glob("*.safetensors"))
+    yield from safetensors_in(folder)
     yield from files_to_copy(folder)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pathlib
 import re
 from typing import Any, NamedTuple
@@ -17,13 +18,20 @@ from neuronmlp_plugin.errors import CheckpointError, reason_of
 
 # Of a safetensors file: a model of 400 layers in one file has a header of 1 MiB.
 LONGEST_HEADER = 16 << 20
+# What a clone without Git LFS has in the place of a large file begins with this.
+_POINTER = "version https://git-lfs"
+# Of formats that are not read, and where a folder may have nothing else.
+_OTHER_WEIGHTS = (".bin", ".gguf", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 _OUR_SHARD = re.compile(r"neuronmlp-\d{5}-of-(\d{5})\.safetensors")
 
 
 class Header(NamedTuple):
-    """What a safetensors file says about one tensor; `dtype` in its own spelling ("BF16", "I8")."""
+    """What a safetensors file says about one tensor, there called `name`; `dtype` in its own spelling
+    ("BF16", "I8").
+    """
 
     path: pathlib.Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
 
@@ -33,10 +41,15 @@ Headers = dict[str, Header]
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """`config.json` of a local folder, as a dict."""
-    path = folder / "config.json"
-    if not path.is_file():
+    path, adapter = folder / "config.json", folder / "adapter_config.json"
+    if os.path.isfile(adapter):
         raise CheckpointError(
-            f"{path}: expected a Hugging Face config, found no such file; name a local model folder."
+            f"{adapter}: expected a model by itself, found an adapter, which transformers would add and "
+            "other engines would not; merge it into its model (merge_and_unload of PEFT), or move it away."
+        )
+    if not os.path.isfile(path):
+        raise CheckpointError(
+            f"{path}: expected a Hugging Face config, found no such file; name the folder of a whole model."
         )
     return read_object(path)
 
@@ -45,11 +58,21 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
     """A file that holds one JSON object."""
     try:
         text = path.read_text(encoding="utf-8")
+        refuse_pointer(path, text[:32].encode())
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(
             f"{path}: expected a readable file in UTF-8, found: {reason_of(error)}."
         ) from error
     return parse_object(text, path)
+
+
+def refuse_pointer(path: pathlib.Path, beginning: bytes) -> None:
+    """CheckpointError for what a clone without Git LFS has in the place of the file."""
+    if beginning.startswith(_POINTER.encode()):
+        raise CheckpointError(
+            f"{path}: expected the file itself, found a pointer of Git LFS to it; run `git lfs pull` in its "
+            "folder, or download it."
+        )
 
 
 def parse_object(text: str, path: pathlib.Path) -> dict[str, Any]:
@@ -81,7 +104,9 @@ def open_safetensors(path: pathlib.Path) -> Any:
         with open(path, "rb") as file:
             # safetensors begins with the length of its header; whatever stands there would be allocated and
             # parsed.
-            size = int.from_bytes(file.read(8), "little")
+            beginning = file.read(32)
+        refuse_pointer(path, beginning)
+        size = int.from_bytes(beginning[:8], "little")
         if size > LONGEST_HEADER:
             raise CheckpointError(
                 f"{path}: expected a header of at most {LONGEST_HEADER >> 20} MiB, found {size:,} bytes; "
@@ -103,7 +128,8 @@ def read_headers(path: pathlib.Path) -> Headers:
     with open_safetensors(path) as handle:
         slices = {name: handle.get_slice(name) for name in handle.keys()}
         return {
-            name: Header(path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
+            name: Header(path, name, tuple(part.get_shape()), part.get_dtype())
+            for name, part in slices.items()
         }
 
 
@@ -120,6 +146,11 @@ def index_tensors(files: list[pathlib.Path]) -> Headers:
     return index
 
 
+def safetensors_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files that engines take weights from: macOS leaves a hidden one beside each that it copies."""
+    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+
+
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The folder's weight files, as transformers finds them: `model.safetensors`, else those that its index
     names; else all safetensors and every shard that they count.
@@ -132,7 +163,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     elif index.is_file():
         files = [folder / name for name in _indexed(index)]
     else:
-        found = {path.name for path in folder.glob("*.safetensors")}
+        found = {path.name for path in safetensors_in(folder)}
         counts = {int(match[1]) for match in map(_OUR_SHARD.fullmatch, found) if match}
         files = [
             folder / name
@@ -140,11 +171,20 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
         ]
     missing = [path.name for path in files if not path.is_file()]
     if missing or not files:
-        what = ", ".join(missing) or "*.safetensors"
-        raise CheckpointError(
-            f"{folder}: expected {what}, found no such file (pickled *.bin weights are never read)."
-        )
+        what = ", ".join(missing[:3]) or "*.safetensors"
+        raise CheckpointError(f"{folder}: expected {what}, found {_instead(folder, missing)}.")
     return files
+
+
+def _instead(folder: pathlib.Path, missing: list[str]) -> str:
+    """What a folder without weight files holds, and what to do."""
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_WEIGHTS)
+    if others and not missing:
+        return (
+            f"{others[0]}, and such files are never read; save the model as safetensors "
+            "(save_pretrained of transformers)"
+        )
+    return "no such file; copy or download the folder again"
 
 
 def _indexed(index: pathlib.Path) -> list[str]:

@@ -15,6 +15,7 @@ from neuronmlp_plugin.checkpoint.files import (
     parse_object,
     read_config,
     read_headers,
+    safetensors_in,
     weight_files,
 )
 from neuronmlp_plugin.checkpoint.schema import (
@@ -33,6 +34,9 @@ from neuronmlp_plugin.models.families import check_supported, names_outside_mlps
 FACTOR_FILE = pathlib.Path("neuronmlp", "factors.safetensors")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _FLOATS = ("BF16", "F16", "F32")  # the same, as safetensors spells them
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# Of tensors that GPTQ, AWQ, bitsandbytes and compressed-tensors store; the config need not say so.
+_QUANTISED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB")
 
 
 class Checkpoint:
@@ -51,6 +55,9 @@ class Checkpoint:
         self.block = self._parse(block) if block is not None else None
         self._files = index_tensors(weight_files(self.folder))
         self._scales = self.block.expected_scales() if self.block is not None else {}
+        # Of two names for one tensor `safetensors.torch.save_model` keeps the first in the alphabet.
+        if self.config.get("tie_word_embeddings") and _HEAD in self._files:
+            self._files.setdefault(_EMBEDDING, self._files[_HEAD])
         _check_complete(self.config, self._files, str(self.folder))
         if self.block is not None:
             _check_all_read(self.folder, self._files)
@@ -90,10 +97,9 @@ class Checkpoint:
 
         transformers keeps such a head and vLLM drops it; a config that says so lets every engine keep it.
         """
-        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-        if not self.config.get("tie_word_embeddings") or head not in self._files:
+        if not self.config.get("tie_word_embeddings") or _HEAD not in self._files:
             return False
-        return not torch.equal(self.tensor(head), self.tensor(embedding))
+        return not torch.equal(self.tensor(_HEAD), self.tensor(_EMBEDDING))
 
     @property
     def files(self) -> list[pathlib.Path]:
@@ -248,7 +254,7 @@ def read_weight(name: str, files: Headers, scales: Container[str]) -> Weight:
 
 def _stored(name: str, files: Headers) -> torch.Tensor:
     with open_safetensors(files[name].path) as handle:
-        return handle.get_tensor(name)
+        return handle.get_tensor(files[name].name)
 
 
 def _check_headers(block: FormatBlock, files: Headers, source: str, only_changed: bool = False) -> None:
@@ -283,9 +289,21 @@ def _check_complete(config: dict[str, Any], files: Headers, source: str) -> None
     ]
     if missing:
         raise CheckpointError(
-            f"{source}: expected a tensor {missing[0]} ({len(missing)} are missing), found none; the folder "
-            "is incomplete, copy it again."
+            f"{source}: expected a tensor {missing[0]} ({len(missing)} are missing), found "
+            f"{_instead(missing[0], files)}."
         )
+
+
+def _instead(missing: str, files: Headers) -> str:
+    """What a folder without the tensor `missing` holds, as far as its names tell, and what to do."""
+    packed = [name for name in files if name.endswith(_QUANTISED)]
+    if packed:
+        return f"{packed[0]}, which a quantised model has; name the model that it was made from"
+    renamed = [name for name in files if name.endswith("." + missing) or missing.endswith("." + name)]
+    if renamed:
+        return f"{renamed[0]}; save the model again under the names that transformers gives"
+    tied = ', or set "tie_word_embeddings": true if the embedding is the head' if missing == _HEAD else ""
+    return f"none; the folder is incomplete, or its config is another model's: copy it again{tied}"
 
 
 def _check_all_read(folder: pathlib.Path, files: Headers) -> None:
@@ -293,7 +311,7 @@ def _check_all_read(folder: pathlib.Path, files: Headers) -> None:
     would serve from the last one what was never checked.
     """
     read = {header.path.name for header in files.values()}
-    unread = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in read)
+    unread = [path.name for path in safetensors_in(folder) if path.name not in read]
     if unread:
         raise CheckpointError(
             f"{folder / unread[0]}: expected no weight file beside those of the checkpoint, found it; remove "
@@ -321,5 +339,6 @@ def check_names(
     for name in found:
         if ".mlp." in name and name not in expected:
             raise CheckpointError(
-                f"{source}: expected no tensor {name} (no form in the config has it), found one."
+                f"{source}: expected no tensor {name} (the config has no such part), found one; remove it, "
+                "or mend the config."
             )

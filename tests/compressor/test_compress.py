@@ -244,6 +244,17 @@ def test_an_analysis_is_of_its_statistics_alone(home, changes):
     )
 
 
+def test_the_same_files_by_other_paths_are_the_same_run(home, monkeypatch):
+    (home / "link").symlink_to(home / "dense")
+    monkeypatch.chdir(home)
+    text = pathlib.Path("text.jsonl")
+    known = make_plan(settings_for(home))
+    for model in (pathlib.Path("dense"), home / "link", pathlib.Path("link") / ".." / "dense"):
+        other = make_plan(settings_for(home, model=model, text=text))
+        assert other.fingerprint() == known.fingerprint()
+        assert other.analysis_fingerprint() == known.analysis_fingerprint()
+
+
 def test_finished_layers_are_not_done_again(home, monkeypatch):
     done = []
     real = run_module.factor_layer

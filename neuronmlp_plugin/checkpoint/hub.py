@@ -94,13 +94,15 @@ def hub_name(folder: pathlib.Path) -> str | None:
 def files_to_copy(folder: pathlib.Path) -> list[pathlib.Path]:
     """The regular files of `folder` that COPIED names, each of which can be read.
 
-    A link is followed inside the folder, to a file of the same name, or into the blobs of a hub cache. Any
-    other could bring a file into the output that its maker was never to see: CheckpointError.
+    A link is followed inside the folder, to where its config lies (a folder may be made of links), or into
+    the blobs of a hub cache. Any other could bring a file into the output that its maker was never to see:
+    CheckpointError.
     """
+    homes = (folder.resolve(), (folder / "config.json").resolve().parent)
     found = sorted({path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()})
     for path in found:
         target = path.resolve()
-        if not (target.name == path.name or _is_blob(target) or target.is_relative_to(folder.resolve())):
+        if not (_is_blob(target) or any(target.is_relative_to(home) for home in homes)):
             raise CheckpointError(
                 f"{path}: expected a file of the model, found a link to {target}; put a copy in its place."
             )

@@ -140,11 +140,13 @@ def test_a_path_that_is_too_long_or_a_home_is_understood(dense, monkeypatch, cap
 
 
 def test_a_folder_may_be_made_of_links(tmp_path):
-    folder, store = tmp_path / "model", tmp_path / "models--owner--model" / "blobs"
+    folder, store, disk = tmp_path / "model", tmp_path / "models--owner--model" / "blobs", tmp_path / "disk"
     folder.mkdir()
     store.mkdir(parents=True)
-    (tmp_path / "NOTICE").write_text("elsewhere, under the same name")
+    disk.mkdir()
+    for name in ("config.json", "NOTICE"):
+        (disk / name).write_text("on another disk, all in one place")
+        (folder / name).symlink_to(disk / name)
     (store / "0123").write_text("what an older `huggingface-cli download --local-dir` links to")
-    (folder / "NOTICE").symlink_to(tmp_path / "NOTICE")
     (folder / "tokenizer.json").symlink_to(store / "0123")
     assert [path.name for path in files_to_copy(folder)] == ["NOTICE", "tokenizer.json"]

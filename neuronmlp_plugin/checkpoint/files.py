@@ -4,6 +4,7 @@ header.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pathlib
@@ -15,8 +16,10 @@ from safetensors import SafetensorError, safe_open
 from neuronmlp_plugin.checkpoint.schema import shard_name
 from neuronmlp_plugin.errors import CheckpointError, reason_of
 
-# Of a safetensors file: a model of 400 layers in one file has a header of 1 MiB.
-LONGEST_HEADER = 16 << 20
+# Of the safetensors files of a folder, together: a model of 400 layers has headers of 1 MiB.
+LONGEST_HEADER = 4 << 20
+LONGEST_JSON = 8 << 20
+MOST_FILES = 4097
 _OUR_SHARD = re.compile(r"neuronmlp-\d{5}-of-(\d{5})\.safetensors")
 
 
@@ -41,10 +44,17 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     return read_object(path)
 
 
-def read_object(path: pathlib.Path) -> dict[str, Any]:
-    """A file that holds one JSON object."""
+def read_object(path: pathlib.Path, longest: int = LONGEST_JSON) -> dict[str, Any]:
+    """A file of at most `longest` bytes that holds one JSON object."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            raw = file.read(longest + 1)
+        if len(raw) > longest:
+            raise CheckpointError(
+                f"{path}: expected JSON of at most {longest >> 20} MiB, found more; the file is damaged, or "
+                "not one of a model."
+            )
+        text = raw.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(
             f"{path}: expected a readable file in UTF-8, found: {reason_of(error)}."
@@ -78,15 +88,7 @@ def _finite(text: str) -> float:
 def open_safetensors(path: pathlib.Path) -> Any:
     """`safe_open`, with a truncated or foreign file refused in words."""
     try:
-        with open(path, "rb") as file:
-            # safetensors begins with the length of its header; whatever stands there would be allocated and
-            # parsed.
-            size = int.from_bytes(file.read(8), "little")
-        if size > LONGEST_HEADER:
-            raise CheckpointError(
-                f"{path}: expected a header of at most {LONGEST_HEADER >> 20} MiB, found {size:,} bytes; "
-                "the file is damaged, or not safetensors."
-            )
+        _check_header(path)
         return safe_open(path, framework="pt")
     except PermissionError as error:
         raise CheckpointError(
@@ -96,6 +98,20 @@ def open_safetensors(path: pathlib.Path) -> Any:
         raise CheckpointError(
             f"{path}: expected a whole safetensors file, found: {error}; copy or download it again."
         ) from error
+
+
+def _check_header(path: pathlib.Path, others: int = 0) -> int:
+    """Bytes of the headers of a file and of `others`; CheckpointError where that is too much."""
+    with open(path, "rb") as file:
+        # safetensors begins with the length of its header; whatever stands there would be allocated and
+        # parsed.
+        size = others + int.from_bytes(file.read(8), "little")
+    if size > LONGEST_HEADER:
+        raise CheckpointError(
+            f"{path}: expected headers of at most {LONGEST_HEADER >> 20} MiB, found {size:,} bytes; the file "
+            "is damaged, or not safetensors."
+        )
+    return size
 
 
 def read_headers(path: pathlib.Path) -> Headers:
@@ -109,6 +125,10 @@ def read_headers(path: pathlib.Path) -> Headers:
 
 def index_tensors(files: list[pathlib.Path]) -> Headers:
     index: Headers = {}
+    size = 0
+    for path in files:  # before any is parsed
+        with contextlib.suppress(OSError):
+            size = _check_header(path, size)
     for path in files:
         for name, header in read_headers(path).items():
             if name in index:
@@ -126,23 +146,27 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
     An index beside `model.safetensors` is what an older save in shards left behind.
     """
-    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if whole.is_file():
-        files = [whole]
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file():
+        files = [single]
     elif index.is_file():
         files = [folder / name for name in _indexed(index)]
     else:
         found = {path.name for path in folder.glob("*.safetensors")}
-        counts = {int(match[1]) for match in map(_OUR_SHARD.fullmatch, found) if match}
-        files = [
-            folder / name
-            for name in sorted(found | {shard_name(i + 1, count) for count in counts for i in range(count)})
-        ]
+        counts = sorted({int(match[1]) for match in map(_OUR_SHARD.fullmatch, found) if match})
+        # Shards of two counts are two folders in one: of the first, one is missing or one is too many.
+        named = {shard_name(i + 1, count) for count in counts[:1] for i in range(min(count, MOST_FILES))}
+        files = [folder / name for name in sorted(found | named)]
+    if len(files) > MOST_FILES:
+        raise CheckpointError(
+            f"{folder}: expected at most {MOST_FILES:,} weight files, found {len(files):,}; remove others."
+        )
     missing = [path.name for path in files if not path.is_file()]
     if missing or not files:
-        what = ", ".join(missing) or "*.safetensors"
+        what = missing[0] if missing else "*.safetensors"
+        others = f" ({len(missing)} are missing)" if len(missing) > 1 else ""
         raise CheckpointError(
-            f"{folder}: expected {what}, found no such file (pickled *.bin weights are never read)."
+            f"{folder}: expected {what}, found no such file{others} (pickled *.bin weights are never read)."
         )
     return files
 

@@ -6,6 +6,7 @@ read here is asked for: no pickled weights and no code.
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 
@@ -49,9 +50,10 @@ def model_folder(name: str | pathlib.Path, revision: str | None = None) -> pathl
     CheckpointError where there is neither folder nor model.
     """
     path = pathlib.Path(name)
-    if not path.exists() and "@" in str(name) and revision is None:
+    there = os.path.exists(path)  # which is no error where the name is too long
+    if not there and "@" in str(name) and revision is None:
         name, _, revision = str(name).rpartition("@")
-    if path.exists() or not is_hub_id(str(name)):
+    if there or not is_hub_id(str(name)):
         if revision is not None:
             raise CheckpointError(
                 f"--revision {revision}: expected a model of the hub, found the local folder {name}; leave "
@@ -74,7 +76,7 @@ def known_folder(name: str | pathlib.Path, revision: str | None = None) -> pathl
     anything else is. Raises CheckpointError, UnsupportedModelError.
     """
     folder = model_folder(name, revision)
-    if not folder.exists():
+    if not os.path.exists(folder):
         raise CheckpointError(
             f"{name}: expected a model's folder, or its id on the hub (owner/model), found no such path; "
             "check the name."

@@ -3,6 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import os
+import pathlib
+
+
+def path(text: str) -> pathlib.Path:
+    """A path that the system can look for: no name in it is too long or has a NUL."""
+    try:
+        os.lstat(text or ".")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        if not isinstance(error, PermissionError | NotADirectoryError):
+            what = getattr(error, "strerror", None) or str(error)
+            raise argparse.ArgumentTypeError(f"expected a path, found {text[:80]!r}: {what}") from None
+    return pathlib.Path(text)
 
 
 def positive(text: str) -> int:

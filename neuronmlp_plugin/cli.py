@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from neuronmlp_plugin import __version__
-from neuronmlp_plugin.errors import NeuronMLPError, printable
+from neuronmlp_plugin.errors import NeuronMLPError
 
 COMMANDS = {
     "compress": "make a compressed copy of a Hugging Face folder, with low-rank MLPs",
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # a closed pipe is noticed here, and not where nothing can be said any more
         return status
     except NeuronMLPError as error:
-        print(f"neuronmlp {args.command}: {printable(str(error))}", file=sys.stderr)
+        print(f"neuronmlp {args.command}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         resumes = args.command in ("compress", "refine")
         then = "; the same command goes on from what is finished" if resumes else ""

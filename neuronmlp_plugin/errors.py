@@ -18,9 +18,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+LONGEST = 3000  # characters of a message
+
 
 class NeuronMLPError(Exception):
-    """Base of every error that is the user's to mend."""
+    """Base of every error that is the user's to mend; one line, whatever a file has put into it, and no
+    longer than a screen.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message[:LONGEST]).replace("\n", "?"))
 
 
 class UsageError(NeuronMLPError):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-import pathlib
 from collections.abc import Callable, Collection
 
+from neuronmlp_plugin.argument_types import path
 from nki_kernels.cost.constants import SETS
 from nki_kernels.cost.interconnect import COLLECTIVES
 from nki_kernels.targets import TARGETS
@@ -44,4 +44,4 @@ def add_collectives(parser: argparse.ArgumentParser) -> None:
 
 
 def add_csv(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--csv", type=pathlib.Path, help="append the rows to this file")
+    parser.add_argument("--csv", type=path, help="append the rows to this file")

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from neuronmlp_plugin.argument_types import path
 from neuronmlp_plugin.bench.arguments import Write
 from neuronmlp_plugin.bench.rows import Row, append_rows
 
@@ -40,7 +41,7 @@ FOUR_GROUPS = ("Llama-3.1-8B", "--tp", "4", "--batch", "1", "--form", "groups co
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folder",
-        type=pathlib.Path,
+        type=path,
         default=pathlib.Path("docs"),
         help="where page, rows and pictures are (default %(default)s)",
     )

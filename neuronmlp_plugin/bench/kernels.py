@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from neuronmlp_plugin.argument_types import path
 from neuronmlp_plugin.bench.arguments import Write, add_csv, add_model_arguments, one_of, say
 from neuronmlp_plugin.bench.rows import Row, append_rows
 from nki_kernels.cost.constants import SETS, Constants
@@ -36,12 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_csv(parser)
     parser.add_argument(
         "--plots",
-        type=pathlib.Path,
+        type=path,
         metavar="DIR",
         help="draw roofline, latency by tokens and waterfall (needs matplotlib)",
     )
     parser.add_argument(
-        "--trace", type=pathlib.Path, metavar="FILE", help="write the last case's timeline for Perfetto"
+        "--trace", type=path, metavar="FILE", help="write the last case's timeline for Perfetto"
     )
 
 

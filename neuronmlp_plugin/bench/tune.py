@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from neuronmlp_plugin.argument_types import positive, share
+from neuronmlp_plugin.argument_types import path, positive, share
 from neuronmlp_plugin.bench.arguments import add_model_arguments, one_of
 from neuronmlp_plugin.errors import UsageError
 from nki_kernels.cost import mlp_forms
@@ -42,9 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help=f"of {', '.join(MODELS)} (default: all)",
     )
-    parser.add_argument(
-        "--out", type=pathlib.Path, required=True, help="table to write; one that exists is added to"
-    )
+    parser.add_argument("--out", type=path, required=True, help="table to write; one that exists is added to")
     _add_launches(parser)
     parser.add_argument(
         "--measure",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import functools
 import hashlib
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from neuronmlp_plugin.calibration.aside import Aside
 from neuronmlp_plugin.calibration.documents import documents_of
 from neuronmlp_plugin.checkpoint.files import read_object
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, UsageError, shown, told_as
@@ -19,7 +21,7 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 def load_tokenizer(folder: pathlib.Path) -> Any:
     """The folder's own tokenizer; remote code is never run. Raises CheckpointError where there is none."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig
 
     # Without any of them transformers would make an empty tokenizer.
     if not any((pathlib.Path(folder) / name).is_file() for name in _VOCABULARIES):
@@ -28,14 +30,30 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
             "own."
         )
     _check_vocabulary(pathlib.Path(folder))
+    config = pathlib.Path(folder, "config.json")
+    if config.is_file():  # which transformers reads for a tokenizer too
+        with told_as(CheckpointError, f"{config}: expected a config that transformers reads", "mend it"):
+            AutoConfig.from_pretrained(folder, trust_remote_code=False)
     expected = f"{folder}: expected a tokenizer that transformers reads and that reads a text"
     with told_as(CheckpointError, expected, "copy its files again"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if not isinstance(bos_prefix(tokenizer), list) or not isinstance(tokenizer.bos_token, str | None):
-            raise TypeError("a beginning of texts that is none")
-        return tokenizer
+        Aside(_try)(folder)  # its rules may take all time and memory that there is
+        return _tokenizer(folder)
 
 
+def _try(folder: pathlib.Path) -> None:
+    _tokenizer(folder)
+
+
+def _tokenizer(folder: pathlib.Path) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if not isinstance(bos_prefix(tokenizer), list) or not isinstance(tokenizer.bos_token, str | None):
+        raise TypeError("a beginning of texts that is none")
+    return tokenizer
+
+
+LONGEST_VOCABULARY = 32 << 20  # bytes of a file of a tokenizer: three times Llama 3's
 MOST_TOKENS = 1 << 22  # tables are as long as the highest id, and one of 2^31 ends the process without a word
 
 
@@ -45,7 +63,7 @@ def _check_vocabulary(folder: pathlib.Path) -> None:
     """
     for name in ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json"):
         path = folder / name
-        for found in _ids(name, read_object(path)) if path.is_file() else ():
+        for found in _ids(name, read_object(path, LONGEST_VOCABULARY)) if path.is_file() else ():
             if isinstance(found, int | float) and not 0 <= found < MOST_TOKENS:
                 raise CheckpointError(
                     f"{path}: expected token ids below {MOST_TOKENS:,}, found {shown(found)}; copy the file "
@@ -90,10 +108,10 @@ def token_windows(
     prefix = bos_prefix(tokenizer)
     _check_length(length, len(prefix))
     ids = array.array("i")  # a list of Python's integers would take eight times the memory
+    read = Aside(functools.partial(_read, tokenizer))
     for document in documents:
         with told_as(CheckpointError, f"{source}: expected text that the tokenizer reads", "mend its files"):
-            # Special tokens begin a window, not a document: none is to stand in the middle.
-            ids.extend(tokenizer(document, add_special_tokens=False)["input_ids"])
+            ids.extend(read(document, characters=len(document)))
         if limit is not None and len(ids) >= limit:
             break
     step = length - len(prefix)
@@ -104,6 +122,11 @@ def token_windows(
         )
     body = torch.tensor(ids[: len(ids) // step * step], dtype=torch.long).view(-1, step)
     return torch.cat((torch.tensor(prefix, dtype=torch.long).expand(len(body), -1), body), 1)
+
+
+def _read(tokenizer: Any, document: str) -> array.array[int]:
+    # Special tokens begin a window, not a document: none is to stand in the middle.
+    return array.array("i", tokenizer(document, add_special_tokens=False)["input_ids"])
 
 
 def read_windows(

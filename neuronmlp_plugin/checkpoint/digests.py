@@ -59,7 +59,7 @@ def record_of(folder: pathlib.Path) -> dict[str, Any]:
     """The record of every file of a finished folder from which it is loaded."""
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-        for path in _loaded(folder)
+        for path in loaded_files(folder)
     }
     return {"record_version": 1, "files": files}
 
@@ -70,7 +70,7 @@ def check_record(folder: pathlib.Path) -> int | None:
         return None
     recorded = _read(folder)
     wrong = [name for name, entry in recorded.items() if not _is_as_recorded(folder / name, entry)]
-    wrong += sorted({path.relative_to(folder).as_posix() for path in _loaded(folder)} - set(recorded))
+    wrong += sorted({path.relative_to(folder).as_posix() for path in loaded_files(folder)} - set(recorded))
     if wrong:
         raise CheckpointError(
             f"{folder / wrong[0]}: expected the contents that {RECORD} records, found others or none "
@@ -111,15 +111,16 @@ def _is_inside(name: str) -> bool:
 
 
 def _is_as_recorded(path: pathlib.Path, entry: Any) -> bool:
-    if not isinstance(entry, dict) or not path.is_file() or path.stat().st_size != entry.get("bytes"):
+    # os.path: a name that is too long is no file, and no error.
+    if not isinstance(entry, dict) or not os.path.isfile(path) or path.stat().st_size != entry.get("bytes"):
         return False
     return file_digest(path) == entry.get("sha256")
 
 
-def _loaded(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Not the report and the card: people edit those, and nobody computes with them."""
+def loaded_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The files from which a folder is loaded; not the report and the card, which people edit."""
     for name in ("config.json", INDEX_FILE, "model.safetensors.index.json"):
         if os.path.isfile(folder / name):
             yield folder / name
-    yield from safetensors_in(folder)
+    yield from (path for path in safetensors_in(folder) if path.is_file())
     yield from files_to_copy(folder)

@@ -4,6 +4,7 @@ header.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,8 +17,10 @@ from safetensors import SafetensorError, safe_open
 from neuronmlp_plugin.checkpoint.schema import shard_name
 from neuronmlp_plugin.errors import CheckpointError, reason_of
 
-# Of a safetensors file: a model of 400 layers in one file has a header of 1 MiB.
-LONGEST_HEADER = 16 << 20
+# Of the safetensors files of a folder, together: a model of 400 layers has headers of 1 MiB.
+LONGEST_HEADER = 4 << 20
+LONGEST_JSON = 8 << 20
+MOST_FILES = 4097
 # What a clone without Git LFS has in the place of a large file begins with this.
 _POINTER = "version https://git-lfs"
 # Of formats that are not read, and where a folder may have nothing else.
@@ -54,11 +57,18 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     return read_object(path)
 
 
-def read_object(path: pathlib.Path) -> dict[str, Any]:
-    """A file that holds one JSON object."""
+def read_object(path: pathlib.Path, longest: int = LONGEST_JSON) -> dict[str, Any]:
+    """A file of at most `longest` bytes that holds one JSON object."""
     try:
-        text = path.read_text(encoding="utf-8")
-        refuse_pointer(path, text[:32].encode())
+        with path.open("rb") as file:
+            raw = file.read(longest + 1)
+        if len(raw) > longest:
+            raise CheckpointError(
+                f"{path}: expected JSON of at most {longest >> 20} MiB, found more; the file is damaged, or "
+                "not one of a model."
+            )
+        refuse_pointer(path, raw)
+        text = raw.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(
             f"{path}: expected a readable file in UTF-8, found: {reason_of(error)}."
@@ -101,17 +111,7 @@ def _finite(text: str) -> float:
 def open_safetensors(path: pathlib.Path) -> Any:
     """`safe_open`, with a truncated or foreign file refused in words."""
     try:
-        with open(path, "rb") as file:
-            # safetensors begins with the length of its header; whatever stands there would be allocated and
-            # parsed.
-            beginning = file.read(32)
-        refuse_pointer(path, beginning)
-        size = int.from_bytes(beginning[:8], "little")
-        if size > LONGEST_HEADER:
-            raise CheckpointError(
-                f"{path}: expected a header of at most {LONGEST_HEADER >> 20} MiB, found {size:,} bytes; "
-                "the file is damaged, or not safetensors."
-            )
+        _check_header(path)
         return safe_open(path, framework="pt")
     except PermissionError as error:
         raise CheckpointError(
@@ -121,6 +121,22 @@ def open_safetensors(path: pathlib.Path) -> Any:
         raise CheckpointError(
             f"{path}: expected a whole safetensors file, found: {error}; copy or download it again."
         ) from error
+
+
+def _check_header(path: pathlib.Path, others: int = 0) -> int:
+    """Bytes of the headers of a file and of `others`; CheckpointError where that is too much."""
+    with open(path, "rb") as file:
+        # safetensors begins with the length of its header; whatever stands there would be allocated and
+        # parsed.
+        beginning = file.read(32)
+    refuse_pointer(path, beginning)
+    size = others + int.from_bytes(beginning[:8], "little")
+    if size > LONGEST_HEADER:
+        raise CheckpointError(
+            f"{path}: expected headers of at most {LONGEST_HEADER >> 20} MiB, found {size:,} bytes; the file "
+            "is damaged, or not safetensors."
+        )
+    return size
 
 
 def read_headers(path: pathlib.Path) -> Headers:
@@ -135,6 +151,10 @@ def read_headers(path: pathlib.Path) -> Headers:
 
 def index_tensors(files: list[pathlib.Path]) -> Headers:
     index: Headers = {}
+    size = 0
+    for path in files:  # before any is parsed
+        with contextlib.suppress(OSError):
+            size = _check_header(path, size)
     for path in files:
         for name, header in read_headers(path).items():
             if name in index:
@@ -147,8 +167,11 @@ def index_tensors(files: list[pathlib.Path]) -> Headers:
 
 
 def safetensors_in(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The files that engines take weights from: macOS leaves a hidden one beside each that it copies."""
-    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    """The files that an engine may take weights from, whatever the case of their ending; no hidden ones,
+    which macOS leaves beside each that it copies.
+    """
+    found = (path for path in folder.iterdir() if path.suffix.lower() == ".safetensors")
+    return sorted(path for path in found if not path.name.startswith("."))
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -157,21 +180,24 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
     An index beside `model.safetensors` is what an older save in shards left behind.
     """
-    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if whole.is_file():
-        files = [whole]
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file():
+        files = [single]
     elif index.is_file():
         files = [folder / name for name in _indexed(index)]
     else:
-        found = {path.name for path in safetensors_in(folder)}
-        counts = {int(match[1]) for match in map(_OUR_SHARD.fullmatch, found) if match}
-        files = [
-            folder / name
-            for name in sorted(found | {shard_name(i + 1, count) for count in counts for i in range(count)})
-        ]
+        found = {path.name for path in safetensors_in(folder) if path.suffix == ".safetensors"}
+        counts = sorted({int(match[1]) for match in map(_OUR_SHARD.fullmatch, found) if match})
+        # Shards of two counts are two folders in one: of the first, one is missing or one is too many.
+        named = {shard_name(i + 1, count) for count in counts[:1] for i in range(min(count, MOST_FILES))}
+        files = [folder / name for name in sorted(found | named)]
+    if len(files) > MOST_FILES:
+        raise CheckpointError(
+            f"{folder}: expected at most {MOST_FILES:,} weight files, found {len(files):,}; remove others."
+        )
     missing = [path.name for path in files if not path.is_file()]
     if missing or not files:
-        what = ", ".join(missing[:3]) or "*.safetensors"
+        what = missing[0] if missing else "*.safetensors"
         raise CheckpointError(f"{folder}: expected {what}, found {_instead(folder, missing)}.")
     return files
 
@@ -184,7 +210,8 @@ def _instead(folder: pathlib.Path, missing: list[str]) -> str:
             f"{others[0]}, and such files are never read; save the model as safetensors "
             "(save_pretrained of transformers)"
         )
-    return "no such file; copy or download the folder again"
+    count = f" ({len(missing)} are missing)" if len(missing) > 1 else ""
+    return f"no such file{count}; copy or download the folder again"
 
 
 def _indexed(index: pathlib.Path) -> list[str]:

@@ -65,29 +65,7 @@ def build_skeleton(checkpoint: Checkpoint) -> Any:
     """The architecture on the meta device, with real rotary tables: modules to load weights into."""
     expected = f"{checkpoint.folder / 'config.json'}: expected a config that transformers builds a model from"
     with told_as(CheckpointError, expected, "mend it, or download it again"):
-        model = _skeleton(checkpoint)
-    _check_parts(model, checkpoint)
-    return model
-
-
-def _check_parts(model: Any, checkpoint: Checkpoint) -> None:
-    """What lies outside the MLPs has a place in the model, and its shape. Of a tensor without one
-    transformers would only warn, and vLLM would not load it.
-    """
-    parts = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, size in checkpoint.shapes().items():
-        if ".mlp." in name or name.endswith("rotary_emb.inv_freq"):
-            continue
-        if name not in parts:
-            raise CheckpointError(
-                f"{checkpoint.folder}: expected no tensor {name[:200]} (the model has no such part), found "
-                "one; remove it, or mend config.json."
-            )
-        if parts[name] != size:
-            raise CheckpointError(
-                f"{checkpoint.folder}: {name}: expected shape {list(parts[name])} (from config.json), found "
-                f"{list(size)}; one of the two is another model's."
-            )
+        return _skeleton(checkpoint)
 
 
 def _skeleton(checkpoint: Checkpoint) -> Any:

@@ -15,20 +15,22 @@ from neuronmlp_plugin.checkpoint.files import (
     parse_object,
     read_config,
     read_headers,
+    read_object,
     safetensors_in,
     weight_files,
 )
 from neuronmlp_plugin.checkpoint.schema import (
+    INDEX_FILE,
     QUANT_METHOD,
     FormatBlock,
     base_layers,
     mlp_shape,
     parse_block,
 )
-from neuronmlp_plugin.errors import CheckpointError, NonFiniteError
+from neuronmlp_plugin.errors import CheckpointError, NonFiniteError, shown
 from neuronmlp_plugin.models.definition import LIMIT, Weight
 from neuronmlp_plugin.models.factors import SCALE
-from neuronmlp_plugin.models.families import check_supported, names_outside_mlps
+from neuronmlp_plugin.models.families import check_supported, shapes_outside_mlps
 
 # In a folder of its own: engines load every *.safetensors file that lies beside config.json.
 FACTOR_FILE = pathlib.Path("neuronmlp", "factors.safetensors")
@@ -58,29 +60,14 @@ class Checkpoint:
         # Of two names for one tensor `safetensors.torch.save_model` keeps the first in the alphabet.
         if self.config.get("tie_word_embeddings") and _HEAD in self._files:
             self._files.setdefault(_EMBEDDING, self._files[_HEAD])
-        _check_complete(self.config, self._files, str(self.folder))
-        if self.block is not None:
-            _check_all_read(self.folder, self._files)
-            _check_headers(self.block, self._files, str(self.folder))
-            self._check_known()
         # Of a folder with a block our writer has settled that.
-        elif self._has_its_own_head():
+        if self.block is None and self._has_its_own_head():
             self.config["tie_word_embeddings"] = False
-
-    def _check_known(self) -> None:
-        """Every tensor has a place in the model: an engine may know one that we do not, and serve it
-        unchecked.
-        """
-        assert self.block is not None
-        known = {*names_outside_mlps(self.config, self.block.shape.num_layers), "lm_head.weight"}
-        known |= {*self.block.expected_tensors(), *self._scales}
-        for name, header in self._files.items():
-            # Old exports store rotary tables; they are recomputed, so an extra one is harmless.
-            if name not in known and not name.endswith("rotary_emb.inv_freq"):
-                raise CheckpointError(
-                    f"{header.path}: expected no tensor {name[:200]} (the model has no such part), found "
-                    "one; remove it."
-                )
+        _check_outside(self.config, self._files, str(self.folder), self.block is None)
+        if self.block is not None:
+            check_all_read(self)
+            _check_headers(self.block, self._files, str(self.folder))
+            _check_index(self)
 
     def _parse(self, block: Any) -> FormatBlock:
         where = str(self.folder / "config.json")
@@ -88,7 +75,7 @@ class Checkpoint:
         if found != QUANT_METHOD or not isinstance(block, dict):
             raise CheckpointError(
                 f"{where}: expected no quantization_config, or quant_method {QUANT_METHOD!r}, found "
-                f"{found!r}; compress the unquantised model."
+                f"{shown(found)}; compress the unquantised model."
             )
         return parse_block(block, self.config, where)
 
@@ -105,6 +92,10 @@ class Checkpoint:
     def files(self) -> list[pathlib.Path]:
         """The files of weights that are read."""
         return sorted({header.path for header in self._files.values()})
+
+    def places(self) -> dict[str, str]:
+        """Name -> file of every tensor as it is stored, scales among them."""
+        return {name: header.path.name for name, header in self._files.items()}
 
     def names(self) -> list[str]:
         return sorted(name for name in self._files if name not in self._scales)
@@ -232,7 +223,8 @@ def check_int8(q: torch.Tensor, scale: torch.Tensor, source: str) -> None:
             f"{source}: expected int8 with fp32 scales (the config says so), found {q.dtype} with "
             f"{scale.dtype}."
         )
-    if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
+    # Of the weights that they stand for, too: LIMIT times the largest scale of fp32 is not finite.
+    if not bool((torch.isfinite(scale * LIMIT) & (scale >= 0)).all()):
         raise NonFiniteError(
             f"{source}: expected finite scales of at least 0, found others; the file is damaged."
         )
@@ -280,18 +272,38 @@ def _kind(name: str, scales: Container[str]) -> tuple[str, tuple[str, ...]]:
     return ("fp32", ("F32",)) if name in scales else ("bf16, fp16 or fp32", _FLOATS)
 
 
-def _check_complete(config: dict[str, Any], files: Headers, source: str) -> None:
-    """What no config can leave out is there. Engines do not look: vLLM and NxD Inference would serve what
-    their memory happens to hold.
+def _check_outside(config: dict[str, Any], files: Headers, source: str, copied_head: bool) -> None:
+    """What no config can leave out is there, in its shape: vLLM and NxD Inference would serve what their
+    memory happens to hold. And nothing else is: an engine may know a tensor that we do not, and serve it
+    unchecked. `copied_head`: a tied head may be stored too.
     """
-    missing = [
-        name for name in names_outside_mlps(config, mlp_shape(config, source).num_layers) if name not in files
-    ]
+    layers = mlp_shape(config, f"{source}/config.json").num_layers
+    for key in ("num_attention_heads", "vocab_size"):
+        if config.get(key) is None:
+            raise CheckpointError(
+                f"{source}/config.json: expected `{key}`, found none; the config is not usable."
+            )
+    expected = shapes_outside_mlps(config, layers)
+    missing = [name for name in expected if name not in files]
     if missing:
         raise CheckpointError(
             f"{source}: expected a tensor {missing[0]} ({len(missing)} are missing), found "
             f"{_instead(missing[0], files)}."
         )
+    for name, header in files.items():
+        if header.shape != expected.get(name, header.shape):
+            raise CheckpointError(
+                f"{header.path}: {name}: expected shape {list(expected[name])} (from the config), found "
+                f"{shown(list(header.shape))}."
+            )
+        # Old exports store rotary tables; they are recomputed, so an extra one is harmless. MLPs have names
+        # of their own, which come next.
+        harmless = ".mlp." in name or name.endswith("rotary_emb.inv_freq")
+        if name not in expected and not harmless and not (copied_head and name == "lm_head.weight"):
+            raise CheckpointError(
+                f"{header.path}: expected no tensor {name[:200]} (the model has no such part), found one; "
+                "remove it, or mend the config."
+            )
 
 
 def _instead(missing: str, files: Headers) -> str:
@@ -306,16 +318,26 @@ def _instead(missing: str, files: Headers) -> str:
     return f"none; the folder is incomplete, or its config is another model's: copy it again{tied}"
 
 
-def _check_all_read(folder: pathlib.Path, files: Headers) -> None:
-    """A factored folder has no safetensors file that is not read here: vLLM reads all that lie there, and
+def check_all_read(checkpoint: Checkpoint) -> None:
+    """A folder that is served has no safetensors file that is not read here: vLLM reads all that lie there, and
     would serve from the last one what was never checked.
     """
-    read = {header.path.name for header in files.values()}
-    unread = [path.name for path in safetensors_in(folder) if path.name not in read]
+    read = {path.name for path in checkpoint.files}
+    unread = [path.name for path in safetensors_in(checkpoint.folder) if path.name not in read]
     if unread:
         raise CheckpointError(
-            f"{folder / unread[0]}: expected no weight file beside those of the checkpoint, found it; remove "
-            "it."
+            f"{checkpoint.folder / unread[0]}: expected no weight file beside those of the checkpoint, found "
+            "it; remove it."
+        )
+
+
+def _check_index(checkpoint: Checkpoint) -> None:
+    """The index says of each tensor where it is: transformers reads what it names, in whichever folder."""
+    path = checkpoint.folder / INDEX_FILE
+    if path.is_file() and read_object(path).get("weight_map") != checkpoint.places():
+        raise CheckpointError(
+            f"{path}: expected `weight_map` to name the file of every tensor, found another; make the folder "
+            "again, or remove the index to go without transformers."
         )
 
 
@@ -339,6 +361,6 @@ def check_names(
     for name in found:
         if ".mlp." in name and name not in expected:
             raise CheckpointError(
-                f"{source}: expected no tensor {name} (the config has no such part), found one; remove it, "
-                "or mend the config."
+                f"{source}: expected no tensor {name[:200]} (the config has no such part), found one; remove "
+                "it, or mend the config."
             )

@@ -157,20 +157,29 @@ def base_layers(shape: MLPShape) -> tuple[MLPLayer, ...]:
 
 # Far beyond every model, and small enough that whatever is done for each of them is done in a moment.
 MOST = {"hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1 << 12}
+_MOST_BESIDE = {
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "vocab_size": 1 << 22,
+    "max_position_embeddings": 1 << 24,
+    "sliding_window": 1 << 24,
+}
 
 
 def mlp_shape(config: dict[str, Any], source: str) -> MLPShape:
-    """Read the MLP sizes from a Hugging Face config; `source` names it in errors."""
-    sizes: list[int] = []
-    for key, most in MOST.items():
+    """Read the MLP sizes from a Hugging Face config, whose other sizes are looked at too where it has them;
+    `source` names it in errors.
+    """
+    beside = {key: most for key, most in _MOST_BESIDE.items() if config.get(key) is not None}
+    for key, most in {**MOST, **beside}.items():
         value: Any = config.get(key)
         if not _is_count(value, most):
             raise CheckpointError(
                 f"{source}: expected a whole number `{key}` from 1 to {most:,}, found {shown(value)}; "
                 "the config is not usable."
             )
-        sizes.append(value)
-    return MLPShape(*sizes)
+    return MLPShape(*(config[key] for key in MOST))
 
 
 def parse_block(block: dict[str, Any], config: dict[str, Any], source: str) -> FormatBlock:
@@ -205,7 +214,7 @@ def parse_block(block: dict[str, Any], config: dict[str, Any], source: str) -> F
     parsed = tuple(
         _parse_layer(layer, f"{source}: layers[{index}]", shape, groups) for index, layer in enumerate(layers)
     )
-    result = FormatBlock(parsed, shape, provenance, str(block.get("created_by", "unknown")))
+    result = FormatBlock(parsed, shape, provenance, str(block.get("created_by", "unknown"))[:200])
     _check_ratio(block.get("removed_ratio"), result, source)
     return result
 

@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from neuronmlp_plugin.checkpoint.digests import RECORD, record_of
-from neuronmlp_plugin.checkpoint.files import read_headers
+from neuronmlp_plugin.checkpoint.files import read_headers, read_object
 from neuronmlp_plugin.checkpoint.hub import files_to_copy
 from neuronmlp_plugin.checkpoint.reader import Checkpoint, older_rope
 from neuronmlp_plugin.checkpoint.schema import INDEX_FILE, QUANT_METHOD, FormatBlock, shard_name
-from neuronmlp_plugin.errors import OutputError, reason_of
+from neuronmlp_plugin.errors import CheckpointError, OutputError, reason_of
 
 
 @contextlib.contextmanager
@@ -63,6 +63,10 @@ def partial_folder(target: pathlib.Path) -> pathlib.Path:
 def check_new(target: pathlib.Path) -> None:
     """OutputError where `target` exists, be it as a link to nothing, or can be no name of a file."""
     try:
+        if target.name in ("", ".."):
+            raise ValueError("no name of its own")
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(partial_folder(target))  # whose name is longer
         os.lstat(target)
     except FileNotFoundError:
         return
@@ -270,20 +274,27 @@ def copy_tokenizer_beside_factors(source: pathlib.Path, target: pathlib.Path) ->
     transformers 4 cannot read: it is then to be named to the engine (`--tokenizer`).
     """
     settings = source / "tokenizer_config.json"
-    if settings.is_file() and "TokenizersBackend" in settings.read_text(encoding="utf-8"):
+    if settings.is_file() and b"TokenizersBackend" in settings.read_bytes():
         copy_tokenizer(source, target)
 
 
 def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copy tokenizer and generation files, with the one portable spelling of FORMAT.md."""
-    for path in files_to_copy(source):
+    copy_files(files_to_copy(source), source, target)
+    settings = target / "tokenizer_config.json"
+    with contextlib.suppress(
+        CheckpointError
+    ):  # one that is not there, or that nobody can read, stays as it is
+        values = read_object(settings)
+        if values.get("tokenizer_class") == "TokenizersBackend":
+            save_json(settings, {**values, "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def copy_files(paths: Iterable[pathlib.Path], source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copy files of the folder `source` to their places in `target`."""
+    for path in paths:
         copy = target / path.relative_to(source)
         with told_when_unwritable(copy):
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
             sync(copy)
-    settings = target / "tokenizer_config.json"
-    if settings.is_file():
-        values = json.loads(settings.read_text(encoding="utf-8"))
-        if values.get("tokenizer_class") == "TokenizersBackend":
-            save_json(settings, {**values, "tokenizer_class": "PreTrainedTokenizerFast"})

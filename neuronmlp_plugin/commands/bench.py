@@ -8,7 +8,7 @@ import argparse
 import pathlib
 from typing import Any
 
-from neuronmlp_plugin.argument_types import positive
+from neuronmlp_plugin.argument_types import path, positive
 from neuronmlp_plugin.bench.engines import named_folders
 from neuronmlp_plugin.errors import UsageError
 
@@ -21,13 +21,9 @@ def add_kinds(kinds: Any) -> None:
     )
     _add_mlp(kinds.add_parser("mlp", help="one MLP on this CPU, ours against vLLM's dense one (measured)"))
     rivals = kinds.add_parser("rivals", help="the dense model as int8 for vLLM and as Q8_0 for llama.cpp")
-    rivals.add_argument("dense", type=pathlib.Path)
-    rivals.add_argument(
-        "--w8a8", type=pathlib.Path, metavar="FOLDER", help="write compressed-tensors int8 here"
-    )
-    rivals.add_argument(
-        "--gguf", type=pathlib.Path, metavar="FILE", help="write Q8_0 here (needs pip install gguf)"
-    )
+    rivals.add_argument("dense", type=path)
+    rivals.add_argument("--w8a8", type=path, metavar="FOLDER", help="write compressed-tensors int8 here")
+    rivals.add_argument("--gguf", type=path, metavar="FILE", help="write Q8_0 here (needs pip install gguf)")
     rivals.set_defaults(run_kind=_rivals)
 
 
@@ -50,8 +46,8 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     serve.add_argument(
         "--processor-time", action="store_true", help="one thread and its processor time, for a busy machine"
     )
-    serve.add_argument("--log", type=pathlib.Path, help="keep rounds here, and go on from those in it")
-    serve.add_argument("--csv", type=pathlib.Path, help="append the rows to this file")
+    serve.add_argument("--log", type=path, help="keep rounds here, and go on from those in it")
+    serve.add_argument("--csv", type=path, help="append the rows to this file")
     serve.add_argument(
         "--profile", action="store_true", help="where the time goes, part by part (folders only, eager)"
     )
@@ -199,7 +195,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=positive, default=5, help="how often every model is timed (default %(default)s)"
     )
     decode.add_argument("--dtype", default="float32", help="as for `vllm serve` (default %(default)s)")
-    decode.add_argument("--csv", type=pathlib.Path, help="append the rows to this file")
+    decode.add_argument("--csv", type=path, help="append the rows to this file")
     decode.set_defaults(run_kind=_decode)
     add_kinds(kinds)
     _add_simulated(kinds)

@@ -6,6 +6,7 @@ import argparse
 import pathlib
 from typing import TYPE_CHECKING, Any
 
+from neuronmlp_plugin.argument_types import path
 from neuronmlp_plugin.compressor.settings import (
     ALLOCATIONS,
     CHANNELS,
@@ -29,19 +30,19 @@ _DEFAULTS = {field: Settings.__dataclass_fields__[field].default for field in Se
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
-        type=pathlib.Path,
+        type=path,
         help="Hugging Face folder, or a model's id on the hub (Llama, Qwen2, Qwen3 or Mistral)",
     )
     parser.add_argument("--revision", help="branch, tag or commit, where MODEL is an id on the hub")
     parser.add_argument(
         "--out",
-        type=pathlib.Path,
+        type=path,
         help="folder to write; must not exist yet (required, unless --factors-only)",
     )
     _add_size(parser)
     parser.add_argument(
         "--text",
-        type=pathlib.Path,
+        type=path,
         help=(
             "calibration text (required): .txt, .jsonl (`text` or `messages` a line), .csv, .parquet or a "
             "saved dataset; what the MLPs see on it decides what is taken away"
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_calibration(parser)
     parser.add_argument(
         "--analysis",
-        type=pathlib.Path,
+        type=path,
         help="keep the statistics in this folder, and use them again for another size or form",
     )
     parser.add_argument(

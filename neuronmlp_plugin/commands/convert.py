@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import pathlib
+
+from neuronmlp_plugin.argument_types import path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
-        type=pathlib.Path,
+        type=path,
         help="folder with model.layers.N.mlp.{gate,up,down}_{v,u}_proj.weight in safetensors",
     )
     parser.add_argument(
-        "--out", type=pathlib.Path, required=True, help="folder to write; must not exist yet (required)"
+        "--out", type=path, required=True, help="folder to write; must not exist yet (required)"
     )
 
 

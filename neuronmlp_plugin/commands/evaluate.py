@@ -9,7 +9,7 @@ import json
 import pathlib
 from typing import TYPE_CHECKING
 
-from neuronmlp_plugin.argument_types import positive
+from neuronmlp_plugin.argument_types import path, positive
 
 if TYPE_CHECKING:
     from neuronmlp_plugin.calibration.layer_stream import LayerStream
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
-        type=pathlib.Path,
+        type=path,
         nargs="+",
         help="what to judge (the dense model runs once for all), or the dense folder when --factors is given",
     )
     parser.add_argument(
-        "--dense", type=pathlib.Path, required=True, help="the dense folder it was made from (required)"
+        "--dense", type=path, required=True, help="the dense folder it was made from (required)"
     )
     parser.add_argument(
-        "--text", type=pathlib.Path, required=True, help="held-out text, as for `compress` (required)"
+        "--text", type=path, required=True, help="held-out text, as for `compress` (required)"
     )
-    parser.add_argument("--factors", type=pathlib.Path, help="a factor file to lay over MODEL")
+    parser.add_argument("--factors", type=path, help="a factor file to lay over MODEL")
     parser.add_argument(
         "--tokens",
         type=positive,

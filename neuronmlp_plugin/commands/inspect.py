@@ -7,12 +7,13 @@ import json
 import pathlib
 from collections.abc import Iterator
 
+from neuronmlp_plugin.argument_types import path
 from neuronmlp_plugin.errors import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", type=pathlib.Path, help="a checkpoint folder, or a dense folder with a factor file in it"
+        "model", type=path, help="a checkpoint folder, or a dense folder with a factor file in it"
     )
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--json", action="store_true", help="print the block as JSON")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-import pathlib
 from typing import TYPE_CHECKING
 
-from neuronmlp_plugin.argument_types import positive
+from neuronmlp_plugin.argument_types import path, positive
 
 if TYPE_CHECKING:
     import torch
@@ -22,14 +21,14 @@ WINDOW = 1024  # tokens
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", type=pathlib.Path, help="a dense Hugging Face folder, or one that `neuronmlp compress` wrote"
+        "model", type=path, help="a dense Hugging Face folder, or one that `neuronmlp compress` wrote"
     )
     parser.add_argument(
-        "--out", type=pathlib.Path, required=True, help="folder to write; must not exist yet (required)"
+        "--out", type=path, required=True, help="folder to write; must not exist yet (required)"
     )
     parser.add_argument(
         "--text",
-        type=pathlib.Path,
+        type=path,
         help=(
             "calibration text, as for `compress`: the model runs over it, and numbers are rounded so that "
             "the MLPs' outputs there change least; without it each number goes to the nearest of its 255 "
@@ -44,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dense",
-        type=pathlib.Path,
+        type=path,
         help="with --text: the dense folder; the end of the text, which is then not rounded by, judges the "
         "result against it for the report",
     )

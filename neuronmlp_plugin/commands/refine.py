@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import pathlib
 from typing import Any
 
+from neuronmlp_plugin.argument_types import path
 from neuronmlp_plugin.refinement.refine_settings import ARITHMETIC, LOSSES, STAGES, STORAGES, RefineSettings
 
 _DEFAULTS: dict[str, Any] = {
@@ -14,18 +14,18 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=pathlib.Path, help="folder that `compress` wrote")
+    parser.add_argument("model", type=path, help="folder that `compress` wrote")
     parser.add_argument(
-        "--dense", type=pathlib.Path, required=True, help="the dense folder it was made from (required)"
+        "--dense", type=path, required=True, help="the dense folder it was made from (required)"
     )
     parser.add_argument(
         "--text",
-        type=pathlib.Path,
+        type=path,
         required=True,
         help="the calibration text (required); its end judges and is not trained on",
     )
     parser.add_argument(
-        "--out", type=pathlib.Path, required=True, help="folder to write; must not exist yet (required)"
+        "--out", type=path, required=True, help="folder to write; must not exist yet (required)"
     )
     _add_training(parser)
     _add_steps(parser)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import pathlib
+
+from neuronmlp_plugin.argument_types import path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder",
-        type=pathlib.Path,
+        type=path,
         help="folder with neuronmlp_report.json (MODEL/neuronmlp for a factor file)",
     )
     parser.add_argument(

@@ -4,12 +4,14 @@ the compressed model; what other sizes would cost; the spectra.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from neuronmlp_plugin.calibration.aside import Aside, AsideError
 from neuronmlp_plugin.calibration.layer_stream import LayerStream
 from neuronmlp_plugin.calibration.template import ChatTemplate
 from neuronmlp_plugin.compressor.settings import Settings
@@ -38,20 +40,22 @@ def sample_texts(
     new_tokens: int,
     tick: Callable[[int], None],
     room: int = 0,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Both models' continuations of built-in prompts: `{"new_tokens", "chat_template", "texts": [{"prompt",
     "dense", "compressed"}]}`.
 
     Questions through the tokenizer's chat template, or beginnings to go on from where it has none that can be
-    used. One layer is in memory at a time, and those that stay in `room` bytes; `tick(1)` after each token of
-    each model.
+    used; None where the tokenizer fails at them. One layer is in memory at a time, and those that stay in
+    `room` bytes; `tick(1)` after each token of each model.
     """
     rendered = _rendered(tokenizer)
     prompts = _BEGINNINGS if rendered is None else _QUESTIONS
-    inputs = tokenizer(list(prompts if rendered is None else rendered), add_special_tokens=rendered is None)[
-        "input_ids"
-    ]
-    answers = [_continued(stream, tokenizer, inputs, new_tokens, tick, room) for stream in (dense, candidate)]
+    read, write = (Aside(functools.partial(work, tokenizer)) for work in (_read, _write))
+    try:  # hours of work must not end here
+        inputs = read(list(prompts if rendered is None else rendered), rendered is None)
+        answers = [write(_continued(stream, inputs, new_tokens, tick, room)) for stream in (dense, candidate)]
+    except AsideError:
+        return None
     texts = [
         {"prompt": prompt, "dense": x, "compressed": y}
         for prompt, x, y in zip(prompts, *answers, strict=True)
@@ -76,23 +80,34 @@ def _rendered(tokenizer: Any) -> list[str] | None:
 @torch.no_grad()
 def _continued(
     stream: LayerStream,
-    tokenizer: Any,
     inputs: list[list[int]],
     new_tokens: int,
     tick: Callable[[int], None],
     room: int,
-) -> list[str]:
+) -> list[list[int]]:
     """All prompts in one batch, padded on the left: a token may cost a pass over all layers' files."""
+    from transformers import GenerationConfig
+
     width = max(len(ids) for ids in inputs)
     prompt = torch.tensor([[0] * (width - len(ids)) + ids for ids in inputs], device=stream.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in inputs], device=stream.device)
     end = stream.model.config.eos_token_id
     padding = end[0] if isinstance(end, list) else end or 0
+    greedy = GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=False, pad_token_id=max(0, padding), eos_token_id=end
+    )
     with stream.on_demand(tick, room) as model:
-        output = model.generate(
-            prompt, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=padding
-        )
-    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in output[:, width:]]
+        model.generation_config = greedy  # in the place of whatever the model's config asks for
+        output = model.generate(prompt, attention_mask=mask)
+    return [row.tolist() for row in output[:, width:]]
+
+
+def _read(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
+    return [list(ids) for ids in tokenizer(texts, add_special_tokens=special)["input_ids"]]
+
+
+def _write(tokenizer: Any, rows: list[list[int]]) -> list[str]:
+    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
 
 
 _GRID = (0.02, 0.05, 0.08, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40, 0.50, 0.60)

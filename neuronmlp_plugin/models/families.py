@@ -6,7 +6,13 @@ from typing import Any
 
 from neuronmlp_plugin.errors import CheckpointError, UnsupportedModelError, shown
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
+# And the `model_type` of each: transformers goes by the one, vLLM by the other.
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "MistralForCausalLM": "mistral",
+}
 
 
 def check_supported(config: dict[str, Any], source: str) -> None:
@@ -16,9 +22,15 @@ def check_supported(config: dict[str, Any], source: str) -> None:
     CheckpointError for an epsilon of the norms that makes NaN of anything.
     """
     found = config.get("architectures")
-    if not isinstance(found, list) or not found or found[0] not in ARCHITECTURES:
+    if not isinstance(found, list) or not found or found[0] not in [*ARCHITECTURES]:
         raise UnsupportedModelError(
             f"{source}: expected an architecture of {', '.join(ARCHITECTURES)}, found {shown(found)}."
+        )
+    kind = ARCHITECTURES[found[0]]
+    if config.get("model_type", kind) != kind:
+        raise CheckpointError(
+            f"{source}: expected `model_type` {kind!r} beside {found[0]}, found "
+            f"{shown(config['model_type'])}; engines would build different models of it."
         )
     if config.get("auto_map"):
         raise UnsupportedModelError(
@@ -34,6 +46,13 @@ def check_supported(config: dict[str, Any], source: str) -> None:
             f"{source}: expected `rms_norm_eps` from 0 to 1, found {shown(epsilon)}; the config is not "
             "usable."
         )
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = config.get(key)
+        if not all(_is_id(each) for each in (ids if isinstance(ids, list) and ids else [ids])):
+            raise CheckpointError(
+                f"{source}: expected `{key}` to be a token id, or a list of some, found {shown(ids)}; the "
+                "config is not usable."
+            )
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise UnsupportedModelError(
@@ -41,23 +60,36 @@ def check_supported(config: dict[str, Any], source: str) -> None:
         )
 
 
-def names_outside_mlps(config: dict[str, Any], num_layers: int) -> list[str]:
-    """Every tensor beside the MLPs without which a model of a supported architecture cannot run (a tied head
-    may be left out).
+def _is_id(value: Any) -> bool:
+    """None, or a number that engines have room for; some configs say -1 for none."""
+    return value is None or (type(value) is int and -1 <= value < 1 << 31)
+
+
+def shapes_outside_mlps(config: dict[str, Any], num_layers: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor beside the MLPs that a model of a supported architecture has; a tied head
+    is none. `config` has sizes that `checkpoint.schema.mlp_shape` found to be numbers.
     """
-    family = config["architectures"][0]
-    in_layer = [
-        "input_layernorm.weight",
-        "post_attention_layernorm.weight",
-        *(f"self_attn.{p}_proj.weight" for p in "qkvo"),
-    ]
-    if family == "Qwen2ForCausalLM":
-        in_layer += [f"self_attn.{p}_proj.bias" for p in "qkv"]
-    elif family == "Qwen3ForCausalLM":
-        in_layer += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
+    family, hidden = config["architectures"][0], config["hidden_size"]
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    queries, keys = heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
+    rows = {"q": queries, "k": keys, "v": keys, "o": hidden}
+    in_layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        **{f"self_attn.{p}_proj.weight": (rows[p], queries if p == "o" else hidden) for p in rows},
+    }
+    biases = "qkv" if family == "Qwen2ForCausalLM" else ""
+    if family == "Qwen3ForCausalLM":
+        in_layer |= {f"self_attn.{p}_norm.weight": (head_dim,) for p in "qk"}
     # The other two families never look at it: Qwen2 always has these biases (but o's), Mistral never.
     if config.get("attention_bias") and family in ("LlamaForCausalLM", "Qwen3ForCausalLM"):
-        in_layer += [f"self_attn.{p}_proj.bias" for p in "qkvo"]
-    head = [] if config.get("tie_word_embeddings") else ["lm_head.weight"]
-    names = ["model.embed_tokens.weight", "model.norm.weight", *head]
-    return names + [f"model.layers.{index}.{name}" for index in range(num_layers) for name in in_layer]
+        biases = "qkvo"
+    in_layer |= {f"self_attn.{p}_proj.bias": (rows[p],) for p in biases}
+    table = (config["vocab_size"], hidden)
+    shapes = {"model.embed_tokens.weight": table, "model.norm.weight": (hidden,)}
+    if not config.get("tie_word_embeddings"):
+        shapes["lm_head.weight"] = table
+    return shapes | {
+        f"model.layers.{index}.{name}": size for index in range(num_layers) for name, size in in_layer.items()
+    }

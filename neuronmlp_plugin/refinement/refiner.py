@@ -24,17 +24,19 @@ from neuronmlp_plugin.calibration.text import (
     spread,
     windows_digest,
 )
-from neuronmlp_plugin.checkpoint.digests import is_whole
+from neuronmlp_plugin.checkpoint.digests import is_whole, loaded_files
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint, dense_block, open_dense
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
 from neuronmlp_plugin.checkpoint.writer import (
     alone_in,
     check_new,
+    copy_files,
     layer_prefix,
     move_whole,
     partial_folder,
     write_layer,
+    write_record,
     write_rest,
 )
 from neuronmlp_plugin.compressor.exhibits import sample_texts
@@ -237,7 +239,8 @@ def _before(run: Run, judge: Callable[[Checkpoint], Quality]) -> dict[str, Any]:
         write_int8(target, plan.source, plan.block, windows, run.bars)
         _write_rest(plan, plan.source, target)
     else:
-        shutil.copytree(plan.source.folder, target, dirs_exist_ok=True)
+        copy_files(loaded_files(plan.source.folder), plan.source.folder, target)
+        write_record(target)
     return {"quality": judge(Checkpoint(target)).to_json(), "losses": []}
 
 

@@ -131,6 +131,7 @@ def _there(*plots: Plot | None) -> list[Plot]:
     return [plot for plot in plots if plot is not None]
 
 
+_LONGEST_CARD = 1 << 18  # bytes
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -150,14 +151,15 @@ def _name_in_config(folder: pathlib.Path) -> str | None:
 
 def _stated_license(readme: pathlib.Path) -> dict[str, str]:
     """A card that cannot be read states nothing: it is the base's, and no reason to fail."""
-    import yaml
     from huggingface_hub import metadata_load
 
+    if not readme.is_file() or readme.stat().st_size > _LONGEST_CARD:
+        return {}
     try:
         stated = metadata_load(readme) or {}
-    except (OSError, ValueError, yaml.YAMLError):
+        return {key: stated[key] for key in _LICENSE_KEYS if isinstance(stated.get(key), str)}
+    except Exception:  # YAML leads to many kinds
         return {}
-    return {key: stated[key] for key in _LICENSE_KEYS if isinstance(stated.get(key), str)}
 
 
 def render_card(report: Report) -> str:

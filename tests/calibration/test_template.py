@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from neuronmlp_plugin.calibration import aside as aside_module
 from neuronmlp_plugin.calibration import template as template_module
 from neuronmlp_plugin.calibration.documents import documents_of
 from neuronmlp_plugin.calibration.template import ChatTemplate
@@ -39,7 +40,7 @@ def tokenizer(tmp_path_factory):
     ],
 )
 def test_what_a_template_may_cost_is_bounded(tokenizer, monkeypatch, template, message):
-    monkeypatch.setattr(template_module, "LIMIT_S", 1.0)
+    monkeypatch.setattr(aside_module, "LIMIT_S", 1.0)
     monkeypatch.setattr(template_module, "MOST_CHARACTERS", 9999)
     monkeypatch.setattr(tokenizer, "chat_template", template)
     with pytest.raises(CalibrationError, match=message):
@@ -48,21 +49,21 @@ def test_what_a_template_may_cost_is_bounded(tokenizer, monkeypatch, template, m
 
 
 def test_after_a_chat_that_fails_the_next_one_is_rendered(tokenizer, monkeypatch):
-    monkeypatch.setattr(template_module, "LIMIT_S", 1.0)
+    monkeypatch.setattr(aside_module, "LIMIT_S", 1.0)
     wait = "{% if messages[0].content == 'loop' %}" + LOOP + "{% endif %}"
     monkeypatch.setattr(tokenizer, "chat_template", wait + "<{{ messages[0].content }}>")
     chats = ChatTemplate(tokenizer)
     with pytest.raises(CalibrationError):
         chats.render([{"role": "user", "content": "loop"}])
     assert chats.render(CHAT) == "<hello>" == chats.render(CHAT)
-    process = chats.process
+    process = chats.aside.process
     del chats
     process.join(10)
     assert process.exitcode == 0  # it ends with the object
 
 
 def test_a_text_of_chats_names_the_line(tokenizer, monkeypatch, tmp_path):
-    monkeypatch.setattr(template_module, "LIMIT_S", 1.0)
+    monkeypatch.setattr(aside_module, "LIMIT_S", 1.0)
     monkeypatch.setattr(tokenizer, "chat_template", LOOP)
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps({"text": "first"}) + "\n" + json.dumps({"messages": CHAT}) + "\n")

@@ -1,10 +1,20 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
-from neuronmlp_plugin.calibration.text import bos_prefix, read_windows, spread, token_windows, windows_digest
-from neuronmlp_plugin.errors import CalibrationError
+from neuronmlp_plugin.calibration import aside
+from neuronmlp_plugin.calibration.text import (
+    bos_prefix,
+    load_tokenizer,
+    read_windows,
+    spread,
+    token_windows,
+    windows_digest,
+)
+from neuronmlp_plugin.errors import CalibrationError, CheckpointError
 from tests.letters import write_tokenizer
 
 
@@ -64,3 +74,50 @@ def test_spread_takes_from_all_over_the_text():
 def test_the_digest_names_the_tokens():
     a = torch.arange(8).reshape(2, 4)
     assert windows_digest(a) == windows_digest(a.clone()) != windows_digest(a + 1)
+
+
+def with_rules(folder, **rules):
+    """A model's folder whose tokenizer has these parts besides."""
+    write_tokenizer(folder)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **rules}))
+    return folder
+
+
+def replaced(pattern, content, kind="String"):
+    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+
+
+def test_rules_that_write_without_end_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(aside, "LIMIT_S", 1.0)
+    rules = [replaced(".", "aaaaaaaaaa", "Regex")] * 11
+    folder = with_rules(tmp_path, normalizer={"type": "Sequence", "normalizers": rules})
+    with pytest.raises(CheckpointError, match=r"expected a tokenizer .* found: work that did not end in 1 s"):
+        load_tokenizer(folder)
+
+
+def test_rules_that_fail_at_one_text_alone_are_refused_there_and_in_silence(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(aside, "LIMIT_S", 1.0)
+    rules = [replaced("A", "B" * 1000), *[replaced("B", "B" * 10)] * 8]
+    tok = load_tokenizer(with_rules(tmp_path, normalizer={"type": "Sequence", "normalizers": rules}))
+    with pytest.raises(
+        CheckpointError, match="text: expected text that the tokenizer reads, found: work that"
+    ):
+        token_windows(["abcA"], tok, 4)
+    backtracks = {
+        "type": "Split",
+        "pattern": {"Regex": r"^(([!-~])+)+\s$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    tok = load_tokenizer(with_rules(tmp_path, pre_tokenizer=backtracks))
+    with pytest.raises(CheckpointError, match="expected text that the tokenizer reads, found"):
+        token_windows(["a" * 99 + "("], tok, 4)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_config_that_is_wrong_is_not_said_of_the_tokenizer(tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": "x"}')
+    with pytest.raises(CheckpointError, match=r"config\.json: expected a config that transformers reads"):
+        load_tokenizer(tmp_path)

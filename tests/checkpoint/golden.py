@@ -18,7 +18,7 @@ from neuronmlp_plugin.checkpoint.schema import FormatBlock, mlp_name
 from neuronmlp_plugin.checkpoint.writer import write_layer, write_rest
 from neuronmlp_plugin.models.definition import build_linear, quantize
 from neuronmlp_plugin.models.factors import DENSE, INT8, MLPLayer, MLPShape, ProjectionSpec
-from neuronmlp_plugin.models.families import names_outside_mlps
+from neuronmlp_plugin.models.families import shapes_outside_mlps
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 LOGITS = "logits.json"  # of PROMPT, beside each folder's own files
@@ -62,17 +62,11 @@ FOLDERS = {
 }
 
 
-def _outside_shape(name: str) -> tuple[int, ...]:
-    if "norm" in name:
-        return (SHAPE.hidden_size,)
-    return (CONFIG["vocab_size"] if "embed" in name else SHAPE.hidden_size, SHAPE.hidden_size)
-
-
 def write_base(folder: pathlib.Path) -> Checkpoint:
     """The dense model under all of them."""
     folder.mkdir()
     torch.manual_seed(0)
-    tensors = {name: torch.randn(_outside_shape(name)) for name in names_outside_mlps(CONFIG, 2)}
+    tensors = {name: torch.randn(shape) for name, shape in shapes_outside_mlps(CONFIG, 2).items()}
     for index in range(SHAPE.num_layers):
         for projection, matrix in _layer(DENSE, DENSE, DENSE).matrices.items():
             n_in, n_out = matrix.in_out

@@ -478,14 +478,8 @@ def test_damaged_weights_are_refused_by_name(home):
         ({"groups": 5}, "--groups 5: expected a divisor of the 192 intermediate channels"),
         ({"groups": 0}, "--groups: expected a positive number"),
         ({"groups": 3, "tp": 2}, "--groups 3: .* a multiple of --tp 2"),
-        (
-            {"tp": 5},
-            "--tp 5: expected a divisor of the 192 intermediate channels, found 5; nearest: 4 and 6.",
-        ),
-        (
-            {"tp": 384},
-            "--tp 384: expected a divisor of the 192 intermediate channels, found 384; nearest: 192.",
-        ),
+        ({"tp": 5}, "--tp 5: expected a divisor of the 192 .*, found 5; nearest: 4 and 6."),
+        ({"tp": 384}, "--tp 384: expected a divisor of the 192 .*, found 384; nearest: 192."),
         ({"form": "narrow", "channels": "keep"}, "narrow: expected --channels remove"),
         ({"form": "narrow", "remove": 0.8}, "expected at most 0.67"),
         ({"form": "narrow", "remove": 0.8, "allocation": "uniform"}, "expected at most 0.67 of the channels"),

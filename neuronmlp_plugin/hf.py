@@ -14,6 +14,7 @@ import pathlib
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -61,7 +62,9 @@ class NeuronMLPQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: Any) -> Any:
         """The hook that sees the model's config before files are looked for: it names the index."""
         self.folder = pathlib.Path(config._name_or_path)
-        if self.folder.is_dir():  # of the hub, transformers fetches the files only after this
+        # Of the hub, or of a subfolder, transformers looks for the files only after this; a config that was
+        # made by hand has no name.
+        if config._name_or_path and (self.folder / "config.json").is_file():
             Checkpoint(self.folder)  # names, shapes and completeness: transformers would only warn
         config.transformers_weights = INDEX_FILE
         return config
@@ -82,12 +85,13 @@ class NeuronMLPQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """Ordinary matrices `[out, in]` in the place of factors; a layer's channels stay as many as were
-        kept.
+        """Ordinary matrices `[out, in]` in the place of factors. Channels that were removed come back as
+        zeros, so that what `save_pretrained` then writes is an ordinary folder of the config's size.
         """
-        for layer in model.model.layers:
+        for layer in model.base_model.layers:
             for name in PROJECTIONS:
-                setattr(layer.mlp, name, _dense(getattr(layer.mlp, name), dtype or model.dtype))
+                made = _dense(getattr(layer.mlp, name), dtype or model.dtype)
+                setattr(layer.mlp, name, _padded(made, name, model.config.intermediate_size))
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -127,6 +131,18 @@ def _dense(module: Any, dtype: torch.dtype) -> nn.Linear:
     dense.weight = nn.Parameter(made.to(dtype).contiguous(), requires_grad=False)
     dense.out_features = made.shape[0]
     return dense
+
+
+@torch.no_grad()
+def _padded(linear: nn.Linear, name: str, channels: int) -> nn.Linear:
+    """As many channels as the config says: silu(0) 0 is 0, and adds nothing to down's output."""
+    rows, columns = linear.weight.shape
+    wanted = (rows, channels) if name == "down_proj" else (channels, columns)
+    if wanted != (rows, columns):
+        added = (0, wanted[1] - columns, 0, wanted[0] - rows)
+        linear.weight = nn.Parameter(F.pad(linear.weight, added), requires_grad=False)
+        linear.out_features, linear.in_features = wanted
+    return linear
 
 
 def register() -> None:

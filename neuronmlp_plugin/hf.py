@@ -29,20 +29,25 @@ from neuronmlp_plugin.models.definition import StoredLinear, block_product, buil
 from neuronmlp_plugin.models.factors import PROJECTIONS, Matrix
 
 
-class Int8Linear(nn.Module):
+class Int8BlockLinear(nn.Module):
     """A factor or a dense matrix that stays int8: `weight [out, in]` int8 and `weight_scale [out]` fp32.
 
     y = (x q^T) scale, with q in the dtype of x for the product; in `blocks` as `block_product` has them.
     """
 
     def __init__(self, rows: int, columns: int, blocks: int = 1) -> None:
-        super().__init__()
-        self.blocks = blocks
+        nn.Module.__init__(self)
+        self.blocks, self.bias = blocks, None
+        self.in_features, self.out_features = columns, rows
         self.weight = nn.Parameter(torch.empty(rows, columns, dtype=torch.int8), requires_grad=False)
         self.weight_scale = nn.Parameter(torch.empty(rows, dtype=torch.float32), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return block_product(x, self.weight.to(x.dtype), self.blocks) * self.weight_scale.to(x.dtype)
+
+
+class Int8Linear(Int8BlockLinear, nn.Linear):  # type: ignore[misc]
+    """Of one block, which PEFT puts adapters beside as beside any linear layer; it cannot merge them."""
 
 
 class NeuronMLPConfig(QuantizationConfigMixin):
@@ -114,7 +119,9 @@ def _stored_module(matrix: Matrix) -> nn.Module:
         return Int8Linear(*matrix.tensor_shapes()["weight"])
     module = StoredLinear(matrix)
     for suffix, blocks in zip(matrix.suffixes, matrix.blocks, strict=True):
-        setattr(module, suffix.removesuffix(".weight"), Int8Linear(*matrix.tensor_shapes()[suffix], blocks))
+        size = matrix.tensor_shapes()[suffix]
+        child = Int8Linear(*size) if blocks == 1 else Int8BlockLinear(*size, blocks)
+        setattr(module, suffix.removesuffix(".weight"), child)
     return module
 
 
@@ -153,4 +160,4 @@ def register() -> None:
 
 
 register()
-__all__ = ["Int8Linear", "NeuronMLPConfig", "NeuronMLPQuantizer", "register"]
+__all__ = ["Int8BlockLinear", "Int8Linear", "NeuronMLPConfig", "NeuronMLPQuantizer", "register"]

@@ -120,8 +120,10 @@ def test_it_registers_once():
     hf.register()
 
 
-def test_adapters_of_peft_are_heard(mixed):
+@pytest.mark.parametrize("layers", [MIXED_LAYERS, INT8_LAYERS], ids=["float", "int8"])
+def test_adapters_of_peft_are_heard(tmp_path, layers):
     peft = pytest.importorskip("peft")
+    mixed = write_mixed(tmp_path / "mixed", write_dense(tmp_path / "dense", "qwen3"), layers=layers)
     model = load(mixed, dtype=torch.float32)
     before = model(IDS).logits.detach()
     adapted = peft.get_peft_model(

@@ -206,7 +206,9 @@ def older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 def checked_tensor(tensor: torch.Tensor, name: str, path: pathlib.Path) -> torch.Tensor:
     """Refuse integers and quantised types (CheckpointError), NaN and Inf (NonFiniteError)."""
     if tensor.dtype not in _DTYPES:
-        raise CheckpointError(f"{path}: {name}: expected bf16, fp16 or fp32, found {tensor.dtype}.")
+        raise CheckpointError(
+            f"{path}: {name}: expected bf16, fp16 or fp32, found {tensor.dtype}; save the model in one of them."
+        )
     if not is_finite(tensor):
         # Only now: the count costs a copy.
         bad = int((~torch.isfinite(tensor)).sum())

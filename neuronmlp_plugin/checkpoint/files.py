@@ -51,8 +51,13 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
             "other engines would not; merge it into its model (merge_and_unload of PEFT), or move it away."
         )
     if not os.path.isfile(path):
+        closed = os.path.isdir(folder) and not os.access(folder, os.X_OK)
         raise CheckpointError(
-            f"{path}: expected a Hugging Face config, found no such file; name the folder of a whole model."
+            f"{path}: expected a Hugging Face config, found a folder that this user may not open; change its "
+            "mode or owner."
+            if closed
+            else f"{path}: expected a Hugging Face config, found no such file; name the folder of a whole "
+            "model."
         )
     return read_object(path)
 

@@ -94,8 +94,10 @@ def _skeleton(checkpoint: Checkpoint) -> Any:
 def swap_projections(
     model: Any, block: FormatBlock, build: Callable[[Matrix], nn.Module] = build_linear
 ) -> None:
-    """Replace each projection by the (meta) module that `build` makes for its matrix."""
-    for layer, stored in zip(model.model.layers, block.layers, strict=True):
+    """Replace each projection by the (meta) module that `build` makes for its matrix; in any model of
+    transformers, with a head or without.
+    """
+    for layer, stored in zip(model.base_model.layers, block.layers, strict=True):
         for name, matrix in stored.matrices.items():
             with torch.device("meta"):
                 setattr(layer.mlp, name, build(matrix))

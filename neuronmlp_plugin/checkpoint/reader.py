@@ -197,7 +197,9 @@ def older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 def checked_tensor(tensor: torch.Tensor, name: str, path: pathlib.Path) -> torch.Tensor:
     """Refuse integers and quantised types (CheckpointError), NaN and Inf (NonFiniteError)."""
     if tensor.dtype not in _DTYPES:
-        raise CheckpointError(f"{path}: {name}: expected bf16, fp16 or fp32, found {tensor.dtype}.")
+        raise CheckpointError(
+            f"{path}: {name}: expected bf16, fp16 or fp32, found {tensor.dtype}; save the model in one of them."
+        )
     if not is_finite(tensor):
         # Only now: the count costs a copy.
         bad = int((~torch.isfinite(tensor)).sum())
@@ -319,8 +321,8 @@ def _instead(missing: str, files: Headers) -> str:
 
 
 def check_all_read(checkpoint: Checkpoint) -> None:
-    """A folder that is served has no safetensors file that is not read here: vLLM reads all that lie there, and
-    would serve from the last one what was never checked.
+    """A folder that is served has no safetensors file that is not read here: vLLM reads all that lie there,
+    and would serve from the last one what was never checked.
     """
     read = {path.name for path in checkpoint.files}
     unread = [path.name for path in safetensors_in(checkpoint.folder) if path.name not in read]

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from neuronmlp_plugin.calibration.text import (
+    check_positions,
     hold_out,
     load_tokenizer,
     read_windows,
@@ -222,6 +223,7 @@ def make_plan(settings: Settings) -> Plan:
     shape = dense_block(base).shape
     build_skeleton(base)  # a config that contradicts its tensors is told before the text is read,
     files_to_copy(base.folder)  # and a file that cannot go with the result before the work
+    check_positions(settings.window, base.config)
     groups = _groups(settings, shape)
     _check_size(settings, shape, groups)
     calibration, judge = _windows(settings, shape, base.shapes()["model.embed_tokens.weight"][0])

@@ -129,6 +129,15 @@ def test_what_macos_leaves_beside_files_is_not_read(dense, tmp_path):
     assert main(["inspect", "--verify", str(mixed)]) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float64], ids=str)
+def test_numbers_of_another_kind_are_told_with_what_to_do(dense, dtype):
+    edit(dense, lambda t: {n: x.to(dtype) if "up_proj" in n else x for n, x in t.items()})
+    with pytest.raises(
+        CheckpointError, match=r"up_proj\.weight: expected bf16, .*; save the model in one of "
+    ):
+        load_model(dense)
+
+
 def test_a_path_that_is_too_long_or_a_home_is_understood(dense, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["inspect", "x" * 300])

@@ -23,7 +23,10 @@ class Server:
 
     def __init__(self, folder: pathlib.Path, log: pathlib.Path, *options: str, tp: int = 1) -> None:
         self.folder, self.log, self.tp = folder, log, tp
-        self.options = ("--dtype", "float32", "--max-model-len", "512", *options)
+        # A pool of 8,192 tokens for vLLM's cache: a larger one takes its memory only as its pages are first
+        # written, over half an hour, which would look like a leak.
+        pool = ("--num-gpu-blocks-override", "64")
+        self.options = ("--dtype", "float32", "--max-model-len", "512", *pool, *options)
         self.port, self.process = free_port(), None
         self.start()
 

@@ -165,7 +165,7 @@ def index_tensors(files: list[pathlib.Path]) -> Headers:
             if name in index:
                 raise CheckpointError(
                     f"{path}: expected {name} once, found it in {index[name].path.name} too; remove the "
-                    "stale file."
+                    "stale file, or save the model again."
                 )
             index[name] = header
     return index

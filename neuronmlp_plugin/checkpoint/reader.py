@@ -186,8 +186,10 @@ def dense_block(base: Checkpoint) -> FormatBlock:
 def older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling`, as transformers 4 spells them, of a config that has transformers 5's
     `rope_parameters`; nothing of any other. Transformers 4 would read 10000 and no scaling instead.
+
+    Where a config has a `rope_scaling` too, transformers 5 goes by that and by `rope_theta`.
     """
-    rope = config.get("rope_parameters") or {}
+    rope = {} if config.get("rope_scaling") else config.get("rope_parameters") or {}
     older = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     if rope.get("rope_type", "default") != "default":
         older["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}

@@ -263,7 +263,9 @@ def write_factor_file(path: pathlib.Path, block: FormatBlock, tensors: dict[str,
 
 def portable_config(config: dict[str, Any]) -> dict[str, Any]:
     """The config with the spelling of transformers 4 beside that of transformers 5."""
-    result = {**older_rope(config), **config}
+    # Twice: first for the order of the keys, then to win over a `rope_theta` that says something else, which
+    # transformers 5 would begin to go by where a `rope_scaling` is added.
+    result = {**older_rope(config), **config, **older_rope(config)}
     if "dtype" in config:
         result.setdefault("torch_dtype", config["dtype"])
     return result

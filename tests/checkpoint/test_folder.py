@@ -80,6 +80,20 @@ def test_the_config_speaks_to_transformers_4_and_5():
     )
 
 
+@pytest.mark.parametrize(
+    "older", [{}, {"rope_theta": 5e5}, {"rope_scaling": {"type": "linear", "factor": 2.0}}]
+)
+def test_a_config_that_says_its_rope_twice_keeps_its_meaning(tmp_path, older):
+    """Transformers 5 takes `rope_theta` from `rope_parameters`, unless there is a `rope_scaling`."""
+    from transformers import AutoConfig
+
+    folder = write_dense(tmp_path, "llama")
+    edit_config(folder, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}, **older)
+    before = AutoConfig.from_pretrained(folder).rope_parameters
+    edit_config(folder, **portable_config(json.loads((folder / "config.json").read_text())))
+    assert AutoConfig.from_pretrained(folder).rope_parameters == before
+
+
 def test_sharded_dense_folders_are_read(tmp_path):
     folder = write_dense(tmp_path, "llama")
     tensors = load_file(folder / "model.safetensors")

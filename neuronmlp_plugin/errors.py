@@ -22,8 +22,8 @@ LONGEST = 3000  # characters of a message
 
 
 class NeuronMLPError(Exception):
-    """Base of every error that is the user's to mend; one line, whatever a file has put into it, and no longer
-    than a screen.
+    """Base of every error that is the user's to mend; one line, whatever a file has put into it, and no
+    longer than a screen.
     """
 
     def __init__(self, message: str) -> None:

@@ -1,5 +1,5 @@
-"""Work that a model's files describe, as a chat template and the rules of a tokenizer do: it runs in a process of
-its own, with bounds on its time and its memory, and nothing that it says reaches the terminal.
+"""Work that a model's files describe, as a chat template and the rules of a tokenizer do: it runs in a
+process of its own, with bounds on its time and its memory, and nothing that it says reaches the terminal.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from neuronmlp_plugin.errors import reason_of
 
 LIMIT_S = 10.0  # for one call, which takes a millisecond
 LIMIT_BYTES = 1 << 30  # beyond what this process has
-# A long text may take more: a tokenizer reads a million characters in a second, and in a few hundred megabytes.
+# A long text may take more: a tokenizer reads a million characters in a second, in a few hundred megabytes.
 CHARACTERS_A_SECOND, BYTES_A_CHARACTER = 50_000, 1000
 
 
@@ -34,8 +34,8 @@ class Aside:
         self.connection: Connection | None = None
 
     def __call__(self, *given: Any, characters: int = 0) -> Any:
-        """`work(*given)`; `characters` of text widen the bounds. Raises AsideError, which says only what was found:
-        the caller knows where.
+        """`work(*given)`; `characters` of text widen the bounds. Raises AsideError, which says only what was
+        found: the caller knows where.
         """
         if self.connection is None:
             self._start()
@@ -88,7 +88,7 @@ def _limit(kind: int, value: int) -> None:
 
 
 def _outcome(work: Callable[..., Any], given: tuple[Any, ...]) -> tuple[bool, Any]:
-    """Whether it is the result, and the result or what went wrong: whatever is raised is of the files' making."""
+    """Whether it is the result, and the result or what went wrong: that is of the files' making."""
     try:
         return True, work(*given)
     except KeyboardInterrupt:

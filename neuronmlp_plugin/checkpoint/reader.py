@@ -267,9 +267,9 @@ def _kind(name: str, scales: Container[str]) -> tuple[str, tuple[str, ...]]:
 
 
 def _check_outside(config: dict[str, Any], files: Headers, source: str, copied_head: bool) -> None:
-    """What no config can leave out is there, in its shape: vLLM and NxD Inference would serve what their memory
-    happens to hold. And nothing else is: an engine may know a tensor that we do not, and serve it unchecked.
-    `copied_head`: a tied head may be stored too.
+    """What no config can leave out is there, in its shape: vLLM and NxD Inference would serve what their
+    memory happens to hold. And nothing else is: an engine may know a tensor that we do not, and serve it
+    unchecked. `copied_head`: a tied head may be stored too.
     """
     layers = mlp_shape(config, f"{source}/config.json").num_layers
     for key in ("num_attention_heads", "vocab_size"):
@@ -290,8 +290,8 @@ def _check_outside(config: dict[str, Any], files: Headers, source: str, copied_h
                 f"{header.path}: {name}: expected shape {list(expected[name])} (from the config), found "
                 f"{shown(list(header.shape))}."
             )
-        # Old exports store rotary tables; they are recomputed, so an extra one is harmless. MLPs have names of
-        # their own, which come next.
+        # Old exports store rotary tables; they are recomputed, so an extra one is harmless. MLPs have names
+        # of their own, which come next.
         harmless = ".mlp." in name or name.endswith("rotary_emb.inv_freq")
         if name not in expected and not harmless and not (copied_head and name == "lm_head.weight"):
             raise CheckpointError(
@@ -301,8 +301,8 @@ def _check_outside(config: dict[str, Any], files: Headers, source: str, copied_h
 
 
 def check_all_read(checkpoint: Checkpoint) -> None:
-    """A folder that is served has no safetensors file that is not read here: vLLM reads all that lie there, and
-    would serve from the last one what was never checked.
+    """A folder that is served has no safetensors file that is not read here: vLLM reads all that lie there,
+    and would serve from the last one what was never checked.
     """
     read = {path.name for path in checkpoint.files}
     found = (path.name for path in checkpoint.folder.iterdir())

@@ -19,7 +19,7 @@ def check_supported(config: dict[str, Any], source: str) -> None:
     """Refuse, in words, every model whose MLPs are not plain `down(silu(gate(x)) * up(x))`.
 
     `config` is a Hugging Face config as a dict and `source` names its file. Raises UnsupportedModelError, and
-    CheckpointError for an epsilon of the norms that makes NaN of anything.
+    CheckpointError for values that contradict each other or can be none.
     """
     found = config.get("architectures")
     if not isinstance(found, list) or not found or found[0] not in [*ARCHITECTURES]:
@@ -29,8 +29,8 @@ def check_supported(config: dict[str, Any], source: str) -> None:
     kind = ARCHITECTURES[found[0]]
     if config.get("model_type", kind) != kind:
         raise CheckpointError(
-            f"{source}: expected `model_type` {kind!r} beside {found[0]}, found {shown(config['model_type'])}; "
-            "engines would build different models of it."
+            f"{source}: expected `model_type` {kind!r} beside {found[0]}, found "
+            f"{shown(config['model_type'])}; engines would build different models of it."
         )
     if config.get("auto_map"):
         raise UnsupportedModelError(
@@ -40,6 +40,16 @@ def check_supported(config: dict[str, Any], source: str) -> None:
         raise UnsupportedModelError(
             f"{source}: expected MLPs without bias, found mlp_bias=true; such models are not supported."
         )
+    _check_numbers(config, source)
+    activation = config.get("hidden_act", "silu")
+    if activation != "silu":
+        raise UnsupportedModelError(
+            f"{source}: expected hidden_act 'silu', found {shown(activation)}; such models are not supported."
+        )
+
+
+def _check_numbers(config: dict[str, Any], source: str) -> None:
+    """Those that end a run late, or make NaN of anything. Raises CheckpointError."""
     epsilon = config.get("rms_norm_eps", 1e-6)
     if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
         raise CheckpointError(
@@ -53,11 +63,6 @@ def check_supported(config: dict[str, Any], source: str) -> None:
                 f"{source}: expected `{key}` to be a token id, or a list of some, found {shown(ids)}; the "
                 "config is not usable."
             )
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise UnsupportedModelError(
-            f"{source}: expected hidden_act 'silu', found {shown(activation)}; such models are not supported."
-        )
 
 
 def _is_id(value: Any) -> bool:
@@ -66,8 +71,8 @@ def _is_id(value: Any) -> bool:
 
 
 def shapes_outside_mlps(config: dict[str, Any], num_layers: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor beside the MLPs that a model of a supported architecture has; a tied head is
-    none. `config` has sizes that `checkpoint.schema.mlp_shape` found to be numbers.
+    """Name -> shape of every tensor beside the MLPs that a model of a supported architecture has; a tied head
+    is none. `config` has sizes that `checkpoint.schema.mlp_shape` found to be numbers.
     """
     family, hidden = config["architectures"][0], config["hidden_size"]
     heads = config["num_attention_heads"]

@@ -73,7 +73,7 @@ def check_record(folder: pathlib.Path) -> int | None:
     wrong += sorted({path.relative_to(folder).as_posix() for path in loaded_files(folder)} - set(recorded))
     if wrong:
         raise CheckpointError(
-            f"{folder / wrong[0]}: expected the contents that {RECORD} records, found others or none "
+            f"{folder / wrong[0][:200]}: expected the contents that {RECORD} records, found others or none "
             f"({len(wrong)} of {len(recorded)} files differ); copy or make the folder again."
         )
     return len(recorded)

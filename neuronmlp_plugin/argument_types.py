@@ -8,7 +8,10 @@ import pathlib
 
 
 def path(text: str) -> pathlib.Path:
-    """A path that the system can look for: no name in it is too long or has a NUL."""
+    """A path that the system can look for: no name in it is too long or has a NUL. A `~` at its beginning is
+    the home folder: no shell expands that of `--out=~/small`.
+    """
+    text = os.path.expanduser(text)
     try:
         os.lstat(text or ".")
     except FileNotFoundError:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
+import io
 import os
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from neuronmlp_plugin import __version__
-from neuronmlp_plugin.errors import NeuronMLPError
+from neuronmlp_plugin.errors import NeuronMLPError, printable, reason_of
 
 COMMANDS = {
     "compress": "make a compressed copy of a Hugging Face folder, with low-rank MLPs",
@@ -69,39 +70,58 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; an error that is the user's to mend becomes one line and exit code 2."""
-    args = build_parser().parse_args(argv)
-    for name, given in vars(args).items():  # no shell expands the ~ of --out=~/small
-        if isinstance(given, pathlib.Path):
-            setattr(args, name, pathlib.Path(os.path.expanduser(given)))
+    _open_streams()
+    name = "neuronmlp"
     try:
-        for option in ("model", "dense"):
-            given = getattr(args, option, None)
-            if given is not None:
-                revision = getattr(args, "revision", None) if option == "model" else None
-                setattr(args, option, _folders(given, revision))
-        status = int(args.run(args))
-        sys.stdout.flush()  # a closed pipe is noticed here, and not where nothing can be said any more
-        return status
+        args = build_parser().parse_args(argv)
+        name = f"neuronmlp {args.command}"
+        return _run(args)
     except NeuronMLPError as error:
-        print(f"neuronmlp {args.command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        resumes = args.command in ("compress", "refine")
+        resumes = name.endswith(("compress", "refine"))
         then = "; the same command goes on from what is finished" if resumes else ""
-        print(f"neuronmlp {args.command}: interrupted{then}.", file=sys.stderr)
+        print(f"{name}: interrupted{then}.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output has enough
-        # Python flushes stdout once more as it exits: into something that takes it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_stdout()
         return 141
+    except OSError as error:
+        where = printable(str(error.filename or "its output"))
+        print(f"{name}: {where}: expected to read or write, found: {reason_of(error)}.", file=sys.stderr)
+        _leave_stdout()
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise
         print(
-            f"neuronmlp {args.command}: expected the package {error.name}, found none; install "
-            f"{_EXTRAS[error.name]}.",
+            f"{name}: expected the package {error.name}, found none; install {_EXTRAS[error.name]}.",
             file=sys.stderr,
         )
     return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    for option in ("model", "dense"):
+        given = getattr(args, option, None)
+        if given is not None:
+            revision = getattr(args, "revision", None) if option == "model" else None
+            setattr(args, option, _folders(given, revision))
+    status = int(args.run(args))
+    sys.stdout.flush()  # a closed pipe is noticed here, and not where nothing can be said any more
+    return status
+
+
+def _open_streams() -> None:
+    """Whoever started us may have closed the streams that we write to."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, io.StringIO())
+
+
+def _leave_stdout() -> None:
+    """Python flushes stdout once more as it exits: into something that takes it."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _folders(given: Any, revision: str | None) -> Any:

@@ -357,6 +357,36 @@ def test_a_reader_that_has_enough_ends_the_command_in_silence(tmp_path):
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("streams", "code", "words"),
+    [
+        (">&-", 0, ""),
+        (">/dev/full", 2, "its output: expected to read or write, found: No space left on device"),
+    ],
+)
+def test_an_output_that_takes_nothing_is_no_traceback(streams, code, words):
+    program = f"{sys.executable} -m neuronmlp_plugin.cli doctor {streams}"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == code and "Traceback" not in done.stderr and words in done.stderr
+
+
+def test_the_measure_is_the_model_that_a_folder_was_made_from(home, capsys):
+    assert compress(home, "--out", str(home / "out"), "--quiet") == 0
+    write_tokenizer(write_dense(home / "other", "qwen3", seed=7))
+    config = home / "out" / "config.json"
+    values = json.loads(config.read_text())
+    del values["quantization_config"]["provenance"]["base_digest"]
+    config.write_text(json.dumps(values))
+    text, capture = ["--dense", str(home / "other"), "--text", str(home / "text.jsonl")], capsys.readouterr
+    capture()
+    new = ["--out", str(home / "new")]
+    for command in (["refine", str(home / "out"), *new], ["quantize", str(home / "out"), *new]):
+        refused(capsys, main([*command, *text]), "found another model.embed_tokens.weight")
+    judge = ["--window", "32", "--tokens", "64", "--json"]
+    assert main(["evaluate", str(home / "out"), *text, *judge]) == 0
+    assert "the numbers are of two models" in capture().err
+
+
 def test_what_a_terminal_would_obey_is_not_printed(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "a\x1b[31m\x07[bold]b")]) == 2
     said = capsys.readouterr().err

@@ -19,7 +19,7 @@ from neuronmlp_plugin.errors import reason_of
 LIMIT_S = 10.0  # of processor time for one call, which takes a millisecond
 PATIENCE = 6  # times that on the clock: other processes may have the cores
 LIMIT_BYTES = 1 << 30  # beyond what this process has
-# A long text may take more: a tokenizer reads a million characters in a second, and in a few hundred MB.
+# A long text may take more: a tokenizer reads a million characters in a second, in a few hundred megabytes.
 CHARACTERS_A_SECOND, BYTES_A_CHARACTER = 50_000, 1000
 
 
@@ -35,8 +35,8 @@ class Aside:
         self.connection: Connection | None = None
 
     def __call__(self, *given: Any, characters: int = 0) -> Any:
-        """`work(*given)`; `characters` of text widen the bounds. Raises AsideError, which says only what
-        was found: the caller knows where.
+        """`work(*given)`; `characters` of text widen the bounds. Raises AsideError, which says only what was
+        found: the caller knows where.
         """
         if self.connection is None:
             self._start()
@@ -88,7 +88,7 @@ def _limit(kind: int, value: int) -> None:
 
 
 def _outcome(work: Callable[..., Any], given: tuple[Any, ...]) -> tuple[bool, Any]:
-    """Whether it is the result, and the result or what went wrong: whatever is raised is the files' doing."""
+    """Whether it is the result, and the result or what went wrong: that is of the files' making."""
     try:
         return True, work(*given)
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from neuronmlp_plugin.checkpoint.files import read_object, safetensors_in
@@ -73,16 +73,24 @@ def check_record(folder: pathlib.Path) -> int | None:
     wrong += sorted({path.relative_to(folder).as_posix() for path in loaded_files(folder)} - set(recorded))
     if wrong:
         raise CheckpointError(
-            f"{folder / wrong[0]}: expected the contents that {RECORD} records, found others or none "
+            f"{folder / wrong[0][:200]}: expected the contents that {RECORD} records, found others or none "
             f"({len(wrong)} of {len(recorded)} files differ); copy or make the folder again."
         )
     return len(recorded)
 
 
-def compared(folder: pathlib.Path) -> str:
-    """What `check_record` finds, in words, for whoever asked to have a folder verified."""
-    count = check_record(folder)
-    return f"{count} files are as they were written" if count else f"no {RECORD}, so nothing to compare with"
+def verified(folders: Iterable[pathlib.Path]) -> Iterator[tuple[pathlib.Path, str]]:
+    """What `check_record` finds in each folder, in words, for whoever asked to have them verified. Raises
+    CheckpointError too where none of them has a record.
+    """
+    counts = {folder: check_record(folder) for folder in folders}
+    if not any(counts.values()):
+        raise CheckpointError(
+            f"{next(iter(counts)) / RECORD}: expected the record to compare with, found none; copy the "
+            "folder again."
+        )
+    for folder, count in counts.items():
+        yield folder, f"{count} files are as they were written" if count else f"no {RECORD} to compare with"
 
 
 def is_whole(folder: pathlib.Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from neuronmlp_plugin.argument_types import path
+from neuronmlp_plugin.errors import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,5 +25,5 @@ def run(args: argparse.Namespace) -> int:
 
     with whole_folder(args.out) as folder:
         block = convert_published(args.model, folder)
-    print(f"{args.out}: {block.removed_ratio:.2%} of the MLP parameters removed")
+    print(f"{printable(str(args.out))}: {block.removed_ratio:.2%} of the MLP parameters removed")
     return 0

@@ -7,9 +7,11 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import sys
 from typing import TYPE_CHECKING
 
 from neuronmlp_plugin.argument_types import path, positive
+from neuronmlp_plugin.errors import printable
 
 if TYPE_CHECKING:
     from neuronmlp_plugin.calibration.layer_stream import LayerStream
@@ -73,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
                 f"{checkpoint.folder}: expected the vocabulary of --dense, {expected}, found {found}; name "
                 "its own."
             )
+    for checkpoint, _ in opened:
+        _tell_of_another(checkpoint, dense)
     reference, *candidates = (_stream(args, *each) for each in [(dense, None), *opened])
     vocabulary = dense.shapes()["model.embed_tokens.weight"][0]
     windows = held_out_windows(args.dense, args.text, args.tokens, args.window, vocabulary)
@@ -90,6 +94,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _tell_of_another(checkpoint: Checkpoint, dense: Checkpoint) -> None:
+    """Two models may be compared that have nothing to do with each other, but not in silence."""
+    from neuronmlp_plugin.compressor.origin import other_tensor
+
+    other = other_tensor(checkpoint, dense)
+    if other is not None:
+        print(
+            f"neuronmlp evaluate: {printable(str(checkpoint.folder))} was not made from "
+            f"{printable(str(dense.folder))}, whose {other} is another: the numbers are of two models.",
+            file=sys.stderr,
+        )
+
+
 def _stream(args: argparse.Namespace, checkpoint: Checkpoint, factors: FactorFile | None) -> LayerStream:
     import torch
 
@@ -99,7 +116,7 @@ def _stream(args: argparse.Namespace, checkpoint: Checkpoint, factors: FactorFil
 
 
 def _print(folder: pathlib.Path, quality: Quality) -> None:
-    print(folder)
+    print(printable(str(folder)))
     print(f"  tokens      {quality.num_tokens:,}")
     print(f"  perplexity  {quality.perplexities} ({quality.written('perplexity_ratio')})")
     print(f"  KL          {quality.written('kl_divergence')} nats a token, KL(dense || compressed)")

@@ -52,12 +52,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _verify(model: pathlib.Path) -> int:
-    from neuronmlp_plugin.checkpoint.digests import compared
+    from neuronmlp_plugin.checkpoint.digests import verified
     from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint
 
     Checkpoint(model)
-    found = {folder: compared(folder) for folder in (model, (model / FACTOR_FILE).parent) if folder.is_dir()}
-    for folder, said in found.items():
+    beside = (model / FACTOR_FILE).parent
+    for folder, said in verified([model, *([beside] if beside.is_dir() else [])]):
         print(f"{printable(str(folder))}: {said}")
     return 0
 

@@ -7,6 +7,7 @@ import functools
 from typing import TYPE_CHECKING
 
 from neuronmlp_plugin.argument_types import path, positive
+from neuronmlp_plugin.errors import printable
 
 if TYPE_CHECKING:
     import torch
@@ -59,9 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from neuronmlp_plugin.checkpoint.reader import open_dense
+    from neuronmlp_plugin.checkpoint.reader import Checkpoint, open_dense
     from neuronmlp_plugin.compressor.int8_folder import quantize_folder
     from neuronmlp_plugin.compressor.job import ProgressBars
+    from neuronmlp_plugin.compressor.origin import check_made_from
     from neuronmlp_plugin.errors import UsageError
     from neuronmlp_plugin.reporting.folder import REPORT_FILE
 
@@ -74,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
             "use `evaluate`."
         )
     dense = None if args.dense is None else open_dense(args.dense)
+    if dense is not None:
+        check_made_from(Checkpoint(args.model), dense)
     windows, judge = None, None
     if args.text is not None:
         windows, judged = _windows(args)
@@ -81,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
             judge = functools.partial(_judge, judged, dense, bars)
     block = quantize_folder(args.model, args.out, bars, windows, judge, args.text)
     print(
-        f"{args.out}: MLPs in int8, {block.weight_bytes / 1e6:.1f} MB, {block.bytes_ratio:.1%} of the dense "
-        "ones in bf16"
+        f"{printable(str(args.out))}: MLPs in int8, {block.weight_bytes / 1e6:.1f} MB, "
+        f"{block.bytes_ratio:.1%} of the dense ones in bf16"
     )
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from neuronmlp_plugin.argument_types import path
+from neuronmlp_plugin.errors import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from neuronmlp_plugin.reporting.folder import read_report, write_card, write_page
 
     report = read_report(args.folder)
-    print(write_page(args.folder, report))
+    print(printable(str(write_page(args.folder, report))))
     if args.card:
-        print(write_card(args.folder, report))
+        print(printable(str(write_card(args.folder, report))))
     return 0

@@ -14,7 +14,8 @@ import torch
 from neuronmlp_plugin.calibration.workers import Workers
 from neuronmlp_plugin.compressor.analyse import layer_name, metrics_of
 from neuronmlp_plugin.compressor.job import ProgressBars, Workspace
-from neuronmlp_plugin.compressor.plan import Plan, digest
+from neuronmlp_plugin.compressor.origin import digest
+from neuronmlp_plugin.compressor.plan import Plan
 from neuronmlp_plugin.lowrank.allocate import Choice, Curve, Layer, Level, rank_for_share
 from neuronmlp_plugin.lowrank.dealing import balanced, deal
 from neuronmlp_plugin.lowrank.removal import eliminate, leverage_order

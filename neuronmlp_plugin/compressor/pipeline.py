@@ -48,7 +48,8 @@ from neuronmlp_plugin.compressor.offers import (
     read_mlp,
     read_offer,
 )
-from neuronmlp_plugin.compressor.plan import Plan, describe, digest
+from neuronmlp_plugin.compressor.origin import digest
+from neuronmlp_plugin.compressor.plan import Plan, describe
 from neuronmlp_plugin.compressor.settings import parse_target
 from neuronmlp_plugin.compressor.target import SIZES, Search
 from neuronmlp_plugin.lowrank.allocate import CHOOSERS, Choice, Layer, most_removable

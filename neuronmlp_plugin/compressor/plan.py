@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import pathlib
 import shutil
@@ -23,13 +21,13 @@ from neuronmlp_plugin.calibration.text import (
     spread,
     windows_digest,
 )
-from neuronmlp_plugin.checkpoint.digests import sampled_digest
 from neuronmlp_plugin.checkpoint.hub import files_to_copy
 from neuronmlp_plugin.checkpoint.loader import build_skeleton
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, dense_block
 from neuronmlp_plugin.checkpoint.writer import check_new, layer_prefix, partial_folder
 from neuronmlp_plugin.compressor.footprint import Footprint, available_bytes
 from neuronmlp_plugin.compressor.job import apart_from_paths
+from neuronmlp_plugin.compressor.origin import base_digest, digest, weights_digest
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, OutputError, UsageError
 from neuronmlp_plugin.lowrank.allocate import Curve, Level, check_removable, most_removable, uniform
@@ -189,25 +187,6 @@ class Plan:
             )
         assert s.remove is not None
         return f"{s.remove:.1%} of them: {s.remove * self.mlp_parameters / 1e6:.1f} M"
-
-
-def digest(value: Any) -> str:
-    """A short name for a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def base_digest(base: Checkpoint) -> str:
-    """A name for the dense weights: config, tensor names and shapes, and samples of all files
-    (`sampled_digest`).
-    """
-    files = [(path.name, sampled_digest(path)) for path in base.files]
-    return digest([base.config, sorted((n, list(s)) for n, s in base.shapes().items()), files])
-
-
-def weights_digest(base: Checkpoint) -> str:
-    """`base_digest` that also changes when a file is written anew in place."""
-    written = [path.stat().st_mtime_ns for path in base.files]
-    return digest([base_digest(base), written])
 
 
 def make_plan(settings: Settings) -> Plan:

@@ -19,7 +19,7 @@ def check_supported(config: dict[str, Any], source: str) -> None:
     """Refuse, in words, every model whose MLPs are not plain `down(silu(gate(x)) * up(x))`.
 
     `config` is a Hugging Face config as a dict and `source` names its file. Raises UnsupportedModelError, and
-    CheckpointError for an epsilon of the norms that makes NaN of anything.
+    CheckpointError for values that contradict each other or can be none.
     """
     found = config.get("architectures")
     if not isinstance(found, list) or not found or found[0] not in [*ARCHITECTURES]:
@@ -40,6 +40,16 @@ def check_supported(config: dict[str, Any], source: str) -> None:
         raise UnsupportedModelError(
             f"{source}: expected MLPs without bias, found mlp_bias=true; such models are not supported."
         )
+    _check_numbers(config, source)
+    activation = config.get("hidden_act", "silu")
+    if activation != "silu":
+        raise UnsupportedModelError(
+            f"{source}: expected hidden_act 'silu', found {shown(activation)}; such models are not supported."
+        )
+
+
+def _check_numbers(config: dict[str, Any], source: str) -> None:
+    """Those that end a run late, or make NaN of anything. Raises CheckpointError."""
     epsilon = config.get("rms_norm_eps", 1e-6)
     if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
         raise CheckpointError(
@@ -53,11 +63,6 @@ def check_supported(config: dict[str, Any], source: str) -> None:
                 f"{source}: expected `{key}` to be a token id, or a list of some, found {shown(ids)}; the "
                 "config is not usable."
             )
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise UnsupportedModelError(
-            f"{source}: expected hidden_act 'silu', found {shown(activation)}; such models are not supported."
-        )
 
 
 def _is_id(value: Any) -> bool:

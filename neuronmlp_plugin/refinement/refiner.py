@@ -42,7 +42,7 @@ from neuronmlp_plugin.checkpoint.writer import (
 from neuronmlp_plugin.compressor.exhibits import sample_texts
 from neuronmlp_plugin.compressor.int8_folder import MOMENT_TOKENS, int8_block, write_int8
 from neuronmlp_plugin.compressor.job import ProgressBars, Workspace, apart_from_paths
-from neuronmlp_plugin.compressor.plan import base_digest, digest, weights_digest
+from neuronmlp_plugin.compressor.origin import check_made_from, digest, weights_digest
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, UsageError
 from neuronmlp_plugin.models.definition import quantize
 from neuronmlp_plugin.models.factors import SCALE
@@ -135,13 +135,7 @@ def make_plan(settings: RefineSettings) -> RefinePlan:
         raise CheckpointError(
             f"{settings.model}: expected factors in floating point, found int8; refine first, then quantise."
         )
-    known = {} if source.block is None else source.block.provenance
-    made_from = known.get("base_digest", base_digest(dense))
-    if made_from != base_digest(dense):
-        raise CheckpointError(
-            f"{settings.dense}: expected the dense model that {settings.model} was made from ({made_from}), "
-            f"found another ({base_digest(dense)}); name the right folder."
-        )
+    check_made_from(source, dense)
     if settings.model.resolve() in settings.out.resolve().parents:
         raise UsageError(
             f"--out {settings.out}: expected a folder outside {settings.model}, found one inside; name "

@@ -58,8 +58,8 @@ def test_a_card_may_be_edited_and_a_folder_may_go_without_a_record(mixed, capsys
     check_record(mixed)
     (mixed / RECORD).unlink()
     assert check_record(mixed) is None
-    assert main(["inspect", str(mixed), "--verify"]) == 0
-    assert "no neuronmlp_digests.json, so nothing to compare with" in capsys.readouterr().out
+    assert main(["inspect", str(mixed), "--verify"]) == 2  # but then it cannot be verified
+    assert f"{RECORD}: expected the record to compare with, found none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -69,6 +69,7 @@ def test_a_card_may_be_edited_and_a_folder_may_go_without_a_record(mixed, capsys
         "{",
         '{"record_version": 2, "files": {}}',
         '{"record_version": 1, "files": {"../../etc/passwd": {}}}',
+        '{"record_version": 1, "files": {"' + "x" * 5000 + '": {}}}',
     ],
 )
 def test_a_record_that_is_none_is_refused(mixed, record):

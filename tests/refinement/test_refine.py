@@ -4,12 +4,14 @@ it cannot help.
 
 from __future__ import annotations
 
+import os
 import pathlib
 import shutil
 
 import pytest
 import torch
 
+from neuronmlp_plugin.checkpoint.digests import check_record
 from neuronmlp_plugin.checkpoint.loader import load_model
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.compressor.int8_folder import quantize_folder
@@ -184,6 +186,22 @@ def test_of_a_source_without_a_report_none_is_invented(home, tmp_path):
     )
     assert len(report.refinement["tried"]) == 2
     assert not list((tmp_path / "out").glob("neuronmlp_report*"))
+
+
+def test_only_files_that_a_folder_is_loaded_from_reach_the_output(home, tmp_path):
+    """A link would bring what its maker was never to see, and a pipe would be waited for."""
+    source = shutil.copytree(home / "pivoted", tmp_path / "source")
+    (tmp_path / "secret").write_text("secret")
+    (source / "notes.txt").symlink_to(tmp_path / "secret")
+    (source / "tokenizer.model").symlink_to(tmp_path / "secret")
+    os.mkfifo(source / "pipe")
+    settings = settings_for(
+        home, tmp_path / "out", str(source), tokens=256, stages=("blocks",), learning_rate=9.0
+    )
+    refine(make_plan(settings), QUIET)
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not made & {"notes.txt", "tokenizer.model", "pipe"} and "tokenizer.json" in made
+    check_record(tmp_path / "out")
 
 
 def test_a_descent_that_diverges_is_told_by_its_rate(home, tmp_path):

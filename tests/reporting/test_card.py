@@ -4,6 +4,7 @@ break.
 
 from __future__ import annotations
 
+import os
 import pathlib
 from dataclasses import replace
 
@@ -82,3 +83,15 @@ def test_an_ordinary_folder_is_told_to_need_nothing_of_ours():
     card = render_card(report)
     assert "any engine loads it" in card and "keep 1152 of their channels" in card
     assert "vllm serve" not in card and "low-rank factors" not in card
+
+
+@pytest.mark.parametrize(
+    "card", ["---\nlicense: " + "[" * 50_000 + "\n---\n", "---\nlicense: !!timestamp x\n---\n", "x" * 10**6]
+)
+def test_a_card_of_the_base_that_is_none_states_nothing_and_ends_nothing(tmp_path, card):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "README.md").write_text(card)
+    assert base_facts(tmp_path)["license"] == {}
+    (tmp_path / "README.md").unlink()
+    os.mkfifo(tmp_path / "README.md")
+    assert base_facts(tmp_path)["license"] == {}

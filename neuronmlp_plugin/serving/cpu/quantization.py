@@ -17,9 +17,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
-from neuronmlp_plugin.checkpoint.digests import compared
+from neuronmlp_plugin.checkpoint.digests import verified
 from neuronmlp_plugin.checkpoint.files import read_config
-from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, FactorFile
+from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, FactorFile, check_all_read
 from neuronmlp_plugin.checkpoint.schema import QUANT_METHOD, FormatBlock, parse_block
 from neuronmlp_plugin.errors import CheckpointError, UsageError
 from neuronmlp_plugin.serving.cpu.finite import CheckedEmbedding, watch_logits, watch_parents
@@ -134,6 +134,8 @@ class NeuronMLPConfig(QuantizationConfig):
             # missing.
             config = read_config(folder) if folder.is_dir() else vllm_config.model_config.hf_config.to_dict()
             return parse_block(self.block, config, f"{folder}/config.json"), None, options
+        if folder.is_dir():
+            check_all_read(Checkpoint(folder))
         overlay = FactorFile(options.factors or folder / FACTOR_FILE, read_config(folder))
         return overlay.block, overlay, options
 
@@ -152,8 +154,8 @@ def _verify(folder: pathlib.Path, options: Options) -> None:
             f"{KEY}.verify: expected a local folder, found {folder}; download it and name its path."
         )
     beside = (options.factors or folder / FACTOR_FILE).parent
-    for place in (folder, *([beside] if beside.is_dir() else [])):
-        logger.info("neuronmlp: %s: %s", place, compared(place))
+    for place, said in verified((folder, *([beside] if beside.is_dir() else []))):
+        logger.info("neuronmlp: %s: %s", place, said)
 
 
 def _path(options: Options, block: FormatBlock) -> str:

@@ -37,7 +37,9 @@ class Server:
     def start(self) -> None:
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.folder)]
         where = ["--host", "127.0.0.1", "--port", str(self.port), "--tensor-parallel-size", str(self.tp)]
-        env = {**environment(self.tp), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        # A connection that idles for 5 s would be closed, now and then just as a request is sent through it.
+        kept = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600"}
+        env = {**environment(self.tp), **kept}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [*command, *where, *self.options], stdout=log, stderr=log, env=env, cwd=ROOT

@@ -200,7 +200,8 @@ def checked_tensor(tensor: torch.Tensor, name: str, path: pathlib.Path) -> torch
     """Refuse integers and quantised types (CheckpointError), NaN and Inf (NonFiniteError)."""
     if tensor.dtype not in _DTYPES:
         raise CheckpointError(
-            f"{path}: {name}: expected bf16, fp16 or fp32, found {tensor.dtype}; save the model in one of them."
+            f"{path}: {name}: expected bf16, fp16 or fp32, found {tensor.dtype}; save the model in one of "
+            "them."
         )
     if not is_finite(tensor):
         # Only now: the count costs a copy.

@@ -88,9 +88,12 @@ def shown(value: object) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what another library said, for the middle of a sentence of ours, which names the file
-    itself: of an OSError its words alone.
+    """The first line of what another library said (the first two, where one ends in a colon), for the middle
+    of a sentence of ours, which names the file itself: of an OSError its words alone.
     """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:300].rstrip(".")
+    first, _, rest = str(error).strip().partition("\n")
+    if first.endswith(":"):
+        first += " " + rest.strip().partition("\n")[0]
+    return (first or type(error).__name__)[:300].rstrip(".")

@@ -14,6 +14,7 @@ import pathlib
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -28,20 +29,25 @@ from neuronmlp_plugin.models.definition import StoredLinear, block_product, buil
 from neuronmlp_plugin.models.factors import PROJECTIONS, Matrix
 
 
-class Int8Linear(nn.Module):
+class Int8BlockLinear(nn.Module):
     """A factor or a dense matrix that stays int8: `weight [out, in]` int8 and `weight_scale [out]` fp32.
 
     y = (x q^T) scale, with q in the dtype of x for the product; in `blocks` as `block_product` has them.
     """
 
     def __init__(self, rows: int, columns: int, blocks: int = 1) -> None:
-        super().__init__()
-        self.blocks = blocks
+        nn.Module.__init__(self)
+        self.blocks, self.bias = blocks, None
+        self.in_features, self.out_features = columns, rows
         self.weight = nn.Parameter(torch.empty(rows, columns, dtype=torch.int8), requires_grad=False)
         self.weight_scale = nn.Parameter(torch.empty(rows, dtype=torch.float32), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return block_product(x, self.weight.to(x.dtype), self.blocks) * self.weight_scale.to(x.dtype)
+
+
+class Int8Linear(Int8BlockLinear, nn.Linear):  # type: ignore[misc]
+    """Of one block, which PEFT puts adapters beside as beside any linear layer; it cannot merge them."""
 
 
 class NeuronMLPConfig(QuantizationConfigMixin):
@@ -61,7 +67,9 @@ class NeuronMLPQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: Any) -> Any:
         """The hook that sees the model's config before files are looked for: it names the index."""
         self.folder = pathlib.Path(config._name_or_path)
-        if self.folder.is_dir():  # of the hub, transformers fetches the files only after this
+        # Of the hub, or of a subfolder, transformers looks for the files only after this; a config that was
+        # made by hand has no name.
+        if config._name_or_path and (self.folder / "config.json").is_file():
             Checkpoint(self.folder)  # names, shapes and completeness: transformers would only warn
         config.transformers_weights = INDEX_FILE
         return config
@@ -82,12 +90,13 @@ class NeuronMLPQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """Ordinary matrices `[out, in]` in the place of factors; a layer's channels stay as many as were
-        kept.
+        """Ordinary matrices `[out, in]` in the place of factors. Channels that were removed come back as
+        zeros, so that what `save_pretrained` then writes is an ordinary folder of the config's size.
         """
-        for layer in model.model.layers:
+        for layer in model.base_model.layers:
             for name in PROJECTIONS:
-                setattr(layer.mlp, name, _dense(getattr(layer.mlp, name), dtype or model.dtype))
+                made = _dense(getattr(layer.mlp, name), dtype or model.dtype)
+                setattr(layer.mlp, name, _padded(made, name, model.config.intermediate_size))
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -110,7 +119,9 @@ def _stored_module(matrix: Matrix) -> nn.Module:
         return Int8Linear(*matrix.tensor_shapes()["weight"])
     module = StoredLinear(matrix)
     for suffix, blocks in zip(matrix.suffixes, matrix.blocks, strict=True):
-        setattr(module, suffix.removesuffix(".weight"), Int8Linear(*matrix.tensor_shapes()[suffix], blocks))
+        size = matrix.tensor_shapes()[suffix]
+        child = Int8Linear(*size) if blocks == 1 else Int8BlockLinear(*size, blocks)
+        setattr(module, suffix.removesuffix(".weight"), child)
     return module
 
 
@@ -129,6 +140,18 @@ def _dense(module: Any, dtype: torch.dtype) -> nn.Linear:
     return dense
 
 
+@torch.no_grad()
+def _padded(linear: nn.Linear, name: str, channels: int) -> nn.Linear:
+    """As many channels as the config says: silu(0) 0 is 0, and adds nothing to down's output."""
+    rows, columns = linear.weight.shape
+    wanted = (rows, channels) if name == "down_proj" else (channels, columns)
+    if wanted != (rows, columns):
+        added = (0, wanted[1] - columns, 0, wanted[0] - rows)
+        linear.weight = nn.Parameter(F.pad(linear.weight, added), requires_grad=False)
+        linear.out_features, linear.in_features = wanted
+    return linear
+
+
 def register() -> None:
     """Make the classes above known to transformers; done once, by the import."""
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
@@ -137,4 +160,4 @@ def register() -> None:
 
 
 register()
-__all__ = ["Int8Linear", "NeuronMLPConfig", "NeuronMLPQuantizer", "register"]
+__all__ = ["Int8BlockLinear", "Int8Linear", "NeuronMLPConfig", "NeuronMLPQuantizer", "register"]

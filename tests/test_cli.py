@@ -323,6 +323,16 @@ def test_a_missing_extra_is_named(home, capsys, monkeypatch):
     )
 
 
+def test_windows_beyond_the_models_positions_are_refused(home, capsys):
+    text, out = ["--text", str(home / "text.jsonl"), "--window", "257"], str(home / "never")
+    for command in (["compress", str(home / "dense"), "--remove", "0.2", "--out", out, *text],
+                    ["evaluate", str(home / "dense"), "--dense", str(home / "dense"), *text]):  # fmt: skip
+        assert main(command) == 2
+        assert "--window: expected at most the model's max_position_embeddings, 256, found 257" in (
+            capsys.readouterr().err
+        )
+
+
 def test_a_wrong_option_is_argparses_to_refuse(home):
     with pytest.raises(SystemExit) as stop:
         main(["compress", str(home / "dense"), "--remove", "0.2", "--keep", "0.8"])

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 from tests.letters import write_text, write_tokenizer
 from tests.tiny_models import write_dense
 
-RUN_BY_SMOLLM2 = {"prepare_smollm2.py", "offline_batch.py", "openai_client.py"}
+RUN_BY_SMOLLM2 = {"prepare_smollm2.py", "offline_batch.py", "openai_client.py", "vllm_perplexity.py"}
 
 
 def test_every_example_is_run_by_a_test():

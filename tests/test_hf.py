@@ -4,6 +4,7 @@ before.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neuronmlp_plugin.checkpoint.loader import load_model
+from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.errors import CheckpointError
 from tests.tiny_models import INT8_LAYERS, MIXED_LAYERS, grouped_layers, write_dense, write_mixed
 
@@ -61,6 +63,22 @@ def test_dequantize_gives_ordinary_matrices(folder):
         torch.nn.Linear
     }
     torch.testing.assert_close(plain(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    plain.save_pretrained(folder.parent / "plain")
+    assert Checkpoint(folder.parent / "plain").block is None
+    again = load(folder.parent / "plain")(IDS).logits
+    torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_model_without_a_head_a_subfolder_and_a_config_by_hand(mixed):
+    from transformers import AutoModel, Qwen3Config
+
+    expected = load_model(mixed)(IDS, output_hidden_states=True)
+    states = AutoModel.from_pretrained(mixed, dtype=torch.float32)(IDS).last_hidden_state
+    torch.testing.assert_close(states, expected.hidden_states[-1], rtol=1e-5, atol=1e-5)
+    config = Qwen3Config(**json.loads((mixed / "config.json").read_text()))
+    for model in (load(mixed.parent, subfolder=mixed.name), load(mixed, config=config)):
+        torch.testing.assert_close(model(IDS).logits, expected.logits, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -102,8 +120,10 @@ def test_it_registers_once():
     hf.register()
 
 
-def test_adapters_of_peft_are_heard(mixed):
+@pytest.mark.parametrize("layers", [MIXED_LAYERS, INT8_LAYERS], ids=["float", "int8"])
+def test_adapters_of_peft_are_heard(tmp_path, layers):
     peft = pytest.importorskip("peft")
+    mixed = write_mixed(tmp_path / "mixed", write_dense(tmp_path / "dense", "qwen3"), layers=layers)
     model = load(mixed, dtype=torch.float32)
     before = model(IDS).logits.detach()
     adapted = peft.get_peft_model(

@@ -116,6 +116,23 @@ def test_vllm_serves_what_was_judged(smollm2_compressed):
 
 @pytest.mark.vllm
 @needs_vllm
+def test_perplexity_in_vllm_is_that_of_the_torch_forward(smollm2, smollm2_compressed):
+    text, sizes = smollm2 / "heldout.jsonl", ("--tokens", "512", "--window", "256", "--dtype", "float32")
+    command = [sys.executable, "examples/vllm_perplexity.py", smollm2_compressed, "--text", text, *sizes]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment(), check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    windows, model = held_out_windows(smollm2_compressed, text, 512, 256), load_model(smollm2_compressed)
+    with torch.no_grad():
+        logits = model(windows).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, windows[:, 1:].flatten()).exp()
+    served = done.stdout.split("perplexity ")[1].split()[0]
+    assert float(served) == pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.vllm
+@needs_vllm
 def test_offline_example_runs(smollm2_compressed):
     command = [sys.executable, "examples/offline_batch.py", str(smollm2_compressed), "--max-tokens", "12"]
     done = subprocess.run(

@@ -16,9 +16,10 @@ from typing import Any
 
 from neuronmlp_plugin.errors import reason_of
 
-LIMIT_S = 10.0  # for one call, which takes a millisecond
+LIMIT_S = 10.0  # of processor time for one call, which takes a millisecond
+PATIENCE = 6  # times that on the clock: other processes may have the cores
 LIMIT_BYTES = 1 << 30  # beyond what this process has
-# A long text may take more: a tokenizer reads a million characters in a second, in a few hundred megabytes.
+# A long text may take more: a tokenizer reads a million characters in a second, and in a few hundred MB.
 CHARACTERS_A_SECOND, BYTES_A_CHARACTER = 50_000, 1000
 
 
@@ -34,8 +35,8 @@ class Aside:
         self.connection: Connection | None = None
 
     def __call__(self, *given: Any, characters: int = 0) -> Any:
-        """`work(*given)`; `characters` of text widen the bounds. Raises AsideError, which says only what was
-        found: the caller knows where.
+        """`work(*given)`; `characters` of text widen the bounds. Raises AsideError, which says only what
+        was found: the caller knows where.
         """
         if self.connection is None:
             self._start()
@@ -43,7 +44,7 @@ class Aside:
         limit_s = LIMIT_S + characters / CHARACTERS_A_SECOND
         with contextlib.suppress(EOFError, OSError):  # it died: of its limits, if of nothing else
             self.connection.send((given, limit_s, LIMIT_BYTES + characters * BYTES_A_CHARACTER))
-            if self.connection.poll(limit_s):
+            if self.connection.poll(PATIENCE * limit_s):
                 is_good, said = self.connection.recv()
                 if is_good:
                     return said
@@ -77,8 +78,7 @@ def _serve(work: Callable[..., Any], connection: Connection, other_end: Connecti
         while True:
             given, limit_s, limit_bytes = connection.recv()
             _limit(resource.RLIMIT_AS, used + limit_bytes)
-            # Should nobody be left to stop it, the system does.
-            _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + limit_s) + 1)
+            _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + limit_s))
             connection.send(_outcome(work, given))
 
 
@@ -88,7 +88,7 @@ def _limit(kind: int, value: int) -> None:
 
 
 def _outcome(work: Callable[..., Any], given: tuple[Any, ...]) -> tuple[bool, Any]:
-    """Whether it is the result, and the result or what went wrong: that is of the files' making."""
+    """Whether it is the result, and the result or what went wrong: whatever is raised is the files' doing."""
     try:
         return True, work(*given)
     except KeyboardInterrupt:

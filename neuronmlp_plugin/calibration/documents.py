@@ -2,29 +2,47 @@
 
 | file | documents |
 |---|---|
-| `.txt`, `.md` and every unknown ending | the whole text (in blocks of about a million characters) |
-| `.jsonl`, `.ndjson` | one a line: `{"text": ...}`, `{"messages": [...]}` or `{"conversations": [...]}` |
+| `.txt`, `.md` and every unknown ending | the whole text |
+| `.jsonl`, `.ndjson`, `.jl` | one a line: an object with `text`, `messages` or `conversations` |
 | `.json` | the same, one object a line or one list of objects |
 | `.csv`, `.tsv` | the column `text` |
 | `.parquet` | the column `text`, `messages` or `conversations` (needs pyarrow) |
 | a folder | a dataset that `datasets` saved there with `save_to_disk` (needs datasets) |
 
-Endings are compared without case. A chat is rendered with the tokenizer's own template.
+Endings are compared without case, and `.gz` may follow them. A chat is rendered with the tokenizer's own
+template. A document of more than a million characters comes in parts.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
+import os
 import pathlib
-from collections.abc import Iterator
+import re
+import zlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from neuronmlp_plugin.calibration.template import ChatTemplate
 from neuronmlp_plugin.errors import CalibrationError, reason_of
 
-BLOCK = 1 << 20  # characters of plain text that are one document
+BLOCK = 1 << 20  # characters: tokenizers take a hundred bytes for each of a text that they see at once
+LONGEST_ENTRY = 1 << 26  # characters of one object in a JSON list
+JSON_LINES = (".jsonl", ".ndjson", ".jl", ".jsonlines")
+# What files that are no text begin with, whatever they are called.
+_KINDS = {
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh91AY": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\3\4": "zip",
+    b"PAR1": "parquet",
+    b"%PDF": "PDF",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 CHATS = ("messages", "conversations")
 # ShareGPT's names for who speaks, and the usual ones.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
@@ -36,14 +54,21 @@ def documents_of(path: str | pathlib.Path, tokenizer: Any) -> Iterator[str]:
     Raises CalibrationError, at the document that cannot be read, with the file and the line or row.
     """
     path = pathlib.Path(path)
-    ending = path.suffix.lower()
-    if path.is_dir():
+    for document in _documents(path, tokenizer):
+        # Half of a surrogate pair, which JSON can hold and no tokenizer takes, becomes a question mark.
+        text = document.encode(errors="replace").decode()
+        yield from (text[start : start + BLOCK] for start in range(0, len(text), BLOCK))
+
+
+def _documents(path: pathlib.Path, tokenizer: Any) -> Iterator[str]:
+    ending = pathlib.PurePath(path.name.lower().removesuffix(".gz")).suffix
+    if os.path.isdir(path):
         entries = _dataset_rows(path)
     elif ending == ".parquet":
         entries = _parquet_rows(path)
     elif ending in (".csv", ".tsv"):
         entries = _table_rows(path, "\t" if ending == ".tsv" else ",")
-    elif ending in (".jsonl", ".ndjson", ".json"):
+    elif ending in (*JSON_LINES, ".json"):
         entries = _json_entries(path, may_be_list=ending == ".json")
     else:
         yield from _blocks(path)
@@ -56,36 +81,69 @@ def documents_of(path: str | pathlib.Path, tokenizer: Any) -> Iterator[str]:
 def _opened(path: pathlib.Path) -> io.TextIOWrapper:
     """The file as UTF-8 text; some editors begin it with a mark of its byte order, which is no text."""
     try:
-        # Lines end at newlines alone: JSON strings may hold U+2028 and its like as they are.
-        return open(path, encoding="utf-8-sig", newline="\n")
+        file = io.BufferedReader(io.FileIO(path))
+        beginning = file.peek(8)  # not read: a pipe gives everything once
     except OSError as error:
         raise CalibrationError(
             f"{path}: expected a readable text file, found: {reason_of(error)}; check the path."
         ) from error
+    kind = next((kind for start, kind in _KINDS.items() if beginning.startswith(start)), None)
+    if kind is not None:
+        raise CalibrationError(
+            f"{path}: expected UTF-8 text, found a file of {kind}; unpack or convert it, or name it by its "
+            "own ending."
+        )
+    packed = beginning.startswith(b"\x1f\x8b")
+    # Lines end at newlines alone: JSON strings may hold U+2028 and its like as they are.
+    return io.TextIOWrapper(gzip.GzipFile(fileobj=file) if packed else file, "utf-8-sig", newline="\n")
 
 
-def _lines(path: pathlib.Path) -> Iterator[str]:
+def _parts(path: pathlib.Path, read: Callable[..., str], size: int = -1) -> Iterator[str]:
+    """What `read`, a method of text files, gives again and again, until there is no more."""
     with _opened(path) as file:
         try:
-            yield from file
-        except (UnicodeDecodeError, OSError) as error:
+            while part := read(file, size):
+                if "\0" in part:
+                    raise CalibrationError(
+                        f"{path}: expected UTF-8 text, found zero bytes, as of a binary file or of UTF-16; "
+                        "convert it, for example with iconv."
+                    )
+                yield part
+        except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
             raise CalibrationError(
                 f"{path}: expected UTF-8 text, found: {error}; convert the file, for example with iconv."
             ) from error
 
 
+def _lines(path: pathlib.Path) -> Iterator[str]:
+    return _parts(path, io.TextIOWrapper.readline)
+
+
 def _blocks(path: pathlib.Path) -> Iterator[str]:
     """A plain text, cut at line ends where it is long."""
-    parts: list[str] = []
+    block: list[str] = []
     size = 0
-    for line in _lines(path):
-        parts.append(line)
+    for number, line in enumerate(_parts(path, io.TextIOWrapper.readline, BLOCK)):  # it may be all one line
+        if number == 0:
+            _check_plain(line, path)
+        if size + len(line) > BLOCK:
+            yield "".join(block)
+            block, size = [], 0
+        block.append(line)
         size += len(line)
-        if size >= BLOCK:
-            yield "".join(parts)
-            parts, size = [], 0
-    if parts:
-        yield "".join(parts)
+    yield "".join(block)
+
+
+def _check_plain(line: str, path: pathlib.Path) -> None:
+    """CalibrationError where the first line of a text is a JSON object: braces and keys are not the text."""
+    try:
+        is_object = line.startswith("{") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return
+    if is_object:
+        raise CalibrationError(
+            f"{path}: expected plain text, as its ending says, found JSON objects; name it .jsonl."
+        )
 
 
 Entries = Iterator[tuple[str, Any]]  # where it stands, and what stands there
@@ -93,25 +151,45 @@ Entries = Iterator[tuple[str, Any]]  # where it stands, and what stands there
 
 def _json_entries(path: pathlib.Path, may_be_list: bool) -> Entries:
     if may_be_list and _begins_a_list(path):
-        try:
-            values = json.loads("".join(_lines(path)))
-        except (ValueError, RecursionError) as error:
-            raise CalibrationError(f"{path}: expected a JSON list of objects, found: {error}.") from error
-        yield from ((f"{path}: entry {number}", value) for number, value in enumerate(values, start=1))
+        yield from ((f"{path}: entry {n}", value) for n, value in enumerate(_listed(path), start=1))
         return
+    expected = "a JSON list of objects, or one object a line" if may_be_list else "one JSON object a line"
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
             where = f"{path}:{number}"
             try:
                 yield where, json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise CalibrationError(
-                    f"{where}: expected one JSON object a line, found: {error}."
-                ) from error
+                raise CalibrationError(f"{where}: expected {expected}, found: {error}.") from error
+
+
+def _listed(path: pathlib.Path) -> Iterator[Any]:
+    """The entries of a JSON list, one at a time: all together would take several times the file's size."""
+    decode, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
+    text, at, found = "", 0, "no end"
+    for part in _parts(path, io.TextIOWrapper.read, BLOCK):
+        text = text[at:] + part if text else part.lstrip()[1:]
+        at = 0
+        if len(text) > LONGEST_ENTRY:
+            found = f"an entry of more than {LONGEST_ENTRY:,} characters"
+            break
+        while True:
+            at = between.match(text, at).end()  # type: ignore[union-attr]
+            if text[at : at + 1] == "]":
+                return
+            try:
+                value, at = decode(text, at)
+            except (ValueError, RecursionError) as error:
+                # Unless the entry goes on in the next part. What follows the colon are places in this one.
+                found = str(error).partition(":")[0]
+                break
+            yield value
+    raise CalibrationError(f"{path}: expected a JSON list of objects, found: {found}.")
 
 
 def _begins_a_list(path: pathlib.Path) -> bool:
-    return next((line.lstrip() for line in _lines(path) if line.strip()), "").startswith("[")
+    beginnings = _parts(path, io.TextIOWrapper.readline, 80)  # all of a list may be one line
+    return next((part.lstrip() for part in beginnings if part.strip()), "").startswith("[")
 
 
 def _table_rows(path: pathlib.Path, delimiter: str) -> Entries:
@@ -120,8 +198,8 @@ def _table_rows(path: pathlib.Path, delimiter: str) -> Entries:
     try:
         if "text" not in (rows.fieldnames or ()):
             raise CalibrationError(
-                f"{path}: expected a column `text` in the first line, found {list(rows.fieldnames or ())}; "
-                "rename the column that holds the text."
+                f"{path}: expected a column `text` in the first line, found "
+                f"{str(list(rows.fieldnames or ()))[:200]}; rename the column that holds the text."
             )
         for row in rows:
             yield f"{path}:{rows.line_num}", {"text": row["text"]}
@@ -164,7 +242,8 @@ def _dataset_rows(path: pathlib.Path) -> Entries:
         found = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CalibrationError(
-            f"{path}: expected a folder that `datasets` saved with save_to_disk, found: {reason_of(error)}."
+            f"{path}: expected a folder that `datasets` saved with save_to_disk, found: {reason_of(error)}; "
+            "save it so, or name a file."
         ) from error
     if isinstance(found, datasets.DatasetDict):
         name = "train" if "train" in found else next(iter(found))
@@ -245,12 +324,10 @@ def _joined(parts: list[Any], where: str) -> str:
 
 
 def _rendered(messages: list[dict[str, Any]], where: str, template: ChatTemplate) -> str:
-    """The chat through the model's template, without the BOS that every window begins with anyway."""
+    """The chat through the model's template."""
     try:
-        text = template.render(messages)
+        return template.render(messages)
     except CalibrationError as error:
         raise CalibrationError(
             f"{where}: expected messages that the model's chat template takes, found: {error}."
         ) from error
-    bos = getattr(template.tokenizer, "bos_token", None)
-    return text.removeprefix(bos) if bos else text

@@ -6,7 +6,7 @@ import array
 import functools
 import hashlib
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -111,7 +111,9 @@ def token_windows(
     read = Aside(functools.partial(_read, tokenizer))
     for document in documents:
         with told_as(CheckpointError, f"{source}: expected text that the tokenizer reads", "mend its files"):
-            ids.extend(read(document, characters=len(document)))
+            found = read(document, characters=len(document))
+        # A text, or a chat's template, may bring the beginning that every window gets anyway.
+        ids.extend(found[len(prefix) :] if prefix and list(found[: len(prefix)]) == prefix else found)
         if limit is not None and len(ids) >= limit:
             break
     step = length - len(prefix)
@@ -153,6 +155,24 @@ def _check_length(length: int, prefix: int) -> None:
     if length < prefix + 2:
         raise UsageError(
             f"--window: expected at least {prefix + 2} tokens, found {length}; 256 to 1024 are usual."
+        )
+
+
+def within_positions(length: int, config: Mapping[str, Any]) -> int:
+    """`length`, or the positions that the model of `config` knows, where they are fewer: what it makes of
+    others is not what it is used for.
+    """
+    most = config.get("max_position_embeddings")
+    return min(length, most) if isinstance(most, int) else length
+
+
+def check_positions(length: int, config: Mapping[str, Any]) -> None:
+    """UsageError for windows of more positions than the model of `config` knows."""
+    most = within_positions(length, config)
+    if length > most:
+        raise UsageError(
+            f"--window: expected at most the model's max_position_embeddings, {most}, found {length}; lower "
+            "it."
         )
 
 

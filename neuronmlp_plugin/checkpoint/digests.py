@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from neuronmlp_plugin.checkpoint.files import read_object
+from neuronmlp_plugin.checkpoint.files import read_object, safetensors_in
 from neuronmlp_plugin.checkpoint.hub import files_to_copy
 from neuronmlp_plugin.checkpoint.schema import INDEX_FILE
 from neuronmlp_plugin.errors import CheckpointError
@@ -130,5 +130,5 @@ def loaded_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     for name in ("config.json", INDEX_FILE, "model.safetensors.index.json"):
         if os.path.isfile(folder / name):
             yield folder / name
-    yield from sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    yield from (path for path in safetensors_in(folder) if path.is_file())
     yield from files_to_copy(folder)

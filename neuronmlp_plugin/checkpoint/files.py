@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import pathlib
 import re
 from typing import Any, NamedTuple
@@ -20,13 +21,20 @@ from neuronmlp_plugin.errors import CheckpointError, reason_of
 LONGEST_HEADER = 4 << 20
 LONGEST_JSON = 8 << 20
 MOST_FILES = 4097
+# What a clone without Git LFS has in the place of a large file begins with this.
+_POINTER = "version https://git-lfs"
+# Of formats that are not read, and where a folder may have nothing else.
+_OTHER_WEIGHTS = (".bin", ".gguf", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 _OUR_SHARD = re.compile(r"neuronmlp-\d{5}-of-(\d{5})\.safetensors")
 
 
 class Header(NamedTuple):
-    """What a safetensors file says about one tensor; `dtype` in its own spelling ("BF16", "I8")."""
+    """What a safetensors file says about one tensor, there called `name`; `dtype` in its own spelling
+    ("BF16", "I8").
+    """
 
     path: pathlib.Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
 
@@ -36,10 +44,20 @@ Headers = dict[str, Header]
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """`config.json` of a local folder, as a dict."""
-    path = folder / "config.json"
-    if not path.is_file():
+    path, adapter = folder / "config.json", folder / "adapter_config.json"
+    if os.path.isfile(adapter):
         raise CheckpointError(
-            f"{path}: expected a Hugging Face config, found no such file; name a local model folder."
+            f"{adapter}: expected a model by itself, found an adapter, which transformers would add and "
+            "other engines would not; merge it into its model (merge_and_unload of PEFT), or move it away."
+        )
+    if not os.path.isfile(path):
+        closed = os.path.isdir(folder) and not os.access(folder, os.X_OK)
+        raise CheckpointError(
+            f"{path}: expected a Hugging Face config, found a folder that this user may not open; change its "
+            "mode or owner."
+            if closed
+            else f"{path}: expected a Hugging Face config, found no such file; name the folder of a whole "
+            "model."
         )
     return read_object(path)
 
@@ -54,12 +72,22 @@ def read_object(path: pathlib.Path, longest: int = LONGEST_JSON) -> dict[str, An
                 f"{path}: expected JSON of at most {longest >> 20} MiB, found more; the file is damaged, or "
                 "not one of a model."
             )
+        refuse_pointer(path, raw)
         text = raw.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(
             f"{path}: expected a readable file in UTF-8, found: {reason_of(error)}."
         ) from error
     return parse_object(text, path)
+
+
+def refuse_pointer(path: pathlib.Path, beginning: bytes) -> None:
+    """CheckpointError for what a clone without Git LFS has in the place of the file."""
+    if beginning.startswith(_POINTER.encode()):
+        raise CheckpointError(
+            f"{path}: expected the file itself, found a pointer of Git LFS to it; run `git lfs pull` in its "
+            "folder, or download it."
+        )
 
 
 def parse_object(text: str, path: pathlib.Path) -> dict[str, Any]:
@@ -105,7 +133,9 @@ def _check_header(path: pathlib.Path, others: int = 0) -> int:
     with open(path, "rb") as file:
         # safetensors begins with the length of its header; whatever stands there would be allocated and
         # parsed.
-        size = others + int.from_bytes(file.read(8), "little")
+        beginning = file.read(32)
+    refuse_pointer(path, beginning)
+    size = others + int.from_bytes(beginning[:8], "little")
     if size > LONGEST_HEADER:
         raise CheckpointError(
             f"{path}: expected headers of at most {LONGEST_HEADER >> 20} MiB, found {size:,} bytes; the file "
@@ -119,7 +149,8 @@ def read_headers(path: pathlib.Path) -> Headers:
     with open_safetensors(path) as handle:
         slices = {name: handle.get_slice(name) for name in handle.keys()}
         return {
-            name: Header(path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
+            name: Header(path, name, tuple(part.get_shape()), part.get_dtype())
+            for name, part in slices.items()
         }
 
 
@@ -140,6 +171,14 @@ def index_tensors(files: list[pathlib.Path]) -> Headers:
     return index
 
 
+def safetensors_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files that an engine may take weights from, whatever the case of their ending; no hidden ones,
+    which macOS leaves beside each that it copies.
+    """
+    found = (path for path in folder.iterdir() if path.suffix.lower() == ".safetensors")
+    return sorted(path for path in found if not path.name.startswith("."))
+
+
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The folder's weight files, as transformers finds them: `model.safetensors`, else those that its index
     names; else all safetensors and every shard that they count.
@@ -152,7 +191,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     elif index.is_file():
         files = [folder / name for name in _indexed(index)]
     else:
-        found = {path.name for path in folder.glob("*.safetensors")}
+        found = {path.name for path in safetensors_in(folder) if path.suffix == ".safetensors"}
         counts = sorted({int(match[1]) for match in map(_OUR_SHARD.fullmatch, found) if match})
         # Shards of two counts are two folders in one: of the first, one is missing or one is too many.
         named = {shard_name(i + 1, count) for count in counts[:1] for i in range(min(count, MOST_FILES))}
@@ -164,11 +203,20 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     missing = [path.name for path in files if not path.is_file()]
     if missing or not files:
         what = missing[0] if missing else "*.safetensors"
-        others = f" ({len(missing)} are missing)" if len(missing) > 1 else ""
-        raise CheckpointError(
-            f"{folder}: expected {what}, found no such file{others} (pickled *.bin weights are never read)."
-        )
+        raise CheckpointError(f"{folder}: expected {what}, found {_instead(folder, missing)}.")
     return files
+
+
+def _instead(folder: pathlib.Path, missing: list[str]) -> str:
+    """What a folder without weight files holds, and what to do."""
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_WEIGHTS)
+    if others and not missing:
+        return (
+            f"{others[0]}, and such files are never read; save the model as safetensors "
+            "(save_pretrained of transformers)"
+        )
+    count = f" ({len(missing)} are missing)" if len(missing) > 1 else ""
+    return f"no such file{count}; copy or download the folder again"
 
 
 def _indexed(index: pathlib.Path) -> list[str]:

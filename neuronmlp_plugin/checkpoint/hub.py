@@ -10,7 +10,7 @@ import os
 import pathlib
 import re
 
-from neuronmlp_plugin.checkpoint.files import read_config
+from neuronmlp_plugin.checkpoint.files import read_config, refuse_pointer
 from neuronmlp_plugin.errors import CheckpointError, reason_of
 from neuronmlp_plugin.models.families import check_supported
 
@@ -26,8 +26,7 @@ COPIED = (
     "chat_template*",
     "additional_chat_templates/*",
     "tekken.json",
-    "LICENSE*",
-    "NOTICE*",
+    *("LICENSE*", "LICENCE*", "License*", "license*", "COPYING*", "USE_POLICY*", "NOTICE*", "Notice*"),
 )
 _READ = (
     "config.json",
@@ -49,24 +48,25 @@ def model_folder(name: str | pathlib.Path, revision: str | None = None) -> pathl
     `revision` is a branch, tag or commit of the hub; `owner/model@revision` says the same. Raises
     CheckpointError where there is neither folder nor model.
     """
-    path = pathlib.Path(name)
-    there = os.path.exists(path)  # which is no error where the name is too long
-    if not there and "@" in str(name) and revision is None:
+    path = pathlib.Path(os.path.expanduser(name))
+    is_there = os.path.exists(path)  # pathlib's own raises where a name is too long, or a folder closed
+    if not is_there and "@" in str(name) and revision is None:
         name, _, revision = str(name).rpartition("@")
-    if there or not is_hub_id(str(name)):
+    if is_there or not is_hub_id(str(name)):
         if revision is not None:
             raise CheckpointError(
-                f"--revision {revision}: expected a model of the hub, found the local folder {name}; leave "
-                "it out."
+                f"--revision {revision}: expected the id of a model on the hub (owner/model), found {name}; "
+                "leave it out."
             )
         return path
     from huggingface_hub import snapshot_download
 
+    at = f"@{revision}" if revision else ""
     try:
         return pathlib.Path(snapshot_download(str(name), revision=revision, allow_patterns=[*_READ, *COPIED]))
     except Exception as error:  # the network's, the hub's and the cache's own errors, of many kinds
         raise CheckpointError(
-            f"{name}: expected a local folder, or a model that the hub or its cache has, found neither: "
+            f"{name}{at}: expected a local folder, or a model that the hub or its cache has, found neither: "
             f"{reason_of(error)}; check the name."
         ) from error
 
@@ -92,14 +92,30 @@ def hub_name(folder: pathlib.Path) -> str | None:
 
 
 def files_to_copy(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The regular files of `folder` that COPIED names.
+    """The regular files of `folder` that COPIED names, each of which can be read.
 
-    A link is followed only to where the folder's own files are: inside it, or in the hub cache's blobs. Any
-    other could bring a file into the output that its maker was never to see.
+    A link is followed inside the folder, to where its config lies (a folder may be made of links), or into
+    the blobs of a hub cache. Any other could bring a file into the output that its maker was never to see:
+    CheckpointError.
     """
-    home = folder.resolve()
-    places = [home]
-    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
-        places.append(home.parent.parent / "blobs")
+    homes = (folder.resolve(), (folder / "config.json").resolve().parent)
     found = sorted({path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()})
-    return [path for path in found if any(path.resolve().is_relative_to(place) for place in places)]
+    for path in found:
+        target = path.resolve()
+        if not (_is_blob(target) or any(target.is_relative_to(home) for home in homes)):
+            raise CheckpointError(
+                f"{path}: expected a file of the model, found a link to {target}; put a copy in its place."
+            )
+        try:
+            with path.open("rb") as file:
+                refuse_pointer(path, file.read(32))
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: expected a readable file, found: {reason_of(error)}; change its mode or owner."
+            ) from error
+    return found
+
+
+def _is_blob(path: pathlib.Path) -> bool:
+    """Whether a file lies where the hub's library keeps the contents of a model's files."""
+    return path.parent.name == "blobs" and path.parent.parent.name.startswith("models--")

@@ -79,9 +79,11 @@ def _skeleton(checkpoint: Checkpoint) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     config.tie_word_embeddings = bool(checkpoint.config.get("tie_word_embeddings"))
-    # Neither changes a result: a padding row is only left out of gradients, and some configs name one that
-    # the embedding does not have; a stored attention implementation may not be installed here.
+    # None of them changes a result: a padding row is only left out of gradients, and some configs name one
+    # that the embedding does not have; a stored attention implementation may not be installed here; and what
+    # else a model is to return is not what is read of it.
     config.pad_token_id = None
+    config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     # Rotary tables are computed, not stored: on the meta device they would stay empty.
@@ -92,8 +94,10 @@ def _skeleton(checkpoint: Checkpoint) -> Any:
 def swap_projections(
     model: Any, block: FormatBlock, build: Callable[[Matrix], nn.Module] = build_linear
 ) -> None:
-    """Replace each projection by the (meta) module that `build` makes for its matrix."""
-    for layer, stored in zip(model.model.layers, block.layers, strict=True):
+    """Replace each projection by the (meta) module that `build` makes for its matrix; in any model of
+    transformers, with a head or without.
+    """
+    for layer, stored in zip(model.base_model.layers, block.layers, strict=True):
         for name, matrix in stored.matrices.items():
             with torch.device("meta"):
                 setattr(layer.mlp, name, build(matrix))

@@ -16,6 +16,7 @@ from neuronmlp_plugin.checkpoint.files import (
     read_config,
     read_headers,
     read_object,
+    safetensors_in,
     weight_files,
 )
 from neuronmlp_plugin.checkpoint.schema import (
@@ -35,6 +36,9 @@ from neuronmlp_plugin.models.families import check_supported, shapes_outside_mlp
 FACTOR_FILE = pathlib.Path("neuronmlp", "factors.safetensors")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _FLOATS = ("BF16", "F16", "F32")  # the same, as safetensors spells them
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# Of tensors that GPTQ, AWQ, bitsandbytes and compressed-tensors store; the config need not say so.
+_QUANTISED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB")
 
 
 class Checkpoint:
@@ -53,6 +57,9 @@ class Checkpoint:
         self.block = self._parse(block) if block is not None else None
         self._files = index_tensors(weight_files(self.folder))
         self._scales = self.block.expected_scales() if self.block is not None else {}
+        # Of two names for one tensor `safetensors.torch.save_model` keeps the first in the alphabet.
+        if self.config.get("tie_word_embeddings") and _HEAD in self._files:
+            self._files.setdefault(_EMBEDDING, self._files[_HEAD])
         # Of a folder with a block our writer has settled that.
         if self.block is None and self._has_its_own_head():
             self.config["tie_word_embeddings"] = False
@@ -77,10 +84,9 @@ class Checkpoint:
 
         transformers keeps such a head and vLLM drops it; a config that says so lets every engine keep it.
         """
-        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-        if not self.config.get("tie_word_embeddings") or head not in self._files:
+        if not self.config.get("tie_word_embeddings") or _HEAD not in self._files:
             return False
-        return not torch.equal(self.tensor(head), self.tensor(embedding))
+        return not torch.equal(self.tensor(_HEAD), self.tensor(_EMBEDDING))
 
     @property
     def files(self) -> list[pathlib.Path]:
@@ -191,7 +197,10 @@ def older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 def checked_tensor(tensor: torch.Tensor, name: str, path: pathlib.Path) -> torch.Tensor:
     """Refuse integers and quantised types (CheckpointError), NaN and Inf (NonFiniteError)."""
     if tensor.dtype not in _DTYPES:
-        raise CheckpointError(f"{path}: {name}: expected bf16, fp16 or fp32, found {tensor.dtype}.")
+        raise CheckpointError(
+            f"{path}: {name}: expected bf16, fp16 or fp32, found {tensor.dtype}; save the model in one of "
+            "them."
+        )
     if not is_finite(tensor):
         # Only now: the count costs a copy.
         bad = int((~torch.isfinite(tensor)).sum())
@@ -240,7 +249,7 @@ def read_weight(name: str, files: Headers, scales: Container[str]) -> Weight:
 
 def _stored(name: str, files: Headers) -> torch.Tensor:
     with open_safetensors(files[name].path) as handle:
-        return handle.get_tensor(name)
+        return handle.get_tensor(files[name].name)
 
 
 def _check_headers(block: FormatBlock, files: Headers, source: str, only_changed: bool = False) -> None:
@@ -281,8 +290,8 @@ def _check_outside(config: dict[str, Any], files: Headers, source: str, copied_h
     missing = [name for name in expected if name not in files]
     if missing:
         raise CheckpointError(
-            f"{source}: expected a tensor {missing[0]} ({len(missing)} are missing), found none; the folder "
-            "is incomplete, copy it again."
+            f"{source}: expected a tensor {missing[0]} ({len(missing)} are missing), found "
+            f"{_instead(missing[0], files)}."
         )
     for name, header in files.items():
         if header.shape != expected.get(name, header.shape):
@@ -296,8 +305,20 @@ def _check_outside(config: dict[str, Any], files: Headers, source: str, copied_h
         if name not in expected and not harmless and not (copied_head and name == "lm_head.weight"):
             raise CheckpointError(
                 f"{header.path}: expected no tensor {name[:200]} (the model has no such part), found one; "
-                "remove it."
+                "remove it, or mend the config."
             )
+
+
+def _instead(missing: str, files: Headers) -> str:
+    """What a folder without the tensor `missing` holds, as far as its names tell, and what to do."""
+    packed = [name for name in files if name.endswith(_QUANTISED)]
+    if packed:
+        return f"{packed[0]}, which a quantised model has; name the model that it was made from"
+    renamed = [name for name in files if name.endswith("." + missing) or missing.endswith("." + name)]
+    if renamed:
+        return f"{renamed[0]}; save the model again under the names that transformers gives"
+    tied = ', or set "tie_word_embeddings": true if the embedding is the head' if missing == _HEAD else ""
+    return f"none; the folder is incomplete, or its config is another model's: copy it again{tied}"
 
 
 def check_all_read(checkpoint: Checkpoint) -> None:
@@ -305,8 +326,7 @@ def check_all_read(checkpoint: Checkpoint) -> None:
     and would serve from the last one what was never checked.
     """
     read = {path.name for path in checkpoint.files}
-    found = (path.name for path in checkpoint.folder.iterdir())
-    unread = sorted(name for name in found if name.lower().endswith(".safetensors") and name not in read)
+    unread = [path.name for path in safetensors_in(checkpoint.folder) if path.name not in read]
     if unread:
         raise CheckpointError(
             f"{checkpoint.folder / unread[0]}: expected no weight file beside those of the checkpoint, found "
@@ -344,5 +364,6 @@ def check_names(
     for name in found:
         if ".mlp." in name and name not in expected:
             raise CheckpointError(
-                f"{source}: expected no tensor {name[:200]} (no form in the config has it), found one."
+                f"{source}: expected no tensor {name[:200]} (the config has no such part), found one; remove "
+                "it, or mend the config."
             )

@@ -106,7 +106,7 @@ def whole_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     check_new(target)
     partial = partial_folder(target)
-    if partial.exists():
+    if os.path.exists(partial):
         raise OutputError(
             f"{partial}: expected no unfinished run, found one; `compress` and `refine` go on from theirs "
             "when given again, what other commands left can only be removed; or choose another --out."

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from neuronmlp_plugin.calibration.quality import Judge
-    from neuronmlp_plugin.calibration.text import held_out_windows
+    from neuronmlp_plugin.calibration.text import check_positions, held_out_windows
     from neuronmlp_plugin.checkpoint.loader import open_folder
     from neuronmlp_plugin.checkpoint.reader import open_dense
     from neuronmlp_plugin.compressor.job import ProgressBars
@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
             "--factors: expected one MODEL to lay the file over, found several; judge them one at a time."
         )
     dense = open_dense(args.dense)
+    check_positions(args.window, dense.config)
     opened = [open_folder(model, args.factors) for model in args.model]
     for checkpoint, _ in opened:
         expected, found = (each.config.get("vocab_size") for each in (dense, checkpoint))

@@ -93,20 +93,27 @@ def run(args: argparse.Namespace) -> int:
 
 def _windows(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows to round by and windows to judge on, of one text."""
-    from neuronmlp_plugin.calibration.text import hold_out, load_tokenizer, read_windows, spread
+    from neuronmlp_plugin.calibration.text import (
+        hold_out,
+        load_tokenizer,
+        read_windows,
+        spread,
+        within_positions,
+    )
     from neuronmlp_plugin.checkpoint.reader import Checkpoint
     from neuronmlp_plugin.errors import CalibrationError
 
-    vocabulary = Checkpoint(args.model).shapes()["model.embed_tokens.weight"][0]
+    base = Checkpoint(args.model)
+    vocabulary, window = base.shapes()["model.embed_tokens.weight"][0], within_positions(WINDOW, base.config)
     wanted = args.tokens + args.judge_tokens
-    found = read_windows(args.text, load_tokenizer(args.model), WINDOW, wanted, vocabulary)
+    found = read_windows(args.text, load_tokenizer(args.model), window, wanted, vocabulary)
     pool, judged = hold_out(found, args.judge_tokens if args.dense is not None else 0)
     if args.dense is not None and not len(judged):
         raise CalibrationError(
-            f"{args.text}: expected at least {8 * WINDOW:,} tokens, so that some can judge, found fewer; "
+            f"{args.text}: expected at least {8 * window:,} tokens, so that some can judge, found fewer; "
             "give more."
         )
-    return spread(pool, args.tokens // WINDOW), judged
+    return spread(pool, args.tokens // window), judged
 
 
 def _judge(windows: torch.Tensor, checkpoint: Checkpoint, bars: ProgressBars) -> Judge:

@@ -15,6 +15,8 @@ from neuronmlp_plugin.calibration.layer_stream import LayerStream, best_device
 from neuronmlp_plugin.calibration.quality import Judge
 from neuronmlp_plugin.calibration.statistics import hooked, layer_moments
 from neuronmlp_plugin.calibration.workers import Workers
+from neuronmlp_plugin.checkpoint.hub import files_to_copy
+from neuronmlp_plugin.checkpoint.loader import build_skeleton
 from neuronmlp_plugin.checkpoint.reader import Checkpoint, dense_block
 from neuronmlp_plugin.checkpoint.schema import FormatBlock
 from neuronmlp_plugin.checkpoint.writer import layer_prefix, whole_folder, write_layer, write_rest
@@ -48,6 +50,9 @@ def quantize_folder(
     """
     base = Checkpoint(model)
     before = base.block or dense_block(base)
+    # Both told before the work: a folder that contradicts its config, and a file that cannot go with it.
+    build_skeleton(base)
+    files_to_copy(base.folder)
     if before.has_int8:
         raise CheckpointError(
             f"{model}: expected MLPs in floating point, found int8; quantise the folder that it was made "

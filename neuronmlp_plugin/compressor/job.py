@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,15 @@ from neuronmlp_plugin.checkpoint.writer import save_json, save_tensors, told_whe
 from neuronmlp_plugin.errors import CheckpointError, OutputError
 
 PLAN_FILE = "plan.json"
+_PATHS = ("model", "dense", "text")  # of settings; what lies there has digests of its own
 _SUM = "crc32"  # of all tensors, in a file's metadata
+
+
+def apart_from_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON, for a fingerprint: the same files under another spelling of their paths (absolute,
+    through a link) are the same run.
+    """
+    return {name: value for name, value in settings.items() if name not in _PATHS}
 
 
 def refuse_anothers(path: pathlib.Path, fingerprint: str) -> None:

@@ -14,15 +14,19 @@ import numpy as np
 import torch
 
 from neuronmlp_plugin.calibration.text import (
+    check_positions,
     hold_out,
     load_tokenizer,
     read_windows,
     spread,
     windows_digest,
 )
+from neuronmlp_plugin.checkpoint.hub import files_to_copy
+from neuronmlp_plugin.checkpoint.loader import build_skeleton
 from neuronmlp_plugin.checkpoint.reader import FACTOR_FILE, Checkpoint, dense_block
 from neuronmlp_plugin.checkpoint.writer import check_new, layer_prefix, partial_folder
 from neuronmlp_plugin.compressor.footprint import Footprint, available_bytes
+from neuronmlp_plugin.compressor.job import apart_from_paths
 from neuronmlp_plugin.compressor.origin import base_digest, digest, weights_digest
 from neuronmlp_plugin.compressor.settings import Settings
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, OutputError, UsageError
@@ -109,7 +113,7 @@ class Plan:
         inputs = (layers + 3) * self.metric_windows * self.settings.window * h * _FP32
         chosen = layers * 6 * h * i * _FP32
         hidden = max(2 * (self.calibration.numel() + self.judge.numel()), layers * self.measured.numel())
-        model = sum(path.stat().st_size for path in self.base.folder.glob("*.safetensors"))
+        model = sum(path.stat().st_size for path in self.base.files)
         return metrics + moments + max(inputs, chosen) + hidden * h * _FP32 + model
 
     @property
@@ -123,7 +127,9 @@ class Plan:
         """Changes with anything that changes the result: an unfinished run is resumed only under the same
         one.
         """
-        return digest({"settings": self.settings.to_json(), "analysis": self.analysis_fingerprint()})
+        return digest(
+            {"settings": apart_from_paths(self.settings.to_json()), "analysis": self.analysis_fingerprint()}
+        )
 
     def analysis_fingerprint(self) -> str:
         """Changes with anything that changes the statistics: the text, the dense weights, the method; not
@@ -194,6 +200,9 @@ def make_plan(settings: Settings) -> Plan:
             "original."
         )
     shape = dense_block(base).shape
+    build_skeleton(base)  # a config that contradicts its tensors is told before the text is read,
+    files_to_copy(base.folder)  # and a file that cannot go with the result before the work
+    check_positions(settings.window, base.config)
     groups = _groups(settings, shape)
     _check_size(settings, shape, groups)
     calibration, judge = _windows(settings, shape, base.shapes()["model.embed_tokens.weight"][0])

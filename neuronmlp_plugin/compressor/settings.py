@@ -222,6 +222,6 @@ class Settings:
         }
 
     def analysis_json(self) -> dict[str, Any]:
-        """The part of `to_json` that the analysis depends on."""
-        names = ("model", "text", "method", "window", "tokens", "metric_tokens", "judge_tokens", "seed")
+        """The part of `to_json` that the analysis depends on, beside the files that are read."""
+        names = ("method", "window", "tokens", "metric_tokens", "judge_tokens", "seed")
         return {name: value for name, value in self.to_json().items() if name in names}

@@ -41,7 +41,7 @@ from neuronmlp_plugin.checkpoint.writer import (
 )
 from neuronmlp_plugin.compressor.exhibits import sample_texts
 from neuronmlp_plugin.compressor.int8_folder import MOMENT_TOKENS, int8_block, write_int8
-from neuronmlp_plugin.compressor.job import ProgressBars, Workspace
+from neuronmlp_plugin.compressor.job import ProgressBars, Workspace, apart_from_paths
 from neuronmlp_plugin.compressor.origin import check_made_from, digest, weights_digest
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, UsageError
 from neuronmlp_plugin.models.definition import quantize
@@ -96,7 +96,8 @@ class RefinePlan:
         one.
         """
         text = [windows_digest(self.windows), windows_digest(self.judge)]
-        return digest([self.settings.to_json(), *map(weights_digest, (self.source, self.dense)), text])
+        settings = apart_from_paths(self.settings.to_json())
+        return digest([settings, *map(weights_digest, (self.source, self.dense)), text])
 
     def rows(self) -> list[tuple[str, str]]:
         """What is printed before the run."""

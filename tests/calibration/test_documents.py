@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
 
+from neuronmlp_plugin.calibration.documents import BLOCK
 from neuronmlp_plugin.calibration.text import read_documents
 from neuronmlp_plugin.errors import CalibrationError
 from tests.calibration.test_text import tokenizer
@@ -81,6 +83,7 @@ CHAT = [{"role": "user", "content": "y"}]
     [
         ("a.ndjson", '{"text": "x"}\n'),
         ("a.JSONL", '{"text": "x"}\n'),
+        ("a.jsonlines", '{"text": "x"}\n'),
         ("a.json", '[{"text": "x"}]'),
         ("a.csv", 'id,text\n0,"x"\n'),
         ("a.tsv", "text\tid\nx\t0\n"),
@@ -134,12 +137,21 @@ def test_what_is_no_document_is_refused_by_its_line(tmp_path, entry, message):
     ("name", "content", "message"),
     [
         ("a.csv", "id,body\n0,x\n", "expected a column `text` in the first line, found \\['id', 'body'\\]"),
-        ("a.json", "[1, 2", "expected a JSON list of objects"),
+        ("a.json", '[{"text": "x"}', "expected a JSON list of objects, found: Expecting value"),
+        ("a.json", '[{"text": "x"}, {"t', "expected a JSON list of objects, found: Unterminated string"),
+        ("a.json", '{\n"text": "x"}', "a.json:1: expected a JSON list of objects, or one object a line"),
+        ("a.txt", '{"text": "x"}\n', "a.txt: expected plain text, .* found JSON objects; name it .jsonl"),
+        ("a", '{"text": "x"}\n', "a: expected plain text"),
+        ("a.txt", "x\0y\0", "a.txt: expected UTF-8 text, found zero bytes"),
+        ("a.jsonl.zst", "\x28\xb5\x2f\xfd", "found a file of zstd; unpack"),
+        ("a.txt", "PAR1\x15", "found a file of parquet"),
+        ("a.jsonl", "\xff\xfe{\0", "found a file of UTF-16"),
+        ("a.txt.gz", "\x1f\x8b\x08", "a.txt.gz: expected UTF-8 text, found: Compressed file ended"),
         ("a.parquet", "PAR1", "a.parquet: expected"),
     ],
 )
 def test_a_damaged_or_foreign_file_is_named(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
     with pytest.raises(CalibrationError, match=message):
         read(tmp_path / name)
 
@@ -172,15 +184,33 @@ def test_a_template_that_fails_is_named_whatever_it_raises(tmp_path, template):
         read(tmp_path / "b.jsonl", tok)
 
 
-def test_a_chat_does_not_bring_a_second_beginning(tmp_path):
-    tok = tokenizer(tmp_path)
-    tok.chat_template = "{{ bos_token }}{{ messages[0].content }}"
-    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": CHAT}))
-    assert tok.bos_token and read(tmp_path / "b.jsonl", tok) == ["y"]
-
-
 def test_a_long_text_comes_in_blocks_and_whole(tmp_path):
     text = "".join(f"line {number}\n" for number in range(200_000))
     (tmp_path / "a.txt").write_text(text)
     blocks = read(tmp_path / "a.txt")
-    assert len(blocks) == 3 and "".join(blocks) == text
+    assert len(blocks) == 3 and "".join(blocks) == text and all(b.endswith("\n") for b in blocks)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+def test_a_text_of_one_line_comes_in_parts(tmp_path, name):
+    text = "x" * (2 * BLOCK + 5)
+    content = {
+        "a.txt": text,
+        "a.jsonl": json.dumps({"text": text}),
+        "a.json": json.dumps([{"text": text}] * 2),
+    }
+    (tmp_path / name).write_text(content[name])
+    parts = read(tmp_path / name)
+    assert max(map(len, parts)) == BLOCK and "".join(parts) == text * (2 if name == "a.json" else 1)
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "csv"])
+def test_what_gzip_packed_is_unpacked(tmp_path, ending):
+    content = {"txt": "x", "jsonl": '{"text": "x"}', "csv": "text\nx\n"}[ending]
+    (tmp_path / f"a.{ending}.gz").write_bytes(gzip.compress(content.encode()))
+    assert read(tmp_path / f"a.{ending}.gz") == ["x"]
+
+
+def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud83d b \\ud83d\\ude00"}')
+    assert read(tmp_path / "a.jsonl") == ["a? b \N{GRINNING FACE}"]

@@ -38,6 +38,15 @@ def test_a_tokenizer_without_bos_gets_none(tmp_path):
     assert token_windows(['!"#$'], tok, 2).tolist() == [[3, 4], [5, 6]]
 
 
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_text_that_brings_its_own_beginning_does_not_begin_twice(tmp_path, bos):
+    """Chats rendered beforehand begin with BOS. Where the tokenizer puts none itself, it is part of the text:
+    SmolLM2's is the mark before every message.
+    """
+    windows = token_windows(['<s>!"#', "<s>$%&"], tokenizer(tmp_path, bos=bos), 4)
+    assert windows.flatten().tolist() == [1, 3, 4, 5, 1, 6, 7, 8]
+
+
 def test_too_little_text_for_one_window_is_refused(tmp_path):
     with pytest.raises(
         CalibrationError, match="text: expected at least 99 tokens, which fill one window, found 2"

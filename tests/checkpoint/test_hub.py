@@ -56,7 +56,7 @@ def test_an_id_is_its_snapshot_in_the_cache(hub):
 
 def test_a_folder_is_itself(tmp_path):
     assert model_folder(tmp_path) == tmp_path
-    with pytest.raises(CheckpointError, match="--revision main: expected a model of the hub"):
+    with pytest.raises(CheckpointError, match="--revision main: expected the id of a model on the hub"):
         model_folder(tmp_path, "main")
 
 
@@ -92,14 +92,18 @@ def test_no_pickle_and_no_code_is_asked_for():
     ]
 
 
-def test_links_out_of_the_folder_are_not_copied(tmp_path):
+def test_links_out_of_the_folder_are_refused(tmp_path):
     folder, secret = tmp_path / "model", tmp_path / "secret"
     (folder / "additional_chat_templates").mkdir(parents=True)
     secret.write_text("a password")
     (folder / "tokenizer.json").write_text("{}")
     (folder / "LICENSE").write_text("free")
     (folder / "additional_chat_templates" / "tool.jinja").write_text("{{ x }}")
-    (folder / "tokenizer_secret").symlink_to(secret)
     (folder / "vocab.json").symlink_to("tokenizer.json")
     found = [str(path.relative_to(folder)) for path in files_to_copy(folder)]
     assert found == ["LICENSE", "additional_chat_templates/tool.jinja", "tokenizer.json", "vocab.json"]
+    (folder / "tokenizer_secret").symlink_to(secret)
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer_secret: expected a file of the model, found a link"
+    ):
+        files_to_copy(folder)

@@ -180,7 +180,8 @@ def test_a_report_goes_with_the_rounded_weights(home):
         and unjudged.samples is None
         and "not measured" in (home / "unjudged" / PAGE_FILE).read_text()
     )
-    assert judged.quality.kl_divergence > 0.0 and judged.quality.num_tokens == 2 * 1023
+    # Windows of 1,024 tokens, but of no more than the 256 positions that the model has.
+    assert judged.quality.kl_divergence > 0.0 and judged.quality.num_tokens == 11 * 255
     assert judged.block == Checkpoint(home / "judged").block.to_json() != before.block
     assert judged.bytes_ratio < 0.6 * before.bytes_ratio
     card, page = (home / "judged" / CARD_FILE).read_text(), (home / "judged" / PAGE_FILE).read_text()
@@ -200,9 +201,9 @@ def test_a_text_that_cannot_be_read_or_judged_on_is_refused_before_the_work(home
     assert main(["quantize", str(home / "mixed"), *judge, "--text", str(home / "absent.txt")]) == 2
     printed = capsys.readouterr()
     assert "absent.txt: expected a readable" in printed.err and printed.err.count("\n") == 1
-    write_text(home / "short.jsonl", 5000)
+    write_text(home / "short.jsonl", 1500)
     assert main(["quantize", str(home / "mixed"), *judge, "--text", str(home / "short.jsonl")]) == 2
-    assert "short.jsonl: expected at least 8,192 tokens, so that some can judge" in capsys.readouterr().err
+    assert "short.jsonl: expected at least 2,048 tokens, so that some can judge" in capsys.readouterr().err
     assert not (home / "out").exists()
 
 

@@ -96,6 +96,8 @@ def report(served: Served) -> bool:
         f"third {thirds:.4f}, {len(served.memory)} samples in {served.wall_s:.0f} s",
         flush=True,
     )
+    tenths = [served.memory[len(served.memory) * n // 10] >> 20 for n in range(10)]
+    print(f"memory, MiB, in equal steps of time: {tenths}", flush=True)
     for line in traffic.told:
         print(line, file=sys.stderr, flush=True)
     return not traffic.told and thirds < GROWTH

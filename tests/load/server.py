@@ -80,7 +80,9 @@ class Server:
         return found
 
     def memory_bytes(self) -> int:
-        """Of the tree, a page shared by several counted once (PSS)."""
+        """Of the tree, a page shared by several counted once (PSS). Pages of files are left out: how much of a
+        library is ours changes with whoever else has it open.
+        """
         return sum(_pss_bytes(process) for process in self.tree())
 
     def processor_s(self) -> float:
@@ -124,4 +126,5 @@ def _pss_bytes(process: int) -> int:
         text = pathlib.Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii")
     except OSError:
         return 0
-    return sum(int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("Pss:"))
+    kinds = ("Pss_Anon:", "Pss_Shmem:")
+    return sum(int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith(kinds))

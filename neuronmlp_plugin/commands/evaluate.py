@@ -75,7 +75,6 @@ def run(args: argparse.Namespace) -> int:
                 f"{checkpoint.folder}: expected the vocabulary of --dense, {expected}, found {found}; name "
                 "its own."
             )
-    for checkpoint, _ in opened:
         _tell_of_another(checkpoint, dense)
     reference, *candidates = (_stream(args, *each) for each in [(dense, None), *opened])
     vocabulary = dense.shapes()["model.embed_tokens.weight"][0]

@@ -101,9 +101,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    for name, path in vars(args).items():  # no shell expands the ~ of --out=~/small
-        if isinstance(path, pathlib.Path):
-            setattr(args, name, pathlib.Path(os.path.expanduser(path)))
     for option in ("model", "dense"):
         given = getattr(args, option, None)
         if given is not None:

@@ -324,10 +324,14 @@ def _joined(parts: list[Any], where: str) -> str:
 
 
 def _rendered(messages: list[dict[str, Any]], where: str, template: ChatTemplate) -> str:
-    """The chat through the model's template."""
+    """The chat through the model's template, without the BOS that the tokenizer puts before every window."""
     try:
-        return template.render(messages)
+        text = template.render(messages)
     except CalibrationError as error:
         raise CalibrationError(
             f"{where}: expected messages that the model's chat template takes, found: {error}."
         ) from error
+    tokenizer = template.tokenizer
+    # Many tokenizers have a BOS that they never put there: SmolLM2's begins every turn of a chat.
+    puts_bos = tokenizer.bos_token and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(tokenizer.bos_token) if puts_bos else text

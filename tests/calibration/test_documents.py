@@ -52,6 +52,14 @@ def test_lines_end_at_newlines_alone(tmp_path):
     assert read(tmp_path / "b.jsonl", tokenizer(tmp_path)) == texts
 
 
+@pytest.mark.parametrize(("bos", "text"), [(True, "y"), (False, "<s>y")])
+def test_a_chat_does_not_bring_the_beginning_that_the_tokenizer_puts(tmp_path, bos, text):
+    tok = tokenizer(tmp_path, bos=bos)
+    tok.chat_template = "{{ bos_token }}{{ messages[0].content }}"
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "y"}]}))
+    assert read(tmp_path / "b.jsonl", tok) == [text]
+
+
 def test_a_chat_that_the_template_refuses_is_named(tmp_path):
     tok = tokenizer(tmp_path)
     tok.chat_template = "{{ raise_exception('roles must alternate') }}"

@@ -331,7 +331,4 @@ def _rendered(messages: list[dict[str, Any]], where: str, template: ChatTemplate
         raise CalibrationError(
             f"{where}: expected messages that the model's chat template takes, found: {error}."
         ) from error
-    tokenizer = template.tokenizer
-    # Many tokenizers have a BOS that they never put there: SmolLM2's begins every turn of a chat.
-    puts_bos = tokenizer.bos_token and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(tokenizer.bos_token) if puts_bos else text
+    return text.removeprefix(template.put_before)

@@ -18,6 +18,12 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.aside = Aside(functools.partial(_rendered, tokenizer))
 
+    @functools.cached_property
+    def put_before(self) -> str:
+        """The BOS that the tokenizer itself puts before a text; empty where it puts none."""
+        bos = [self.tokenizer.bos_token_id]
+        return str(self.tokenizer.bos_token) if bos_prefix(self.tokenizer)[:1] == bos else ""
+
     def render(self, messages: list[dict[str, Any]], **options: Any) -> str:
         """The text of a chat; `options` are those of `apply_chat_template`. Raises CalibrationError, whose
         message says only what was found: the caller knows where the chat stands.
@@ -33,3 +39,14 @@ def _rendered(tokenizer: Any, messages: list[dict[str, Any]], options: dict[str,
     if len(text) > MOST_CHARACTERS:
         raise ValueError(f"a text of {len(text):,} characters")
     return text
+
+
+def bos_prefix(tokenizer: Any) -> list[int]:
+    """The special tokens that the tokenizer itself puts in front of a text (often one BOS, or nothing)."""
+    # By looking, not by `bos_token`: many tokenizers have one that they never put there.
+    with_special = tokenizer("a")["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    for start in range(len(with_special) - len(plain) + 1):
+        if with_special[start : start + len(plain)] == plain:
+            return list(with_special[:start])
+    return []

@@ -13,6 +13,7 @@ import torch
 
 from neuronmlp_plugin.calibration.aside import Aside
 from neuronmlp_plugin.calibration.documents import documents_of
+from neuronmlp_plugin.calibration.template import bos_prefix
 from neuronmlp_plugin.checkpoint.files import read_object
 from neuronmlp_plugin.errors import CalibrationError, CheckpointError, UsageError, shown, told_as
 
@@ -209,17 +210,6 @@ def held_out_windows(
     """
     tokenizer = load_tokenizer(model)
     return spread(read_windows(text, tokenizer, length, tokens, vocabulary), tokens // length)
-
-
-def bos_prefix(tokenizer: Any) -> list[int]:
-    """The special tokens that the tokenizer itself puts in front of a text (often one BOS, or nothing)."""
-    # By looking, not by `bos_token`: many tokenizers have one that they never put there.
-    with_special = tokenizer("a")["input_ids"]
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    for start in range(len(with_special) - len(plain) + 1):
-        if with_special[start : start + len(plain)] == plain:
-            return list(with_special[:start])
-    return []
 
 
 def windows_digest(windows: torch.Tensor) -> str:

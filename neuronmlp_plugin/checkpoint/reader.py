@@ -304,7 +304,7 @@ def _check_outside(config: dict[str, Any], files: Headers, source: str, copied_h
         # Old exports store rotary tables; they are recomputed, so an extra one is harmless. MLPs have names
         # of their own, which come next.
         harmless = ".mlp." in name or name.endswith("rotary_emb.inv_freq")
-        if name not in expected and not harmless and not (copied_head and name == "lm_head.weight"):
+        if name not in expected and not harmless and not (copied_head and name == _HEAD):
             raise CheckpointError(
                 f"{header.path}: expected no tensor {name[:200]} (the model has no such part), found one; "
                 "remove it, or mend the config."

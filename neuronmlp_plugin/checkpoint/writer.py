@@ -263,9 +263,10 @@ def write_factor_file(path: pathlib.Path, block: FormatBlock, tensors: dict[str,
 
 def portable_config(config: dict[str, Any]) -> dict[str, Any]:
     """The config with the spelling of transformers 4 beside that of transformers 5."""
+    older = older_rope(config)
     # Twice: first for the order of the keys, then to win over a `rope_theta` that says something else, which
     # transformers 5 would begin to go by where a `rope_scaling` is added.
-    result = {**older_rope(config), **config, **older_rope(config)}
+    result = {**older, **config, **older}
     if "dtype" in config:
         result.setdefault("torch_dtype", config["dtype"])
     return result
@@ -284,9 +285,8 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copy tokenizer and generation files, with the one portable spelling of FORMAT.md."""
     copy_files(files_to_copy(source), source, target)
     settings = target / "tokenizer_config.json"
-    with contextlib.suppress(
-        CheckpointError
-    ):  # one that is not there, or that nobody can read, stays as it is
+    # One that is not there, or that nobody can read, stays as it is.
+    with contextlib.suppress(CheckpointError):
         values = read_object(settings)
         if values.get("tokenizer_class") == "TokenizersBackend":
             save_json(settings, {**values, "tokenizer_class": "PreTrainedTokenizerFast"})

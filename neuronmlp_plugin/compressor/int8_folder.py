@@ -50,7 +50,7 @@ def quantize_folder(
     """
     base = Checkpoint(model)
     before = base.block or dense_block(base)
-    # Both told before the work: a folder that contradicts its config, and a file that cannot go with it.
+    # Told before the work: a config that transformers builds no model of, and a file that cannot go with it.
     build_skeleton(base)
     files_to_copy(base.folder)
     if before.has_int8:

@@ -200,7 +200,7 @@ def make_plan(settings: Settings) -> Plan:
             "original."
         )
     shape = dense_block(base).shape
-    build_skeleton(base)  # a config that contradicts its tensors is told before the text is read,
+    build_skeleton(base)  # a config that transformers builds no model of is told before the text is read,
     files_to_copy(base.folder)  # and a file that cannot go with the result before the work
     check_positions(settings.window, base.config)
     groups = _groups(settings, shape)

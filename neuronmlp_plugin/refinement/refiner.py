@@ -15,8 +15,8 @@ import torch
 
 from neuronmlp_plugin.calibration.layer_stream import LayerStream, best_device
 from neuronmlp_plugin.calibration.quality import Judge, Quality
+from neuronmlp_plugin.calibration.template import bos_prefix
 from neuronmlp_plugin.calibration.text import (
-    bos_prefix,
     hold_out,
     load_tokenizer,
     read_windows,

@@ -30,7 +30,7 @@ from neuronmlp_plugin.checkpoint.schema import (
 from neuronmlp_plugin.errors import CheckpointError, NonFiniteError, shown
 from neuronmlp_plugin.models.definition import LIMIT, Weight
 from neuronmlp_plugin.models.factors import SCALE
-from neuronmlp_plugin.models.families import check_supported, shapes_outside_mlps
+from neuronmlp_plugin.models.families import check_supported, is_outside_mlps, shapes_outside_mlps
 
 # In a folder of its own: engines load every *.safetensors file that lies beside config.json.
 FACTOR_FILE = pathlib.Path("neuronmlp", "factors.safetensors")
@@ -301,10 +301,7 @@ def _check_outside(config: dict[str, Any], files: Headers, source: str, copied_h
                 f"{header.path}: {name}: expected shape {list(expected[name])} (from the config), found "
                 f"{shown(list(header.shape))}."
             )
-        # Old exports store rotary tables; they are recomputed, so an extra one is harmless. MLPs have names
-        # of their own, which come next.
-        harmless = ".mlp." in name or name.endswith("rotary_emb.inv_freq")
-        if name not in expected and not harmless and not (copied_head and name == _HEAD):
+        if is_outside_mlps(name) and name not in expected and not (copied_head and name == _HEAD):
             raise CheckpointError(
                 f"{header.path}: expected no tensor {name[:200]} (the model has no such part), found one; "
                 "remove it, or mend the config."

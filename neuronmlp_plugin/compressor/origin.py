@@ -11,6 +11,7 @@ import torch
 from neuronmlp_plugin.checkpoint.digests import sampled_digest
 from neuronmlp_plugin.checkpoint.reader import Checkpoint
 from neuronmlp_plugin.errors import CheckpointError
+from neuronmlp_plugin.models.families import is_outside_mlps
 
 
 def digest(value: Any) -> str:
@@ -56,7 +57,7 @@ def other_tensor(made: Checkpoint, dense: Checkpoint) -> str | None:
     """
     shapes = dense.shapes()
     for name, shape in made.shapes().items():
-        if ".mlp." in name or name.endswith("rotary_emb.inv_freq"):
+        if not is_outside_mlps(name):
             continue
         if shapes.get(name) != shape:
             return name

@@ -70,6 +70,13 @@ def _is_id(value: Any) -> bool:
     return value is None or (type(value) is int and -1 <= value < 1 << 31)
 
 
+def is_outside_mlps(name: str) -> bool:
+    """Whether a stored tensor is no part of an MLP. Old exports store rotary tables too: they are recomputed,
+    and count as nothing.
+    """
+    return ".mlp." not in name and not name.endswith("rotary_emb.inv_freq")
+
+
 def shapes_outside_mlps(config: dict[str, Any], num_layers: int) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor beside the MLPs that a model of a supported architecture has; a tied head
     is none. `config` has sizes that `checkpoint.schema.mlp_shape` found to be numbers.
